@@ -1,0 +1,48 @@
+# The contract for people and CI. Every target sets up what it needs by itself.
+PYTHON ?= python3
+PIP_FLAGS ?=
+COSTS ?= reference
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: setup demo test lint format type docs bench bundles clean
+
+setup: $(READY)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "moe-envs needs Python >= 3.11: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y python3-venv; } || { echo "Python lacks venv: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_FLAGS) --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/moe-benchmark demo --costs $(COSTS)
+
+test: lint type
+	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python tests/coverage_floors.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_FLAGS) --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+bench: $(READY)
+	$(BIN)/moe-benchmark speed
+
+bundles: $(READY)
+	$(BIN)/moe-bundle rebuild digits fashion-mnist
+
+clean:
+	rm -rf .venv build dist *.egg-info

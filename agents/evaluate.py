@@ -1,0 +1,80 @@
+"""Episodes of any policy in any of our environments, one row an episode, paired by seed."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+import pandas as pd
+from gymnasium.vector import AutoresetMode
+
+MAX_ROWS = 1000
+
+
+class Policy(Protocol):
+    """SB3's interface of a decision maker, batched.
+
+    It may have `env_kwargs`, arguments that its environment needs (a yardstick that chooses subsets, say), and
+    `watch(env)`, by which a bound that looks at the answers gets the vector environment.
+    """
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]: ...
+
+
+def evaluate(policy: Policy, env_id: str, episodes: int = 300, seed: int = 0, **env_kwargs: Any) -> pd.DataFrame:
+    """Run `episodes` episodes; columns: episode, return, quality, cost (relative), the sums of `cost/*` and the last
+    values of other scalars in `info`. The same seed and number of episodes meet the same episodes for every policy."""
+    rows = min(episodes, MAX_ROWS)
+    env = gymnasium.make_vec(
+        env_id,
+        num_envs=rows,
+        vectorization_mode="vector_entry_point",
+        autoreset_mode=AutoresetMode.SAME_STEP.value,
+        **{**env_kwargs, **getattr(policy, "env_kwargs", {})},
+    )
+    if hasattr(policy, "watch"):
+        policy.watch(env.unwrapped)
+    try:
+        return _run(policy, env, episodes, seed)
+    finally:
+        env.close()
+
+
+def _run(policy: Policy, env: gymnasium.vector.VectorEnv[Any, Any, Any], episodes: int, seed: int) -> pd.DataFrame:
+    rows, finished, records = env.num_envs, 0, []
+    observation, _ = env.reset(seed=seed)
+    state, start, played = None, np.ones(rows, dtype=np.bool_), np.zeros(rows, dtype=np.int64)
+    sums = {key: np.zeros(rows) for key in ("return", "reward/quality", "reward/cost")}
+    wanted = episodes // rows + (np.arange(rows) < episodes % rows)
+    while finished < episodes:
+        action, state = policy.predict(observation, state=state, episode_start=start, deterministic=True)
+        observation, reward, terminated, truncated, infos = env.step(action)
+        start = terminated | truncated
+        scalars = _scalars(infos, start)
+        for key in scalars:
+            if key.startswith(("reward/", "cost/")):
+                sums[key] = sums.get(key, 0.0) + scalars[key]
+        sums["return"] = sums["return"] + reward
+        for row in (start & (played < wanted)).nonzero()[0]:
+            last = {key: value[row].item() for key, value in scalars.items() if key not in sums}
+            total = {key: value[row].item() for key, value in sums.items()}
+            records.append({"episode": int(played[row] * rows + row)} | total | last)
+        finished = len(records)
+        played += start
+        sums = {key: np.where(start, 0.0, value) for key, value in sums.items()}
+    frame = pd.DataFrame(records).rename(columns={"reward/quality": "quality", "reward/cost": "cost"})
+    return frame.sort_values("episode", ignore_index=True)
+
+
+def _scalars(infos: dict[str, Any], ended: np.ndarray) -> dict[str, np.ndarray]:
+    """The scalar infos of all rows, those of ended rows taken from `final_info`."""
+    final = infos.get("final_info", {})
+    keys = [key for key in {**infos, **final} if "/" in key and key[0] != "_"]
+    return {key: np.where(ended, final.get(key, 0), infos.get(key, 0)) for key in keys}

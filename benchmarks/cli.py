@@ -1,0 +1,305 @@
+"""The commands `moe-train`, `moe-eval`, `moe-profile`, `moe-bundle` and `moe-benchmark`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console()
+errors = Console(stderr=True)
+
+EnvKwargs = Annotated[list[str], typer.Option("--env-kwarg", "-k", help="name=value, passed to gymnasium.make.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
+benchmark_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Experiments and benchmarks.")
+bundle_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Bundles: list, check, rebuild.")
+
+
+def train() -> None:
+    """Entry point of `moe-train`."""
+    _run(_train)
+
+
+def evaluate() -> None:
+    """Entry point of `moe-eval`."""
+    _run(_evaluate)
+
+
+def profile() -> None:
+    """Entry point of `moe-profile`."""
+    _run(_profile)
+
+
+def bundle() -> None:
+    """Entry point of `moe-bundle`."""
+    _guarded(bundle_app)
+
+
+def benchmark() -> None:
+    """Entry point of `moe-benchmark`."""
+    _guarded(benchmark_app)
+
+
+def _train(
+    env: Annotated[str, typer.Option(help="Environment id, with or without 'moe_envs:'.")] = "MoERouting-v0",
+    algo: Annotated[str, typer.Option(help="ppo, a2c or dqn, with settings tuned for the environment.")] = "ppo",
+    seed: int = 0,
+    timesteps: Annotated[int | None, typer.Option(help="Instead of the tuned number.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/ENV-ALGO-seedSEED.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run there.")] = False,
+    env_kwarg: EnvKwargs = [],  # noqa: B006
+    json_file: Json = None,
+) -> None:
+    """Train a Stable-Baselines3 agent on the split rl_train, keep the weights best on validation, save a run folder.
+
+    Example: moe-train --env MoERouting-v0 --algo ppo --seed 0 -k cost_weight=0.4
+    """
+    from benchmarks import runs
+
+    env_id, env_kwargs = _environment(env), _parse(env_kwarg)
+    folder = out or Path("runs") / f"{env_id.split(':')[-1]}-{algo}-seed{seed}"
+    if (folder / runs.SETTINGS).exists() and not overwrite:
+        raise ValueError(f"{folder} holds a finished run; --overwrite replaces it, --out names another folder")
+    overrides = {} if timesteps is None else {"total_timesteps": timesteps}
+    with _bar() as add:
+        report = add(f"training {algo} on {env_id}")
+        runs.train(env_id, algo, seed, folder, env_kwargs, overrides, report)
+    result = runs.load_config(folder)
+    _write(json_file, result)
+    console.print(f"[green]saved[/] {folder}    evaluate: moe-eval {folder}    curves: tensorboard --logdir {folder}")
+
+
+def _evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder of moe-train.")],
+    split: Annotated[str, typer.Option(help="rl_train, validation or test.")] = "test",
+    episodes: int = 1000,
+    seed: int = 0,
+    yardsticks: Annotated[bool, typer.Option("--yardsticks", help="Tune and show all yardsticks beside it.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Evaluate a trained policy: return, quality and cost with 95 % intervals, on inputs it never saw.
+
+    Example: moe-eval runs/MoERouting-v0-ppo-seed0 --split test --json result.json
+    """
+    from agents.evaluate import evaluate as play
+    from benchmarks import report, runs
+
+    model, config = runs.load(run_dir)
+    policies: dict[str, Any] = {config["algo"]: model}
+    if yardsticks:
+        from agents.yardsticks.routing import yardsticks as tune
+
+        with console.status("tuning the yardsticks on validation"):
+            policies |= tune(config["env"], **config["env_kwargs"])
+    arguments = {**config["env_kwargs"], "split": split}
+    rows = []
+    for name, policy in policies.items():
+        frame = play(policy, config["env"], episodes, seed, **arguments)
+        kind = getattr(policy, "kind", "learned")
+        rows.append(report.row(frame, config["env"], name, kind, seed=config["seed"], **arguments))
+    _write(json_file, {"rows": rows, "run": str(run_dir), "episodes": episodes, **runs.provenance()})
+    console.print(report.table(rows, f"{config['env']}, {split}, {episodes} episodes"))
+
+
+def _profile(
+    bundle: Annotated[str, typer.Argument(help="Name or folder of a bundle.")] = "fashion-mnist",
+    repeats: Annotated[int, typer.Option(help="Rounds over all experts and sizes; at least 50.")] = 200,
+    json_file: Json = None,
+) -> None:
+    """Measure what a bundle's experts cost on this machine, for costs="machine".
+
+    Example: moe-profile fashion-mnist
+    """
+    from experts import bundle as bundles
+    from moe_envs import profiles
+
+    loaded = bundles.load(bundle)
+    measured = profiles.measure(loaded, repeats, progress=True)
+    _write(json_file, measured.model_dump(mode="json"))
+    console.print(_profile_table(measured, f"{bundle}: time of an expert on n inputs = fixed + slope * n"))
+    console.print(f"energy: {measured.energy_source}")
+    console.print(f"[green]saved[/] {profiles.machine_path(loaded)}    use it: gymnasium.make(..., costs='machine')")
+
+
+@bundle_app.command("list")
+def _list_bundles() -> None:
+    """All bundles, shipped and your own, with the accuracy of their top-2 gate."""
+    from experts import bundle as bundles
+    from experts import zoo
+
+    table = Table("bundle", "experts", "top-2 accuracy on test", "folder")
+    for name in zoo.names():
+        loaded = bundles.load(name)
+        table.add_row(
+            name, str(loaded.num_experts), f"{loaded.metadata['accuracy']['test/top-2']:.4f}", str(loaded.path)
+        )
+    console.print(table)
+
+
+@bundle_app.command("check")
+def _check_bundle(name: str) -> None:
+    """Verify every byte of a bundle."""
+    from experts import bundle as bundles
+
+    console.print(f"[green]whole[/] {bundles.load(name).path}")
+
+
+@bundle_app.command("rebuild")
+def _rebuild_bundles(
+    names: Annotated[list[str], typer.Argument(help="digits, fashion-mnist")],
+    folder: Annotated[Path | None, typer.Option(help="Default: the package's own assets.")] = None,
+) -> None:
+    """Train the reference models from their data, profile them on this machine and replace the shipped bundles."""
+    from benchmarks.references import rebuild
+    from experts import zoo
+
+    for name in names:
+        built = rebuild(name, folder or zoo.ASSETS)
+        console.print(f"[green]built[/] {built.path}  accuracy {json.dumps(built.metadata['accuracy'])}")
+
+
+@benchmark_app.command("demo")
+def _demo(
+    out: Path = Path("runs/demo"),
+    costs: Annotated[str, typer.Option(help="reference or machine")] = "reference",
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+) -> None:
+    """Train PPO on MoERouting-v0 for four cost weights; compare it with all yardsticks and the bound on test data."""
+    _compare([0.05, 0.1, 0.2, 0.4], [0], "fashion-mnist", costs, jobs, out)
+
+
+@benchmark_app.command("routing")
+def _routing(
+    cost_weights: Annotated[str, typer.Option(help="Separated by commas.")] = "0.2,0.4",
+    seeds: Annotated[int, typer.Option(help="Trainings for each cost weight.")] = 5,
+    bundle: str = "fashion-mnist",
+    costs: Annotated[str, typer.Option(help="reference or machine")] = "reference",
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    out: Path = Path("runs/routing"),
+) -> None:
+    """The same with several training seeds and intervals over seeds and episodes."""
+    _compare([float(part) for part in cost_weights.split(",")], list(range(seeds)), bundle, costs, jobs, out)
+
+
+@benchmark_app.command("speed")
+def _speed(json_file: Json = None) -> None:
+    """Steps per second of CPU time beside CartPole's, in one run, on one thread."""
+    from benchmarks.speed import measure
+
+    rows = measure()
+    _write(json_file, rows)
+    table = Table("rows", "CartPole-v1", "MoERouting-v0", "ratio", "floor", title="steps/s of CPU time, medians")
+    for row in rows:
+        figures = f"{row['cartpole']:,.0f}", f"{row['routing']:,.0f}", f"{row['ratio']:.2f}", f"{row['floor']:.2f}"
+        table.add_row(str(row["rows"]), *figures)
+    console.print(table)
+
+
+def _compare(weights: list[float], seeds: list[int], bundle: str, costs: str, jobs: int, out: Path) -> None:
+    from benchmarks.experiments import routing
+
+    with _bar() as add:
+        result = routing.run(weights, seeds, out, bundle=bundle, costs=costs, jobs=jobs, add_task=add)
+    for renderable in routing.tables(result):
+        console.print(renderable)
+    console.print(f"[green]saved[/] {out}/results.json, {out}/pareto.png    curves: tensorboard --logdir {out}")
+
+
+def _environment(env: str) -> str:
+    """The prefixed id; an unknown one is a `ValueError` that names what was probably meant."""
+    from moe_envs import ENVIRONMENTS
+
+    name = env.removeprefix("moe_envs:")
+    if name not in ENVIRONMENTS:
+        close = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0.3)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"no environment {env!r}{hint} There are {', '.join(ENVIRONMENTS)}")
+    return f"moe_envs:{name}"
+
+
+def _parse(pairs: list[str]) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--env-kwarg {pair!r}: expected name=value")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return parsed
+
+
+def _profile_table(measured: Any, title: str) -> Table:
+    table = Table("operation", "fixed [µs]", "slope [µs]", "residual", "spread", "weights [B]", title=title)
+    for name, operation in measured.operations.items():
+        time = operation.time
+        figures = (
+            f"{time.fixed * 1e6:.2f}",
+            f"{time.slope * 1e6:.3f}",
+            f"{time.residual:.1%}",
+            f"{operation.spread:.1%}",
+        )
+        table.add_row(name, *figures, f"{operation.memory.fixed:,.0f}")
+    return table
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str], Callable[[float], None]]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors) as progress:
+
+        def add(description: str) -> Callable[[float], None]:
+            task = progress.add_task(description, total=1.0)
+            return lambda share: progress.update(task, completed=share)
+
+        yield add
+
+
+def _write(path: Path | None, result: Any) -> None:
+    if path is not None:
+        from benchmarks.runs import write_text
+
+        write_text(path, json.dumps(result, indent=1))
+
+
+def _run(command: Callable[..., None]) -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    _guarded(app)
+
+
+def _guarded(app: typer.Typer) -> None:
+    """Run a command; what a user can mend is one line on stderr and exit code 1, not a traceback."""
+    from cost.profile import ProfileError
+    from experts.bundle import BundleError
+    from experts.data import DataError
+
+    try:
+        _require_our_agents()
+        from benchmarks.runs import RunError
+
+        app()
+    except (ValueError, BundleError, DataError, ProfileError, RunError) as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(1)
+
+
+def _require_our_agents() -> None:
+    import agents
+
+    ours, found = Path(__file__).parents[1] / "agents", Path(str(agents.__file__)).parent
+    if ours != found:
+        raise ValueError(
+            f"the package 'agents' found is {found}, not moe-envs': openai-agents has the same import name; "
+            "install moe-envs into a virtual environment of its own"
+        )

@@ -1,0 +1,197 @@
+"""Does a learned router earn its keep? PPO on MoERouting-v0 against every yardstick and the exact bound, on test data.
+
+Learners train on `rl_train`; their weights, every yardstick's parameters and the best yardstick are chosen on
+`validation`; all figures are of `test`, of episodes that are the same for every policy.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from benchmarks import pareto, report, runs
+from benchmarks.statistics import paired_difference
+
+ENV = "moe_envs:MoERouting-v0"
+EPISODES = {"validation": 1000, "test": 2000}
+EPISODE_SEED = 10_000
+
+Result = dict[str, Any]
+Returns = dict[str, np.ndarray]  # split -> return of each episode
+
+
+def run(
+    cost_weights: list[float],
+    seeds: list[int],
+    out: Path,
+    *,
+    bundle: str = "fashion-mnist",
+    costs: str = "reference",
+    jobs: int = 2,
+    timesteps: int | None = None,
+    add_task: Callable[[str], Callable[[float], object]] = lambda description: lambda share: None,
+) -> Result:
+    """Train and compare in `jobs` processes; writes results.json and pareto.png into `out`, run folders below it."""
+    from moe_envs import profiles
+
+    fixed = {"bundle": bundle, "costs": costs}
+    profiles.prepare(bundle, costs)
+    learners = [(weight, seed, fixed | {"cost_weight": weight}) for weight in cost_weights for seed in seeds]
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        shares = manager.dict()
+        trainings = [
+            pool.submit(_learned, kwargs, seed, out / f"ppo-{weight:g}-seed{seed}", timesteps, shares)
+            for weight, seed, kwargs in learners
+        ]
+        rules = [pool.submit(_yardsticks, fixed | {"cost_weight": weight}) for weight in cost_weights]
+        _watch([*trainings, *rules], shares, learners, cost_weights, add_task)
+        scored = [item for future in (*trainings, *rules) for item in future.result()]
+    result: Result = {"rows": [row for row, _ in scored], "summary": summarise(scored, cost_weights)}
+    result |= {"settings": fixed | {"seeds": seeds, "episodes": EPISODES}, **runs.provenance()}
+    runs.write_text(out / "results.json", json.dumps(result, indent=1))
+    pareto.plot(pd.DataFrame(result["rows"]), out / "pareto.png", f"MoERouting-v0, {bundle}, test, costs: {costs}")
+    return result
+
+
+def summarise(scored: list[tuple[dict[str, Any], Returns]], cost_weights: list[float]) -> list[dict[str, Any]]:
+    """For each cost weight: the yardstick best on validation, the paired difference, and the share of the way from
+    that yardstick to the bound; marks the chosen yardstick's row."""
+    summary = []
+    for weight in cost_weights:
+        here = [item for item in scored if item[0]["cost_weight"] == weight]
+        best = max((i for i in here if i[0]["kind"] == "yardstick"), key=lambda item: item[1]["validation"].mean())
+        bound = next(item for item in here if item[0]["kind"] == "bound")
+        ours = np.stack([returns["test"] for row, returns in here if row["kind"] == "learned"])
+        best[0]["chosen"] = True
+        difference, interval = paired_difference(ours, best[1]["test"])
+        gap = float(bound[1]["test"].mean() - best[1]["test"].mean())
+        strongest = max((i for i in here if i[0]["kind"] == "yardstick"), key=lambda item: item[1]["test"].mean())
+        summary.append(
+            {
+                "cost_weight": weight,
+                "ppo": float(ours.mean()),
+                "best_yardstick": best[0]["policy"],
+                "best_yardstick_return": best[0]["return"],
+                "difference": difference,
+                "ci95": list(interval),
+                "seeds_above": int((ours.mean(1) > best[1]["test"].mean()).sum()),
+                "seeds": len(ours),
+                "bound": bound[0]["return"],
+                "share_of_way_to_bound": difference / gap,
+                "best_on_test_in_hindsight": strongest[0]["policy"],
+                "best_on_test_in_hindsight_return": strongest[0]["return"],
+            }
+        )
+    return summary
+
+
+def tables(result: Result) -> list[Any]:
+    """What to print: all policies for each cost weight, then the summary, then hypervolumes."""
+    rows = result["rows"]
+    weights = sorted({row["cost_weight"] for row in rows})
+    drawn: list[Any] = [
+        report.table(
+            [r for r in rows if r["cost_weight"] == weight], f"cost weight {weight:g}, test (* best on validation)"
+        )
+        for weight in weights
+    ]
+    columns = (
+        "cost weight",
+        "PPO",
+        "best yardstick",
+        "its return",
+        "difference",
+        "95 %",
+        "seeds above",
+        "way to bound",
+    )
+    summary = Table(*columns, title="PPO less the yardstick that is best on validation, on test")
+    for entry in result["summary"]:
+        low, high = entry["ci95"]
+        summary.add_row(
+            f"{entry['cost_weight']:g}",
+            f"{entry['ppo']:.4f}",
+            entry["best_yardstick"],
+            f"{entry['best_yardstick_return']:.4f}",
+            f"{entry['difference']:+.4f}",
+            f"{low:+.4f} .. {high:+.4f}",
+            f"{entry['seeds_above']} of {entry['seeds']}",
+            f"{entry['share_of_way_to_bound']:.1%}",
+        )
+    return [*drawn, summary, _hypervolumes(rows)]
+
+
+def _hypervolumes(rows: list[dict[str, Any]]) -> str:
+    volumes = {
+        kind: pareto.hypervolume(
+            np.array([[r["cost"], r["quality"]] for r in rows if r["kind"] == kind]), "MoERouting-v0"
+        )
+        for kind in ("learned", "yardstick", "bound")
+    }
+    return "hypervolume of (cost, accuracy): " + ", ".join(f"{kind} {volume:.4f}" for kind, volume in volumes.items())
+
+
+def _learned(
+    env_kwargs: dict[str, Any], seed: int, folder: Path, timesteps: int | None, shares: Any
+) -> list[tuple[dict[str, Any], Returns]]:
+    key = f"{env_kwargs['cost_weight']:g}/{seed}"
+    overrides = {} if timesteps is None else {"total_timesteps": timesteps}
+    model = runs.train(ENV, "ppo", seed, folder, env_kwargs, overrides, lambda share: shares.update({key: share}))
+    return [_score(model, "PPO", "learned", seed, env_kwargs)]
+
+
+def _yardsticks(env_kwargs: dict[str, Any]) -> list[tuple[dict[str, Any], Returns]]:
+    import torch
+
+    from agents.yardsticks.routing import yardsticks
+
+    torch.set_num_threads(1)
+    tuned = yardsticks(ENV, **env_kwargs)
+    return [_score(policy, name, policy.kind, 0, env_kwargs) for name, policy in tuned.items()]
+
+
+def _score(policy: Any, name: str, kind: str, seed: int, env_kwargs: dict[str, Any]) -> tuple[dict[str, Any], Returns]:
+    from agents.evaluate import evaluate
+
+    frames = {
+        split: evaluate(policy, ENV, episodes, EPISODE_SEED, **env_kwargs, split=split)
+        for split, episodes in EPISODES.items()
+    }
+    row = report.row(frames["test"], ENV, name, kind, seed=seed, **env_kwargs, split="test")
+    return row, {split: frame["return"].to_numpy() for split, frame in frames.items()}
+
+
+def _watch(
+    futures: list[Any],
+    shares: Any,
+    learners: list[tuple[float, int, dict[str, Any]]],
+    cost_weights: list[float],
+    add_task: Callable[[str], Callable[[float], object]],
+) -> None:
+    """Draw the progress until all is done; the first failure ends the wait and is raised."""
+    from concurrent.futures import FIRST_EXCEPTION, wait
+
+    names = [f"PPO, cost weight {weight:g}, seed {seed}" for weight, seed, _ in learners]
+    keys = [f"{weight:g}/{seed}" for weight, seed, _ in learners]
+    reports = [add_task(name) for name in names] + [add_task(f"yardsticks, cost weight {w:g}") for w in cost_weights]
+    pending: set[Any] = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
+        for future in done:
+            reports[futures.index(future)](1.0)
+            if future.exception():
+                for waiting in pending:
+                    waiting.cancel()
+                future.result()
+        for index, key in enumerate(keys):
+            if not futures[index].done():
+                reports[index](shares.get(key, 0.0))

@@ -1,0 +1,51 @@
+"""Fronts of quality against cost, and their hypervolume, by moocore."""
+
+from pathlib import Path
+
+import moocore
+import numpy as np
+import pandas as pd
+
+# The worst point that counts, (cost, quality), fixed for each environment so that hypervolumes compare for ever.
+REFERENCE_POINTS = {"MoERouting-v0": (2.0, 0.0)}
+
+
+def front(points: np.ndarray) -> np.ndarray:
+    """Which of the points `[n, 2]` of (cost, quality) no other one beats in both."""
+    return np.asarray(moocore.is_nondominated(points, maximise=[False, True]))
+
+
+def hypervolume(points: np.ndarray, env: str) -> float:
+    """The area between the points of (cost, quality) and the environment's reference point."""
+    return float(moocore.hypervolume(points, ref=REFERENCE_POINTS[env], maximise=[False, True]))
+
+
+def plot(rows: pd.DataFrame, path: Path, title: str) -> None:
+    """Quality over cost of all rows: learned policies by cost weight, yardsticks with their front, the bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    styles = {"yardstick": ("tab:gray", "o", 18), "bound": ("tab:green", "^", 50), "learned": ("tab:red", "D", 42)}
+    for kind, (colour, marker, size) in styles.items():
+        chosen = rows[(rows["kind"] == kind) & (rows["policy"] != "random")]
+        points = chosen[["cost", "quality"]].to_numpy()
+        axes.scatter(points[:, 0], points[:, 1], s=size, c=colour, marker=marker, label=kind, alpha=0.8, zorder=3)
+        best = points[front(points)]
+        best = best[np.argsort(best[:, 0])]
+        axes.step(best[:, 0], best[:, 1], where="post", color=colour, linewidth=1, zorder=2)
+    for _, row in rows[rows["policy"].isin(["gate top-1", "gate top-2"])].drop_duplicates("policy").iterrows():
+        axes.annotate(row["policy"], (row["cost"], row["quality"]), textcoords="offset points", xytext=(5, -12))
+    learned = rows[rows["kind"] == "learned"].drop_duplicates("cost_weight")
+    for _, row in learned.iterrows():
+        where = (row["cost"], row["quality"])
+        axes.annotate(f"λ={row['cost_weight']:g}", where, textcoords="offset points", xytext=(6, 6), color="tab:red")
+    axes.set(xlabel="cost (1 = the model's own top-2 gate)", ylabel="quality (accuracy)", title=title, xlim=(0, 1.3))
+    floor = rows.loc[(rows["policy"] != "random") & (rows["cost"] < 1.3), "quality"].min()
+    axes.set_ylim(floor - 0.02, None)
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,83 @@
+"""What an operation costs: time, memory and energy, affine in the number of inputs."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from cost.profile import Profile
+
+Array = TypeVar("Array", float, np.ndarray)
+TERMS = ("time", "memory", "energy")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time in s, memory in B, energy in J."""
+
+    time: float = 0.0
+    memory: float = 0.0
+    energy: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.time + other.time, self.memory + other.memory, self.energy + other.energy)
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(self.time * factor, self.memory * factor, self.energy * factor)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of E operations: `fixed [E, 3]`, paid once a batch, and `slope [E, 3]`, paid for each input; s, B, J."""
+
+    fixed: np.ndarray
+    slope: np.ndarray
+
+    @classmethod
+    def from_profile(cls, profile: Profile) -> CostModel:
+        """The look-up of a profile, operations in their order."""
+        fits = [[getattr(operation, term) for term in TERMS] for operation in profile.operations.values()]
+        fixed = np.array([[fit.fixed for fit in row] for row in fits])
+        return cls(fixed, np.array([[fit.slope for fit in row] for row in fits]))
+
+    def cost(self, operation: int, n: int) -> Cost:
+        """The cost of one operation on n inputs, nothing for n = 0."""
+        return Cost(*(self.fixed[operation] + self.slope[operation] * n).tolist()) if n else Cost()
+
+    def batch(self, loads: np.ndarray) -> np.ndarray:
+        """Costs `[..., 3]` of batches in which operation e runs on `loads[..., e]` inputs."""
+        return (loads > 0) @ self.fixed + loads @ self.slope
+
+    def subsets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Fixed and per-input costs `[2^E, 3]` of every subset of the operations; bit e of the row = operation e."""
+        count = len(self.fixed)
+        members = (np.arange(2**count)[:, None] >> np.arange(count) & 1).astype(np.float64)
+        return members @ self.fixed, members @ self.slope
+
+
+@dataclass(frozen=True)
+class RelativeCost:
+    """Cost as one number: sum over terms of weight * term / reference; 1 for the reference where the weights sum to 1.
+
+    Works on floats and on arrays alike, by the same operations in the same order, so that both give the same bits.
+    """
+
+    reference: Cost
+    weights: Cost
+
+    def __post_init__(self) -> None:
+        if min(astuple(self.weights)) < 0 or sum(astuple(self.weights)) <= 0:
+            raise ValueError(f"the weights of time, memory and energy must be >= 0 and one > 0, got {self.weights}")
+        if min(astuple(self.reference)) <= 0:
+            raise ValueError(f"the reference cost must be > 0, got {self.reference}")
+        scales = [w / r for w, r in zip(astuple(self.weights), astuple(self.reference), strict=True)]
+        object.__setattr__(self, "_scales", tuple(scales))
+
+    def __call__(self, time: Array, memory: Array, energy: Array) -> Array:
+        scale_time, scale_memory, scale_energy = self._scales  # type: ignore[attr-defined]
+        return scale_time * time + scale_memory * memory + scale_energy * energy

@@ -1,0 +1,102 @@
+"""The Mixture-of-Experts classifier: an optional shared trunk, a linear gate, experts of given widths.
+
+Shape legend: B inputs, D inputs' (or trunk's) width, H all experts' hidden units, E experts, C classes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from experts.routers import mixing_weights, top_k
+
+
+class MoEModel(Protocol):
+    """What a module must offer to become a bundle: `trunk(x) -> h`, `gate(h) -> [B, E]`, experts `h -> [B, C]`."""
+
+    @property
+    def trunk(self) -> nn.Module: ...
+
+    @property
+    def gate(self) -> nn.Module: ...
+
+    @property
+    def experts(self) -> Iterable[nn.Module]: ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+
+class ExpertStack(nn.Module):
+    """E two-layer perceptrons of different width, computed as two matrix products without a loop over experts.
+
+    Item e is expert e alone, with its own copy of the weights, as it would be deployed.
+    """
+
+    owner_H: torch.Tensor
+
+    def __init__(self, num_inputs: int, num_classes: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.hidden = nn.Linear(num_inputs, sum(widths))
+        bound_H1 = torch.tensor([width for width in widths for _ in range(width)]).pow(-0.5).unsqueeze(1)
+        self.out_HC = nn.Parameter((torch.rand(sum(widths), num_classes) * 2 - 1) * bound_H1)
+        self.bias_EC = nn.Parameter(torch.zeros(len(widths), num_classes))
+        owner_H = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(self.widths))
+        self.register_buffer("owner_H", owner_H, persistent=False)
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """The class logits of every expert, `[B, E, C]`."""
+        hidden_BH = self.hidden(x_BD).relu()
+        owns_HE = F.one_hot(self.owner_H, len(self.widths)).to(hidden_BH.dtype)
+        block_HEC = owns_HE.unsqueeze(-1) * self.out_HC.unsqueeze(1)
+        return (hidden_BH @ block_HEC.flatten(1)).unflatten(1, self.bias_EC.shape) + self.bias_EC
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def __getitem__(self, expert: int) -> nn.Sequential:
+        rows = self.owner_H == range(len(self))[expert]
+        first = nn.Linear(self.hidden.in_features, int(rows.sum()))
+        second = nn.Linear(first.out_features, self.out_HC.shape[1])
+        with torch.no_grad():
+            first.weight.copy_(self.hidden.weight[rows])
+            first.bias.copy_(self.hidden.bias[rows])
+            second.weight.copy_(self.out_HC[rows].T)
+            second.bias.copy_(self.bias_EC[expert])
+        return nn.Sequential(first, nn.ReLU(), second)
+
+    def __iter__(self) -> Iterator[nn.Sequential]:
+        return (self[expert] for expert in range(len(self)))
+
+
+class MoEClassifier(nn.Module):
+    """Mixture of Experts over flat inputs; `trunk` is the width of a shared first layer, 0 for none."""
+
+    def __init__(self, num_inputs: int, num_classes: int, *, widths: Sequence[int] = (16,) * 8, trunk: int = 0) -> None:
+        super().__init__()
+        if not widths or min(widths) < 1 or trunk < 0:
+            raise ValueError(f"widths {tuple(widths)} and trunk {trunk}: widths must be >= 1 and trunk >= 0")
+        self.settings = {"num_inputs": num_inputs, "num_classes": num_classes, "widths": list(widths), "trunk": trunk}
+        self.trunk = nn.Sequential(nn.Linear(num_inputs, trunk), nn.ReLU()) if trunk else nn.Sequential()
+        self.gate = nn.Linear(trunk or num_inputs, len(widths))
+        self.experts = ExpertStack(trunk or num_inputs, num_classes, widths)
+
+    def forward(self, x_BD: torch.Tensor, k: int = 2) -> torch.Tensor:
+        """Class logits `[B, C]` of the top-k gate."""
+        h_BD = self.trunk(x_BD)
+        gate_BE = self.gate(h_BD)
+        return mix(gate_BE, self.experts(h_BD), top_k(gate_BE, k))
+
+
+def mix(gate_logits_BE: torch.Tensor, outputs_BEC: torch.Tensor, members_BE: torch.Tensor) -> torch.Tensor:
+    """The chosen experts' logits, weighted by the gate's softmax over them, `[B, C]`."""
+    return (mixing_weights(gate_logits_BE, members_BE).unsqueeze(-1) * outputs_BEC).sum(1)
+
+
+@torch.no_grad()
+def tabulate(model: MoEModel, inputs_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate logits `[B, E]` and every expert's logits `[B, E, C]`, in evaluation, of any `MoEModel`."""
+    h_BD = model.trunk(inputs_BD)
+    return model.gate(h_BD), torch.stack([expert(h_BD) for expert in model.experts], dim=1)

@@ -1,0 +1,40 @@
+"""Where bundles live: shipped inside the package, or built into the user's cache (`MOE_ENVS_CACHE` moves it)."""
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def cache_folder() -> Path:
+    """The user's cache of this project; nothing is created."""
+    return Path(os.environ.get("MOE_ENVS_CACHE") or platformdirs.user_cache_path("moe-envs"))
+
+
+def user_folder() -> Path:
+    """Where bundles of the user's own are."""
+    return cache_folder() / "bundles"
+
+
+def shipped() -> list[str]:
+    """Names of the bundles inside the package."""
+    return _bundles(ASSETS)
+
+
+def names() -> list[str]:
+    """Names of all bundles, the shipped ones first."""
+    return [*shipped(), *_bundles(user_folder())]
+
+
+def find(name_or_path: str | Path) -> Path | None:
+    """The folder of a bundle, by name or by path, or None."""
+    if str(name_or_path) in shipped():
+        return ASSETS / name_or_path
+    candidates = (user_folder() / name_or_path, Path(name_or_path))
+    return next((path for path in candidates if str(name_or_path) and path.is_dir()), None)
+
+
+def _bundles(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("[!._]*") if path.is_dir())

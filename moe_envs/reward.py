@@ -1,0 +1,21 @@
+"""The one reward of all environments: R = quality - cost_weight * cost."""
+
+from dataclasses import dataclass
+
+from cost.model import Array, RelativeCost
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Quality minus the weighted cost; the cost is relative to a reference policy whose cost is 1."""
+
+    cost_weight: float
+    relative: RelativeCost
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cost_weight < float("inf"):
+            raise ValueError(f"cost_weight must be a finite number >= 0, got {self.cost_weight}")
+
+    def __call__(self, quality: Array, cost: Array) -> Array:
+        """The reward of a quality and a relative cost, floats or arrays."""
+        return quality - self.cost_weight * cost

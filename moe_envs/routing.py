@@ -1,0 +1,302 @@
+"""MoERouting-v0: which experts of a trained Mixture of Experts answer each input of a mini-batch."""
+
+from operator import index
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.vector import AutoresetMode
+
+from cost.model import Cost
+from experts import bundle as bundles
+from moe_envs import profiles, rendering
+from moe_envs.batched import BatchedEnv, Outcome, SingleEnv, State
+from moe_envs.reward import Reward
+from moe_envs.routing_tables import ACTIONS, STREAMS, RoutingTables
+from moe_envs.spaces import check_actions, choose, reject_unknown
+
+COSTS = ("reference", "machine")
+ARGUMENTS = (
+    *("bundle", "split", "cost_weight", "costs", "batch_size", "stream", "action"),
+    *("time_weight", "memory_weight", "energy_weight", "render_mode"),
+)
+
+
+class MoERoutingVectorEnv(BatchedEnv):
+    """MoERouting-v0 over `num_envs` mini-batches at once; see `MoERoutingEnv` for the problem and its arguments."""
+
+    STATE = ("batch", "_place", "_inputs", "_unpaid", "_cost", "_summary")
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        bundle: str = "fashion-mnist",
+        split: str = "rl_train",
+        cost_weight: float = 0.2,
+        costs: str = "reference",
+        batch_size: int = 32,
+        stream: str = "topical",
+        action: str = "expert",
+        time_weight: float = 1 / 3,
+        memory_weight: float = 1 / 3,
+        energy_weight: float = 1 / 3,
+        render_mode: None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
+        **unknown: object,
+    ) -> None:
+        reject_unknown(unknown, ARGUMENTS)
+        choose("split", split, bundles.SPLITS)
+        choose("stream", stream, STREAMS)
+        choose("action", action, ACTIONS)
+        choose("costs", costs, COSTS)
+        if render_mode is not None:
+            raise ValueError(
+                f"render_mode={render_mode!r}: the vector environment does not render, the single one does"
+            )
+        loaded = bundles.load(bundle)
+        weights = Cost(time_weight, memory_weight, energy_weight)
+        profile = profiles.select(loaded, costs)
+        tables = RoutingTables(loaded, split, profile, weights, batch_size=batch_size, stream=stream, action=action)
+        reward = Reward(cost_weight, tables.relative)
+        experts = tables.num_experts
+        action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(experts)
+        super().__init__(num_envs, tables.layout, action_space, reward, autoreset_mode, max_episode_steps)
+        self.tables, self.action = tables, action
+        self.batch, self._inputs, self._unpaid = np.zeros((3, num_envs), dtype=np.int64)
+        self._place = np.zeros((2, num_envs), dtype=np.int64)  # in the deck, and in the batch
+        self._cost = np.zeros(num_envs)
+        self._summary = np.zeros(num_envs, dtype=tables.summary_blocks.dtype)
+        self._num_choices = tables.correct.shape[1]
+
+    def _begin(self, rows: np.ndarray) -> None:
+        batch = self._draw(rows, len(self.tables.summaries))
+        self.batch[rows], self._place[0, rows], self._place[1, rows] = batch, batch * (self.tables.batch_size + 1), 0
+        self._unpaid[rows], self._cost[rows] = 2**self.tables.num_experts - 1, 0.0
+        self._summary[rows] = self.tables.summary_blocks[batch]
+        self._inputs = self.tables.deck.take(self._place[0])
+
+    def _advance(self, actions: np.ndarray) -> Outcome:
+        tables = self.tables
+        choice = actions @ tables.codes if self.action == "subset" else actions
+        entry = self._inputs * self._num_choices + choice
+        subset = tables.subsets.take(entry if self.action == "top-m" else choice)
+        new = subset & self._unpaid
+        paid = tables.fixed.take(new, axis=0)
+        paid += tables.slope.take(subset, axis=0)
+        paid[:, 4] = tables.quality.take(tables.correct.take(entry))
+        self._unpaid ^= new
+        self._cost += paid[:, 0]
+        self._place += 1
+        cursor, position = self._place
+        self._inputs = tables.deck.take(cursor)
+        details = {"routing/experts_used": tables.num_paid.take(self._unpaid)}
+        return Outcome(paid, position == tables.batch_size, details)
+
+    def _observe(self) -> np.ndarray:
+        tables = self.tables
+        observation = tables.seen.take(self._inputs, axis=0)
+        record = observation.view(tables.record)[:, 0]
+        record["batch"] = self._summary
+        record["experts_used"] = tables.paid.take(self._unpaid)
+        record["cost"] = self._cost
+        record["progress"] = tables.progress.take(self._place[1])
+        return observation
+
+    def take_row(self) -> tuple[int, int, int, float]:
+        """Batch, position, code of the experts not paid yet, and cost so far, of a vector of one row."""
+        return self.batch.item(), self._place[1].item(), self._unpaid.item(), self._cost.item()
+
+    def put_row(self, batch: int, position: int, unpaid: int, cost: float) -> None:
+        """The inverse of `take_row`."""
+        self.batch[0], self._unpaid[0], self._cost[0] = batch, unpaid, cost
+        self._place[:, 0] = batch * (self.tables.batch_size + 1) + position, position
+        self._done[0] = position == self.tables.batch_size
+        self._summary[0] = self.tables.summary_blocks[batch]
+        self._inputs = self.tables.deck.take(self._place[0])
+
+    def batch_inputs(self, row: int) -> np.ndarray:
+        """The input indices `[batch_size]` of a row's present batch."""
+        return self.tables.batch(self.batch[row])[:-1]
+
+
+class MoERoutingEnv(SingleEnv):
+    """
+    ## Description
+    A trained Mixture of Experts gets a mini-batch of real inputs; the agent says, input by input, which experts answer
+    it. Running an expert for the first time in a batch costs its fixed part (its call, its weights), each input it
+    answers costs a little more, and the experts differ: small ones are cheap, large ones are good, each is best on
+    something else. What was already paid in this batch is nearly free afterwards, so that the choice for one input
+    changes what is wise for the next: a sequential problem, not a bandit.
+
+    Models, data and costs are real: the answers of all 2^E subsets of experts are tabulated in a bundle, and the costs
+    are look-ups in a profile that was measured on a machine (energy is a proxy, see `cost.profile`).
+
+    ## Action Space
+    By the argument `action`, for a bundle of E experts (8 in the shipped ones):
+
+    | action | space | meaning |
+    |---|---|---|
+    | `"expert"` | `Discrete(E)` | this expert answers |
+    | `"subset"` | `MultiBinary(E)` | these experts answer, mixed by the gate's softmax over them |
+    | `"top-m"` | `Discrete(E)` | the m + 1 experts of largest gate logit answer |
+
+    The empty subset runs nothing, costs nothing and is never correct.
+
+    ## Observation Space
+    A `Box` of float32; `env.unwrapped.observation_layout` maps each name to its slice, its bounds and its meaning.
+
+    | part | size | range | meaning |
+    |---|---|---|---|
+    | `features` | F | -5..5 | principal components of the present input, scaled to variance 1 |
+    | `gate_logits` | E | -10..10 | the gate's logits for it, less their mean |
+    | `batch_gate` | E | 0..E | mean gate probability over the whole batch, times E: 1 if even |
+    | `batch_features` | F | -15..15 | mean features over the whole batch, times 3 |
+    | `experts_used` | E | 0..1 | 1 for experts already paid in this batch |
+    | `cost` | 1 | 0..all experts for all inputs | cost of this batch so far |
+    | `progress` | 1 | 0..1 | share of the batch that is done |
+
+    After the last input the parts about the present input are 0.
+
+    ## Rewards
+    R = quality - cost_weight * cost. Quality is 1 / batch_size for a correct answer, so that an episode's quality is
+    the batch's accuracy. Cost is the weighted sum of time, memory and energy, each relative to what the model's own
+    top-2 gate costs on a mean batch: an episode's cost is 1.0 for what everyone does today.
+
+    `info` has `reward/quality`, `reward/cost` (relative, unweighted), `cost/time` [s], `cost/memory` [B], `cost/energy`
+    [J], `vector_reward` (quality, -time, -memory, -energy, relative), and
+    `routing/experts_used`, the distinct ones in this batch so far.
+
+    ## Starting State
+    The row's next mini-batch out of 16,384 that the split is laid out in; no expert is paid.
+
+    ## Episode End
+    Terminated after the last input of the batch; never truncated by itself.
+
+    ## Arguments
+    | argument | default | meaning |
+    |---|---|---|
+    | `bundle` | `"fashion-mnist"` | name (`"digits"`, or your own) or folder of a bundle |
+    | `split` | `"rl_train"` | inputs of `"rl_train"`, `"validation"` or `"test"` |
+    | `cost_weight` | 0.2 | lambda of the reward |
+    | `costs` | `"reference"` | the profile shipped with the bundle, or this `"machine"`'s (`moe-profile`) |
+    | `batch_size` | 32 | inputs in a batch, steps in an episode |
+    | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
+    | `action` | `"expert"` | see Action Space |
+    | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | shares of the terms in the cost |
+    | `render_mode` | None | `"rgb_array"` or `"ansi"` |
+
+    ## Version History
+    * v0: initial version.
+    """
+
+    vector_class = MoERoutingVectorEnv
+    vector: MoERoutingVectorEnv
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        tables = self.vector.tables
+        self._subsets = tables.subsets.tolist() if tables.subsets.ndim == 1 else []
+        self._paid: dict[tuple[int, int], tuple[float, float, float, float, np.ndarray]] = {}
+        self._used_columns, self._num_used = list(tables.members_paid), tables.num_paid.tolist()
+        self._used = self.observation_layout["experts_used"].slice
+        self._num_choices, self._batch_size = tables.correct.shape[1], tables.batch_size
+        self._share, self._reward = 1 / tables.batch_size, self.vector.reward
+        self._all = 2**tables.num_experts - 1
+        self._batch, self._position, self._unpaid, self._cost = 0, self._batch_size, 0, 0.0
+        self._choices: list[tuple[int, int]] = []
+        self._correct, self._top_m = b"", list[list[int]]()
+        self._observations = np.empty(0, dtype=np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start the next mini-batch."""
+        self._seed(seed)
+        self._load(self.vector.draw_one(0, len(self.vector.tables.summaries)), 0, self._all, 0.0, [])
+        return self._observations[0], {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Let experts answer the present input: the vector environment's look-ups, in Python numbers for speed."""
+        position = self._position
+        if position == self._batch_size:
+            raise ResetNeeded("the batch is done or none was begun: call reset before step")
+        choice = self._choice(action)
+        subset = self._subsets[choice] if self._subsets else self._top_m[position][choice]
+        correct = self._correct[position * self._num_choices + choice]
+        new = subset & self._unpaid
+        paid = self._paid.get((new, subset)) or self._pay(new, subset)
+        cost, time, memory, energy, vector = paid
+        vector = vector.copy()
+        vector[0] = quality = correct * self._share
+        self._choices.append((subset, correct))
+        self._unpaid = unpaid = self._unpaid ^ new
+        self._cost += cost
+        self._position = position = position + 1
+        observation = self._observations[position]
+        observation[self._used] = self._used_columns[unpaid]
+        observation[-2] = self._cost
+        info = {
+            "reward/quality": quality,
+            "reward/cost": cost,
+            "cost/time": time,
+            "cost/memory": memory,
+            "cost/energy": energy,
+            "vector_reward": vector,
+            "routing/experts_used": self._num_used[unpaid],
+        }
+        return observation, self._reward(quality, cost), position == self._batch_size, False, info
+
+    def state(self) -> State:
+        """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""
+        self.vector.put_row(self._batch, self._position, self._unpaid, self._cost)
+        return super().state() | {"choices": list(self._choices)}
+
+    def restore(self, state: State) -> np.ndarray:
+        """Go back to a `state()` of an environment with the same arguments; returns the observation there."""
+        observation = super().restore(state)
+        self._load(*self.vector.take_row(), list(state["choices"]))
+        return observation
+
+    def batch_inputs(self) -> np.ndarray:
+        """The input indices `[batch_size]` of the present batch."""
+        return self.vector.tables.batch(self._batch)[:-1]
+
+    def render(self) -> Any:
+        """The batch so far, as an RGB array or as text."""
+        if self.render_mode is None:
+            raise ResetNeeded("make the environment with render_mode='rgb_array' or 'ansi' to render it")
+        picture = rendering.RoutingPicture(self.vector.tables.num_experts, self._batch_size, self._choices, self._cost)
+        return picture.rgb_array() if self.render_mode == "rgb_array" else picture.ansi()
+
+    def _load(self, batch: int, position: int, unpaid: int, cost: float, choices: list[tuple[int, int]]) -> None:
+        """Lay out what the steps of a batch need."""
+        tables = self.vector.tables
+        self._batch, self._position, self._unpaid, self._cost, self._choices = batch, position, unpaid, cost, choices
+        inputs = tables.batch(batch)
+        self._correct = tables.correct[inputs].tobytes()
+        self._top_m = [] if self._subsets else tables.subsets[inputs].tolist()
+        self._observations = tables.seen[inputs]
+        self._observations[:, tables.of_batch] = tables.summaries[batch]
+        self._observations[:, -1] = tables.progress[:-1]
+
+    def _pay(self, new: int, subset: int) -> tuple[float, float, float, float, np.ndarray]:
+        """Relative cost, time, memory, energy, vector reward of a subset of which `new` is paid for the first time."""
+        row = self.vector.tables.fixed[new] + self.vector.tables.slope[subset]
+        cost, time, memory, energy = row[:4].tolist()
+        self._paid[new, subset] = cost, time, memory, energy, row[4:]
+        return self._paid[new, subset]
+
+    def _choice(self, action: Any) -> int:
+        """The number of the choice that an action is; raises `InvalidAction` where it is outside the space."""
+        if self.vector.action == "subset":
+            return int(check_actions(self.action_space, action) @ self.vector.tables.codes)
+        try:
+            choice = index(action)
+        except TypeError:
+            choice = -1
+        if not 0 <= choice < self._num_choices:
+            raise InvalidAction(f"action {action!r} is not in {self.action_space}")
+        return choice

@@ -1,0 +1,90 @@
+"""The native VecEnv equals DummyVecEnv; costs reach the log; settings are complete."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents import sb3
+
+ID = "moe_envs:MoERouting-v0"
+DIGITS: dict[str, Any] = {"bundle": "digits", "batch_size": 6}
+
+
+@pytest.mark.parametrize("action", ["expert", "subset"])
+def test_native_vec_env_equals_dummy_vec_env(action: str, assert_same: Callable[[Any, Any], None]) -> None:
+    kwargs = {**DIGITS, "action": action}
+    native, dummy = sb3.make_sb3_vec(ID, 3, **kwargs), make_vec_env(ID, 3, seed=9, env_kwargs=kwargs)
+    native.seed(9)
+    np.testing.assert_array_equal(native.reset(), dummy.reset())
+    native.action_space.seed(0)
+    for _ in range(50):
+        actions = np.stack([native.action_space.sample() for _ in range(3)])
+        ours, theirs = native.step(actions), dummy.step(actions)
+        for infos in (ours[3], theirs[3]):
+            for info in infos:
+                info.get("episode", {}).pop("t", None)
+        for info in ours[3]:
+            if "episode" in info:
+                info["episode"]["r"] = round(float(info["episode"]["r"]), 6)
+        assert_same(ours[:3], theirs[:3])
+        assert_same(ours[3], theirs[3])
+    assert native.get_attr("num_envs") == [3] * 3
+    native.close()
+
+
+def test_only_environments_that_leave_resets_to_it_are_adapted() -> None:
+    import gymnasium
+
+    with pytest.raises(ValueError, match="Disabled"):
+        sb3.NativeVecEnv(gymnasium.make_vec(ID, 2, vectorization_mode="vector_entry_point", **DIGITS))
+
+
+def test_costs_and_rewards_reach_tensorboard(tmp_path: Path) -> None:
+    env = sb3.make_sb3_vec(ID, 4, **DIGITS, cost_weight=0.3)
+    logger = sb3.CostLogger()
+    PPO("MlpPolicy", env, n_steps=12, batch_size=48, seed=0, tensorboard_log=str(tmp_path)).learn(96, logger)
+    events = EventAccumulator(str(next(tmp_path.glob("*/"))))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    expected = {"reward/quality", "reward/cost", "cost/time", "cost/memory", "cost/energy", "routing/experts_used"}
+    assert expected | {"rollout/ep_rew_mean"} <= tags
+    assert len(logger.records) == 16
+    for record in logger.records:
+        assert record["return"] == pytest.approx(record["reward/quality"] - 0.3 * record["reward/cost"], abs=1e-6)
+        assert 1 <= record["routing/experts_used"] <= 6
+    logged = events.Scalars("cost/time")[-1].value
+    assert logged == pytest.approx(np.mean([record["cost/time"] for record in logger.records[8:]]), rel=1e-5)
+
+
+@pytest.mark.parametrize("algo", list(sb3.ALGORITHMS))
+def test_every_algorithm_trains_with_its_tuned_settings_and_repeats_bit_for_bit(algo: str) -> None:
+    weights = []
+    for _ in range(2):
+        settings = (
+            sb3.settings(algo, ID, n_envs=4, learning_starts=16) if algo == "dqn" else sb3.settings(algo, ID, n_envs=4)
+        )
+        model = sb3.make_algorithm(algo, sb3.make_sb3_vec(ID, 4, **DIGITS), 3, settings)
+        model.learn(256, sb3.KeepBest(ID, DIGITS, checks=2, episodes=20))
+        weights.append(np.concatenate([value.numpy().ravel() for value in model.policy.state_dict().values()]))
+    np.testing.assert_array_equal(*weights)
+
+
+def test_unknown_algorithms_are_named() -> None:
+    with pytest.raises(ValueError, match="ppo, a2c, dqn"):
+        sb3.settings("sac", ID)
+
+
+def test_keep_best_ends_with_the_weights_best_on_validation() -> None:
+    from agents.evaluate import evaluate
+
+    keeper = sb3.KeepBest(ID, DIGITS, checks=5, episodes=200)
+    env = sb3.make_sb3_vec(ID, 16, **DIGITS)
+    model = PPO("MlpPolicy", env, n_steps=12, batch_size=48, learning_rate=0.02, seed=0)
+    model.learn(4000, keeper)
+    assert evaluate(model, ID, 200, **DIGITS, split="validation")["return"].mean() == keeper.best

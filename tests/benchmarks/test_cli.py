@@ -1,0 +1,141 @@
+"""The commands, as a person calls them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import cli, runs
+
+
+def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.argv[0] = 'moe'; from benchmarks.cli import {name}; {name}()"
+    return subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    done = command(
+        "train", "--env", "MoERouting-v0", "--seed", "3", "--timesteps", "4096", "--out", str(folder),
+        "-k", "bundle=digits", "-k", "cost_weight=0.3", "--json", str(folder / "out.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_folder_says_all_about_the_run(run: Path) -> None:
+    config = json.loads((run / "run.json").read_text())
+    assert config == json.loads((run / "out.json").read_text())
+    assert config["env"] == "moe_envs:MoERouting-v0"
+    assert config["env_kwargs"] == {"bundle": "digits", "cost_weight": 0.3}
+    assert (config["algo"], config["seed"], config["settings"]["total_timesteps"]) == ("ppo", 3, 4096)
+    assert {"commit", "fingerprint", "versions", "sha256"} <= config.keys()
+    assert (run / "episodes.csv").read_text().count("\n") == 4096 / 32 + 1
+    assert list(run.glob("tensorboard/*/events*"))
+
+
+def test_evaluation_loads_the_run_and_writes_rows(run: Path, tmp_path: Path) -> None:
+    done = command("evaluate", str(run), "--split", "test", "--episodes", "50", "--json", str(tmp_path / "e.json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "e.json").read_text())
+    (row,) = result["rows"]
+    assert (row["policy"], row["kind"], row["split"], row["cost_weight"]) == ("ppo", "learned", "test", 0.3)
+    assert row["ci95"][0] < row["return"] < row["ci95"][1]
+    assert row["return"] == pytest.approx(row["quality"] - 0.3 * row["cost"])
+    assert f"{row['return']:.4f}" in done.stdout
+
+
+def test_weights_survive_the_folder_bit_for_bit(run: Path) -> None:
+    model, config = runs.load(run)
+    again, _ = runs.load(run)
+    ours, theirs = model.policy.state_dict(), again.policy.state_dict()
+    assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
+    assert config["algo"] == "ppo"
+
+
+def test_a_finished_run_is_not_overwritten_unasked(run: Path) -> None:
+    done = command("train", "--out", str(run))
+    assert done.returncode == 1
+    assert "--overwrite" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train", ["--env", "MoERoutnig-v0"], "did you mean MoERouting-v0"),
+        ("train", ["--algo", "sac", "--out", "x"], "ppo, a2c, dqn"),
+        ("train", ["-k", "cost_weight", "--out", "x"], "name=value"),
+        ("train", ["-k", "splot=test", "--out", "x"], "did you mean 'split'"),
+        ("evaluate", ["nowhere"], "holds no finished run"),
+        ("profile", ["nothing"], "there are digits, fashion-mnist"),
+        ("bundle", ["rebuild", "cifar"], "not a reference bundle"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_do(
+    name: str, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("COLUMNS", "300")
+    done = command(name, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "profile", "bundle", "benchmark"])
+def test_help(name: str) -> None:
+    done = command(name, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+def test_damaged_runs_are_refused(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    weights = copy / "policy.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(runs.RunError, match=r"policy.safetensors is damaged"):
+        runs.load(copy)
+    weights.unlink()
+    with pytest.raises(runs.RunError, match="cannot be read"):
+        runs.load(copy)
+    (copy / "run.json").write_text("{}")
+    with pytest.raises(runs.RunError, match="damaged or foreign"):
+        runs.load(copy)
+    (copy / "run.json").write_text('{"format": 7}')
+    with pytest.raises(runs.RunError, match="format 7"):
+        runs.load(copy)
+
+
+def test_profile_measures_into_the_cache(own_cache: Path) -> None:
+    done = command("profile", "digits", "--repeats", "50")
+    assert done.returncode == 0, done.stderr
+    assert len(list(own_cache.glob("profiles/digits-*.json"))) == 1
+    assert "expert 7" in done.stdout
+    assert "proxy" in done.stdout
+
+
+def test_bundles_are_listed_and_checked() -> None:
+    assert "fashion-mnist" in command("bundle", "list").stdout
+    assert "whole" in command("bundle", "check", "digits").stdout
+
+
+def test_a_foreign_agents_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import agents
+
+    monkeypatch.setattr(agents, "__file__", "/elsewhere/agents/__init__.py")
+    with pytest.raises(ValueError, match="openai-agents"):
+        cli._require_our_agents()
+
+
+def test_env_kwargs_are_json_or_text() -> None:
+    expected: dict[str, Any] = {"a": 1, "b": 0.5, "c": "text", "d": True, "e": "x=y"}
+    assert cli._parse(["a=1", "b=0.5", "c=text", "d=true", "e=x=y"]) == expected

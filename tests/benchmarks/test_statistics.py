@@ -1,0 +1,42 @@
+"""Statistics and fronts against numbers worked out by hand."""
+
+import numpy as np
+import pytest
+
+from benchmarks import pareto
+from benchmarks.statistics import interquartile_mean, mean_interval, paired_difference
+
+
+def test_interquartile_mean_ignores_the_outer_quarters() -> None:
+    assert interquartile_mean(np.array([-1000.0, 1, 2, 3, 4, 5, 6, 1000])) == 3.5
+
+
+def test_interval_of_a_mean_has_the_size_of_its_standard_error() -> None:
+    values = np.random.default_rng(1).normal(3, 1, size=10_000)
+    low, high = mean_interval(values)
+    assert low < values.mean() < high
+    assert (high - low) / 2 == pytest.approx(1.96 / 100, rel=0.1)
+    assert mean_interval(values) == (low, high)
+
+
+def test_runs_that_differ_widen_the_interval() -> None:
+    episodes = np.random.default_rng(1).normal(size=1000)
+    alike, apart = np.stack([episodes] * 5), np.stack([episodes + shift for shift in (-1, -0.5, 0, 0.5, 1)])
+    widths = [high - low for low, high in map(mean_interval, (alike, apart))]
+    assert widths[1] > 3 * widths[0]
+    with pytest.raises(ValueError, match="2 episodes"):
+        mean_interval(np.array([1.0]))
+
+
+def test_pairing_removes_what_episodes_share() -> None:
+    hard = np.random.default_rng(1).normal(size=500)
+    difference, (low, high) = paired_difference(np.stack([hard + 0.1, hard + 0.3]), hard)
+    assert difference == pytest.approx(0.2)
+    assert (low, high) == (pytest.approx(0.1), pytest.approx(0.3))
+
+
+def test_front_and_hypervolume() -> None:
+    points = np.array([[0.5, 0.8], [1.0, 0.9], [1.0, 0.7], [0.5, 0.8]])
+    assert pareto.front(points[:3]).tolist() == [True, True, False]
+    expected = (2.0 - 0.5) * 0.8 + (2.0 - 1.0) * 0.1
+    assert pareto.hypervolume(points, "MoERouting-v0") == pytest.approx(expected)

@@ -1,0 +1,44 @@
+"""What all tests share: a cache of their own, one torch thread, and comparison of nested results."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache is never touched by a test."""
+    monkeypatch.setenv("MOE_ENVS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def assert_same() -> Callable[[Any, Any], None]:
+    """Exact equality of nested dicts, tuples, arrays and numbers, types, dtypes and shapes included."""
+    return _assert_same
+
+
+def _assert_same(first: Any, second: Any, path: str = "") -> None:
+    assert type(first) is type(second), f"{path}: {type(first)} and {type(second)}"
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            _assert_same(first[key], second[key], f"{path}/{key}")
+    elif isinstance(first, tuple | list):
+        assert len(first) == len(second), path
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            _assert_same(*pair, f"{path}/{index}")
+    elif isinstance(first, np.ndarray):
+        assert (first.dtype, first.shape) == (second.dtype, second.shape), path
+        if first.dtype == object:
+            _assert_same(list(first), list(second), path)
+        else:
+            np.testing.assert_array_equal(first, second, err_msg=path)
+    else:
+        assert first == second, path

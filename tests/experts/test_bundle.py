@@ -1,0 +1,182 @@
+"""Bundles: built from arrays or from a model of one's own, whole or refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cost.profile import measure_experts
+from experts import bundle, zoo
+from experts.bundle import BundleError
+from experts.training import TrainingSettings
+
+QUICK = TrainingSettings(widths=(2, 3, 4), epochs=2, batch_size=32)
+MEMBERS = ["bundle.json", "model.safetensors", "profile.json", "rl_train.safetensors", "SHA256SUMS", "test.safetensors"]
+
+
+class OwnMoE(nn.Module):
+    """A user's module: trunk, gate, experts of different kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Tanh()
+        self.gate = nn.Linear(6, 2)
+        self.experts = nn.ModuleList([nn.Linear(6, 3), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))])
+
+
+def arrays(count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(3, size=count)
+    return generator.normal(size=(count, 2, 3)) + labels[:, None, None], labels
+
+
+@pytest.fixture
+def digits_copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(zoo.ASSETS / "digits", tmp_path / "digits"))
+
+
+def test_built_from_arrays_it_drives_the_environment() -> None:
+    built = bundle.build("mine", *arrays(), settings=QUICK, progress=False)
+    assert zoo.names() == ["digits", "fashion-mnist", "mine"]
+    env = gymnasium.make("moe_envs:MoERouting-v0", bundle="mine", split="validation")
+    env.reset(seed=0)
+    assert env.action_space == gymnasium.spaces.Discrete(3)
+    assert sum(env.step(2)[1] for _ in range(32)) > -10
+    assert bundle.load("mine").sha256 == built.sha256 == bundle.load(built.path).sha256
+
+
+def test_built_from_a_model_of_ones_own() -> None:
+    inputs, labels = arrays()
+    with pytest.raises(ValueError, match="measure_experts"):
+        bundle.build("own", inputs, labels, model=OwnMoE())
+    model = OwnMoE()
+    built = bundle.build("own", inputs, labels, model=model, profile=measure_experts)
+    gymnasium.make("moe_envs:MoERouting-v0", bundle="own").reset(seed=0)
+    with pytest.raises(ValueError, match="YourModule"):
+        built.model()
+    again = built.model(OwnMoE())
+    assert torch.equal(again.gate(torch.ones(1, 6)), model.gate(torch.ones(1, 6)))
+
+
+def test_same_seed_same_bytes() -> None:
+    first, second = (bundle.build(name, *arrays(), settings=QUICK, progress=False) for name in ("a", "b"))
+    for member in ("model.safetensors", "rl_train.safetensors", "test.safetensors"):
+        assert first.members[member] == second.members[member]
+
+
+def test_outcomes_by_hand() -> None:
+    """Two experts, two classes: expert 0 says class 0 weakly, expert 1 class 1 strongly; the gate prefers expert 0."""
+    outputs = np.array([[[1.0, 0.0], [0.0, 3.0]]])
+    for gate, correct in (([[1.0, 1.0]], 0b1100), ([[2.0, 0.0]], 0b0100)):
+        # label 1: the mix is (1, 3) / 2 for an even gate, (.88, .36) for e^2 : 1
+        packed = bundle.pack_outcomes(np.array(gate), outputs, np.array([1]))
+        assert packed.tolist() == [[correct]]
+    assert bundle.pack_outcomes(np.array([[2.0, 0.0]]), outputs, np.array([0])).tolist() == [[0b1010]]
+
+
+def test_logits_are_kept_to_half_a_step() -> None:
+    loaded = bundle.load("digits")
+    split, model = loaded.split("validation"), loaded.model()
+    single = split.logits.argmax(-1) == split.labels[:, None]
+    exact = np.unpackbits(split.outcomes, axis=1, bitorder="little")[:, 1 << np.arange(8)]
+    assert (single == exact).mean() > 0.98
+    assert split.output_scale.item() < 0.5
+    assert len(list(model.experts)) == 8
+
+
+def test_features_of_new_inputs_are_the_tabulated_ones() -> None:
+    from experts import data
+
+    loaded = bundle.load("digits")
+    inputs, _ = data.load("digits")["test"]
+    np.testing.assert_array_equal(loaded.features(inputs).astype(np.float16), loaded.split("test").features)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_any_flipped_bit_is_found(digits_copy: Path, member: str) -> None:
+    path = digits_copy / member
+    original = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for position in (0, len(original) - 1, *generator.integers(len(original), size=20)):
+        damaged = bytearray(original)
+        damaged[position] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(BundleError, match=str(digits_copy)):
+            bundle.load(digits_copy)
+        assert path.read_bytes() == bytes(damaged)
+    path.write_bytes(original)
+    bundle.load(digits_copy)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_file_cut_short_or_absent_is_found(digits_copy: Path, member: str) -> None:
+    path = digits_copy / member
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=str(digits_copy)):
+        bundle.load(digits_copy)
+    path.unlink()
+    with pytest.raises(BundleError, match=member):
+        bundle.load(digits_copy)
+    assert not path.exists()
+
+
+def test_another_format_and_a_foreign_folder_are_refused(digits_copy: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    metadata = json.loads((digits_copy / "bundle.json").read_text()) | {"format": 2}
+    (digits_copy / "bundle.json").write_text(json.dumps(metadata))
+    sums = (digits_copy / "SHA256SUMS").read_text().splitlines()
+    new = hashlib.sha256((digits_copy / "bundle.json").read_bytes()).hexdigest() + "  bundle.json"
+    (digits_copy / "SHA256SUMS").write_text("".join(f"{new if 'bundle.json' in s else s}\n" for s in sums))
+    with pytest.raises(BundleError, match=r"bundle.json is of format 2; this moe-envs reads format 1"):
+        bundle.load(digits_copy)
+    (tmp_path / "foreign").mkdir()
+    with pytest.raises(BundleError, match="is not a bundle"):
+        bundle.load(tmp_path / "foreign")
+    with pytest.raises(BundleError, match="there are digits, fashion-mnist"):
+        bundle.load("unknown")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../up"}, "letters, digits"),
+        ({"name": "digits"}, "shipped"),
+        ({"labels": np.zeros(3, dtype=int)}, "200 integers"),
+        ({"labels": np.full(200, 0.5)}, "200 integers"),
+        ({"inputs": np.full((200, 2), np.nan)}, "NaN"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, object], message: str, own_cache: Path) -> None:
+    inputs, labels = arrays()
+    with pytest.raises(ValueError, match=message):
+        bundle.build(**({"name": "x", "inputs": inputs, "labels": labels, "progress": False} | change))  # type: ignore[arg-type]
+    assert not own_cache.exists()
+
+
+def test_an_existing_bundle_is_replaced_only_when_told() -> None:
+    bundle.build("mine", *arrays(), settings=QUICK, progress=False)
+    with pytest.raises(ValueError, match="overwrite=True"):
+        bundle.build("mine", *arrays(), settings=QUICK, progress=False)
+    replaced = bundle.build("mine", *arrays(220), settings=QUICK, progress=False, overwrite=True)
+    assert sum(replaced.metadata["rows"].values()) == 220
+    assert [path.name for path in zoo.user_folder().iterdir()] == ["mine"]
+
+
+def test_shipped_bundles_are_small_disjoint_and_as_good_as_they_say() -> None:
+    total = sum(path.stat().st_size for path in zoo.ASSETS.rglob("*") if path.is_file())
+    assert total < 15_000_000
+    for name, floor in (("digits", 0.88), ("fashion-mnist", 0.8)):
+        loaded = bundle.load(name)
+        assert loaded.metadata["accuracy"]["test/top-2"] > floor
+        split = loaded.split("test")
+        top_2 = np.argsort(-split.gate_logits, axis=1, kind="stable")[:, :2]
+        codes = (1 << top_2).sum(1)
+        outcomes = np.unpackbits(split.outcomes, axis=1, bitorder="little")
+        accuracy = outcomes[np.arange(len(codes)), codes].mean()
+        assert accuracy == pytest.approx(loaded.metadata["accuracy"]["test/top-2"], abs=2e-3)

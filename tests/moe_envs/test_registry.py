@@ -1,0 +1,267 @@
+"""Rules for every registered environment: checkers, determinism, two faces, pickling, documentation."""
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+from moe_envs import ENVIRONMENTS
+
+IDS = [f"moe_envs:{name}" for name in ENVIRONMENTS]
+HEADINGS = ["Description", "Action Space", "Observation Space", "Rewards", "Starting State", "Episode End", "Arguments"]
+VARIANTS = [
+    (env_id, {"bundle": "digits", "batch_size": 8, "action": action})
+    for env_id in IDS
+    for action in ("expert", "subset", "top-m")
+]
+MODES = [mode.value for mode in AutoresetMode]
+
+each_variant = pytest.mark.parametrize(("env_id", "kwargs"), VARIANTS, ids=lambda value: str(value))
+each_id = pytest.mark.parametrize("env_id", IDS)
+
+
+def make(env_id: str, **kwargs: Any) -> gymnasium.Env[np.ndarray, Any]:
+    return gymnasium.make(env_id, **({"bundle": "digits"} | kwargs))
+
+
+def digest(env_id: str, **kwargs: Any) -> str:
+    """A hash of everything that 100 steps return."""
+    env, found = make(env_id, **kwargs), hashlib.sha256()
+    env.action_space.seed(5)
+    observation, _ = env.reset(seed=5)
+    for _ in range(100):
+        observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        found.update(observation.tobytes() + repr((reward, terminated, {k: str(v) for k, v in info.items()})).encode())
+        if terminated or truncated:
+            env.reset()
+    return found.hexdigest()
+
+
+@each_variant
+@pytest.mark.parametrize("render_mode", ["rgb_array", "ansi", None])
+def test_both_checkers_are_silent(env_id: str, kwargs: dict[str, Any], render_mode: str | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(make(env_id, **kwargs, render_mode=render_mode).unwrapped)
+        sb3_check_env(make(env_id, **kwargs))
+
+
+@each_variant
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_vector_equals_single(
+    env_id: str, kwargs: dict[str, Any], mode: str, rows: int, assert_same: Callable[[Any, Any], None]
+) -> None:
+    native = gymnasium.make_vec(
+        env_id, rows, vectorization_mode="vector_entry_point", autoreset_mode=mode, max_episode_steps=6, **kwargs
+    )
+    single = gymnasium.make_vec(
+        env_id,
+        rows,
+        vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": mode},
+        wrappers=[lambda env: gymnasium.wrappers.TimeLimit(env, 6)],
+        **kwargs,
+    )
+    assert_same(native.reset(seed=11), single.reset(seed=11))
+    native.action_space.seed(0)
+    for step in range(40):
+        actions = native.action_space.sample()
+        ours, theirs = native.step(actions), single.step(actions)
+        assert_same(ours, theirs)
+        ended = ours[2] | ours[3]
+        if mode == AutoresetMode.DISABLED.value and (ended.any() or step == 3):
+            ended[0] |= step == 3  # rows out of step with each other from here on
+            reset = [env.reset(options={"reset_mask": ended.copy()})[0][ended] for env in (native, single)]
+            assert_same(*reset)
+
+
+@each_id
+def test_natural_episodes_of_the_vector_equal_the_single_one(
+    env_id: str, assert_same: Callable[[Any, Any], None]
+) -> None:
+    kwargs = {"bundle": "digits", "batch_size": 5}
+    native = gymnasium.make_vec(env_id, 3, vectorization_mode="vector_entry_point", **kwargs)
+    single = gymnasium.make_vec(env_id, 3, vectorization_mode="sync", **kwargs)
+    assert_same(native.reset(seed=2), single.reset(seed=2))
+    native.action_space.seed(0)
+    for _ in range(5 * 300):  # past the first block of batches that a row draws
+        actions = native.action_space.sample()
+        assert_same(native.step(actions), single.step(actions))
+
+
+@each_id
+def test_digest_does_not_depend_on_process_threads_or_hash_seed(env_id: str) -> None:
+    code = (
+        "import sys, torch; torch.set_num_threads(int(sys.argv[1]))\n"
+        "from tests.moe_envs.test_registry import digest\n"
+        f"print(digest({env_id!r}))"
+    )
+    found = {digest(env_id)}
+    for threads, hash_seed in (("1", "0"), ("2", "1")):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.getcwd()}
+        run = [sys.executable, "-c", code, threads]
+        found.add(subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout.strip())
+    assert len(found) == 1
+
+
+@each_id
+def test_spec_survives_json(env_id: str) -> None:
+    env = make(env_id, cost_weight=0.3, action="subset")
+    assert env.spec is not None
+    again = gymnasium.make(EnvSpec.from_json(env.spec.to_json()))
+    assert again.unwrapped.vector.reward.cost_weight == 0.3  # type: ignore[attr-defined]
+    assert json.loads(env.spec.to_json())["kwargs"]["action"] == "subset"
+
+
+@each_variant
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_copies_go_on_alike_from_mid_episode(
+    env_id: str,
+    kwargs: dict[str, Any],
+    copier: Callable[[Any], Any],
+    assert_same: Callable[[Any, Any], None],
+) -> None:
+    for env in (
+        make(env_id, **kwargs),
+        gymnasium.make_vec(env_id, 3, vectorization_mode="vector_entry_point", **kwargs),
+    ):
+        env.reset(seed=1)
+        env.action_space.seed(1)
+        actions = [env.action_space.sample() for _ in range(30)]
+        for action in actions[:3]:
+            env.step(action)
+        twin = copier(env)
+        for action in actions[3:]:
+            results = env.step(action), twin.step(action)
+            assert_same(*results)
+            if results[0][2] is True:
+                assert_same(env.reset(), twin.reset())
+
+
+@each_variant
+def test_state_and_restore_undo_steps(
+    env_id: str, kwargs: dict[str, Any], assert_same: Callable[[Any, Any], None]
+) -> None:
+    env = make(env_id, **kwargs).unwrapped
+    env.reset(seed=1)
+    env.action_space.seed(1)
+    actions = [env.action_space.sample() for _ in range(5)]
+    last = [env.step(action) for action in actions[:2]][-1][0]
+    state = env.state()  # type: ignore[attr-defined]
+    first = [env.step(action) for action in actions], env.reset()
+    np.testing.assert_array_equal(env.restore(state), last)  # type: ignore[attr-defined]
+    assert_same(([env.step(action) for action in actions], env.reset()), first)
+
+
+@each_variant
+def test_action_outside_the_space_changes_nothing(
+    env_id: str, kwargs: dict[str, Any], assert_same: Callable[[Any, Any], None]
+) -> None:
+    env, twin = make(env_id, **kwargs), make(env_id, **kwargs)
+    for each in (env, twin):
+        each.reset(seed=3)
+    for wrong in (-1, 8, 99, 1.5, None, "a", np.full(8, 2), np.zeros(3, dtype=np.int8), np.nan):
+        with pytest.raises(InvalidAction):
+            env.step(wrong)
+    action = env.action_space.sample()
+    assert_same(env.step(action), twin.step(action))
+    vector = gymnasium.make_vec(env_id, 3, vectorization_mode="vector_entry_point", **kwargs)
+    vector.reset(seed=0)
+    before = vector.unwrapped.state()  # type: ignore[attr-defined]
+    with pytest.raises(InvalidAction):
+        vector.step(np.full(vector.action_space.shape, 8))
+    with pytest.raises(InvalidAction):
+        vector.step(np.full(vector.action_space.shape, -1))
+    assert_same(vector.unwrapped.state(), before)  # type: ignore[attr-defined]
+
+
+@each_id
+def test_steps_outside_an_episode_are_refused(env_id: str) -> None:
+    env = make(env_id, batch_size=1)
+    with pytest.raises(ResetNeeded):
+        env.unwrapped.step(0)
+    env.reset()
+    env.step(0)
+    with pytest.raises(ResetNeeded):
+        env.step(0)
+    vector = gymnasium.make_vec(
+        env_id, 2, vectorization_mode="vector_entry_point", bundle="digits", batch_size=1, autoreset_mode="Disabled"
+    )
+    with pytest.raises(ResetNeeded):
+        vector.step(np.zeros(2, dtype=np.int64))
+    with pytest.raises(ResetNeeded):
+        vector.reset(options={"reset_mask": np.array([True, False])})
+    vector.reset()
+    vector.step(np.zeros(2, dtype=np.int64))
+    with pytest.raises(ResetNeeded, match=r"\[0, 1\]"):
+        vector.step(np.zeros(2, dtype=np.int64))
+
+
+@each_id
+def test_reward_is_recomputed_from_info(env_id: str) -> None:
+    env = make(env_id, cost_weight=0.3, time_weight=0.2, memory_weight=0.5, energy_weight=0.3)
+    env.reset(seed=0)
+    for _ in range(32):
+        _, reward, terminated, _, info = env.step(env.action_space.sample())
+        assert reward == pytest.approx(info["reward/quality"] - 0.3 * info["reward/cost"], abs=1e-15)
+        weights = np.array([1, 0.3 * 0.2, 0.3 * 0.5, 0.3 * 0.3])
+        assert reward == pytest.approx(info["vector_reward"] @ weights, abs=1e-15)
+    assert terminated
+
+
+@each_id
+def test_observations_lie_in_bounds_and_are_new_arrays(env_id: str) -> None:
+    env = gymnasium.make_vec(env_id, 64, vectorization_mode="vector_entry_point", bundle="digits", batch_size=4)
+    kept = [env.reset(seed=0)[0]]
+    copies = [kept[0].copy()]
+    for _ in range(20):
+        observation, *_ = env.step(env.action_space.sample())
+        assert env.observation_space.contains(observation)
+        kept.append(observation)
+        copies.append(observation.copy())
+    assert all(np.array_equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+@each_id
+def test_docstring_is_a_page(env_id: str) -> None:
+    doc = str(make(env_id).unwrapped.__doc__)
+    headings = [line.removeprefix("## ") for line in map(str.strip, doc.splitlines()) if line.startswith("## ")]
+    assert headings == [*HEADINGS, "Version History"]
+
+
+@each_id
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"split": "tests"}, "did you mean 'test'"),
+        ({"bundle": "nothing"}, "digits, fashion-mnist"),
+        ({"action": "experts"}, "'expert', 'subset', 'top-m'"),
+        ({"costs": "free"}, "'reference', 'machine'"),
+        ({"stream": "mixed"}, "'topical', 'iid'"),
+        ({"cost_wieght": 1.0}, "did you mean 'cost_weight'"),
+        ({"cost_weight": -1.0}, "cost_weight"),
+        ({"cost_weight": float("nan")}, "cost_weight"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"time_weight": -1.0}, "weights"),
+        ({"render_mode": "video"}, "rgb_array"),
+    ],
+)
+def test_wrong_arguments_name_the_valid_ones(env_id: str, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        make(env_id, **kwargs)
