@@ -2,3 +2,5 @@
 
 `agents` is also the import name of the PyPI package openai-agents; `benchmarks.cli` says so where that one shadows us.
 """
+
+DISTRIBUTION = "moe-envs"  # whose `agents` this is

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 import pandas as pd
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 
 MAX_ROWS = 1000
 
@@ -31,23 +31,26 @@ class Policy(Protocol):
 def evaluate(policy: Policy, env_id: str, episodes: int = 300, seed: int = 0, **env_kwargs: Any) -> pd.DataFrame:
     """Run `episodes` episodes; columns: episode, return, quality, cost (relative), the sums of `cost/*` and the last
     values of other scalars in `info`. The same seed and number of episodes meet the same episodes for every policy."""
-    rows = min(episodes, MAX_ROWS)
-    env = gymnasium.make_vec(
-        env_id,
-        num_envs=rows,
-        vectorization_mode="vector_entry_point",
-        autoreset_mode=AutoresetMode.SAME_STEP.value,
-        **{**env_kwargs, **getattr(policy, "env_kwargs", {})},
-    )
-    if hasattr(policy, "watch"):
-        policy.watch(env.unwrapped)
+    arguments = {**env_kwargs, **getattr(policy, "env_kwargs", {})}
+    env = make_rows(env_id, min(episodes, MAX_ROWS), **arguments)
     try:
-        return _run(policy, env, episodes, seed)
+        return play(policy, env, episodes, seed)
     finally:
         env.close()
 
 
-def _run(policy: Policy, env: gymnasium.vector.VectorEnv[Any, Any, Any], episodes: int, seed: int) -> pd.DataFrame:
+def make_rows(env_id: str, rows: int, **env_kwargs: Any) -> VectorEnv[Any, Any, Any]:
+    """The native vector environment that `play` takes."""
+    mode = AutoresetMode.SAME_STEP.value
+    return gymnasium.make_vec(
+        env_id, num_envs=rows, vectorization_mode="vector_entry_point", autoreset_mode=mode, **env_kwargs
+    )
+
+
+def play(policy: Policy, env: VectorEnv[Any, Any, Any], episodes: int, seed: int) -> pd.DataFrame:
+    """What `evaluate` returns, in an environment of `make_rows` that several policies can share."""
+    if hasattr(policy, "watch"):
+        policy.watch(env.unwrapped)
     rows, finished, records = env.num_envs, 0, []
     observation, _ = env.reset(seed=seed)
     state, start, played = None, np.ones(rows, dtype=np.bool_), np.zeros(rows, dtype=np.int64)

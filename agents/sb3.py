@@ -25,10 +25,10 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
     "MoERouting-v0": {
         "ppo": {
             "n_envs": 128,
-            "total_timesteps": 1_000_000,
+            "total_timesteps": 1_500_000,
             "n_steps": 32,
             "batch_size": 512,
-            "n_epochs": 10,
+            "n_epochs": 5,
             "learning_rate": "linear 1e-3",
             "gamma": 0.99,
             "gae_lambda": 0.8,

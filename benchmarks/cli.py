@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 console = Console()
 errors = Console(stderr=True)
@@ -81,7 +82,7 @@ def _train(
 def _evaluate(
     run_dir: Annotated[Path, typer.Argument(help="A run folder of moe-train.")],
     split: Annotated[str, typer.Option(help="rl_train, validation or test.")] = "test",
-    episodes: int = 1000,
+    episodes: Annotated[int, typer.Option(min=2)] = 1000,
     seed: int = 0,
     yardsticks: Annotated[bool, typer.Option("--yardsticks", help="Tune and show all yardsticks beside it.")] = False,
     json_file: Json = None,
@@ -135,10 +136,15 @@ def _list_bundles() -> None:
     """All bundles, shipped and your own, with the accuracy of their top-2 gate."""
     from experts import bundle as bundles
     from experts import zoo
+    from experts.bundle import BundleError
 
     table = Table("bundle", "experts", "top-2 accuracy on test", "folder")
     for name in zoo.names():
-        loaded = bundles.load(name)
+        try:
+            loaded = bundles.load(name)
+        except BundleError as error:
+            table.add_row(name, "-", "-", Text(str(error), "red"))
+            continue
         table.add_row(
             name, str(loaded.num_experts), f"{loaded.metadata['accuracy']['test/top-2']:.4f}", str(loaded.path)
         )
@@ -180,7 +186,7 @@ def _demo(
 @benchmark_app.command("routing")
 def _routing(
     cost_weights: Annotated[str, typer.Option(help="Separated by commas.")] = "0.2,0.4",
-    seeds: Annotated[int, typer.Option(help="Trainings for each cost weight.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings for each cost weight.")] = 5,
     bundle: str = "fashion-mnist",
     costs: Annotated[str, typer.Option(help="reference or machine")] = "reference",
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
@@ -199,8 +205,10 @@ def _speed(json_file: Json = None) -> None:
     _write(json_file, rows)
     table = Table("rows", "CartPole-v1", "MoERouting-v0", "ratio", "floor", title="steps/s of CPU time, medians")
     for row in rows:
-        figures = f"{row['cartpole']:,.0f}", f"{row['routing']:,.0f}", f"{row['ratio']:.2f}", f"{row['floor']:.2f}"
-        table.add_row(str(row["rows"]), *figures)
+        floor = "-" if row["floor"] is None else f"{row['floor']:.2f}"
+        table.add_row(
+            str(row["rows"]), f"{row['cartpole']:,.0f}", f"{row['routing']:,.0f}", f"{row['ratio']:.2f}", floor
+        )
     console.print(table)
 
 
@@ -221,7 +229,7 @@ def _environment(env: str) -> str:
     name = env.removeprefix("moe_envs:")
     if name not in ENVIRONMENTS:
         close = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0.3)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = f"; did you mean {close[0]}?" if close else "."
         raise ValueError(f"no environment {env!r}{hint} There are {', '.join(ENVIRONMENTS)}")
     return f"moe_envs:{name}"
 
@@ -289,17 +297,16 @@ def _guarded(app: typer.Typer) -> None:
         from benchmarks.runs import RunError
 
         app()
-    except (ValueError, BundleError, DataError, ProfileError, RunError) as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False)
+    except (ValueError, TypeError, OSError, BundleError, DataError, ProfileError, RunError) as error:
+        errors.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         sys.exit(1)
 
 
 def _require_our_agents() -> None:
     import agents
 
-    ours, found = Path(__file__).parents[1] / "agents", Path(str(agents.__file__)).parent
-    if ours != found:
+    if getattr(agents, "DISTRIBUTION", None) != "moe-envs":
         raise ValueError(
-            f"the package 'agents' found is {found}, not moe-envs': openai-agents has the same import name; "
+            f"the package 'agents' found is {agents.__file__}, not moe-envs': openai-agents has the same import name; "
             "install moe-envs into a virtual environment of its own"
         )

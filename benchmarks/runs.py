@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -80,8 +81,11 @@ def train(
 
     from agents import sb3
 
+    if "split" in env_kwargs:
+        raise ValueError("training is on the split rl_train and chooses on validation; split is for moe-eval")
     torch.set_num_threads(1)
     settings = sb3.settings(algo, env_id, **(overrides or {}))
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     env = sb3.make_sb3_vec(env_id, settings["n_envs"], **env_kwargs)
     model = sb3.make_algorithm(algo, env, seed, settings, log=str(folder / "tensorboard"))
     costs = sb3.CostLogger()
@@ -95,6 +99,8 @@ def load_config(folder: Path) -> dict[str, Any]:
     """What `run.json` says; raises `RunError` where the folder holds no finished run."""
     try:
         config = json.loads((folder / SETTINGS).read_text())
+        if missing := {"env", "env_kwargs", "algo", "seed", "settings", "sha256"} - config.keys():
+            raise KeyError(f"no {', '.join(sorted(missing))}")
         if config["format"] != FORMAT:
             raise RunError(f"{folder / SETTINGS} is of format {config['format']}; this moe-envs reads {FORMAT}")
     except OSError as error:

@@ -71,7 +71,7 @@ class RelativeCost:
     weights: Cost
 
     def __post_init__(self) -> None:
-        if min(astuple(self.weights)) < 0 or sum(astuple(self.weights)) <= 0:
+        if min(astuple(self.weights)) < 0 or not 0 < sum(astuple(self.weights)) < float("inf"):
             raise ValueError(f"the weights of time, memory and energy must be >= 0 and one > 0, got {self.weights}")
         if min(astuple(self.reference)) <= 0:
             raise ValueError(f"the reference cost must be > 0, got {self.reference}")

@@ -18,7 +18,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import Progress
 
 from cost.machine import fingerprint
@@ -55,8 +55,8 @@ class Fit(BaseModel):
     """`fixed + slope * n`; `residual` is the largest relative error of the fit over the sizes, 0 where it is exact."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    fixed: float
-    slope: float
+    fixed: float = Field(ge=0)
+    slope: float = Field(ge=0)
     residual: float = 0.0
 
 
@@ -101,7 +101,7 @@ def load(path: Path) -> Profile:
             )
     except OSError as error:
         raise ProfileError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path} is not JSON: {error}; measure again with moe-profile") from error
     return parse(content, str(path))
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 SPLITS = ("rl_train", "validation", "test")
 SUMS, METADATA, MODEL, PROFILE = "SHA256SUMS", "bundle.json", "model.safetensors", "profile.json"
-MAX_EXPERTS = 12  # the outcomes of all 2^E subsets are tabulated: 512 bytes an input at 12
+MAX_EXPERTS = 10  # the outcomes of all 2^E subsets are tabulated: 128 bytes an input at 10
 FEATURE_BOUND = 5.0
 
 
@@ -92,7 +92,10 @@ class Bundle:
         """The tables of `rl_train`, `validation` or `test`."""
         if name not in SPLITS:
             raise ValueError(f"unknown split {name!r}; there are {', '.join(SPLITS)}")
-        return Split(**self._tensors(f"{name}.safetensors"))
+        tensors = self._tensors(f"{name}.safetensors")
+        if set(tensors) != {field.name for field in fields(Split)}:
+            raise BundleError(f"{self.path}/{name}.safetensors holds {sorted(tensors)}: not the tables of a bundle")
+        return Split(**tensors)
 
     def model(self, module: nn.Module | None = None) -> MoEModel:
         """The trained torch model; for a bundle of your own module pass a fresh one to fill with the weights."""
@@ -142,11 +145,13 @@ def load(name_or_path: str | Path) -> Bundle:
     try:
         metadata = json.loads(members[METADATA])
         written_by = metadata["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{path / METADATA} is not the metadata of a bundle: {error!r}") from error
     if written_by != FORMAT:
         raise BundleError(f"{path / METADATA} is of format {written_by}; this moe-envs reads format {FORMAT}")
-    return Bundle(path, metadata, members)
+    bundle = Bundle(path, metadata, members)
+    _check_structure(bundle)
+    return bundle
 
 
 def build(
@@ -185,7 +190,9 @@ def build(
     _check_target(name, target, shipped=folder is None, overwrite=overwrite)
     rows = splits or _default_splits(len(x))
     settings = settings or training.TrainingSettings()
-    trained: MoEModel = model or training.train(x[rows["train"]], y[rows["train"]], settings, progress)
+    _check_splits(rows, len(x))
+    trained = training.train(x[rows["train"]], y[rows["train"]], settings, progress) if model is None else model
+    trained.eval()
     mean, projection = principal_components(x[rows["train"]], num_features)
     tables, accuracy = {}, {}
     for split in SPLITS:
@@ -203,7 +210,7 @@ def build(
         "name": name,
         "num_experts": int(gate.shape[1]),
         "num_classes": int(outputs.shape[2]),
-        "architecture": getattr(trained, "settings", None),
+        "architecture": trained.settings if isinstance(trained, models.MoEClassifier) else None,
         "training": asdict(settings) if model is None else None,
         "rows": {split: len(indices) for split, indices in rows.items()},
         "accuracy": accuracy,
@@ -235,12 +242,12 @@ def _tabulated(features: np.ndarray, gate_logits: np.ndarray, outputs: np.ndarra
 def pack_outcomes(gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Bits `[n, ceil(2^E / 8)]`, little-endian: is the gate-weighted sum of subset s's logits largest at the label?
 
-    The softmax over the subset only divides all classes by one number, so the gate's exponentials serve unnormalised.
-    The empty subset is never correct.
+    The softmax over the subset only divides all classes by one number, so the gate's exponentials serve unnormalised,
+    held above e^-80 of the largest so that none vanishes in float32. The empty subset is never correct.
     """
     num_experts = gate_logits.shape[1]
     member_SE = (np.arange(2**num_experts)[:, None] >> np.arange(num_experts) & 1).astype(np.float32)
-    weight_BE = np.exp(gate_logits - gate_logits.max(1, keepdims=True)).astype(np.float32)
+    weight_BE = np.exp(np.maximum(gate_logits - gate_logits.max(1, keepdims=True), -80)).astype(np.float32)
     packed = []
     for start in range(0, len(labels), 1024):
         rows = slice(start, start + 1024)
@@ -268,15 +275,17 @@ def project(inputs: np.ndarray, mean: np.ndarray, projection: np.ndarray) -> np.
 def _checked_arrays(inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = np.ascontiguousarray(np.asarray(inputs).reshape(len(inputs), -1), dtype=np.float32)
     y = np.asarray(labels)
-    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-        raise ValueError(f"labels must be {len(x)} integers >= 0, one for each input; got {y.dtype} of shape {y.shape}")
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= 2**15:
+        raise ValueError(
+            f"labels must be {len(x)} integers 0..32767, one for each input; got {y.dtype} of shape {y.shape}"
+        )
     if not np.isfinite(x).all():
         raise ValueError("inputs contain NaN or infinity")
     return x, y.astype(np.int64)
 
 
 def _check_target(name: str, target: Path, *, shipped: bool, overwrite: bool) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not zoo.NAME.fullmatch(name):
         raise ValueError(f"bundle name {name!r}: letters, digits, '.', '_' and '-' only")
     if shipped and name in zoo.shipped():
         raise ValueError(f"{name!r} is a shipped bundle; choose another name")
@@ -289,6 +298,14 @@ def _default_splits(count: int) -> dict[str, np.ndarray]:
 
     train, rl_train, validation = int(count * 0.4), int(count * 0.4), int(count * 0.08)
     return split_indices(count, (train, rl_train, validation, count - train - rl_train - validation))
+
+
+def _check_splits(splits: dict[str, np.ndarray], count: int) -> None:
+    if set(splits) != {"train", *SPLITS} or min(map(len, splits.values())) < 1:
+        raise ValueError(f"splits must give rows of train, {', '.join(SPLITS)}; got {sorted(splits)}")
+    rows = np.concatenate(list(splits.values()))
+    if len(set(rows.tolist())) != len(rows) or rows.min() < 0 or rows.max() >= count:
+        raise ValueError(f"splits must be disjoint and of rows 0..{count - 1}")
 
 
 def _write(
@@ -335,6 +352,26 @@ def _read_sums(path: Path) -> dict[str, str]:
     if b"".join(b"%s  %s\n" % line for line in lines) != raw or set(sums) - {PROFILE} != required:
         raise BundleError(f"{path} is damaged or foreign: it must list {', '.join(sorted(required))}")
     return sums
+
+
+def _check_structure(bundle: Bundle) -> None:
+    """Hashes say that a bundle is as it was written; this, that what was written is a bundle."""
+    try:
+        experts = bundle.num_experts
+        bundle.metadata["architecture"], bundle.metadata["accuracy"]["test/top-2"]
+        if bundle.profile is not None and len(bundle.profile["operations"]) != experts:
+            raise ValueError(f"its profile is not of {experts} experts")
+        bundle.examples, bundle.features(bundle.examples)
+        for name in SPLITS:
+            split = bundle.split(name)
+            n = len(split.labels)
+            shapes = [split.gate_logits.shape, split.outputs.shape[:2], split.outcomes.shape, split.features.shape[:1]]
+            if shapes != [(n, experts), (n, experts), (n, max(1, 2**experts // 8)), (n,)] or n < 1:
+                raise ValueError(f"the tables of {name} have the shapes {shapes}")
+    except BundleError:
+        raise
+    except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+        raise BundleError(f"{bundle.path} is not a bundle of this program: {error!r}") from error
 
 
 def _verified(path: Path, sha256: str) -> bytes:

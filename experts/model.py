@@ -27,6 +27,8 @@ class MoEModel(Protocol):
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
+    def eval(self) -> object: ...
+
 
 class ExpertStack(nn.Module):
     """E two-layer perceptrons of different width, computed as two matrix products without a loop over experts.
@@ -97,6 +99,6 @@ def mix(gate_logits_BE: torch.Tensor, outputs_BEC: torch.Tensor, members_BE: tor
 
 @torch.no_grad()
 def tabulate(model: MoEModel, inputs_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate logits `[B, E]` and every expert's logits `[B, E, C]`, in evaluation, of any `MoEModel`."""
+    """Gate logits `[B, E]` and every expert's logits `[B, E, C]` of any `MoEModel`."""
     h_BD = model.trunk(inputs_BD)
     return model.gate(h_BD), torch.stack([expert(h_BD) for expert in model.experts], dim=1)

@@ -1,10 +1,12 @@
 """Where bundles live: shipped inside the package, or built into the user's cache (`MOE_ENVS_CACHE` moves it)."""
 
 import os
+import re
 from pathlib import Path
 
 import platformdirs
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -30,10 +32,12 @@ def names() -> list[str]:
 
 def find(name_or_path: str | Path) -> Path | None:
     """The folder of a bundle, by name or by path, or None."""
-    if str(name_or_path) in shipped():
-        return ASSETS / name_or_path
-    candidates = (user_folder() / name_or_path, Path(name_or_path))
-    return next((path for path in candidates if str(name_or_path) and path.is_dir()), None)
+    name = str(name_or_path)
+    if name in shipped():
+        return ASSETS / name
+    own = user_folder() / name if NAME.fullmatch(name) else None
+    candidates = [path for path in (own, Path(name)) if path is not None and len(name) < 4096]
+    return next((path for path in candidates if name and path.is_dir()), None)
 
 
 def _bundles(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.error import ResetNeeded
+from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -62,6 +62,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.single_action_space = action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
+        self._limit = int(action_space.n) if isinstance(action_space, spaces.Discrete) else 0
         self.reward = reward
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
@@ -97,7 +98,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """One step in every row; raises `InvalidAction`, and changes nothing, where an action is outside the space."""
         if not self.generators:
             raise ResetNeeded("call reset before step")
-        actions = check_actions(self.action_space, actions)
+        actions = self._checked(actions)
         ended = self._done if self._any_done else None
         if ended is not None and self.autoreset_mode is AutoresetMode.DISABLED:
             raise ResetNeeded(f"rows {ended.nonzero()[0].tolist()} have ended: reset them by options['reset_mask']")
@@ -203,6 +204,15 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._any_done = bool(self._done.any())
         self._begin(rows)
 
+    def _checked(self, actions: object) -> np.ndarray:
+        """`check_actions`, with one pass over the array where it is of integers below a common limit."""
+        array = np.asarray(actions)
+        if not self._limit or array.dtype != np.int64 or array.shape != self._done.shape:
+            return check_actions(self.action_space, array)
+        if np.count_nonzero(array.view(np.uint64) >= self._limit):  # negative ones are huge
+            raise InvalidAction(f"action {actions!r} is not in {self.action_space}")
+        return array
+
     def _out_of_time(self) -> np.ndarray:
         if self.max_episode_steps is None:
             return np.zeros(self.num_envs, dtype=np.bool_)
@@ -234,9 +244,10 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             terms = {key: np.where(rows[array.ndim], array, 0) for key, array in terms.items()}
         else:
             return {}
-        if len(self._masks) != len(terms):
+        if not self._masks:
             self._masks = [f"_{key}" for key in terms]
-        return terms | dict.fromkeys(self._masks, valid)
+        terms.update(dict.fromkeys(self._masks, valid))
+        return terms
 
 
 def _terms(outcome: Outcome) -> dict[str, np.ndarray]:

@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+from filelock import FileLock
+
 from cost import profile as profiles
 from cost.profile import Profile
 from experts import bundle as bundles
@@ -26,9 +28,11 @@ def select(bundle: Bundle, costs: str) -> Profile:
     if costs == "reference" and bundle.profile is not None:
         return profiles.parse(bundle.profile, str(bundle.path / PROFILE))
     path = machine_path(bundle)
-    if not path.exists():
-        log.warning("measuring the costs of bundle %r on this machine into %s", bundle.path.name, path)
-        return measure(bundle)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # one process measures, the others wait and read
+        if not path.exists():
+            log.warning("measuring the costs of bundle %r on this machine into %s", bundle.path.name, path)
+            measure(bundle)
     profile = profiles.load(path)
     profiles.require_this_machine(profile, str(path))
     return profile

@@ -80,20 +80,19 @@ class MoERoutingVectorEnv(BatchedEnv):
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         tables = self.tables
-        choice = actions @ tables.codes if self.action == "subset" else actions
+        choice: np.ndarray = actions.astype(np.int64) @ tables.codes if self.action == "subset" else actions
         entry = self._inputs * self._num_choices + choice
-        subset = tables.subsets.take(entry if self.action == "top-m" else choice)
-        new = subset & self._unpaid
-        paid = tables.fixed.take(new, axis=0)
-        paid += tables.slope.take(subset, axis=0)
-        paid[:, 4] = tables.quality.take(tables.correct.take(entry))
-        self._unpaid ^= new
-        self._cost += paid[:, 0]
+        option = tables.options.take(entry) if self.action == "top-m" else choice
+        move = self._unpaid * len(tables.subsets) + option
+        terms = tables.terms.take(move, axis=0)
+        terms[:, 4] = tables.quality.take(tables.correct.take(entry))
+        self._unpaid = tables.unpaid.take(move)
+        self._cost += terms[:, 0]
         self._place += 1
         cursor, position = self._place
         self._inputs = tables.deck.take(cursor)
         details = {"routing/experts_used": tables.num_paid.take(self._unpaid)}
-        return Outcome(paid, position == tables.batch_size, details)
+        return Outcome(terms, position == tables.batch_size, details)
 
     def _observe(self) -> np.ndarray:
         tables = self.tables
@@ -198,8 +197,8 @@ class MoERoutingEnv(SingleEnv):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         tables = self.vector.tables
-        self._subsets = tables.subsets.tolist() if tables.subsets.ndim == 1 else []
-        self._paid: dict[tuple[int, int], tuple[float, float, float, float, np.ndarray]] = {}
+        self._moves: dict[int, tuple[float, float, float, float, np.ndarray, int]] = {}
+        self._num_options = len(tables.subsets)
         self._used_columns, self._num_used = list(tables.members_paid), tables.num_paid.tolist()
         self._used = self.observation_layout["experts_used"].slice
         self._num_choices, self._batch_size = tables.correct.shape[1], tables.batch_size
@@ -224,15 +223,14 @@ class MoERoutingEnv(SingleEnv):
         if position == self._batch_size:
             raise ResetNeeded("the batch is done or none was begun: call reset before step")
         choice = self._choice(action)
-        subset = self._subsets[choice] if self._subsets else self._top_m[position][choice]
+        option = self._top_m[position][choice] if self._top_m else choice
         correct = self._correct[position * self._num_choices + choice]
-        new = subset & self._unpaid
-        paid = self._paid.get((new, subset)) or self._pay(new, subset)
-        cost, time, memory, energy, vector = paid
+        move = self._unpaid * self._num_options + option
+        cost, time, memory, energy, vector, unpaid = self._moves.get(move) or self._look_up(move)
         vector = vector.copy()
         vector[0] = quality = correct * self._share
-        self._choices.append((subset, correct))
-        self._unpaid = unpaid = self._unpaid ^ new
+        self._choices.append((option, correct))
+        self._unpaid = unpaid
         self._cost += cost
         self._position = position = position + 1
         observation = self._observations[position]
@@ -268,7 +266,9 @@ class MoERoutingEnv(SingleEnv):
         """The batch so far, as an RGB array or as text."""
         if self.render_mode is None:
             raise ResetNeeded("make the environment with render_mode='rgb_array' or 'ansi' to render it")
-        picture = rendering.RoutingPicture(self.vector.tables.num_experts, self._batch_size, self._choices, self._cost)
+        codes = self.vector.tables.subsets.tolist()
+        choices = [(codes[option], correct) for option, correct in self._choices]
+        picture = rendering.RoutingPicture(self.vector.tables.num_experts, self._batch_size, choices, self._cost)
         return picture.rgb_array() if self.render_mode == "rgb_array" else picture.ansi()
 
     def _load(self, batch: int, position: int, unpaid: int, cost: float, choices: list[tuple[int, int]]) -> None:
@@ -277,22 +277,22 @@ class MoERoutingEnv(SingleEnv):
         self._batch, self._position, self._unpaid, self._cost, self._choices = batch, position, unpaid, cost, choices
         inputs = tables.batch(batch)
         self._correct = tables.correct[inputs].tobytes()
-        self._top_m = [] if self._subsets else tables.subsets[inputs].tolist()
+        self._top_m = tables.options[inputs].tolist() if self.vector.action == "top-m" else []
         self._observations = tables.seen[inputs]
         self._observations[:, tables.of_batch] = tables.summaries[batch]
         self._observations[:, -1] = tables.progress[:-1]
 
-    def _pay(self, new: int, subset: int) -> tuple[float, float, float, float, np.ndarray]:
-        """Relative cost, time, memory, energy, vector reward of a subset of which `new` is paid for the first time."""
-        row = self.vector.tables.fixed[new] + self.vector.tables.slope[subset]
-        cost, time, memory, energy = row[:4].tolist()
-        self._paid[new, subset] = cost, time, memory, energy, row[4:]
-        return self._paid[new, subset]
+    def _look_up(self, move: int) -> tuple[float, float, float, float, np.ndarray, int]:
+        """Relative cost, time, memory, energy, vector reward of a move, and the code of the experts unpaid after it."""
+        terms = self.vector.tables.terms[move]
+        cost, time, memory, energy = terms[:4].tolist()
+        self._moves[move] = cost, time, memory, energy, terms[4:], self.vector.tables.unpaid.item(move)
+        return self._moves[move]
 
     def _choice(self, action: Any) -> int:
         """The number of the choice that an action is; raises `InvalidAction` where it is outside the space."""
         if self.vector.action == "subset":
-            return int(check_actions(self.action_space, action) @ self.vector.tables.codes)
+            return int(check_actions(self.action_space, action).astype(np.int64) @ self.vector.tables.codes)
         try:
             choice = index(action)
         except TypeError:

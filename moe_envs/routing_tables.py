@@ -4,7 +4,7 @@ import numpy as np
 
 from cost.model import Cost, CostModel, RelativeCost
 from cost.profile import Profile
-from experts.bundle import FEATURE_BOUND, Bundle, Split
+from experts.bundle import FEATURE_BOUND, SPLITS, Bundle, Split
 from moe_envs.spaces import layout
 
 STREAMS = ("topical", "iid")
@@ -15,13 +15,13 @@ GATE_BOUND = 10.0
 BATCH_SCALE = 3.0  # brings the mean features of topical batches to a spread of about 1
 
 
-def deal(labels: np.ndarray, batch_size: int, stream: str, count: int = DECK_SIZE) -> np.ndarray:
+def deal(labels: np.ndarray, batch_size: int, stream: str, count: int = DECK_SIZE, seed: int = 0) -> np.ndarray:
     """`count` mini-batches `[count, batch_size]` of indices into `labels`, drawn with replacement.
 
     "iid": uniformly; "topical": from classes whose shares are drawn for each batch from a Dirichlet distribution. The
-    deck belongs to the environment, not to an episode's seed: it is the same for everyone.
+    deck belongs to the environment, not to an episode's seed: it is the same for everyone, and another for each split.
     """
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     if stream == "iid":
         return generator.integers(len(labels), size=(count, batch_size))
     classes, sizes = np.unique(labels, return_counts=True)
@@ -38,16 +38,18 @@ class RoutingTables:
     """Look-ups by input index (the last one, `num_inputs`, stands for "no input left"), by batch and by subset code.
 
     `deck` is flat: batch b's inputs start at b * (batch_size + 1) and end in a "no input left". `correct [n + 1, K]`
-    says whether an input is classified correctly under a choice (an expert, an m, or a subset's code, by `action`), and
-    `subsets`, `[K]` or for top-m `[n + 1, K]`, which experts that choice means: bit e = expert e.
+    says whether an input is classified correctly under a choice: an expert, an m, or a subset's code, by `action`.
+    `subsets [options]` are the codes (bit e = expert e) that a choice can mean: one for each choice, but for top-m all
+    codes, of which `options [n + 1, K]` names the one that a choice means for an input.
 
     An observation is a row of `seen [n + 1, width]`, what is seen of an input, in which a `record` fills in the rest:
     one of `summaries [batches, E + F]`, what is seen of a batch, and what changes in it. Blocks of bytes are copied
     several times faster than slices of rows, whence `summary_blocks`.
 
     `fixed` and `slope` `[2^E, 8]` are the costs of subsets of experts, for a first use in the batch and for an input:
-    relative cost, time [s], memory [B], energy [J], then the vector reward (0, -time, -memory, -energy, relative).
-    `paid` and `num_paid` are looked up by the code of the experts not paid yet.
+    relative cost, time [s], memory [B], energy [J], then the vector reward (0, -time, -memory, -energy, relative). A
+    move is (code of the experts not paid yet) * options + option; `terms [moves, 8]` are its costs, `unpaid [moves]`
+    the code after it. `paid` and `num_paid` are looked up by that code.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class RoutingTables:
         self._pay(CostModel.from_profile(profile), bundle.split("rl_train"), stream, weights)
         features = tables.features.astype(np.float32)
         self._lay_out(features.shape[1])
-        deck = deal(tables.labels, batch_size, stream)
+        deck = deal(tables.labels, batch_size, stream, seed=SPLITS.index(split))
         self.deck = np.append(np.pad(deck, ((0, 0), (0, 1)), constant_values=self.num_inputs), self.num_inputs)
         self._summarise(deck, features, tables.gate_logits)
         self._packed = np.append(tables.outcomes, np.zeros_like(tables.outcomes[:1]), axis=0)
+        self._tabulate_moves(action)
         self._tabulate_choices(action, tables.gate_logits)
         if self.correct.size < 2**31:
             self.deck = self.deck.astype(np.int32)  # half the cache lines
@@ -90,14 +93,19 @@ class RoutingTables:
         start = index * (self.batch_size + 1)
         return self.deck[start : start + self.batch_size + 1]
 
+    def _tabulate_moves(self, action: str) -> None:
+        codes = np.arange(2**self.num_experts)
+        self.subsets = 1 << np.arange(self.num_experts) if action == "expert" else codes
+        new = self.subsets & codes[:, None]
+        self.terms = (self.fixed[new] + self.slope[self.subsets]).reshape(-1, self.fixed.shape[1])
+        self.unpaid = (codes[:, None] ^ new).ravel()
+
     def _tabulate_choices(self, action: str, gate_logits: np.ndarray) -> None:
         every = np.arange(self.num_inputs + 1)
         if action == "top-m":
-            self.subsets = np.pad((1 << _ranking(gate_logits)).cumsum(axis=1), ((0, 1), (0, 0)))
-            self.correct = np.take_along_axis(self.outcomes(every), self.subsets, axis=1)
+            self.options = np.pad((1 << _ranking(gate_logits)).cumsum(axis=1), ((0, 1), (0, 0)))
+            self.correct = np.take_along_axis(self.outcomes(every), self.options, axis=1)
         else:
-            count = self.num_experts if action == "expert" else 2**self.num_experts
-            self.subsets = 1 << np.arange(count) if action == "expert" else np.arange(count)
             self.correct = np.ascontiguousarray(self.outcomes(every)[:, self.subsets])
 
     def _pay(self, costs: CostModel, split: Split, stream: str, weights: Cost) -> None:

@@ -55,8 +55,8 @@ def reject_unknown(unknown: Mapping[str, object], allowed: Iterable[str]) -> Non
 def check_actions(space: spaces.Space[np.ndarray], actions: object) -> np.ndarray:
     """The actions as an array; raises `InvalidAction` where one is outside the space."""
     array = np.asarray(actions)
-    if isinstance(space, spaces.MultiDiscrete) and array.dtype == np.int64 and array.shape == space.nvec.shape:
-        fits = not np.count_nonzero(array.view(np.uint64) >= space.nvec.item(0))  # negative ones are huge
+    if isinstance(space, spaces.MultiBinary) or (isinstance(space, spaces.Box) and space.dtype == np.int8):
+        fits = array.shape == space.shape and array.dtype.kind in "bif" and bool(((array == 0) | (array == 1)).all())
     else:
         fits = space.contains(array)
     if not fits:

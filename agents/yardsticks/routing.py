@@ -16,11 +16,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from agents.evaluate import evaluate
+from agents.evaluate import make_rows, play
 from agents.yardsticks.supervised import Predictor, nearest_neighbours, probabilities, values
 from moe_envs.routing import MoERoutingVectorEnv
 
 Rule = Callable[[np.ndarray], np.ndarray]  # observations [n, d] -> subset codes [n]
+Scorers = dict[str, list[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]]]
 
 TUNING_EPISODES = 1000
 POOL_BATCHES = 2000
@@ -58,6 +59,7 @@ class Problem:
         train, validation = (
             _vector_env(env_id, {**env_kwargs, "split": split}) for split in ("rl_train", "validation")
         )
+        self._envs: dict[str, gymnasium.vector.VectorEnv[Any, Any, Any]] = {}
         self.train, self.validation = train.tables, validation.tables
         self.action, self.cost_weight = train.action, train.reward.cost_weight
         self.num_experts, self.batch_size, self.layout = (
@@ -91,6 +93,10 @@ class Problem:
         """The code of the experts already paid, `[n]`."""
         return (self.part(observation, "experts_used") > 0.5) @ self.singles
 
+    def remaining(self, observation: np.ndarray) -> np.ndarray:
+        """The share of the batch that is still to be answered, the present input included, `[n, 1]`."""
+        return 1 - self.part(observation, "progress")
+
     def gate(self, observation: np.ndarray) -> np.ndarray:
         """The gate's probabilities, `[n, E]`."""
         odds = np.exp(self.part(observation, "gate_logits"))
@@ -101,9 +107,14 @@ class Problem:
         yardsticks = [Yardstick(rule, self, single) for rule, single in candidates]
         if len(yardsticks) == 1:
             return yardsticks[0]
-        return max(
-            yardsticks, key=lambda y: evaluate(y, self.env_id, TUNING_EPISODES, **self.env_kwargs)["return"].mean()
-        )
+        return max(yardsticks, key=self.mean_return)
+
+    def mean_return(self, yardstick: Yardstick) -> float:
+        """The mean return over episodes of validation."""
+        if yardstick.action not in self._envs:
+            arguments = {**self.env_kwargs, "action": yardstick.action}
+            self._envs[yardstick.action] = make_rows(self.env_id, TUNING_EPISODES, **arguments)
+        return float(play(yardstick, self._envs[yardstick.action], TUNING_EPISODES, seed=0)["return"].mean())
 
 
 class Planner:
@@ -119,12 +130,14 @@ class Planner:
         """What each candidate adds to the return, its fixed cost apart, `[n, K]`."""
         return self.scorer(observation) / self.problem.batch_size - self.problem.slope[self.codes]
 
-    def greedy(self, amortisation: float) -> Rule:
-        """The most worth less a share of the fixed cost of experts not yet paid."""
+    def greedy(self, amortisation: float, rising: bool) -> Rule:
+        """The most worth less a share of the fixed cost of experts not yet paid: constant, or rising to the whole as
+        fewer inputs remain to share it."""
 
         def rule(observation: np.ndarray) -> np.ndarray:
             new = self.codes & ~self.problem.used(observation)[:, None]
-            return self.codes[(self.worth(observation) - amortisation * self.problem.fixed[new]).argmax(1)]
+            share = amortisation if not rising else np.minimum(1, amortisation / self.problem.remaining(observation))
+            return self.codes[(self.worth(observation) - share * self.problem.fixed[new]).argmax(1)]
 
         return rule
 
@@ -206,43 +219,41 @@ class Oracle:
         return codes[:, (best.sum(0) - self._fixed).argmax()]
 
 
-def yardsticks(env_id: str, **env_kwargs: Any) -> dict[str, Yardstick | Oracle]:
+def yardsticks(env_id: str, scorers: Scorers | None = None, **env_kwargs: Any) -> dict[str, Yardstick | Oracle]:
     """All yardsticks of an environment by name, each the best of its family on validation, and the bound `oracle`.
 
-    Fitting takes about half a minute: two perceptrons and one regression for each scorer, on `rl_train`.
+    `scorers`, which `fit_scorers` makes of the same bundle, saves fitting them again for another cost weight.
     """
     problem = Problem(env_id, **env_kwargs)
     found: dict[str, Yardstick | Oracle] = {"random": problem.tune([(_random(problem), True)])}
-    found |= {f"gate top-{m}": problem.tune([(_top_m(problem, m), m == 1)]) for m in range(1, problem.num_experts + 1)}
+    sizes = range(1, problem.num_experts + 1)
+    found |= {f"gate top-{m}": problem.tune([(_top_m(problem, m), m == 1)]) for m in sizes}
     found["top-p"] = problem.tune([(_top_p(problem, p), False) for p in TOP_P])
     found["confidence threshold"] = problem.tune([(_threshold(problem, c), False) for c in CONFIDENCES])
-    sizes = range(1, problem.num_experts + 1)
     found["pool of the batch's top gates"] = problem.tune([(_top_gates(problem, size), True) for size in sizes])
-    for name, planners in _planners(problem).items():
-        greedy = [(p.greedy(share), p.single) for p, share in product(planners, AMORTISATIONS)]
+    for name, family in (scorers or fit_scorers(problem)).items():
+        planners = [Planner(problem, scorer, codes) for scorer, codes in family]
+        shares = product(planners, AMORTISATIONS, (False, True))
+        greedy = [(p.greedy(share, rising), p.single) for p, share, rising in shares]
         found[f"greedy ({name})"] = problem.tune(greedy)
         found[f"fixed pool ({name})"] = problem.tune([(p.fixed_pool(), p.single) for p in planners])
         found[f"batch pool ({name})"] = problem.tune([(p.batch_pool(), p.single) for p in planners])
     return found | {"oracle": Oracle()}
 
 
-def _planners(problem: Problem) -> dict[str, list[Planner]]:
+def fit_scorers(problem: Problem) -> Scorers:
+    """What says how good subsets are for an input, fitted on `rl_train`: by name, scorers and the codes they score."""
     train, validation = (
         (problem.input(t.seen[:-1]), t.outcomes(np.arange(t.num_inputs))) for t in (problem.train, problem.validation)
     )
     predict = probabilities(train, validation)
-    features, singles = problem.train.seen[:-1][:, problem.layout["features"].slice], train[1][:, problem.singles]
-    neighbours = [nearest_neighbours(features, singles, k) for k in NEIGHBOURS]
+    singles = problem.singles
+    neighbours = nearest_neighbours(problem.features(problem.train.seen[:-1]), train[1][:, singles], NEIGHBOURS)
+    predicted = ((partial(_scores, predict=predict, see=problem.input, codes=c), c) for c in (singles, problem.pairs))
     return {
-        "gate": [Planner(problem, problem.gate, problem.singles)],
-        "kNN": [
-            Planner(problem, partial(_scores, predict=near, see=problem.features), problem.singles)
-            for near in neighbours
-        ],
-        "predictor": [
-            Planner(problem, partial(_scores, predict=predict, see=problem.input, codes=codes), codes)
-            for codes in (problem.singles, problem.pairs)
-        ],
+        "gate": [(problem.gate, singles)],
+        "kNN": [(partial(_scores, predict=near, see=problem.features), singles) for near in neighbours],
+        "predictor": list(predicted),
     }
 
 

@@ -1,6 +1,7 @@
 """Supervised predictors for yardsticks: a small perceptron stopped on validation, and nearest neighbours."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,21 +54,30 @@ def values(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, n
     return lambda x: _forward(network, x, lambda y: y)
 
 
-def nearest_neighbours(x: np.ndarray, y: np.ndarray, k: int) -> Predictor:
-    """The mean target of the k nearest rows of `x` (Euclidean, the row itself left out); answers are kept for reuse."""
-    squares = (x**2).sum(1)
-    known: dict[bytes, np.ndarray] = {}
+def nearest_neighbours(x: np.ndarray, y: np.ndarray, counts: tuple[int, ...]) -> list[Predictor]:
+    """For each count k, the mean target of the k nearest rows of `x` (Euclidean, the row itself left out).
 
-    def predict(queries: np.ndarray) -> np.ndarray:
-        new = [row for row in queries if row.tobytes() not in known]
-        for part in np.array_split(np.array(new), len(new) // 500 + 1) if new else []:
-            distance = squares - 2 * part @ x.T + (part**2).sum(1, keepdims=True)
-            distance[distance < 1e-4] = np.inf
-            nearest = distance.argpartition(k, axis=1)[:, :k]
-            known.update(zip((row.tobytes() for row in part), y[nearest].mean(1), strict=True))
-        return np.array([known[row.tobytes()] for row in queries])
+    Answers are kept, so that a row that comes again, under any of the counts, costs nothing.
+    """
+    points, known = torch.from_numpy(x.astype(np.float32)), dict[bytes, np.ndarray]()
+    squares = (points**2).sum(1)
 
-    return predict
+    def look_up(new: list[np.ndarray]) -> None:
+        part = torch.from_numpy(np.array(new))
+        distance = torch.addmm(squares + (part**2).sum(1, keepdim=True), part, points.T, alpha=-2)
+        distance[distance < 1e-3] = torch.inf
+        nearest = distance.topk(min(max(counts), len(points)), dim=1, largest=False).indices.numpy()
+        sums = y[nearest].cumsum(axis=1, dtype=np.float32)
+        means = np.stack([sums[:, min(k, len(points)) - 1] / min(k, len(points)) for k in counts], axis=1)
+        known.update(zip((row.tobytes() for row in new), means, strict=True))
+
+    def predict(queries: np.ndarray, which: int) -> np.ndarray:
+        new = list({row.tobytes(): row for row in queries if row.tobytes() not in known}.values())
+        for start in range(0, len(new), 500):
+            look_up(new[start : start + 500])
+        return np.array([known[row.tobytes()][which] for row in queries])
+
+    return [partial(predict, which=which) for which in range(len(counts))]
 
 
 def _forward(network: nn.Module, x: np.ndarray, head: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:

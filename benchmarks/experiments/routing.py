@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,14 @@ def run(
     with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
         shares = manager.dict()
         trainings = [
-            pool.submit(_learned, kwargs, seed, out / f"ppo-{weight:g}-seed{seed}", timesteps, shares)
-            for weight, seed, kwargs in learners
+            pool.submit(_learned, index, kwargs, seed, out / f"ppo-{weight:g}-seed{seed}", timesteps, shares)
+            for index, (weight, seed, kwargs) in enumerate(learners)
         ]
-        rules = [pool.submit(_yardsticks, fixed | {"cost_weight": weight}) for weight in cost_weights]
-        _watch([*trainings, *rules], shares, learners, cost_weights, add_task)
+        groups = [cost_weights[start::jobs] for start in range(min(jobs, len(cost_weights)))]
+        rules = [pool.submit(_yardsticks, fixed, group) for group in groups]
+        names = [f"PPO, cost weight {weight:g}, seed {seed}" for weight, seed, _ in learners]
+        names += [f"yardsticks, cost weights {', '.join(f'{weight:g}' for weight in group)}" for group in groups]
+        _watch(pool, [*trainings, *rules], shares, [add_task(name) for name in names])
         scored = [item for future in (*trainings, *rules) for item in future.result()]
     result: Result = {"rows": [row for row, _ in scored], "summary": summarise(scored, cost_weights)}
     result |= {"settings": fixed | {"seeds": seeds, "episodes": EPISODES}, **runs.provenance()}
@@ -141,22 +144,25 @@ def _hypervolumes(rows: list[dict[str, Any]]) -> str:
 
 
 def _learned(
-    env_kwargs: dict[str, Any], seed: int, folder: Path, timesteps: int | None, shares: Any
+    index: int, env_kwargs: dict[str, Any], seed: int, folder: Path, timesteps: int | None, shares: Any
 ) -> list[tuple[dict[str, Any], Returns]]:
-    key = f"{env_kwargs['cost_weight']:g}/{seed}"
     overrides = {} if timesteps is None else {"total_timesteps": timesteps}
-    model = runs.train(ENV, "ppo", seed, folder, env_kwargs, overrides, lambda share: shares.update({key: share}))
+    model = runs.train(ENV, "ppo", seed, folder, env_kwargs, overrides, lambda share: shares.update({index: share}))
     return [_score(model, "PPO", "learned", seed, env_kwargs)]
 
 
-def _yardsticks(env_kwargs: dict[str, Any]) -> list[tuple[dict[str, Any], Returns]]:
+def _yardsticks(fixed: dict[str, Any], cost_weights: list[float]) -> list[tuple[dict[str, Any], Returns]]:
     import torch
 
-    from agents.yardsticks.routing import yardsticks
+    from agents.yardsticks.routing import Problem, fit_scorers, yardsticks
 
     torch.set_num_threads(1)
-    tuned = yardsticks(ENV, **env_kwargs)
-    return [_score(policy, name, policy.kind, 0, env_kwargs) for name, policy in tuned.items()]
+    scorers, scored = fit_scorers(Problem(ENV, **fixed)), []
+    for weight in cost_weights:
+        env_kwargs = fixed | {"cost_weight": weight}
+        tuned = yardsticks(ENV, scorers, **env_kwargs)
+        scored += [_score(policy, name, policy.kind, 0, env_kwargs) for name, policy in tuned.items()]
+    return scored
 
 
 def _score(policy: Any, name: str, kind: str, seed: int, env_kwargs: dict[str, Any]) -> tuple[dict[str, Any], Returns]:
@@ -171,27 +177,16 @@ def _score(policy: Any, name: str, kind: str, seed: int, env_kwargs: dict[str, A
 
 
 def _watch(
-    futures: list[Any],
-    shares: Any,
-    learners: list[tuple[float, int, dict[str, Any]]],
-    cost_weights: list[float],
-    add_task: Callable[[str], Callable[[float], object]],
+    pool: ProcessPoolExecutor, futures: list[Any], shares: Any, reports: list[Callable[[float], object]]
 ) -> None:
-    """Draw the progress until all is done; the first failure ends the wait and is raised."""
-    from concurrent.futures import FIRST_EXCEPTION, wait
-
-    names = [f"PPO, cost weight {weight:g}, seed {seed}" for weight, seed, _ in learners]
-    keys = [f"{weight:g}/{seed}" for weight, seed, _ in learners]
-    reports = [add_task(name) for name in names] + [add_task(f"yardsticks, cost weight {w:g}") for w in cost_weights]
+    """Draw the progress until all is done; the first failure ends all and is raised."""
     pending: set[Any] = set(futures)
     while pending:
         done, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
-        for future in done:
-            reports[futures.index(future)](1.0)
-            if future.exception():
-                for waiting in pending:
-                    waiting.cancel()
-                future.result()
-        for index, key in enumerate(keys):
-            if not futures[index].done():
-                reports[index](shares.get(key, 0.0))
+        if failed := next((future for future in done if future.exception()), None):
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            failed.result()
+        for index, (future, report_share) in enumerate(zip(futures, reports, strict=True)):
+            report_share(1.0 if future.done() else shares.get(index, 0.0))

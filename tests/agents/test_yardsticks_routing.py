@@ -69,7 +69,7 @@ def test_actions_are_the_environment_s_own_where_it_can_express_them(tuned: dict
 
 
 def test_the_plan_is_the_best_of_all_plans() -> None:
-    """Three inputs, all 8^3 plans of single experts and 255^2 of two inputs' subsets, by brute force."""
+    """Of two inputs, against all 256^2 pairs of subsets."""
     for size, choices in ((2, range(256)),):
         env = gymnasium.make_vec(
             ID, 1, vectorization_mode="vector_entry_point", **KWARGS, action="subset", batch_size=size

@@ -70,7 +70,9 @@ def test_a_finished_run_is_not_overwritten_unasked(run: Path) -> None:
         ("train", ["--algo", "sac", "--out", "x"], "ppo, a2c, dqn"),
         ("train", ["-k", "cost_weight", "--out", "x"], "name=value"),
         ("train", ["-k", "splot=test", "--out", "x"], "did you mean 'split'"),
-        ("evaluate", ["nowhere"], "holds no finished run"),
+        ("train", ["-k", "split=test", "--out", "x"], "rl_train"),
+        ("train", ["-k", "batch_size=abc", "--out", "x"], "batch_size"),
+        ("evaluate", ["[/nowhere]"], "[/nowhere] holds no finished run"),
         ("profile", ["nothing"], "there are digits, fashion-mnist"),
         ("bundle", ["rebuild", "cifar"], "not a reference bundle"),
     ],
@@ -80,7 +82,6 @@ def test_mistakes_are_one_line_that_says_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    monkeypatch.setenv("COLUMNS", "300")
     done = command(name, *arguments)
     assert done.returncode == 1
     assert message in done.stderr
@@ -131,7 +132,7 @@ def test_bundles_are_listed_and_checked() -> None:
 def test_a_foreign_agents_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import agents
 
-    monkeypatch.setattr(agents, "__file__", "/elsewhere/agents/__init__.py")
+    monkeypatch.delattr(agents, "DISTRIBUTION")
     with pytest.raises(ValueError, match="openai-agents"):
         cli._require_our_agents()
 

@@ -17,6 +17,7 @@ from experts.training import TrainingSettings
 
 QUICK = TrainingSettings(widths=(2, 3, 4), epochs=2, batch_size=32)
 MEMBERS = ["bundle.json", "model.safetensors", "profile.json", "rl_train.safetensors", "SHA256SUMS", "test.safetensors"]
+MEMBERS += ["validation.safetensors"]
 
 
 class OwnMoE(nn.Module):
@@ -46,7 +47,8 @@ def test_built_from_arrays_it_drives_the_environment() -> None:
     env = gymnasium.make("moe_envs:MoERouting-v0", bundle="mine", split="validation")
     env.reset(seed=0)
     assert env.action_space == gymnasium.spaces.Discrete(3)
-    assert sum(env.step(2)[1] for _ in range(32)) > -10
+    quality = [env.step(2)[4]["reward/quality"] for _ in range(32)]
+    assert set(quality) <= {0, 1 / 32}
     assert bundle.load("mine").sha256 == built.sha256 == bundle.load(built.path).sha256
 
 
@@ -77,6 +79,32 @@ def test_outcomes_by_hand() -> None:
         packed = bundle.pack_outcomes(np.array(gate), outputs, np.array([1]))
         assert packed.tolist() == [[correct]]
     assert bundle.pack_outcomes(np.array([[2.0, 0.0]]), outputs, np.array([0])).tolist() == [[0b1010]]
+
+
+def test_an_expert_far_below_the_gate_s_choice_still_answers_alone() -> None:
+    outputs = np.array([[[1.0, 0.0], [0.0, 3.0]]])
+    assert bundle.pack_outcomes(np.array([[200.0, 0.0]]), outputs, np.array([1])).tolist() == [[0b0100]]
+
+
+def test_a_model_is_tabulated_in_evaluation() -> None:
+    class Dropping(OwnMoE):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts[0] = nn.Sequential(nn.Dropout(0.9), nn.Linear(6, 3))
+
+    model = Dropping().train()
+    first, second = (
+        bundle.build(name, *arrays(), model=model, profile=measure_experts).split("test") for name in ("a", "b")
+    )
+    np.testing.assert_array_equal(first.outputs, second.outputs)
+
+
+def test_splits_must_be_disjoint_and_complete() -> None:
+    rows = np.split(np.arange(200), 4)
+    splits = dict(zip(("train", "rl_train", "validation", "test"), rows, strict=True))
+    for wrong in ({**splits, "test": rows[0]}, {**splits, "test": rows[3] + 1}, {"train": rows[0]}):
+        with pytest.raises(ValueError, match="splits must"):
+            bundle.build("x", *arrays(), splits=wrong, settings=QUICK, progress=False)
 
 
 def test_logits_are_kept_to_half_a_step() -> None:
@@ -134,6 +162,12 @@ def test_another_format_and_a_foreign_folder_are_refused(digits_copy: Path, tmp_
     new = hashlib.sha256((digits_copy / "bundle.json").read_bytes()).hexdigest() + "  bundle.json"
     (digits_copy / "SHA256SUMS").write_text("".join(f"{new if 'bundle.json' in s else s}\n" for s in sums))
     with pytest.raises(BundleError, match=r"bundle.json is of format 2; this moe-envs reads format 1"):
+        bundle.load(digits_copy)
+    rewritten = json.loads((zoo.ASSETS / "digits" / "bundle.json").read_text()) | {"num_experts": 3}
+    (digits_copy / "bundle.json").write_text(json.dumps(rewritten))
+    new = hashlib.sha256((digits_copy / "bundle.json").read_bytes()).hexdigest() + "  bundle.json"
+    (digits_copy / "SHA256SUMS").write_text("".join(f"{new if 'bundle.json' in s else s}\n" for s in sums))
+    with pytest.raises(BundleError, match="not of 3 experts"):
         bundle.load(digits_copy)
     (tmp_path / "foreign").mkdir()
     with pytest.raises(BundleError, match="is not a bundle"):

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -239,13 +241,24 @@ def test_observations_lie_in_bounds_and_are_new_arrays(env_id: str) -> None:
 
 
 @each_id
-def test_docstring_is_a_page(env_id: str) -> None:
-    doc = str(make(env_id).unwrapped.__doc__)
-    headings = [line.removeprefix("## ") for line in map(str.strip, doc.splitlines()) if line.startswith("## ")]
-    assert headings == [*HEADINGS, "Version History"]
+def test_documentation_is_the_docstring(env_id: str) -> None:
+    name = env_id.split(":")[-1]
+    text = inspect.cleandoc(str(make(env_id).unwrapped.__doc__))
+    assert text in (Path(__file__).parents[2] / "docs" / "environments" / f"{name}.md").read_text()
 
 
 @each_id
+def test_docstring_has_all_headings_and_its_tables_the_parts(env_id: str) -> None:
+    doc = str(make(env_id).unwrapped.__doc__)
+    headings = [line.removeprefix("## ") for line in map(str.strip, doc.splitlines()) if line.startswith("## ")]
+    assert headings == [*HEADINGS, "Version History"]
+    layout = make(env_id).unwrapped.observation_layout  # type: ignore[attr-defined]
+    assert [name for name in layout if f"| `{name}` |" not in doc] == []
+
+
+@each_id
+@pytest.mark.filterwarnings("ignore:.*doesn't natively support")
+@pytest.mark.filterwarnings("ignore:.*not in the possible render_modes")
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
