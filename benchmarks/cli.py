@@ -101,7 +101,7 @@ def _evaluate(
 
         with console.status("tuning the yardsticks on validation"):
             policies |= tune(config["env"], **config["env_kwargs"])
-    arguments = {**config["env_kwargs"], "split": split}
+    arguments = {**config["env_kwargs"], "cost_weight": config["cost_weight"], "split": split}
     rows = []
     for name, policy in policies.items():
         frame = play(policy, config["env"], episodes, seed, **arguments)

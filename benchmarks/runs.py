@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cost.machine import fingerprint
+from experts.bundle import source_commit
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -36,7 +36,7 @@ class RunError(RuntimeError):
 def provenance() -> dict[str, Any]:
     """The commit (None outside a git checkout), the machine's fingerprint and the versions of the main libraries."""
     return {
-        "commit": _commit(),
+        "commit": source_commit(),
         "fingerprint": fingerprint(),
         "versions": {package: version(package) for package in PACKAGES},
     }
@@ -91,18 +91,28 @@ def train(
     costs = sb3.CostLogger()
     model.learn(settings["total_timesteps"], [costs, sb3.KeepBest(env_id, env_kwargs), sb3.Progress(progress)])
     config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "seed": seed, "settings": settings}
+    config["cost_weight"] = env.get_attr("reward")[0].cost_weight
     save(folder, model, config, pd.DataFrame(costs.records))
     return model
+
+
+def finished(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the folder holds a finished run of this configuration, trained by the code of this commit."""
+    if not (folder / SETTINGS).exists():
+        return False
+    config = load_config(folder)
+    wanted = json.loads(json.dumps(wanted)) | {"commit": source_commit()}
+    return all(config.get(key) == value for key, value in wanted.items())
 
 
 def load_config(folder: Path) -> dict[str, Any]:
     """What `run.json` says; raises `RunError` where the folder holds no finished run."""
     try:
         config = json.loads((folder / SETTINGS).read_text())
-        if missing := {"env", "env_kwargs", "algo", "seed", "settings", "sha256"} - config.keys():
-            raise KeyError(f"no {', '.join(sorted(missing))}")
         if config["format"] != FORMAT:
             raise RunError(f"{folder / SETTINGS} is of format {config['format']}; this moe-envs reads {FORMAT}")
+        if missing := {"env", "env_kwargs", "algo", "seed", "settings", "cost_weight", "sha256"} - config.keys():
+            raise KeyError(f"no {', '.join(sorted(missing))}")
     except OSError as error:
         raise RunError(f"{folder} holds no finished run: {SETTINGS} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -124,7 +134,7 @@ def load(folder: Path) -> tuple[BaseAlgorithm, dict[str, Any]]:
         raise RunError(f"{folder / WEIGHTS} cannot be read: {error.strerror}") from error
     if hashlib.sha256(raw).hexdigest() != config["sha256"]:
         raise RunError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {SETTINGS}")
-    env = make_sb3_vec(config["env"], 1, **config["env_kwargs"])
+    env = make_sb3_vec(config["env"], config["settings"]["n_envs"], **config["env_kwargs"])
     model = make_algorithm(config["algo"], env, config["seed"], config["settings"])
     try:
         model.policy.load_state_dict(parse(raw))
@@ -133,11 +143,3 @@ def load(folder: Path) -> tuple[BaseAlgorithm, dict[str, Any]]:
             f"{folder / WEIGHTS} does not fit a {config['algo']} policy of {config['env']}: {error}"
         ) from error
     return model, config
-
-
-def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

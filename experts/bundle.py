@@ -215,7 +215,7 @@ def build(
         "rows": {split: len(indices) for split, indices in rows.items()},
         "accuracy": accuracy,
         "data": data or {"sha256": _sha256(x.tobytes() + y.tobytes())},
-        "commit": _commit(),
+        "commit": source_commit(),
     }
     constants = {
         "features.mean": mean,
@@ -388,9 +388,17 @@ def _sha256(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def source_commit() -> str | None:
+    """The commit of this code, with `-dirty` where a Python file differs from it; None outside its own checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -123,6 +123,8 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def state(self) -> State:
         """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""
+        if not self.generators:
+            raise ResetNeeded("call reset before state")
         arrays = {name: getattr(self, name) for name in self._state_names()}
         return deepcopy({"arrays": arrays, "generators": [g.bit_generator.state for g in self.generators]})
 
@@ -272,6 +274,10 @@ class SingleEnv(gymnasium.Env[np.ndarray, Any]):
     def __init__(self, *, render_mode: str | None = None, **arguments: Any) -> None:
         if render_mode is not None:
             choose("render_mode", render_mode, self.metadata["render_modes"])
+        if "max_episode_steps" in arguments:
+            raise ValueError(
+                "max_episode_steps is an argument of gymnasium.make, which wraps the environment in a limit"
+            )
         self.render_mode = render_mode
         self.vector = self.vector_class(num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **arguments)
         self.observation_layout = self.vector.observation_layout

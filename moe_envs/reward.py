@@ -13,8 +13,8 @@ class Reward:
     relative: RelativeCost
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cost_weight < float("inf"):
-            raise ValueError(f"cost_weight must be a finite number >= 0, got {self.cost_weight}")
+        if not isinstance(self.cost_weight, int | float) or not 0 <= self.cost_weight < float("inf"):
+            raise ValueError(f"cost_weight must be a finite number >= 0, got {self.cost_weight!r}")
 
     def __call__(self, quality: Array, cost: Array) -> Array:
         """The reward of a quality and a relative cost, floats or arrays."""

@@ -184,7 +184,7 @@ class MoERoutingEnv(SingleEnv):
     | `batch_size` | 32 | inputs in a batch, steps in an episode |
     | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
     | `action` | `"expert"` | see Action Space |
-    | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | shares of the terms in the cost |
+    | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | weights of the terms; let them sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
     ## Version History

@@ -311,7 +311,10 @@ def _largest(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _vector_env(env_id: str, env_kwargs: dict[str, Any]) -> MoERoutingVectorEnv:
-    env = gymnasium.make_vec(env_id, num_envs=1, vectorization_mode="vector_entry_point", **env_kwargs).unwrapped
+    try:
+        env = gymnasium.make_vec(env_id, num_envs=1, vectorization_mode="vector_entry_point", **env_kwargs).unwrapped
+    except TypeError as error:  # another environment's constructor, which does not know our arguments
+        raise ValueError(f"{env_id} is not a routing environment: {error}") from error
     if not isinstance(env, MoERoutingVectorEnv):
         raise ValueError(f"{env_id} is not a routing environment; these yardsticks are for MoERouting-v0")
     return env

@@ -39,7 +39,10 @@ def run(
     timesteps: int | None = None,
     add_task: Callable[[str], Callable[[float], object]] = lambda description: lambda share: None,
 ) -> Result:
-    """Train and compare in `jobs` processes; writes results.json and pareto.png into `out`, run folders below it."""
+    """Train and compare in `jobs` processes; writes results.json and pareto.png into `out`, run folders below it.
+
+    Trainings that an earlier, interrupted call finished there, by the same commit and settings, are not repeated.
+    """
     from moe_envs import profiles
 
     fixed = {"bundle": bundle, "costs": costs}
@@ -146,7 +149,12 @@ def _hypervolumes(rows: list[dict[str, Any]]) -> str:
 def _learned(
     index: int, env_kwargs: dict[str, Any], seed: int, folder: Path, timesteps: int | None, shares: Any
 ) -> list[tuple[dict[str, Any], Returns]]:
+    from agents import sb3
+
     overrides = {} if timesteps is None else {"total_timesteps": timesteps}
+    wanted = {"env": ENV, "env_kwargs": env_kwargs, "algo": "ppo", "seed": seed}
+    if runs.finished(folder, wanted | {"settings": sb3.settings("ppo", ENV, **overrides)}):
+        return [_score(runs.load(folder)[0], "PPO", "learned", seed, env_kwargs)]
     model = runs.train(ENV, "ppo", seed, folder, env_kwargs, overrides, lambda share: shares.update({index: share}))
     return [_score(model, "PPO", "learned", seed, env_kwargs)]
 

@@ -22,8 +22,10 @@ def test_interval_of_a_mean_has_the_size_of_its_standard_error() -> None:
 def test_runs_that_differ_widen_the_interval() -> None:
     episodes = np.random.default_rng(1).normal(size=1000)
     alike, apart = np.stack([episodes] * 5), np.stack([episodes + shift for shift in (-1, -0.5, 0, 0.5, 1)])
-    widths = [high - low for low, high in map(mean_interval, (alike, apart))]
-    assert widths[1] > 3 * widths[0]
+    narrow, wide = ((high - low) / 2 for low, high in map(mean_interval, (alike, apart)))
+    t, sd = 2.776, np.std([-1, -0.5, 0, 0.5, 1], ddof=1)  # Student's t for 4 degrees of freedom
+    assert narrow == pytest.approx(t * episodes.std(ddof=1) / np.sqrt(1000), rel=1e-3)
+    assert wide == pytest.approx(t * np.sqrt(sd**2 / 5 + episodes.var(ddof=1) / 1000), rel=1e-3)
     with pytest.raises(ValueError, match="2 episodes"):
         mean_interval(np.array([1.0]))
 
@@ -32,7 +34,8 @@ def test_pairing_removes_what_episodes_share() -> None:
     hard = np.random.default_rng(1).normal(size=500)
     difference, (low, high) = paired_difference(np.stack([hard + 0.1, hard + 0.3]), hard)
     assert difference == pytest.approx(0.2)
-    assert (low, high) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert high - low == pytest.approx(2 * 12.706 * 0.1, rel=1e-3)  # t of 1 degree of freedom, standard error 0.1
+    assert paired_difference(hard + 0.1, hard)[1] == (pytest.approx(0.1), pytest.approx(0.1))
 
 
 def test_front_and_hypervolume() -> None:

@@ -198,6 +198,8 @@ def test_steps_outside_an_episode_are_refused(env_id: str) -> None:
     env = make(env_id, batch_size=1)
     with pytest.raises(ResetNeeded):
         env.unwrapped.step(0)
+    with pytest.raises(ResetNeeded):
+        env.unwrapped.state()  # type: ignore[attr-defined]
     env.reset()
     env.step(0)
     with pytest.raises(ResetNeeded):
