@@ -62,7 +62,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.single_action_space = action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
-        self._limit = int(action_space.n) if isinstance(action_space, spaces.Discrete) else 0
+        self._limit = np.uint64(action_space.n if isinstance(action_space, spaces.Discrete) else 0)
         self.reward = reward
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
@@ -72,6 +72,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._done = np.zeros(num_envs, dtype=np.bool_)
         self._any_done = False
         self._everywhere = np.ones(num_envs, dtype=np.bool_)
+        self._rows = np.arange(num_envs)
         self._masks: list[str] = []
         self._draws = np.zeros((num_envs, 0), dtype=np.int64)
         self._drawn = np.zeros(num_envs, dtype=np.int64)
@@ -102,7 +103,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         ended = self._done if self._any_done else None
         if ended is not None and self.autoreset_mode is AutoresetMode.DISABLED:
             raise ResetNeeded(f"rows {ended.nonzero()[0].tolist()} have ended: reset them by options['reset_mask']")
-        if ended is not None and ended.all():
+        if ended is not None and np.count_nonzero(ended) == self.num_envs:
             return self._restart_all()
         outcome = self._advance(actions)
         terms, terminated = _terms(outcome), outcome.terminated
@@ -203,7 +204,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _restart(self, rows: np.ndarray) -> None:
         self._elapsed[rows] = 0
         self._done[rows] = False
-        self._any_done = bool(self._done.any())
+        self._any_done = bool(np.count_nonzero(self._done))
         self._begin(rows)
 
     def _checked(self, actions: object) -> np.ndarray:
@@ -222,7 +223,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._elapsed >= self.max_episode_steps
 
     def _restart_all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        self._restart(np.arange(self.num_envs))
+        self._restart(self._rows)
         running = np.zeros((2, self.num_envs), dtype=np.bool_)
         return self._observe(), np.zeros(self.num_envs), running[0], running[1], {}
 

@@ -23,10 +23,14 @@ ARGUMENTS = (
 )
 
 
+# Relative cost, time, memory, energy, vector reward; code of the experts not paid and number of the paid after it.
+Move = tuple[float, float, float, float, np.ndarray, int, int]
+
+
 class MoERoutingVectorEnv(BatchedEnv):
     """MoERouting-v0 over `num_envs` mini-batches at once; see `MoERoutingEnv` for the problem and its arguments."""
 
-    STATE = ("batch", "_place", "_inputs", "_unpaid", "_cost", "_summary")
+    STATE = ("batch", "_place", "_inputs", "_ledger", "_used", "_cost", "_summary")
 
     def __init__(
         self,
@@ -65,16 +69,17 @@ class MoERoutingVectorEnv(BatchedEnv):
         action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(experts)
         super().__init__(num_envs, tables.layout, action_space, reward, autoreset_mode, max_episode_steps)
         self.tables, self.action = tables, action
-        self.batch, self._inputs, self._unpaid = np.zeros((3, num_envs), dtype=np.int64)
+        self.batch, self._inputs, self._ledger = np.zeros((3, num_envs), dtype=np.int64)
         self._place = np.zeros((2, num_envs), dtype=np.int64)  # in the deck, and in the batch
         self._cost = np.zeros(num_envs)
         self._summary = np.zeros(num_envs, dtype=tables.summary_blocks.dtype)
+        self._used = np.zeros(num_envs, dtype=tables.used.dtype)
         self._num_choices = tables.correct.shape[1]
 
     def _begin(self, rows: np.ndarray) -> None:
         batch = self._draw(rows, len(self.tables.summaries))
         self.batch[rows], self._place[0, rows], self._place[1, rows] = batch, batch * (self.tables.batch_size + 1), 0
-        self._unpaid[rows], self._cost[rows] = 2**self.tables.num_experts - 1, 0.0
+        self._ledger[rows], self._used[rows], self._cost[rows] = self.tables.ledger_of(-1), self.tables.paid[-1], 0.0
         self._summary[rows] = self.tables.summary_blocks[batch]
         self._inputs = self.tables.deck.take(self._place[0])
 
@@ -83,34 +88,36 @@ class MoERoutingVectorEnv(BatchedEnv):
         choice: np.ndarray = actions.astype(np.int64) @ tables.codes if self.action == "subset" else actions
         entry = self._inputs * self._num_choices + choice
         option = tables.options.take(entry) if self.action == "top-m" else choice
-        move = self._unpaid * len(tables.subsets) + option
+        move = self._ledger + option
         terms = tables.terms.take(move, axis=0)
         terms[:, 4] = tables.quality.take(tables.correct.take(entry))
-        self._unpaid = tables.unpaid.take(move)
+        self._ledger, self._used = tables.ledger.take(move), tables.used.take(move)
         self._cost += terms[:, 0]
         self._place += 1
-        cursor, position = self._place
-        self._inputs = tables.deck.take(cursor)
-        details = {"routing/experts_used": tables.num_paid.take(self._unpaid)}
-        return Outcome(terms, position == tables.batch_size, details)
+        self._inputs = tables.deck.take(self._place[0])
+        details = {"routing/experts_used": tables.num_used.take(move)}
+        return Outcome(terms, self._place[1] == tables.batch_size, details)
 
     def _observe(self) -> np.ndarray:
         tables = self.tables
-        observation = tables.seen.take(self._inputs, axis=0)
+        observation = np.empty((self.num_envs, tables.width), dtype=np.float32)
         record = observation.view(tables.record)[:, 0]
+        record["input"] = tables.seen_blocks.take(self._inputs)
         record["batch"] = self._summary
-        record["experts_used"] = tables.paid.take(self._unpaid)
+        record["experts_used"] = self._used
         record["cost"] = self._cost
         record["progress"] = tables.progress.take(self._place[1])
         return observation
 
     def take_row(self) -> tuple[int, int, int, float]:
         """Batch, position, code of the experts not paid yet, and cost so far, of a vector of one row."""
-        return self.batch.item(), self._place[1].item(), self._unpaid.item(), self._cost.item()
+        unpaid = self._ledger.item() // len(self.tables.subsets)
+        return self.batch.item(), self._place[1].item(), unpaid, self._cost.item()
 
     def put_row(self, batch: int, position: int, unpaid: int, cost: float) -> None:
         """The inverse of `take_row`."""
-        self.batch[0], self._unpaid[0], self._cost[0] = batch, unpaid, cost
+        self.batch[0], self._cost[0] = batch, cost
+        self._ledger[0], self._used[0] = self.tables.ledger_of(unpaid), self.tables.paid[unpaid]
         self._place[:, 0] = batch * (self.tables.batch_size + 1) + position, position
         self._done[0] = position == self.tables.batch_size
         self._summary[0] = self.tables.summary_blocks[batch]
@@ -197,9 +204,9 @@ class MoERoutingEnv(SingleEnv):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         tables = self.vector.tables
-        self._moves: dict[int, tuple[float, float, float, float, np.ndarray, int]] = {}
+        self._moves: dict[int, Move] = {}
         self._num_options = len(tables.subsets)
-        self._used_columns, self._num_used = list(tables.members_paid), tables.num_paid.tolist()
+        self._used_columns = list(tables.members_paid)
         self._used = self.observation_layout["experts_used"].slice
         self._num_choices, self._batch_size = tables.correct.shape[1], tables.batch_size
         self._share, self._reward = 1 / tables.batch_size, self.vector.reward
@@ -226,7 +233,7 @@ class MoERoutingEnv(SingleEnv):
         option = self._top_m[position][choice] if self._top_m else choice
         correct = self._correct[position * self._num_choices + choice]
         move = self._unpaid * self._num_options + option
-        cost, time, memory, energy, vector, unpaid = self._moves.get(move) or self._look_up(move)
+        cost, time, memory, energy, vector, unpaid, num_used = self._moves.get(move) or self._look_up(move)
         vector = vector.copy()
         vector[0] = quality = correct * self._share
         self._choices.append((option, correct))
@@ -243,7 +250,7 @@ class MoERoutingEnv(SingleEnv):
             "cost/memory": memory,
             "cost/energy": energy,
             "vector_reward": vector,
-            "routing/experts_used": self._num_used[unpaid],
+            "routing/experts_used": num_used,
         }
         return observation, self._reward(quality, cost), position == self._batch_size, False, info
 
@@ -278,15 +285,17 @@ class MoERoutingEnv(SingleEnv):
         inputs = tables.batch(batch)
         self._correct = tables.correct[inputs].tobytes()
         self._top_m = tables.options[inputs].tolist() if self.vector.action == "top-m" else []
-        self._observations = tables.seen[inputs]
+        self._observations = np.zeros((len(inputs), tables.width), dtype=np.float32)
+        self._observations[:, tables.of_input] = tables.seen[inputs]
         self._observations[:, tables.of_batch] = tables.summaries[batch]
         self._observations[:, -1] = tables.progress[:-1]
 
-    def _look_up(self, move: int) -> tuple[float, float, float, float, np.ndarray, int]:
-        """Relative cost, time, memory, energy, vector reward of a move, and the code of the experts unpaid after it."""
-        terms = self.vector.tables.terms[move]
-        cost, time, memory, energy = terms[:4].tolist()
-        self._moves[move] = cost, time, memory, energy, terms[4:], self.vector.tables.unpaid.item(move)
+    def _look_up(self, move: int) -> Move:
+        """What a move costs and leads to, kept for the next time."""
+        tables = self.vector.tables
+        cost, time, memory, energy = tables.terms[move, :4].tolist()
+        after = tables.ledger.item(move) // self._num_options, tables.num_used.item(move)
+        self._moves[move] = cost, time, memory, energy, tables.terms[move, 4:], *after
         return self._moves[move]
 
     def _choice(self, action: Any) -> int:

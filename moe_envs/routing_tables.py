@@ -1,5 +1,7 @@
 """What MoERouting-v0 looks up: mini-batches, observations, outcomes and costs, laid out once when an env is made."""
 
+from typing import TypeVar
+
 import numpy as np
 
 from cost.model import Cost, CostModel, RelativeCost
@@ -7,6 +9,7 @@ from cost.profile import Profile
 from experts.bundle import FEATURE_BOUND, SPLITS, Bundle, Split
 from moe_envs.spaces import layout
 
+Code = TypeVar("Code", int, np.ndarray)
 STREAMS = ("topical", "iid")
 ACTIONS = ("expert", "subset", "top-m")
 DECK_SIZE = 16_384  # mini-batches that a split is laid out in
@@ -42,14 +45,15 @@ class RoutingTables:
     `subsets [options]` are the codes (bit e = expert e) that a choice can mean: one for each choice, but for top-m all
     codes, of which `options [n + 1, K]` names the one that a choice means for an input.
 
-    An observation is a row of `seen [n + 1, width]`, what is seen of an input, in which a `record` fills in the rest:
-    one of `summaries [batches, E + F]`, what is seen of a batch, and what changes in it. Blocks of bytes are copied
-    several times faster than slices of rows, whence `summary_blocks`.
+    An observation is a `record`: one of `seen [n + 1, F + E]`, what is seen of an input, one of `summaries`
+    `[batches, E + F]`, what is seen of a batch, and what changes in it. Blocks of bytes are copied several times faster
+    than slices of rows, whence `seen_blocks` and `summary_blocks`.
 
     `fixed` and `slope` `[2^E, 8]` are the costs of subsets of experts, for a first use in the batch and for an input:
-    relative cost, time [s], memory [B], energy [J], then the vector reward (0, -time, -memory, -energy, relative). A
-    move is (code of the experts not paid yet) * options + option; `terms [moves, 8]` are its costs, `unpaid [moves]`
-    the code after it. `paid` and `num_paid` are looked up by that code.
+    relative cost, time [s], memory [B], energy [J], then the vector reward (0, -time, -memory, -energy, relative).
+    A move is a ledger, (code of the experts not paid yet) * options, + option. `terms [moves, 8]` are its costs; after
+    it, `ledger` is the next ledger, `used` the block of `experts_used`, `num_used` their number. `paid`: that block by
+    code.
     """
 
     def __init__(
@@ -76,17 +80,17 @@ class RoutingTables:
         self._packed = np.append(tables.outcomes, np.zeros_like(tables.outcomes[:1]), axis=0)
         self._tabulate_moves(action)
         self._tabulate_choices(action, tables.gate_logits)
-        if self.correct.size < 2**31:
-            self.deck = self.deck.astype(np.int32)  # half the cache lines
         self.quality = np.array([0.0, 1 / batch_size])
         self.codes = 1 << np.arange(self.num_experts)
-        paid = 1 - (np.arange(2**self.num_experts)[:, None] >> np.arange(self.num_experts) & 1).astype(np.float32)
-        self.members_paid, self.paid, self.num_paid = paid, _blocks(paid), paid.sum(1).astype(np.int64)
         self.progress = (np.arange(batch_size + 2) / batch_size).astype(np.float32)
 
     def outcomes(self, inputs: np.ndarray) -> np.ndarray:
         """Whether each subset of experts classifies the inputs correctly, `[n, 2^E]` uint8."""
         return np.unpackbits(self._packed[inputs], axis=1, count=2**self.num_experts, bitorder="little")
+
+    def ledger_of(self, unpaid: Code) -> Code:
+        """The first move of a code of experts not paid, or of -1, none paid."""
+        return unpaid % 2**self.num_experts * len(self.subsets)
 
     def batch(self, index: int) -> np.ndarray:
         """The input indices of one batch, with the "no input left" at its end."""
@@ -98,7 +102,11 @@ class RoutingTables:
         self.subsets = 1 << np.arange(self.num_experts) if action == "expert" else codes
         new = self.subsets & codes[:, None]
         self.terms = (self.fixed[new] + self.slope[self.subsets]).reshape(-1, self.fixed.shape[1])
-        self.unpaid = (codes[:, None] ^ new).ravel()
+        unpaid = (codes[:, None] ^ new).ravel()
+        self.members_paid = 1 - (codes[:, None] >> np.arange(self.num_experts) & 1).astype(np.float32)
+        self.paid = _blocks(self.members_paid)
+        self.ledger, self.used = self.ledger_of(unpaid), self.paid[unpaid]
+        self.num_used = self.members_paid.sum(1).astype(np.int64)[unpaid]
 
     def _tabulate_choices(self, action: str, gate_logits: np.ndarray) -> None:
         every = np.arange(self.num_inputs + 1)
@@ -141,20 +149,20 @@ class RoutingTables:
                 ("progress", np.float32),
             ]
         )
+        self.width = self.layout["progress"].slice.stop
         self.of_input = slice(0, self.layout["gate_logits"].slice.stop)
         self.of_batch = slice(self.of_input.stop, self.layout["batch_features"].slice.stop)
 
     def _summarise(self, deck: np.ndarray, features: np.ndarray, gate_logits: np.ndarray) -> None:
         gate = np.clip(gate_logits - gate_logits.mean(1, keepdims=True), -GATE_BOUND, GATE_BOUND)
         seen = np.hstack([features, gate])
-        self.seen = np.zeros((self.num_inputs + 1, self.layout["progress"].slice.stop), dtype=np.float32)
-        self.seen[:-1, self.of_input] = seen
+        self.seen = np.append(seen, np.zeros_like(seen[:1]), axis=0).astype(np.float32)
         odds = np.exp(gate)
         gate_share = odds / odds.sum(1, keepdims=True) * self.num_experts
         averaged = np.hstack([gate_share, features * BATCH_SCALE])
         parts = np.array_split(deck, max(1, len(deck) // 1024))
         self.summaries = np.concatenate([averaged[part].mean(1) for part in parts]).astype(np.float32)
-        self.summary_blocks = _blocks(self.summaries)
+        self.seen_blocks, self.summary_blocks = _blocks(self.seen), _blocks(self.summaries)
 
 
 def _blocks(rows: np.ndarray) -> np.ndarray:
