@@ -178,9 +178,10 @@ def _demo(
     out: Path = Path("runs/demo"),
     costs: Annotated[str, typer.Option(help="reference or machine")] = "reference",
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    timesteps: Annotated[int | None, typer.Option(help="Of each training, instead of the tuned number.")] = None,
 ) -> None:
     """Train PPO on MoERouting-v0 for four cost weights; compare it with all yardsticks and the bound on test data."""
-    _compare([0.05, 0.1, 0.2, 0.4], [0], "fashion-mnist", costs, jobs, out)
+    _compare([0.05, 0.1, 0.2, 0.4], [0], "fashion-mnist", costs, jobs, timesteps, out)
 
 
 @benchmark_app.command("routing")
@@ -190,10 +191,11 @@ def _routing(
     bundle: str = "fashion-mnist",
     costs: Annotated[str, typer.Option(help="reference or machine")] = "reference",
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    timesteps: Annotated[int | None, typer.Option(help="Of each training, instead of the tuned number.")] = None,
     out: Path = Path("runs/routing"),
 ) -> None:
     """The same with several training seeds and intervals over seeds and episodes."""
-    _compare([float(part) for part in cost_weights.split(",")], list(range(seeds)), bundle, costs, jobs, out)
+    _compare([float(part) for part in cost_weights.split(",")], list(range(seeds)), bundle, costs, jobs, timesteps, out)
 
 
 @benchmark_app.command("speed")
@@ -212,11 +214,15 @@ def _speed(json_file: Json = None) -> None:
     console.print(table)
 
 
-def _compare(weights: list[float], seeds: list[int], bundle: str, costs: str, jobs: int, out: Path) -> None:
+def _compare(
+    weights: list[float], seeds: list[int], bundle: str, costs: str, jobs: int, timesteps: int | None, out: Path
+) -> None:
     from benchmarks.experiments import routing
 
     with _bar() as add:
-        result = routing.run(weights, seeds, out, bundle=bundle, costs=costs, jobs=jobs, add_task=add)
+        result = routing.run(
+            weights, seeds, out, bundle=bundle, costs=costs, jobs=jobs, timesteps=timesteps, add_task=add
+        )
     for renderable in routing.tables(result):
         console.print(renderable)
     console.print(f"[green]saved[/] {out}/results.json, {out}/pareto.png    curves: tensorboard --logdir {out}")

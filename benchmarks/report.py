@@ -26,15 +26,23 @@ def row(frame: pd.DataFrame, env: str, policy: str, kind: str, *, seed: int, **e
     }
 
 
+def plain_table(title: str, *columns: str) -> Table:
+    """A table narrow enough for 80 columns."""
+    drawn = Table(title=title, box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        drawn.add_column(column, no_wrap=True)
+    return drawn
+
+
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     """Rows by falling return; the learned ones and the bounds stand out."""
-    drawn = Table("policy", "kind", "return", "95 %", "accuracy", "cost", title=title)
+    drawn = plain_table(title, "policy", "kind", "return", "95 %", "accuracy", "cost")
     for entry in sorted(rows, key=lambda entry: -entry["return"]):
         low, high = entry["ci95"]
         name = entry["policy"] + (" *" if entry.get("chosen") else "")
         figures = (
             f"{entry['return']:.4f}",
-            f"{low:.4f} .. {high:.4f}",
+            f"{low:.3f} .. {high:.3f}",
             f"{entry['quality']:.4f}",
             f"{entry['cost']:.3f}",
         )

@@ -88,6 +88,7 @@ class Profile(BaseModel):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             json.dump(content | {"sha256": _sha256(content)}, file, indent=1)
+        os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
         os.replace(file.name, path)
 
 

@@ -230,7 +230,7 @@ def yardsticks(env_id: str, scorers: Scorers | None = None, **env_kwargs: Any) -
     found |= {f"gate top-{m}": problem.tune([(_top_m(problem, m), m == 1)]) for m in sizes}
     found["top-p"] = problem.tune([(_top_p(problem, p), False) for p in TOP_P])
     found["confidence threshold"] = problem.tune([(_threshold(problem, c), False) for c in CONFIDENCES])
-    found["pool of the batch's top gates"] = problem.tune([(_top_gates(problem, size), True) for size in sizes])
+    found["pool by batch gate"] = problem.tune([(_top_gates(problem, size), True) for size in sizes])
     for name, family in (scorers or fit_scorers(problem)).items():
         planners = [Planner(problem, scorer, codes) for scorer, codes in family]
         shares = product(planners, AMORTISATIONS, (False, True))

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.table import Table
 
 from benchmarks import pareto, report, runs
 from benchmarks.statistics import paired_difference
@@ -110,30 +109,25 @@ def tables(result: Result) -> list[Any]:
         )
         for weight in weights
     ]
-    columns = (
-        "cost weight",
-        "PPO",
-        "best yardstick",
-        "its return",
-        "difference",
-        "95 %",
-        "seeds above",
-        "way to bound",
-    )
-    summary = Table(*columns, title="PPO less the yardstick that is best on validation, on test")
+    one = ", one training seed" if result["summary"][0]["seeds"] == 1 else ""
+    columns = ("λ", "PPO", "best yardstick", "gain", "95 %", "seeds", "way")
+    summary = report.plain_table(f"PPO less the yardstick best on validation, on test{one}", *columns)
     for entry in result["summary"]:
         low, high = entry["ci95"]
         summary.add_row(
             f"{entry['cost_weight']:g}",
             f"{entry['ppo']:.4f}",
             entry["best_yardstick"],
-            f"{entry['best_yardstick_return']:.4f}",
             f"{entry['difference']:+.4f}",
-            f"{low:+.4f} .. {high:+.4f}",
-            f"{entry['seeds_above']} of {entry['seeds']}",
+            f"{low:+.3f} .. {high:+.3f}",
+            f"{entry['seeds_above']}/{entry['seeds']}",
             f"{entry['share_of_way_to_bound']:.1%}",
         )
-    return [*drawn, summary, _hypervolumes(rows)]
+    hindsight = ", ".join(
+        f"λ={e['cost_weight']:g} {e['best_on_test_in_hindsight']} {e['best_on_test_in_hindsight_return']:.4f}"
+        for e in result["summary"]
+    )
+    return [*drawn, summary, f"best yardstick on test in hindsight: {hindsight}", _hypervolumes(rows)]
 
 
 def _hypervolumes(rows: list[dict[str, Any]]) -> str:

@@ -29,7 +29,7 @@ def test_every_family_is_there(tuned: dict[str, Any]) -> None:
         f"{rule} ({name})"
         for rule, name in product(("greedy", "fixed pool", "batch pool"), ("gate", "kNN", "predictor"))
     }
-    plain = {"random", "top-p", "confidence threshold", "pool of the batch's top gates", "oracle"}
+    plain = {"random", "top-p", "confidence threshold", "pool by batch gate", "oracle"}
     assert set(tuned) == scored | plain | {f"gate top-{m}" for m in range(1, 9)}
     assert [name for name, policy in tuned.items() if policy.kind == "bound"] == ["oracle"]
 

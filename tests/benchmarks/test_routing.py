@@ -33,7 +33,7 @@ def test_the_experiment_writes_rows_summary_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "ppo-0.3-seed1" / "policy.safetensors").exists()
     assert max(shares) == 1.0
-    assert len(routing.tables(result)) == 3
+    assert len(routing.tables(result)) == 4
 
 
 def test_speed_is_measured_for_every_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
