@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from agents.evaluate import evaluate
 
-# Keyword arguments of SB3's algorithms for each environment, tuned on the validation split; "linear 1e-3" falls to 0.
-# `n_envs` (rows of the vector environment) and `total_timesteps` are ours.
+# Keyword arguments of SB3's algorithms for each environment; "linear 1e-3" falls to 0. PPO's were tuned on the
+# validation split, A2C's and DQN's are PPO's where they share them. `n_envs` (rows) and `total_timesteps` are ours.
 TUNED: dict[str, dict[str, dict[str, Any]]] = {
     "MoERouting-v0": {
         "ppo": {
