@@ -37,7 +37,9 @@ def evaluate() -> None:
 
 def profile() -> None:
     """Entry point of `moe-profile`."""
-    _run(_profile)
+    from benchmarks.profiling import app
+
+    _guarded(app)
 
 
 def bundle() -> None:
@@ -109,26 +111,6 @@ def _evaluate(
         rows.append(report.row(frame, config["env"], name, kind, seed=config["seed"], **arguments))
     _write(json_file, {"rows": rows, "run": str(run_dir), "episodes": episodes, **runs.provenance()})
     console.print(report.table(rows, f"{config['env']}, {split}, {episodes} episodes"))
-
-
-def _profile(
-    bundle: Annotated[str, typer.Argument(help="Name or folder of a bundle.")] = "fashion-mnist",
-    repeats: Annotated[int, typer.Option(help="Rounds over all experts and sizes; at least 50.")] = 200,
-    json_file: Json = None,
-) -> None:
-    """Measure what a bundle's experts cost on this machine, for costs="machine".
-
-    Example: moe-profile fashion-mnist
-    """
-    from experts import bundle as bundles
-    from moe_envs import profiles
-
-    loaded = bundles.load(bundle)
-    measured = profiles.measure(loaded, repeats, progress=True)
-    _write(json_file, measured.model_dump(mode="json"))
-    console.print(_profile_table(measured, f"{bundle}: time of an expert on n inputs = fixed + slope * n"))
-    console.print(f"energy: {measured.energy_source}")
-    console.print(f"[green]saved[/] {profiles.machine_path(loaded)}    use it: gymnasium.make(..., costs='machine')")
 
 
 @bundle_app.command("list")
@@ -253,20 +235,6 @@ def _parse(pairs: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def _profile_table(measured: Any, title: str) -> Table:
-    table = Table("operation", "fixed [µs]", "slope [µs]", "residual", "spread", "weights [B]", title=title)
-    for name, operation in measured.operations.items():
-        time = operation.time
-        figures = (
-            f"{time.fixed * 1e6:.2f}",
-            f"{time.slope * 1e6:.3f}",
-            f"{time.residual:.1%}",
-            f"{operation.spread:.1%}",
-        )
-        table.add_row(name, *figures, f"{operation.memory.fixed:,.0f}")
-    return table
-
-
 @contextmanager
 def _bar() -> Iterator[Callable[[str], Callable[[float], None]]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -281,7 +249,7 @@ def _bar() -> Iterator[Callable[[str], Callable[[float], None]]]:
 
 def _write(path: Path | None, result: Any) -> None:
     if path is not None:
-        from benchmarks.runs import write_text
+        from cost.files import write_text
 
         write_text(path, json.dumps(result, indent=1))
 
@@ -294,6 +262,7 @@ def _run(command: Callable[..., None]) -> None:
 
 def _guarded(app: typer.Typer) -> None:
     """Run a command; what a user can mend is one line on stderr and exit code 1, not a traceback."""
+    from cost.energy import MeterError
     from cost.profile import ProfileError
     from experts.bundle import BundleError
     from experts.data import DataError
@@ -303,7 +272,7 @@ def _guarded(app: typer.Typer) -> None:
         from benchmarks.runs import RunError
 
         app()
-    except (ValueError, TypeError, OSError, BundleError, DataError, ProfileError, RunError) as error:
+    except (ValueError, TypeError, OSError, BundleError, DataError, MeterError, ProfileError, RunError) as error:
         errors.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         sys.exit(1)
 

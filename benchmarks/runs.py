@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from cost.files import write_text
 from cost.machine import fingerprint
 from experts.bundle import source_commit
 
@@ -40,15 +39,6 @@ def provenance() -> dict[str, Any]:
         "fingerprint": fingerprint(),
         "versions": {package: version(package) for package in PACKAGES},
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
-    os.replace(file.name, path)
 
 
 def save(folder: Path, model: BaseAlgorithm, config: dict[str, Any], episodes: pd.DataFrame) -> None:

@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def fingerprint(threads: int = 1) -> dict[str, str]:
-    """CPU, cores, GPU, operating system, library versions and the number of threads the costs are measured with."""
+def fingerprint() -> dict[str, str]:
+    """CPU, cores, GPU, operating system and library versions."""
     return {
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
@@ -16,7 +16,6 @@ def fingerprint(threads: int = 1) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": _version("torch"),
         "numpy": _version("numpy"),
-        "threads": str(threads),
     }
 
 

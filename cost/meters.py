@@ -1,99 +1,176 @@
-"""Meters: `with Clock() as reading: ...` and `with TensorMemory() as reading: ...`, also as decorators."""
+"""Meters: `with TimeMeter() as reading: ...`, then `reading.value`; also as decorators, then `meter.reading`.
+
+A meter that cannot measure here raises `MeterError`, which says what would mend it.
+"""
+
+from __future__ import annotations
 
 import time
-import weakref
-from contextlib import ContextDecorator
-from dataclasses import dataclass
-from types import TracebackType
+from contextlib import ContextDecorator, ExitStack
+from dataclasses import dataclass, field
 from typing import Any
+
+from cost.energy import PROXY, MeterError, open_counter, proxy_joules
+
+__all__ = ["EnergyMeter", "FlopMeter", "MemoryMeter", "MeterError", "Reading", "TimeMeter"]
 
 
 @dataclass
 class Reading:
-    """What a meter read: the value, in the unit named."""
+    """What a meter read: the value in its unit, how it was got, and what was read beside it, in the same unit."""
 
     value: float
     unit: str
+    source: str
+    beside: dict[str, float] = field(default_factory=dict)
 
 
-class Clock(ContextDecorator):
-    """Wall time in seconds; `thread=True` reads the calling thread's CPU time instead."""
+class TimeMeter(ContextDecorator):
+    """Wall time in s, and beside it `thread`, the calling thread's CPU time.
 
-    def __init__(self, thread: bool = False) -> None:
-        self._now = time.thread_time_ns if thread else time.perf_counter_ns
-
-    def __enter__(self) -> Reading:
-        self.reading = Reading(0.0, "s")
-        self._start = self._now()
-        return self.reading
-
-    def __exit__(self, *error: object) -> None:
-        self.reading.value = (self._now() - self._start) * 1e-9
-
-
-class TensorMemory(ContextDecorator):
-    """Peak bytes of the tensors that torch operations allocate inside the block, beyond what was held at its start.
-
-    On a CUDA machine `device="cuda"` reads the allocator's own peak; on the CPU every new storage is counted from its
-    creation to its release, which finds what operations return and not the scratch space inside one operation.
+    On a CUDA device the time between two events, for which the end of the block waits.
     """
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
+        require_device(device)
+
+    def __enter__(self) -> Reading:
+        on_gpu = self.device.startswith("cuda")
+        self.reading = Reading(0.0, "s", "CUDA events" if on_gpu else "perf_counter")
+        self._events = _events(self.device) if on_gpu else None
+        self._thread, self._start = time.thread_time_ns(), time.perf_counter_ns()
+        return self.reading
+
+    def __exit__(self, *error: object) -> None:
+        nanoseconds = time.perf_counter_ns() - self._start
+        self.reading.beside["thread"] = (time.thread_time_ns() - self._thread) * 1e-9
+        self.reading.value = nanoseconds * 1e-9
+        if self._events is not None:
+            start, end, stream = self._events
+            end.record(stream)
+            end.synchronize()
+            self.reading.value = start.elapsed_time(end) * 1e-3
+
+
+class MemoryMeter(ContextDecorator):
+    """Peak bytes of the tensors made inside the block, beyond what was held at its start; beside it `rss`, by how much
+    the process has grown, whatever took it.
+
+    On the CPU every tensor that a torch operation returns is counted while it lives, but not the scratch space inside
+    an operation; on a CUDA device it is the allocator's own peak.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        require_device(device)
 
     def __enter__(self) -> Reading:
         import torch
 
-        self.reading = Reading(0.0, "B")
-        if self.device == "cuda":
-            if not torch.cuda.is_available():
-                raise RuntimeError("no CUDA device: use TensorMemory('cpu'), or install a CUDA build of torch")
-            torch.cuda.reset_peak_memory_stats()
-            self._held = torch.cuda.memory_allocated()
+        from cost.tensors import StorageTracker
+
+        if self.device.startswith("cuda"):
+            self.reading = Reading(0.0, "B", "CUDA allocator")
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._held = torch.cuda.memory_allocated(self.device)
         else:
-            self._tracker = _storage_tracker(self.reading)
-            self._tracker.__enter__()
+            self.reading = Reading(0.0, "B", "tensors held")
+            self._stack = ExitStack()
+            self._tracker = self._stack.enter_context(StorageTracker())
+        self._rss = _rss()
         return self.reading
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         import torch
 
-        if self.device == "cuda":
-            self.reading.value = float(torch.cuda.max_memory_allocated() - self._held)
+        if self.device.startswith("cuda"):
+            self.reading.value = float(torch.cuda.max_memory_allocated(self.device) - self._held)
         else:
-            self._tracker.__exit__(kind, error, trace)
+            self._stack.__exit__(*error)
+            self.reading.value = float(self._tracker.peak)
+        self.reading.beside["rss"] = float(_rss() - self._rss)
 
 
-def _storage_tracker(reading: Reading) -> Any:
+class FlopMeter(ContextDecorator):
+    """Floating-point operations of the matrix products, convolutions and attentions inside the block, by torch."""
+
+    def __enter__(self) -> Reading:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self.reading = Reading(0.0, "FLOP", "torch.utils.flop_counter")
+        self._counter = FlopCounterMode(display=False)
+        self._counter.__enter__()
+        return self.reading
+
+    def __exit__(self, *error: Any) -> None:
+        self._counter.__exit__(*error)
+        self.reading.value = float(self._counter.get_total_flops())
+
+
+class EnergyMeter(ContextDecorator):
+    """Energy in J by `source`: "nvml", "rapl", or "proxy"; by default the device's counter, where there is one.
+
+    A counter has everything in it that runs on the device and wants blocks of 0.05 s (RAPL) or 0.5 s (NVML). The proxy
+    prices the FLOPs, the parameters used and the peak of the tensors made; its `reading.source` says that it is one.
+    """
+
+    def __init__(self, device: str = "cpu", source: str | None = None) -> None:
+        self.device = device
+        require_device(device)
+        self._counter = open_counter(device, source)
+
+    def __enter__(self) -> Reading:
+        from cost.tensors import StorageTracker
+
+        self.reading = Reading(0.0, "J", self._counter.source if self._counter else PROXY)
+        if self._counter is not None:
+            _synchronize(self.device)
+            self._start = self._counter.joules()
+            return self.reading
+        self._stack = ExitStack()
+        self._tracker = self._stack.enter_context(StorageTracker())
+        self._flops = self._stack.enter_context(FlopMeter())
+        return self.reading
+
+    def __exit__(self, *error: Any) -> None:
+        if self._counter is not None:
+            _synchronize(self.device)
+            self.reading.value = self._counter.joules() - self._start
+            return
+        self._stack.__exit__(*error)
+        self.reading.value = proxy_joules(self._flops.value, self._tracker.weights, self._tracker.peak)
+
+
+def require_device(device: str) -> None:
+    """Raise `ValueError` for a device that is neither the CPU nor CUDA, `MeterError` where there is no CUDA device."""
+    if device == "cpu":
+        return
+    if not device.startswith("cuda"):
+        raise ValueError(f"device={device!r} is not 'cpu', 'cuda' or 'cuda:N'")
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_iter
 
-    class StorageTracker(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-            self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-            self.held = 0
+    if not torch.cuda.is_available():
+        raise MeterError(f"no CUDA device for device={device!r}: use device='cpu', or install a CUDA build of torch")
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            for old in tree_iter((args, kwargs)):
-                if isinstance(old, torch.Tensor):
-                    self.known.add(old.untyped_storage())
-            result = func(*args, **(kwargs or {}))
-            for new in tree_iter(result):
-                if isinstance(new, torch.Tensor) and new.untyped_storage() not in self.known:
-                    self._hold(new.untyped_storage())
-            reading.value = max(reading.value, float(self.held))
-            return result
 
-        def _hold(self, storage: torch.UntypedStorage) -> None:
-            self.known.add(storage)
-            self.held += storage.nbytes()
-            weakref.finalize(storage, self._release, storage.nbytes())
+def _events(device: str) -> tuple[Any, Any, Any]:
+    import torch
 
-        def _release(self, size: int) -> None:
-            self.held -= size
+    stream = torch.cuda.current_stream(torch.device(device))
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record(stream)
+    return start, end, stream
 
-    return StorageTracker()
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def _rss() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

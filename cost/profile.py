@@ -1,40 +1,54 @@
 """Profiles: what each operation costs on one machine, measured once, saved as JSON, then a pure look-up.
 
-The time of an operation on n inputs is fitted as `fixed + slope * n` to medians over n = 1..64. Memory is what it holds
-for a batch: its weights (fixed) and its answers (slope), not the scratch space that operations take in turns. Energy is
-a proxy and says so.
+The time of an operation on n inputs is fitted as `fixed + slope * n` to medians over n = 1..64; so are its memory and
+its energy. Where the machine has no energy counter, energy is a proxy and says so.
 """
 
 from __future__ import annotations
 
+import copy
 import datetime
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
-from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.progress import Progress
+from pydantic import ValidationError
 
+from cost.energy import PROXY, open_counter
+from cost.files import load_json, save_json
 from cost.machine import fingerprint
-from cost.meters import TensorMemory
+from cost.meters import require_device
+from cost.model import TERMS, Cost
+from cost.operations import Case, Fit, Operation, Record, Work, describe, fit, forward, routed, weights_and_answers
+from cost.timing import Noise, Timed, time_steadily, torch_threads
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SCHEMA = 1
+SCHEMA = 2
+__all__ = [
+    "Fit",
+    "Noise",
+    "Operation",
+    "Profile",
+    "ProfileError",
+    "fit",
+    "measure",
+    "measure_experts",
+    "measure_module",
+]
+
+READABLE = (1, 2)  # 1 lacks the measured times, the noise, the FLOPs and the axes of the grid
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-WARM_UP = 10
-# Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm: a 32-bit multiply-add 4.6 pJ, 32 bits from DRAM 640 pJ, 64
-# bits from a 32 KB cache 20 pJ. Weights come from DRAM, activations from the cache.
-JOULES_PER_FLOP, JOULES_PER_WEIGHT_BYTE, JOULES_PER_ACTIVATION_BYTE = 2.3e-12, 160e-12, 2.5e-12
-ENERGY_PROXY = "proxy: 2.3 pJ a FLOP, 160 pJ a byte of weights, 2.5 pJ a byte of activations (Horowitz 2014)"
+MEND = "measure again with moe-profile"
+
+
+class ProfileError(RuntimeError):
+    """A profile is absent, damaged, foreign or of another machine; the message names the file and the mend."""
 
 
 class RoutedModel(Protocol):
@@ -47,64 +61,44 @@ class RoutedModel(Protocol):
     def experts(self) -> Iterable[nn.Module]: ...
 
 
-class ProfileError(RuntimeError):
-    """A profile is absent, damaged, foreign or of another machine; the message names the file and the mend."""
-
-
-class Fit(BaseModel):
-    """`fixed + slope * n`; `residual` is the largest relative error of the fit over the sizes, 0 where it is exact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    fixed: float = Field(ge=0)
-    slope: float = Field(ge=0)
-    residual: float = 0.0
-
-
-class Operation(BaseModel):
-    """Time in s, memory in B, energy in J; `spread` is the median over sizes of (P95 - P5) / median of the times."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    time: Fit
-    memory: Fit
-    energy: Fit
-    spread: float
-
-
-class Profile(BaseModel):
+class Profile(Record):
     """Operations by name, and where, when and how they were measured."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     schema_version: int = SCHEMA
     operations: dict[str, Operation]
     fingerprint: dict[str, str]
     created: str
     repeats: int
     energy_source: str
-    units: dict[str, str] = {"time": "s", "memory": "B", "energy": "J"}
+    noise: Noise | None = None
+    units: dict[str, str] = {"time": "s", "memory": "B", "energy": "J", "flops": "FLOP"}
 
-    def save(self, path: Path) -> None:
+    def cost(self, operation: str, n: int) -> Cost:
+        """The cost of an operation on n inputs, nothing for n = 0; raises `ValueError` for an unknown operation."""
+        if operation not in self._fits:
+            raise ValueError(f"no operation {operation!r} in the profile; there are {', '.join(self.operations)}")
+        time, more_time, memory, more_memory, energy, more_energy = self._fits[operation]
+        return Cost(time + more_time * n, memory + more_memory * n, energy + more_energy * n) if n else Cost()
+
+    @cached_property
+    def _fits(self) -> dict[str, tuple[float, ...]]:
+        fits = {name: [getattr(each, term) for term in TERMS] for name, each in self.operations.items()}
+        return {name: tuple(value for fit in row for value in (fit.fixed, fit.slope)) for name, row in fits.items()}
+
+    def save(self, path: str | Path) -> None:
         """Write atomically, with a SHA-256 of the content."""
-        content = self.model_dump(mode="json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            json.dump(content | {"sha256": _sha256(content)}, file, indent=1)
-        os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
-        os.replace(file.name, path)
+        save_json(Path(path), self.model_dump(mode="json"))
 
+    @classmethod
+    def load(cls, path: str | Path, *, any_machine: bool = False) -> Profile:
+        """The profile in a file of `save`; raises `ProfileError` naming the file and what is wrong with it.
 
-def load(path: Path) -> Profile:
-    """The profile in a file that `Profile.save` wrote; raises `ProfileError` naming the file and what is wrong."""
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or content.pop("sha256", None) != _sha256(content):
-            raise ProfileError(
-                f"{path} is damaged or foreign: its SHA-256 does not fit; measure again with moe-profile"
-            )
-    except OSError as error:
-        raise ProfileError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ProfileError(f"{path} is not JSON: {error}; measure again with moe-profile") from error
-    return parse(content, str(path))
+        A profile of another machine, or of other versions of the libraries, is refused unless `any_machine`.
+        """
+        profile = parse(load_json(Path(path), ProfileError, MEND), str(path))
+        if not any_machine:
+            require_this_machine(profile, str(path))
+        return profile
 
 
 def parse(content: object, source: str) -> Profile:
@@ -114,103 +108,106 @@ def parse(content: object, source: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ProfileError(f"{source} is not a profile: {where}: {first['msg']}") from error
-    if profile.schema_version != SCHEMA:
-        raise ProfileError(f"{source} has schema {profile.schema_version}; this moe-envs reads {SCHEMA}")
+        raise ProfileError(f"{source} is not a profile: {where}: {first['msg']}; {MEND}") from error
+    if profile.schema_version not in READABLE:
+        raise ProfileError(f"{source} has schema {profile.schema_version}; this moe-envs reads {READABLE}; {MEND}")
     return profile
 
 
 def require_this_machine(profile: Profile, source: str) -> None:
     """Raise `ProfileError`, naming what differs, unless the profile was measured on this machine as it is now."""
-    now = fingerprint()
-    changed = [f"{key} was {profile.fingerprint.get(key)!r}, is {now[key]!r}" for key in now]
-    changed = [text for key, text in zip(now, changed, strict=True) if profile.fingerprint.get(key) != now[key]]
+    now, then = fingerprint(), profile.fingerprint
+    changed = [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in now.items() if then.get(key) != value]
     if changed:
-        raise ProfileError(f"{source} is of another machine ({'; '.join(changed)}); measure again with moe-profile")
+        raise ProfileError(f"{source} is of another machine ({'; '.join(changed)}); {MEND}")
+
+
+def measure(
+    operations: Mapping[str, Work],
+    sizes: Sequence[int] = SIZES,
+    repeats: int = 50,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    progress: bool = False,
+) -> Profile:
+    """Profile any callables: `operations[name](n)` is the operation on n inputs.
+
+    Where it returns a callable it has only prepared the operation, and that callable is timed. At least `repeats` (>=
+    50) rounds over all operations and sizes in turn, so that a slow spell of the machine meets all alike, and more
+    where the host is noisy (`cost.timing`). Memory is the parameters used and the peak of the tensors made.
+    """
+    require_device(device)
+    settings = {"device": device, "threads": threads}
+    return _measure([Case.of(name, work, sizes, **settings) for name, work in operations.items()], repeats, progress)
+
+
+def measure_module(
+    module: nn.Module,
+    inputs: torch.Tensor,
+    sizes: Sequence[int] = SIZES,
+    repeats: int = 50,
+    *,
+    dtypes: Sequence[str] = ("float32",),
+    devices: Sequence[str] = ("cpu",),
+    threads: Sequence[int] = (1,),
+    progress: bool = False,
+) -> Profile:
+    """Profile the forward pass of copies of a module, in evaluation mode, over a grid.
+
+    `inputs [N, ...]` of which the first n rows, over again where n > N, are the batch; dtypes are torch's names.
+    """
+    import torch
+
+    cases = []
+    with torch.inference_mode():
+        for dtype, device in product(dtypes, devices):
+            kind = getattr(torch, dtype, None)
+            if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+                raise ValueError(f"dtype={dtype!r} is not a floating-point type of torch, as 'float32' or 'bfloat16'")
+            require_device(device)
+            copied = copy.deepcopy(module).eval().to(device, kind)
+            rows = inputs.to(device, kind if inputs.is_floating_point() else inputs.dtype)
+            work = partial(forward, copied, rows)
+            for count in threads:
+                name = f"{dtype}, {device}, {count} thread{'s' * (count > 1)}"
+                cases.append(Case.of(name, work, sizes, device=device, threads=count, dtype=dtype))
+        return _measure(cases, repeats, progress)
 
 
 def measure_experts(model: RoutedModel, inputs: np.ndarray, repeats: int = 200, progress: bool = False) -> Profile:
     """Profile experts as a routed layer runs them: gather n rows, run the expert, add the weighted result.
 
-    `inputs [64, D]` go through the model's trunk first, unmeasured. One thread; after warm-up, `repeats` rounds (>= 50)
-    over all experts and sizes in turn, so that a slow spell of the machine meets all alike. Raises `ValueError` for
-    fewer than 50 repeats, of which the median is not steady.
+    `inputs [64, D]` go through the model's trunk first, unmeasured. One thread. Memory is what an expert holds for a
+    batch: its weights (fixed) and its answers (slope), not the scratch space that experts take in turns.
     """
     import torch
 
-    if repeats < 50:
-        raise ValueError(f"repeats must be >= 50 for a steady median, got {repeats}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            hidden = model.trunk(torch.from_numpy(inputs))
-            experts = list(model.experts)
-            runs = [[_routed(expert, hidden, n) for n in SIZES] for expert in experts]
-            seconds = _time(runs, repeats, progress)
-            measured = [_operation(*each) for each in zip(experts, runs, seconds, strict=True)]
-    finally:
-        torch.set_num_threads(threads)
+    with torch.inference_mode():
+        hidden = model.trunk(torch.from_numpy(inputs))
+        cases = []
+        for index, expert in enumerate(model.experts):
+            work, held = partial(routed, expert, hidden), partial(weights_and_answers, expert, hidden)
+            cases.append(Case.of(f"expert {index}", work, SIZES, held=held))
+        return _measure(cases, repeats, progress)
+
+
+def _measure(cases: list[Case], repeats: int, progress: bool) -> Profile:
+    if not cases:
+        raise ValueError("no operations to measure")
+    timed = [Timed(run, case.threads, case.device) for case in cases for run in case.runs]
+    seconds, noise = time_steadily(timed, repeats, progress)
+    counters = {device: open_counter(device) for device in {case.device for case in cases}}
+    parts = np.split(seconds, np.cumsum([len(case.runs) for case in cases])[:-1])
+    operations = {}
+    for case, part in zip(cases, parts, strict=True):
+        with torch_threads(case.threads):
+            operations[case.name] = describe(case, part, counters[case.device])
     return Profile(
-        operations={f"expert {index}": operation for index, operation in enumerate(measured)},
+        operations=operations,
         fingerprint=fingerprint(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        repeats=repeats,
-        energy_source=ENERGY_PROXY,
+        repeats=seconds.shape[1],
+        energy_source=" / ".join(sorted({counter.source if counter else PROXY for counter in counters.values()})),
+        noise=noise,
     )
-
-
-def fit(sizes: Sequence[int], values: np.ndarray) -> Fit:
-    """Least squares of relative errors of `fixed + slope * n`, both kept >= 0."""
-    n = np.asarray(sizes, dtype=np.float64)
-    design = np.stack([np.ones_like(n), n], axis=1) / values[:, None]
-    fixed, slope = np.linalg.lstsq(design, np.ones_like(n), rcond=None)[0]
-    if slope < 0:
-        fixed, slope = float(np.median(values)), 0.0
-    elif fixed < 0:
-        fixed, slope = 0.0, float(np.median(values / n))
-    return Fit(fixed=fixed, slope=slope, residual=float(np.abs((fixed + slope * n) / values - 1).max()))
-
-
-def _routed(expert: nn.Module, hidden: torch.Tensor, n: int) -> Callable[[], torch.Tensor]:
-    import torch
-
-    rows = torch.linspace(0, len(hidden) - 1, n).round().long()
-    weight = torch.full((n, 1), 0.5)
-    out = torch.zeros(len(hidden), expert(hidden[:1]).shape[-1])
-    return lambda: out.index_add_(0, rows, expert(hidden.index_select(0, rows)) * weight)
-
-
-def _time(runs: list[list[Callable[[], torch.Tensor]]], repeats: int, progress: bool) -> np.ndarray:
-    nanoseconds = np.empty((WARM_UP + repeats, len(runs), len(SIZES)))
-    with Progress(disable=not progress) as bar:
-        for round_ in bar.track(nanoseconds, description="measuring the experts"):
-            for row, sizes in zip(round_, runs, strict=True):
-                for column, run in enumerate(sizes):
-                    start = perf_counter_ns()
-                    run()
-                    row[column] = perf_counter_ns() - start
-    return nanoseconds[WARM_UP:].transpose(1, 2, 0) * 1e-9
-
-
-def _operation(expert: nn.Module, runs: list[Callable[[], torch.Tensor]], seconds: np.ndarray) -> Operation:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    weights = sum(p.numel() * p.element_size() for p in expert.parameters())
-    answers, activations, flops = [], [], []
-    for run, n in zip(runs, SIZES, strict=True):
-        with TensorMemory() as peak, FlopCounterMode(display=False) as counter:
-            out = run()
-        answers.append(n * out.shape[1] * out.element_size())
-        activations.append(peak.value)
-        flops.append(counter.get_total_flops())
-    joules = JOULES_PER_FLOP * np.array(flops) + JOULES_PER_ACTIVATION_BYTE * np.array(activations)
-    memory, energy = fit(SIZES, weights + np.array(answers)), fit(SIZES, JOULES_PER_WEIGHT_BYTE * weights + joules)
-    low, middle, high = np.percentile(seconds, [5, 50, 95], axis=1)
-    return Operation(
-        time=fit(SIZES, middle), memory=memory, energy=energy, spread=float(np.median((high - low) / middle))
-    )
-
-
-def _sha256(content: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ import pandas as pd
 
 from benchmarks import pareto, report, runs
 from benchmarks.statistics import paired_difference
+from cost.files import write_text
 
 ENV = "moe_envs:MoERouting-v0"
 EPISODES = {"validation": 1000, "test": 2000}
@@ -62,7 +63,7 @@ def run(
         scored = [item for future in (*trainings, *rules) for item in future.result()]
     result: Result = {"rows": [row for row, _ in scored], "summary": summarise(scored, cost_weights)}
     result |= {"settings": fixed | {"seeds": seeds, "episodes": EPISODES}, **runs.provenance()}
-    runs.write_text(out / "results.json", json.dumps(result, indent=1))
+    write_text(out / "results.json", json.dumps(result, indent=1))
     pareto.plot(pd.DataFrame(result["rows"]), out / "pareto.png", f"MoERouting-v0, {bundle}, test, costs: {costs}")
     return result
 

@@ -73,7 +73,7 @@ def test_a_finished_run_is_not_overwritten_unasked(run: Path) -> None:
         ("train", ["-k", "split=test", "--out", "x"], "rl_train"),
         ("train", ["-k", "batch_size=abc", "--out", "x"], "batch_size"),
         ("evaluate", ["[/nowhere]"], "[/nowhere] holds no finished run"),
-        ("profile", ["nothing"], "there are digits, fashion-mnist"),
+        ("profile", ["bundle", "nothing"], "there are digits, fashion-mnist"),
         ("bundle", ["rebuild", "cifar"], "not a reference bundle"),
     ],
 )
@@ -114,14 +114,6 @@ def test_damaged_runs_are_refused(run: Path, tmp_path: Path) -> None:
     (copy / "run.json").write_text('{"format": 7}')
     with pytest.raises(runs.RunError, match="format 7"):
         runs.load(copy)
-
-
-def test_profile_measures_into_the_cache(own_cache: Path) -> None:
-    done = command("profile", "digits", "--repeats", "50")
-    assert done.returncode == 0, done.stderr
-    assert len(list(own_cache.glob("profiles/digits-*.json"))) == 1
-    assert "expert 7" in done.stdout
-    assert "proxy" in done.stdout
 
 
 def test_bundles_are_listed_and_checked() -> None:

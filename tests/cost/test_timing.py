@@ -1,0 +1,70 @@
+"""A noisy host is noticed, measured again and said."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from cost import timing
+from cost.timing import BOUNDS, MAX_BLOCKS, Noise, Timed, time_steadily
+
+QUIET = Noise(spread=0.1, drift=0.01, waited=0.001, others=0.05)
+
+
+def test_bounds_and_their_words() -> None:
+    assert QUIET.complaints() == []
+    noisy = Noise(spread=0.9, drift=0.2, waited=0.3, others=0.65)
+    assert [text.split()[0] for text in noisy.complaints()] == ["the", "times", "the", "other"]
+    assert "65% of the CPUs (bound 20%)" in noisy.complaints()[3]
+    assert QUIET.model_copy(update={"waited": None}).complaints() == []
+
+
+def test_rounds_and_seconds_are_what_they_should_be() -> None:
+    seconds, noise = time_steadily([Timed(lambda: time.sleep(0.002)), Timed(lambda: None)], 50)
+    assert seconds.shape[0] == 2
+    assert seconds.shape[1] >= 50
+    assert np.median(seconds, axis=1) == pytest.approx([0.0021, 0], abs=0.0004)
+    assert noise.others >= 0
+
+
+def test_runs_have_their_own_number_of_threads() -> None:
+    seen: list[int] = []
+    time_steadily([Timed(lambda: seen.append(torch.get_num_threads()), threads) for threads in (2, 1, 2)], 50)
+    assert set(seen[:2]) == {2}
+    assert torch.get_num_threads() == 1
+    assert sorted(set(seen)) == [1, 2]
+
+
+def test_a_disturbed_block_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    noises = iter([QUIET.model_copy(update={"others": 0.9}), QUIET])
+    blocks: list[np.ndarray] = []
+
+    def block(runs: list[Timed], rounds: int, advance: object = None) -> tuple[np.ndarray, Noise]:
+        blocks.append(np.full((1, rounds), 0.01 * len(blocks)))
+        return blocks[-1], next(noises) if rounds > 1 else QUIET
+
+    monkeypatch.setattr(timing, "_block", block)
+    seconds, noise = time_steadily([Timed(lambda: None)], 50)
+    assert noise == QUIET
+    np.testing.assert_array_equal(seconds, blocks[-1])
+
+
+def test_a_load_beside_is_noticed_and_said_with_its_figure(caplog: pytest.LogCaptureFixture) -> None:
+    spin = [sys.executable, "-c", "while True: pass"]
+    loads = [subprocess.Popen(spin) for _ in range((os.cpu_count() or 1) + 1)]
+    try:
+        with caplog.at_level(logging.WARNING, "cost"):
+            seconds, noise = time_steadily([Timed(lambda: sum(range(1000)))], 50)
+    finally:
+        for load in loads:
+            load.kill()
+            load.wait()
+    assert noise.others > BOUNDS["others"]
+    assert f"{MAX_BLOCKS} times over: " in caplog.text
+    assert f"other processes used {noise.others:.0%}" in caplog.text
+    assert seconds.shape[1] >= 50 * MAX_BLOCKS
