@@ -263,6 +263,7 @@ def _run(command: Callable[..., None]) -> None:
 def _guarded(app: typer.Typer) -> None:
     """Run a command; what a user can mend is one line on stderr and exit code 1, not a traceback."""
     from cost.energy import MeterError
+    from cost.normalize import NormalizerError
     from cost.profile import ProfileError
     from experts.bundle import BundleError
     from experts.data import DataError
@@ -272,7 +273,17 @@ def _guarded(app: typer.Typer) -> None:
         from benchmarks.runs import RunError
 
         app()
-    except (ValueError, TypeError, OSError, BundleError, DataError, MeterError, ProfileError, RunError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        BundleError,
+        DataError,
+        MeterError,
+        NormalizerError,
+        ProfileError,
+        RunError,
+    ) as error:
         errors.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         sys.exit(1)
 

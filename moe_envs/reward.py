@@ -3,14 +3,19 @@
 from dataclasses import dataclass
 
 from cost.model import Array, RelativeCost
+from cost.normalize import FrozenNormalizer
 
 
 @dataclass(frozen=True)
 class Reward:
-    """Quality minus the weighted cost; the cost is relative to a reference policy whose cost is 1."""
+    """Quality minus the weighted cost; the cost is relative to a reference policy whose cost is 1.
+
+    With a `normalizer` the relative cost of a step is normalised by it first.
+    """
 
     cost_weight: float
     relative: RelativeCost
+    normalizer: FrozenNormalizer | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.cost_weight, int | float) or not 0 <= self.cost_weight < float("inf"):
@@ -19,3 +24,7 @@ class Reward:
     def __call__(self, quality: Array, cost: Array) -> Array:
         """The reward of a quality and a relative cost, floats or arrays."""
         return quality - self.cost_weight * cost
+
+    def paid(self, cost: Array) -> Array:
+        """The cost that the reward takes for a relative cost."""
+        return cost if self.normalizer is None else self.normalizer(cost)

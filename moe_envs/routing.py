@@ -9,6 +9,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.vector import AutoresetMode
 
 from cost.model import Cost
+from cost.normalize import CostNormalizer
 from experts import bundle as bundles
 from moe_envs import profiles, rendering
 from moe_envs.batched import BatchedEnv, Outcome, SingleEnv, State
@@ -19,7 +20,7 @@ from moe_envs.spaces import check_actions, choose, reject_unknown
 COSTS = ("reference", "machine")
 ARGUMENTS = (
     *("bundle", "split", "cost_weight", "costs", "batch_size", "stream", "action"),
-    *("time_weight", "memory_weight", "energy_weight", "render_mode"),
+    *("time_weight", "memory_weight", "energy_weight", "normalizer", "render_mode"),
 )
 
 
@@ -46,6 +47,7 @@ class MoERoutingVectorEnv(BatchedEnv):
         time_weight: float = 1 / 3,
         memory_weight: float = 1 / 3,
         energy_weight: float = 1 / 3,
+        normalizer: str | None = None,
         render_mode: None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,
@@ -64,7 +66,8 @@ class MoERoutingVectorEnv(BatchedEnv):
         weights = Cost(time_weight, memory_weight, energy_weight)
         profile = profiles.select(loaded, costs)
         tables = RoutingTables(loaded, split, profile, weights, batch_size=batch_size, stream=stream, action=action)
-        reward = Reward(cost_weight, tables.relative)
+        frozen = None if normalizer is None else CostNormalizer.load(normalizer).frozen("reward/cost")
+        reward = Reward(cost_weight, tables.relative, frozen)
         experts = tables.num_experts
         action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(experts)
         super().__init__(num_envs, tables.layout, action_space, reward, autoreset_mode, max_episode_steps)
@@ -192,6 +195,7 @@ class MoERoutingEnv(SingleEnv):
     | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
     | `action` | `"expert"` | see Action Space |
     | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | weights of the terms; let them sum to 1 |
+    | `normalizer` | None | file of a `CostNormalizer` for `reward/cost`: the reward takes the normalised cost |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
     ## Version History
@@ -210,6 +214,7 @@ class MoERoutingEnv(SingleEnv):
         self._used = self.observation_layout["experts_used"].slice
         self._num_choices, self._batch_size = tables.correct.shape[1], tables.batch_size
         self._share, self._reward = 1 / tables.batch_size, self.vector.reward
+        self._normalizer = self._reward.normalizer
         self._all = 2**tables.num_experts - 1
         self._batch, self._position, self._unpaid, self._cost = 0, self._batch_size, 0, 0.0
         self._choices: list[tuple[int, int]] = []
@@ -234,6 +239,7 @@ class MoERoutingEnv(SingleEnv):
         correct = self._correct[position * self._num_choices + choice]
         move = self._unpaid * self._num_options + option
         cost, time, memory, energy, vector, unpaid, num_used = self._moves.get(move) or self._look_up(move)
+        paid = cost if self._normalizer is None else self._normalizer(cost)
         vector = vector.copy()
         vector[0] = quality = correct * self._share
         self._choices.append((option, correct))
@@ -245,14 +251,14 @@ class MoERoutingEnv(SingleEnv):
         observation[-2] = self._cost
         info = {
             "reward/quality": quality,
-            "reward/cost": cost,
+            "reward/cost": paid,
             "cost/time": time,
             "cost/memory": memory,
             "cost/energy": energy,
             "vector_reward": vector,
             "routing/experts_used": num_used,
         }
-        return observation, self._reward(quality, cost), position == self._batch_size, False, info
+        return observation, self._reward(quality, paid), position == self._batch_size, False, info
 
     def state(self) -> State:
         """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""
