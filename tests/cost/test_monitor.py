@@ -1,0 +1,193 @@
+"""The monitor finds what is slow, changes nothing, and leaves nothing behind."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from cost.energy import proxy_joules
+from cost.monitor import FORWARDS, Monitor
+
+Pair = tuple[nn.Module, torch.optim.Optimizer]
+
+
+class SleepInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return gradient
+
+
+class Sleepy(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return SleepInBackward.apply(super().forward(x))  # type: ignore[no-untyped-call]
+
+
+def pair(layer: type[nn.Linear] = nn.Linear) -> Pair:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    return model, torch.optim.Adam(model.parameters())
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, monitor: Monitor | None = None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(32, 8, generator=generator)
+        loss = nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+        optimizer.zero_grad()
+        loss.backward()
+        if monitor:
+            monitor.record(loss=loss, accuracy=0.5)
+        optimizer.step()
+
+
+def test_it_finds_what_is_slow(tmp_path: Path) -> None:
+    model, optimizer = pair(Sleepy)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    with Monitor(model, optimizer, every=1, path=tmp_path) as monitor:
+        train(model, optimizer, 6)
+        row = monitor.end_epoch()
+    assert row["forward"] == pytest.approx(0.0105, abs=0.003)
+    assert row["backward"] == pytest.approx(0.0205, abs=0.003)
+    assert row["optimizer"] < 0.005
+    assert row["total"] == pytest.approx(row["forward"] + row["backward"] + row["optimizer"], abs=0.003)
+    assert row["seconds"] >= 6 * 0.03
+
+
+def test_the_logs_say_all(tmp_path: Path) -> None:
+    model, optimizer = pair()
+    with Monitor(model, optimizer, every=5, path=tmp_path, interval=0.01) as monitor:
+        for _ in range(2):
+            train(model, optimizer, 50, monitor)
+            time.sleep(0.03)
+            monitor.end_epoch(validation_accuracy=0.9)
+        train(model, optimizer, 10)
+    batches, epochs = pd.read_csv(tmp_path / "batches.csv"), pd.read_csv(tmp_path / "epochs.csv")
+    assert batches["batch"].tolist() == list(range(5, 110, 5))  # the FLOPs of batch 0 are counted
+    assert batches["epoch"].tolist() == [0] * 9 + [1] * 10 + [2] * 2
+    assert (batches[["forward", "backward", "optimizer", "rss", "energy"]] > 0).all().all()
+    assert (batches["forward"] + batches["backward"] + batches["optimizer"] <= batches["total"]).all()
+    lines = (tmp_path / "batches.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines[:19]] == batches["loss"].tolist()[:19]
+    assert epochs["batches"].tolist() == [50, 50, 10]
+    assert epochs["measured"].tolist() == [9, 10, 2]
+    assert epochs["accuracy"].tolist()[:2] == [0.5, 0.5]
+    assert epochs["validation_accuracy"].tolist()[:2] == [0.9, 0.9]
+    assert epochs["loss"][1] < epochs["loss"][0]
+    assert epochs["forward"][0] == pytest.approx(batches[batches["epoch"] == 0]["forward"].median())
+    about = json.loads((tmp_path / "monitor.json").read_text())
+    assert about["energy_source"].startswith(("proxy", "RAPL"))
+    assert about["units"]["forward"] == "s"
+    assert len(pd.read_csv(tmp_path / "process.csv")) >= 3
+
+
+def test_the_proxy_of_a_batch_by_hand(tmp_path: Path) -> None:
+    model, optimizer = pair()
+    with Monitor(model, optimizer, every=1, path=tmp_path) as monitor:
+        if monitor._counter is not None:
+            pytest.skip("this machine has an energy counter")
+        train(model, optimizer, 3)
+    flops, weights = 2 * 32 * (8 * 16 + 16 * 3), 4 * (8 * 16 + 16 + 16 * 3 + 3)
+    made = 4 * 32 * (16 + 16)  # the peak is where ReLU has made its answer and its input is still held
+    assert pd.read_csv(tmp_path / "batches.csv")["energy"][0] == pytest.approx(
+        FORWARDS * proxy_joules(flops, weights, made)
+    )
+
+
+def test_it_changes_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    plain, watched = pair(), pair()
+    train(*plain, steps=20)
+    threads = threading.active_count()
+    monitor = Monitor(*watched, every=1, path=tmp_path).start()
+    train(*watched, steps=20, monitor=monitor)
+    monitor.close()
+    monitor.close()
+    for ours, theirs in zip(watched[0].parameters(), plain[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    model, optimizer = watched
+    hooks = model._forward_hooks, model._forward_pre_hooks
+    hooks += optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks  # type: ignore[attr-defined]
+    assert not any(hooks)
+    assert threading.active_count() == threads
+    size = (tmp_path / "batches.csv").stat().st_size
+    train(*watched, steps=5)
+    assert (tmp_path / "batches.csv").stat().st_size == size
+
+
+def test_accumulated_gradients_are_one_batch_and_evaluation_is_none(tmp_path: Path) -> None:
+    model, optimizer = pair(Sleepy)
+    with Monitor(model, optimizer, every=1, path=tmp_path):
+        for _ in range(3):
+            for _ in range(2):
+                model(torch.ones(4, 8)).sum().backward()
+            model.eval()
+            model(torch.ones(4, 8))
+            model.train()
+            with torch.no_grad():
+                model(torch.ones(4, 8))
+            optimizer.step()
+    batches = pd.read_csv(tmp_path / "batches.csv")
+    assert batches["batch"].tolist() == [1, 2]
+    assert batches["forward"].tolist() == pytest.approx([0.021, 0.021], abs=0.004)
+    assert batches["backward"].tolist() == pytest.approx([0.041, 0.041], abs=0.006)
+
+
+def test_an_interrupted_training_keeps_its_logs(tmp_path: Path) -> None:
+    model, optimizer = pair()
+    monitor = Monitor(model, optimizer, every=1, path=tmp_path)
+
+    def interrupted() -> None:
+        with monitor:
+            train(model, optimizer, 5, monitor)
+            model(torch.ones(2, 3))
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        interrupted()
+    assert len(pd.read_csv(tmp_path / "batches.csv")) == 4
+    assert pd.read_csv(tmp_path / "epochs.csv")["batches"].tolist() == [5]
+    train(model, optimizer, 1)  # no dispatch mode is left on
+
+
+def test_what_it_refuses(tmp_path: Path) -> None:
+    model, optimizer = pair()
+    with Monitor(model, optimizer, path=tmp_path) as monitor:
+        with pytest.raises(ValueError, match="attached already"):
+            monitor.start()
+        with pytest.raises(ValueError, match="loss and accuracy"):
+            monitor.record(reward=1.0)
+    with pytest.raises(ValueError, match="overwrite=True"):
+        Monitor(model, optimizer, path=tmp_path)
+    with pytest.raises(ValueError, match="every"):
+        Monitor(model, optimizer, every=0)
+    with Monitor(model, optimizer, every=1, path=tmp_path, overwrite=True):
+        train(model, optimizer, 3)
+    assert len(pd.read_csv(tmp_path / "batches.csv")) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512)).cuda()
+    optimizer = torch.optim.Adam(model.parameters())
+    with Monitor(model, optimizer, every=2, path=tmp_path) as monitor:
+        for _ in range(40):
+            loss = model(torch.ones(256, 512, device="cuda")).square().mean()
+            loss.backward()
+            monitor.record(loss=loss)
+            optimizer.step()
+        row = monitor.end_epoch()
+    assert row["batches"] == 40
+    assert 0 < row["forward"] < row["total"] < 1
+    assert row["backward"] > 0
+    assert row["device_memory"] > 3 * 2 * 512 * 2048 * 4
