@@ -63,6 +63,7 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 SUMMED = ("reward/", "cost/")
 ALGORITHMS = {"ppo": PPO, "a2c": A2C, "dqn": DQN}
 

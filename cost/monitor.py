@@ -121,7 +121,7 @@ class Monitor:
             if name not in ("loss", "accuracy"):
                 raise ValueError(f"record takes loss and accuracy, got {name!r}; end_epoch takes any name")
             if not isinstance(value, int | float):
-                value = value.detach() if value.is_cuda else value.item()
+                value = value.detach() if getattr(value, "is_cuda", False) else value.item()
             self._values[name] = value
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + value, count + 1

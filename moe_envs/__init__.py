@@ -1,9 +1,19 @@
 """The decisions: registered Gymnasium environments over real Mixture-of-Experts models with measured costs."""
 
+from typing import Any
+
 from gymnasium.envs.registration import register, registry
 
-ENVIRONMENTS = {"MoERouting-v0": "moe_envs.routing:MoERouting"}
+ENVIRONMENTS: dict[str, dict[str, Any]] = {
+    "MoERouting-v0": {"entry_point": "moe_envs.routing:MoERouting"},
+    "MoERoutingLive-v0": {
+        "entry_point": "moe_envs.routing:MoERouting",
+        "kwargs": {"costs": "live"},
+        "nondeterministic": True,
+    },
+}
 
-for _id, _entry_point in ENVIRONMENTS.items():
+for _id, _spec in ENVIRONMENTS.items():
     if _id not in registry:
-        register(_id, entry_point=f"{_entry_point}Env", vector_entry_point=f"{_entry_point}VectorEnv")
+        _faces = {"entry_point": f"{_spec['entry_point']}Env", "vector_entry_point": f"{_spec['entry_point']}VectorEnv"}
+        register(_id, **(_spec | _faces))

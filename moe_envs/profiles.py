@@ -20,7 +20,7 @@ def machine_path(bundle: Bundle) -> Path:
 
 
 def select(bundle: Bundle, costs: str) -> Profile:
-    """The profile for `costs="reference"` or `"machine"`.
+    """The profile for `costs="reference"`, or this machine's for `"machine"` and `"live"`.
 
     A bundle that was built without a profile has this machine as its reference. The machine's profile is measured when
     it is first asked for, cached, and refused with a `ProfileError` once the machine or its libraries have changed.

@@ -10,7 +10,7 @@ from cost.normalize import FrozenNormalizer
 class Reward:
     """Quality minus the weighted cost; the cost is relative to a reference policy whose cost is 1.
 
-    With a `normalizer` the relative cost of a step is normalised by it first.
+    With a `normalizer` the relative cost of a step goes through it first.
     """
 
     cost_weight: float
@@ -24,7 +24,3 @@ class Reward:
     def __call__(self, quality: Array, cost: Array) -> Array:
         """The reward of a quality and a relative cost, floats or arrays."""
         return quality - self.cost_weight * cost
-
-    def paid(self, cost: Array) -> Array:
-        """The cost that the reward takes for a relative cost."""
-        return cost if self.normalizer is None else self.normalizer(cost)

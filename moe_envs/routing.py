@@ -13,11 +13,12 @@ from cost.normalize import CostNormalizer
 from experts import bundle as bundles
 from moe_envs import profiles, rendering
 from moe_envs.batched import BatchedEnv, Outcome, SingleEnv, State
+from moe_envs.live import LiveExperts
 from moe_envs.reward import Reward
 from moe_envs.routing_tables import ACTIONS, STREAMS, RoutingTables
 from moe_envs.spaces import check_actions, choose, reject_unknown
 
-COSTS = ("reference", "machine")
+COSTS = ("reference", "machine", "live")
 ARGUMENTS = (
     *("bundle", "split", "cost_weight", "costs", "batch_size", "stream", "action"),
     *("time_weight", "memory_weight", "energy_weight", "normalizer", "render_mode"),
@@ -31,7 +32,7 @@ Move = tuple[float, float, float, float, np.ndarray, int, int]
 class MoERoutingVectorEnv(BatchedEnv):
     """MoERouting-v0 over `num_envs` mini-batches at once; see `MoERoutingEnv` for the problem and its arguments."""
 
-    STATE = ("batch", "_place", "_inputs", "_ledger", "_used", "_cost", "_summary")
+    STATE = ("batch", "_place", "_inputs", "_ledger", "_used", "_cost", "_summary", "_loads", "_seconds")
 
     def __init__(
         self,
@@ -78,6 +79,9 @@ class MoERoutingVectorEnv(BatchedEnv):
         self._summary = np.zeros(num_envs, dtype=tables.summary_blocks.dtype)
         self._used = np.zeros(num_envs, dtype=tables.used.dtype)
         self._num_choices = tables.correct.shape[1]
+        self.live = LiveExperts(loaded, tables) if costs == "live" else None
+        self._loads = np.zeros((num_envs, experts if self.live else 0), dtype=np.int64)
+        self._seconds = np.zeros(self._loads.shape)
 
     def _begin(self, rows: np.ndarray) -> None:
         batch = self._draw(rows, len(self.tables.summaries))
@@ -85,6 +89,8 @@ class MoERoutingVectorEnv(BatchedEnv):
         self._ledger[rows], self._used[rows], self._cost[rows] = self.tables.ledger_of(-1), self.tables.paid[-1], 0.0
         self._summary[rows] = self.tables.summary_blocks[batch]
         self._inputs = self.tables.deck.take(self._place[0])
+        if self.live is not None:
+            self._loads[rows], self._seconds[rows] = 0, 0.0
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         tables = self.tables
@@ -93,6 +99,8 @@ class MoERoutingVectorEnv(BatchedEnv):
         option = tables.options.take(entry) if self.action == "top-m" else choice
         move = self._ledger + option
         terms = tables.terms.take(move, axis=0)
+        if self.live is not None:
+            self.live.charge(terms, tables.subsets.take(option), self._loads, self._seconds)
         terms[:, 4] = tables.quality.take(tables.correct.take(entry))
         self._ledger, self._used = tables.ledger.take(move), tables.used.take(move)
         self._cost += terms[:, 0]
@@ -108,7 +116,7 @@ class MoERoutingVectorEnv(BatchedEnv):
         record["input"] = tables.seen_blocks.take(self._inputs)
         record["batch"] = self._summary
         record["experts_used"] = self._used
-        record["cost"] = self._cost
+        record["cost"] = self._cost if self.live is None else self._cost.clip(0, tables.max_cost)
         record["progress"] = tables.progress.take(self._place[1])
         return observation
 
@@ -126,6 +134,17 @@ class MoERoutingVectorEnv(BatchedEnv):
         self._summary[0] = self.tables.summary_blocks[batch]
         self._inputs = self.tables.deck.take(self._place[0])
 
+    def pay_live(self, move: int, option: int) -> np.ndarray:
+        """The terms `[8]` of a move with live costs, of a vector of one row."""
+        assert self.live is not None
+        terms = self.tables.terms[[move]]
+        self.live.charge(terms, self.tables.subsets[[option]], self._loads, self._seconds)
+        return terms[0]
+
+    def begin_live(self) -> None:
+        """Forget what the experts of the batch before took."""
+        self._loads[:], self._seconds[:] = 0, 0.0
+
     def batch_inputs(self, row: int) -> np.ndarray:
         """The input indices `[batch_size]` of a row's present batch."""
         return self.tables.batch(self.batch[row])[:-1]
@@ -141,7 +160,11 @@ class MoERoutingEnv(SingleEnv):
     changes what is wise for the next: a sequential problem, not a bandit.
 
     Models, data and costs are real: the answers of all 2^E subsets of experts are tabulated in a bundle, and the costs
-    are look-ups in a profile that was measured on a machine (energy is a proxy, see `cost.profile`).
+    are look-ups in a profile that was measured on a machine (where it has no energy counter, energy is a proxy).
+
+    With `costs="live"`, registered as `MoERoutingLive-v0` (nondeterministic), the experts are run in each step and
+    timed: an expert's time in a batch is that of its last run, on all its inputs there, so that a step costs what that
+    run took more than the one before, or less. Memory and energy stay those of this machine's profile.
 
     ## Action Space
     By the argument `action`, for a bundle of E experts (8 in the shipped ones):
@@ -190,12 +213,12 @@ class MoERoutingEnv(SingleEnv):
     | `bundle` | `"fashion-mnist"` | name (`"digits"`, or your own) or folder of a bundle |
     | `split` | `"rl_train"` | inputs of `"rl_train"`, `"validation"` or `"test"` |
     | `cost_weight` | 0.2 | lambda of the reward |
-    | `costs` | `"reference"` | the profile shipped with the bundle, or this `"machine"`'s (`moe-profile`) |
+    | `costs` | `"reference"` | the profile shipped with the bundle, this `"machine"`'s (`moe-profile`), or `"live"` |
     | `batch_size` | 32 | inputs in a batch, steps in an episode |
     | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
     | `action` | `"expert"` | see Action Space |
     | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | weights of the terms; let them sum to 1 |
-    | `normalizer` | None | file of a `CostNormalizer` for `reward/cost`: the reward takes the normalised cost |
+    | `normalizer` | None | file of a `CostNormalizer` of `reward/cost`: the reward takes it normalised |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
     ## Version History
@@ -215,6 +238,7 @@ class MoERoutingEnv(SingleEnv):
         self._num_choices, self._batch_size = tables.correct.shape[1], tables.batch_size
         self._share, self._reward = 1 / tables.batch_size, self.vector.reward
         self._normalizer = self._reward.normalizer
+        self._max_live_cost = tables.max_cost if self.vector.live else 0.0
         self._all = 2**tables.num_experts - 1
         self._batch, self._position, self._unpaid, self._cost = 0, self._batch_size, 0, 0.0
         self._choices: list[tuple[int, int]] = []
@@ -226,6 +250,7 @@ class MoERoutingEnv(SingleEnv):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start the next mini-batch."""
         self._seed(seed)
+        self.vector.begin_live()
         self._load(self.vector.draw_one(0, len(self.vector.tables.summaries)), 0, self._all, 0.0, [])
         return self._observations[0], {}
 
@@ -239,6 +264,9 @@ class MoERoutingEnv(SingleEnv):
         correct = self._correct[position * self._num_choices + choice]
         move = self._unpaid * self._num_options + option
         cost, time, memory, energy, vector, unpaid, num_used = self._moves.get(move) or self._look_up(move)
+        if self._max_live_cost:
+            vector = self.vector.pay_live(move, option)
+            (cost, time), vector = vector[:2].tolist(), vector[4:]
         paid = cost if self._normalizer is None else self._normalizer(cost)
         vector = vector.copy()
         vector[0] = quality = correct * self._share
@@ -248,7 +276,7 @@ class MoERoutingEnv(SingleEnv):
         self._position = position = position + 1
         observation = self._observations[position]
         observation[self._used] = self._used_columns[unpaid]
-        observation[-2] = self._cost
+        observation[-2] = min(max(self._cost, 0.0), self._max_live_cost) if self._max_live_cost else self._cost
         info = {
             "reward/quality": quality,
             "reward/cost": paid,
