@@ -180,6 +180,54 @@ def _routing(
     _compare([float(part) for part in cost_weights.split(",")], list(range(seeds)), bundle, costs, jobs, timesteps, out)
 
 
+@benchmark_app.command("live")
+def _live(
+    cost_weight: float = 0.2,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings.")] = 5,
+    bundle: str = "fashion-mnist",
+    jobs: Annotated[int, typer.Option(help="Processes side by side, for the training.")] = 2,
+    timesteps: Annotated[int | None, typer.Option(help="Of each training, instead of the tuned number.")] = None,
+    out: Path = Path("runs/live"),
+) -> None:
+    """What PPO trained on this machine's profile, and all yardsticks, are worth when the experts are run and timed."""
+    from benchmarks.experiments import live
+
+    with _bar() as add:
+        result = live.run(
+            cost_weight, list(range(seeds)), out, bundle=bundle, jobs=jobs, timesteps=timesteps, add_task=add
+        )
+    for renderable in live.tables(result):
+        console.print(renderable)
+    console.print(f"[green]saved[/] {out}/live.json, {out}/live.png")
+
+
+@benchmark_app.command("cost")
+def _cost(
+    data: Annotated[str, typer.Option(help="fashion-mnist or digits")] = "fashion-mnist",
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    pairs: Annotated[int, typer.Option(min=0, help="Trainings with and without the monitor, half as long.")] = 20,
+    logs: Annotated[Path | None, typer.Option(help="Report this folder of a Monitor; train nothing.")] = None,
+    out: Path = Path("runs/cost"),
+) -> None:
+    """Report what a training costs by epoch, against accuracy, normalised; and what the monitor costs it."""
+    from benchmarks import report
+    from benchmarks.experiments import cost, cost_report
+
+    if logs is None:
+        with _bar() as add:
+            result = cost.run(data, epochs, pairs, out, add_task=add)
+    else:
+        result = cost.write(logs, out, {})
+    for title, frame in cost_report.frames(result).items():
+        table = report.plain_table(title, *map(str, frame.columns))
+        for row in frame.itertuples(index=False):
+            table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        console.print(table)
+    for alert in result["alerts"]:
+        console.print(f"[yellow]alert:[/] {alert}")
+    console.print(f"[green]saved[/] {out}/report.md, results.json and pictures")
+
+
 @benchmark_app.command("speed")
 def _speed(json_file: Json = None) -> None:
     """Steps per second of CPU time beside CartPole's, in one run, on one thread."""

@@ -33,3 +33,10 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tupl
     """Mean and 95 % interval of ours `[runs, episodes]` less theirs `[episodes]` on the same episodes."""
     difference = np.atleast_2d(ours) - theirs
     return float(difference.mean()), mean_interval(difference)
+
+
+def median_interval(values: np.ndarray, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of the median of values `[n]`."""
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,245 @@
+"""The report of a monitor's logs: costs by epoch, against accuracy, before and after normalising, and alerts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cost.normalize import BOUND, METHODS, CostNormalizer
+
+COSTS = {"total": "time of a batch", "rss": "memory of the process", "energy": "energy of a batch"}
+ACCURACIES = ("validation_accuracy", "test_accuracy", "accuracy")
+UPDATE = 64  # batches that the normaliser learns from at a time
+SLOW_EPOCH, GROWTH, LOST, TAIL = 1.5, 0.2, 0.02, 2.0
+Result = dict[str, Any]
+
+
+class LogsError(ValueError):
+    """A folder holds no monitor's logs, or none that a report can be made of."""
+
+
+def read(logs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+    """Batches, epochs and what `monitor.json` says; raises `LogsError` naming the file."""
+    try:
+        about = json.loads((logs / "monitor.json").read_text())
+        batches, epochs = pd.read_csv(logs / "batches.csv"), pd.read_csv(logs / "epochs.csv")
+    except (OSError, ValueError) as error:
+        raise LogsError(f"{logs} holds no monitor's logs: {error}; cost.monitor.Monitor writes them") from error
+    if len(batches) < 2:
+        raise LogsError(f"{logs}/batches.csv has {len(batches)} measured batches; a report needs 2")
+    return batches, epochs, about
+
+
+def analyse(logs: Path) -> Result:
+    """All figures of the report."""
+    batches, epochs, about = read(logs)
+    times = batches["total"]
+    result: Result = {
+        "energy_source": about["energy_source"],
+        "batch": {"median": times.median(), "p95": times.quantile(0.95), "measured": len(batches)},
+        "accuracy_is": next((name for name in ACCURACIES if name in epochs), None),
+        "normalised": _normalised(batches),
+        "alerts": alerts(batches, epochs),
+    }
+    if result["accuracy_is"]:
+        epochs["accuracy_per_ms"] = epochs[result["accuracy_is"]] / (epochs["total"] * 1e3)
+        epochs["accuracy_per_joule"] = epochs[result["accuracy_is"]] / epochs["energy"]
+        result["correlation"] = {
+            cost: epochs[[result["accuracy_is"]]].corrwith(epochs[cost].cumsum(), method="spearman").iloc[0]
+            for cost in ("seconds", "energy")
+        }
+    result["epochs"] = epochs.astype(object).where(epochs.notna(), None).to_dict("records")
+    return json.loads(json.dumps(result).replace("NaN", "null"))
+
+
+def alerts(batches: pd.DataFrame, epochs: pd.DataFrame) -> list[str]:
+    """What a person should look at, each with its figure and its bound."""
+    found = []
+    slowest, typical = epochs["seconds"].max(), epochs["seconds"].median()
+    if slowest > SLOW_EPOCH * typical:
+        where = int(epochs["seconds"].to_numpy().argmax())
+        found.append(f"epoch {where} took {slowest / typical:.1f} times the median epoch (bound {SLOW_EPOCH})")
+    ratio = batches["total"].quantile(0.95) / batches["total"].median()
+    if ratio > TAIL:
+        found.append(f"P95 of a batch's time is {ratio:.1f} times its median (bound {TAIL})")
+    memory = epochs["rss"].dropna()
+    if len(memory) > 1 and memory.iloc[-1] > (1 + GROWTH) * memory.iloc[0]:
+        found.append(f"the process grew by {memory.iloc[-1] / memory.iloc[0] - 1:.0%} (bound {GROWTH:.0%})")
+    for name in set(ACCURACIES) & set(epochs):
+        lost = epochs[name].max() - epochs[name].iloc[-1]
+        if lost > LOST:
+            found.append(f"{name} ended {lost:.3f} below its best (bound {LOST})")
+    if "loss" in epochs and not np.isfinite(epochs["loss"].dropna()).all():
+        found.append("the loss is not finite")
+    return found
+
+
+def normalise(batches: pd.DataFrame, method: str) -> np.ndarray:
+    """The logged costs `[n, 3]` as the normaliser gives them while it learns, `UPDATE` batches at a time."""
+    normalizer = CostNormalizer(list(COSTS), method)
+    costs = batches[list(COSTS)].to_numpy(dtype=np.float64)
+    return np.concatenate([normalizer(costs[start : start + UPDATE]) for start in range(0, len(costs), UPDATE)])
+
+
+def frames(result: Result) -> dict[str, pd.DataFrame]:
+    """The tables of the report by title."""
+    epochs = pd.DataFrame(result["epochs"])
+    columns = {
+        "epoch": ("epoch", 1),
+        "seconds": ("time, s", 1),
+        "total": ("batch, ms", 1e3),
+        "rss": ("rss, MiB", 2**-20),
+    }
+    columns |= {"energy": ("energy, mJ", 1e3), "loss": ("loss", 1), result["accuracy_is"]: ("accuracy", 1)}
+    columns |= {"accuracy_per_ms": ("per ms", 1), "accuracy_per_joule": ("per J", 1)}
+    by_epoch = {title: epochs[name] * scale for name, (title, scale) in columns.items() if name in epochs}
+    found = {"By epoch": pd.DataFrame(by_epoch), "Normalised": pd.DataFrame(result["normalised"])}
+    if "overhead" in result:
+        found["Monitor on against off"] = pd.DataFrame(
+            {
+                "every": row["every"],
+                "clock": row["clock"],
+                "pairs": row["pairs"],
+                "median slow-down": f"{row['median']:+.2%}",
+                "95 %": f"{row['ci95'][0]:+.2%} .. {row['ci95'][1]:+.2%}",
+            }
+            for row in result["overhead"]
+        )
+    if "look_up" in result:
+        found["Look-up of a profiled cost"] = pd.DataFrame(
+            {"look-up": name, "µs": f"{seconds * 1e6:.2f}"} for name, seconds in result["look_up"].items()
+        )
+    return found
+
+
+def markdown(result: Result) -> str:
+    """The report as Markdown, with its pictures."""
+    lines = ["# What the training cost", "", f"Energy: {result['energy_source']}.", ""]
+    batch = {name: f"{value * 1e3:.3f} ms" for name, value in result["batch"].items() if name != "measured"}
+    lines += [f"A batch took {batch['median']} (median of {result['batch']['measured']}), P95 {batch['p95']}.", ""]
+    lines += [f"**Alert:** {text}.\n" for text in result["alerts"]]
+    if "correlation" in result:
+        found = {
+            cost: "undefined" if value is None else f"{value:+.2f}" for cost, value in result["correlation"].items()
+        }
+        with_costs = ", ".join(f"{cost} {value}" for cost, value in found.items())
+        lines += [f"Rank correlation of {result['accuracy_is']} with the cost spent so far: {with_costs}.", ""]
+    pictures = {"By epoch": ["epochs"] + ["efficiency"] * bool(result["accuracy_is"]), "Normalised": ["distributions"]}
+    pictures["Monitor on against off"] = ["overhead"]
+    for title, frame in frames(result).items():
+        lines += [f"## {title}", "", *_table(frame), ""]
+        lines += [f"![{name}]({name}.png)\n" for name in pictures.get(title, [])]
+    return "\n".join(lines)
+
+
+def plot(logs: Path, result: Result, out: Path) -> None:
+    """epochs.png, efficiency.png, distributions.png and, where it was measured, overhead.png."""
+    batches, _, _ = read(logs)
+    epochs = pd.DataFrame(result["epochs"])
+    _draw_epochs(epochs, result, out / "epochs.png")
+    if result["accuracy_is"]:
+        _draw_efficiency(epochs, result, out / "efficiency.png")
+    _draw_distributions(batches, out / "distributions.png")
+    if result.get("overhead"):
+        _draw_overhead(result["overhead"], out / "overhead.png")
+
+
+def _normalised(batches: pd.DataFrame) -> list[dict[str, Any]]:
+    costs = batches[list(COSTS)].to_numpy(dtype=np.float64)
+    spread = costs.std(0)
+    raw = np.abs(costs - costs.mean(0)) / np.where(spread > 0, spread, 1)
+    rows = [{"method": "none, in sigmas", "beyond 3": int((raw > BOUND).sum()), "largest": float(raw.max())}]
+    for method in METHODS:
+        values = np.abs(normalise(batches, method))
+        at_bound = float((values == BOUND).mean())
+        rows.append({"method": method, "beyond 3": int((values > BOUND).sum()), "largest": float(values.max())})
+        rows[-1]["held at 3"] = at_bound
+    return rows
+
+
+def _draw_epochs(epochs: pd.DataFrame, result: Result, path: Path) -> None:
+    figure = Figure((13, 3.4), layout="constrained")
+    axes = figure.subplots(1, 4)
+    for panel, (name, label, scale) in zip(
+        axes,
+        [
+            ("seconds", "time of the epoch, s", 1),
+            ("rss", "memory of the process, MiB", 2**-20),
+            ("energy", "energy, J", 1),
+        ],
+        strict=False,
+    ):
+        panel.plot(epochs["epoch"], epochs[name] * scale, "o-")
+        panel.set(xlabel="epoch", title=label, ylim=(0, None))
+    axes[2].set_title("energy, J" + (" (proxy)" if result["energy_source"].startswith("proxy") else ""))
+    for name in ("loss", result["accuracy_is"]):
+        if name in epochs:
+            axes[3].plot(epochs["epoch"], epochs[name], "o-", label=name)
+    axes[3].set(xlabel="epoch", title="loss and accuracy")
+    axes[3].legend()
+    figure.savefig(path, dpi=120)
+
+
+def _draw_efficiency(epochs: pd.DataFrame, result: Result, path: Path) -> None:
+    figure = Figure((12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    accuracy = epochs[result["accuracy_is"]]
+    for panel, cost, label in ((axes[0], "seconds", "time spent, s"), (axes[1], "energy", "energy spent, J")):
+        panel.plot(epochs[cost].cumsum(), accuracy, "o-")
+        panel.set(xlabel=label, ylabel=result["accuracy_is"])
+    axes[2].plot(epochs["epoch"], epochs["accuracy_per_ms"], "o-", label="accuracy per ms of a batch")
+    axes[2].legend(loc="upper left")
+    axes[2].set(xlabel="epoch")
+    twin = axes[2].twinx()
+    twin.plot(
+        epochs["epoch"], epochs["accuracy_per_joule"], "s--", color="tab:orange", label="accuracy per J of an epoch"
+    )
+    twin.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_distributions(batches: pd.DataFrame, path: Path) -> None:
+    figure = Figure((13, 7), layout="constrained")
+    axes = figure.subplots(len(COSTS), 1 + len(METHODS))
+    values = {"as measured": batches[list(COSTS)].to_numpy()} | {
+        method: normalise(batches, method) for method in METHODS
+    }
+    for column, (method, costs) in enumerate(values.items()):
+        for row, label in enumerate(COSTS.values()):
+            panel: Axes = axes[row, column]
+            panel.hist(costs[:, row], bins=60, color="tab:blue" if column else "tab:gray")
+            panel.set_yscale("log")
+            panel.set_title(f"{label}, {method}", fontsize="small")
+            if column:
+                panel.set_xlim(-BOUND - 0.3, BOUND + 0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_overhead(overhead: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure((8, 3.4), layout="constrained")
+    panel = figure.subplots()
+    labels = [f"every {row['every']}, {row['clock']}" for row in overhead]
+    for place, row in enumerate(overhead):
+        panel.plot(np.array(row["values"]) * 100, np.full(len(row["values"]), place), ".", color="tab:gray", alpha=0.6)
+        error = np.abs(np.array(row["ci95"])[:, None] - row["median"]) * 100
+        panel.errorbar(row["median"] * 100, place, xerr=error, fmt="D", color="tab:red", capsize=4)
+    panel.axvline(0, color="black", linewidth=0.8)
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set(xlabel="slow-down by the monitor, % (grey: pairs; red: median and 95 % interval)")
+    figure.savefig(path, dpi=120)
+
+
+def _table(frame: pd.DataFrame) -> list[str]:
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return "" if np.isnan(value) else f"{value:.4g}"
+        return str(value)
+
+    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
+    return lines + ["| " + " | ".join(map(cell, row)) + " |" for row in frame.itertuples(index=False)]
