@@ -1,0 +1,93 @@
+"""Reports of what a training costs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.experiments import cost, cost_report
+from benchmarks.statistics import median_interval
+from cost.normalize import BOUND
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cost")
+    cost.run("digits", epochs=8, pairs=2, out=folder)
+    return folder
+
+
+def test_the_report_is_whole(out: Path) -> None:
+    result = json.loads((out / "results.json").read_text())
+    assert len(result["epochs"]) == 8
+    assert result["epochs"][-1]["loss"] < result["epochs"][0]["loss"]
+    assert result["energy_source"].startswith(("proxy", "RAPL"))
+    assert {"commit", "fingerprint", "versions", "settings"} <= result.keys()
+    assert [(row["every"], row["clock"]) for row in result["overhead"]] == [
+        (10, "wall"), (10, "CPU"), (1, "wall"), (1, "CPU"),
+    ]  # fmt: skip
+    assert all(row["ci95"][0] <= row["median"] <= row["ci95"][1] for row in result["overhead"])
+    text = (out / "report.md").read_text()
+    for name in ("epochs", "efficiency", "distributions", "overhead"):
+        assert f"({name}.png)" in text
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    epoch = result["epochs"][3]
+    assert epoch["accuracy_per_ms"] == pytest.approx(epoch["validation_accuracy"] / (epoch["total"] * 1e3))
+    assert epoch["accuracy_per_joule"] == pytest.approx(epoch["validation_accuracy"] / epoch["energy"])
+
+
+def test_no_normalised_value_is_beyond_three_sigma(out: Path) -> None:
+    batches, _, _ = cost_report.read(out / "monitor")
+    result = json.loads((out / "results.json").read_text())
+    assert [row["beyond 3"] for row in result["normalised"][1:]] == [0, 0, 0]
+    for method in ("z-norm", "ema", "min-max"):
+        values = cost_report.normalise(batches, method)
+        assert values.shape == (len(batches), 3)
+        assert np.abs(values).max() <= BOUND
+        assert values[:, 0].std() > 0
+
+
+def test_a_report_of_logs_alone(out: Path, tmp_path: Path) -> None:
+    result = cost.write(out / "monitor", tmp_path, {})
+    assert "overhead" not in result
+    assert "overhead.png" not in (tmp_path / "report.md").read_text()
+    with pytest.raises(cost_report.LogsError, match="Monitor writes them"):
+        cost.write(tmp_path / "nothing", tmp_path, {})
+
+
+def test_a_monitored_training_is_the_same_training(out: Path, tmp_path: Path) -> None:
+    from experts.data import load
+
+    source = load("digits")
+    for every in (1, 3):
+        cost.train(source, 2, 0, tmp_path / str(every), every, validate=True)
+    first, second = (pd.read_csv(tmp_path / name / "epochs.csv") for name in ("1", "3"))
+    assert first["loss"].tolist() == second["loss"].tolist()
+    assert first["validation_accuracy"].tolist() == second["validation_accuracy"].tolist()
+
+
+def test_alerts_by_hand() -> None:
+    batches = pd.DataFrame({"total": [1.0] * 18 + [5.0] * 2})
+    epochs = pd.DataFrame(
+        {"epoch": [0, 1, 2], "seconds": [1.0, 1.0, 1.6], "rss": [100, 110, 121], "accuracy": [0.9, 0.95, 0.92],
+         "loss": [1.0, 0.5, np.inf]}
+    )  # fmt: skip
+    found = cost_report.alerts(batches, epochs)
+    expected = ["epoch 2 took 1.6", "5.0 times its median", "grew by 21%", "ended 0.030 below", "loss is not finite"]
+    assert len(found) == len(expected)
+    assert all(part in text for part, text in zip(expected, found, strict=True))
+    assert cost_report.alerts(pd.DataFrame({"total": [1.0] * 20}), epochs.iloc[:2]) == []
+
+
+def test_look_ups_are_timed() -> None:
+    found = cost.look_up(repeats=1000)
+    assert set(found) == {"profile.cost", "in a step"}
+
+
+def test_the_interval_of_a_median_holds_it() -> None:
+    values = np.random.default_rng(0).standard_normal(100)
+    low, high = median_interval(values)
+    assert low < np.median(values) < high
+    assert high - low == pytest.approx(2 * 1.96 * 1.2533 / 10, rel=0.5)
