@@ -205,7 +205,7 @@ def _live(
 def _cost(
     data: Annotated[str, typer.Option(help="fashion-mnist or digits")] = "fashion-mnist",
     epochs: Annotated[int, typer.Option(min=1)] = 20,
-    pairs: Annotated[int, typer.Option(min=0, help="Trainings with and without the monitor, half as long.")] = 20,
+    pairs: Annotated[int, typer.Option(min=0, help="Stretches of 100 batches with the monitor and without.")] = 100,
     logs: Annotated[Path | None, typer.Option(help="Report this folder of a Monitor; train nothing.")] = None,
     out: Path = Path("runs/cost"),
 ) -> None:
@@ -221,7 +221,7 @@ def _cost(
     for title, frame in cost_report.frames(result).items():
         table = report.plain_table(title, *map(str, frame.columns))
         for row in frame.itertuples(index=False):
-            table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+            table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
         console.print(table)
     for alert in result["alerts"]:
         console.print(f"[yellow]alert:[/] {alert}")

@@ -41,6 +41,7 @@ class Logbook:
         for name, columns in (("batches.csv", COLUMNS), ("process.csv", READINGS)):
             write_text(path / name, table_line(columns))
         write_text(path / "batches.jsonl", "")
+        self._files: dict[str, str] = {}
         self.watts, self._last = 0.0, (0.0, 0.0)
         self._zero = self._joules()
         self._process.cpu_percent()
@@ -54,6 +55,10 @@ class Logbook:
             self._write()
             rows, self._rows = self._rows, []
         return rows
+
+    def replace(self, name: str, text: str) -> None:
+        """Write a file anew, within `interval` seconds."""
+        self._files[name] = text
 
     def energy(self) -> float:
         """The counter's joules since the logbook was opened; 0 where there is no counter."""
@@ -94,6 +99,9 @@ class Logbook:
         self._rows += rows
         # Numbers only, whose repr is CSV and JSON alike; a library's writer would cost the training five times as much.
         texts = [["null" if (value := row.get(name)) is None else repr(value) for name in COLUMNS] for row in rows]
+        while self._files:
+            name, text = self._files.popitem()
+            write_text(self.path / name, text)
         self._append("batches.csv", (",".join(text).replace("null", "") + "\n" for text in texts))
         self._append("batches.jsonl", (JSON_LINE.format(*text) for text in texts))
 

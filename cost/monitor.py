@@ -146,8 +146,8 @@ class Monitor:
         self._epoch_begun, self._epoch_energy, self._epoch_begins_at, self._sums = now, energy, self._batch, {}
         columns = list(dict.fromkeys(name for each in self.epochs for name in each))
         lines = [table_line(columns), *(table_line(each.get(name) for name in columns) for each in self.epochs)]
-        write_text(self.path / "epochs.csv", "".join(lines))
-        write_text(self.path / "epochs.jsonl", "".join(json.dumps(each) + "\n" for each in self.epochs))
+        self._log.replace("epochs.csv", "".join(lines))
+        self._log.replace("epochs.jsonl", "".join(json.dumps(each) + "\n" for each in self.epochs))
         return row
 
     def _before_forward(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,12 @@ from cost.profile import Profile
 from cost.timing import torch_threads
 
 if TYPE_CHECKING:
+    import torch
+
     from experts.data import Dataset
 
 EVERY = (10, 1)
-BATCH_SIZE = 128
+BATCH_SIZE, STRETCH = 128, 100
 Result = dict[str, Any]
 
 
@@ -50,10 +52,10 @@ def run(
     logs = out / "monitor"
     shutil.rmtree(logs, ignore_errors=True)
     with torch_threads(1):
-        train(source, epochs, seed, logs, every=1, validate=True, progress=report_training)
-        overhead = pair(source, max(1, epochs // 2), pairs, seed, report_pairs)
+        train(Training(source, seed), epochs, logs, 1, report_training)
+        overhead = pair(Training(source, seed), pairs, report_pairs) if pairs else {}
     settings = {"data": data, "epochs": epochs, "pairs": pairs, "seed": seed, "batch_size": BATCH_SIZE}
-    return write(logs, out, {"settings": settings, "overhead": overhead, "look_up": look_up()})
+    return write(logs, out, {"settings": settings, "look_up": look_up(), **overhead})
 
 
 def write(logs: Path, out: Path, more: Result) -> Result:
@@ -66,66 +68,104 @@ def write(logs: Path, out: Path, more: Result) -> Result:
     return result
 
 
-def train(
-    source: Dataset,
-    epochs: int,
-    seed: int,
-    logs: Path,
-    every: int | None,
-    validate: bool = False,
-    progress: Callable[[float], object] = lambda share: None,
-) -> tuple[float, float]:
-    """Train the reference MoE's gate and experts by cross-entropy, monitored unless `every` is None; returns the wall
-    time and the process's CPU time in s, from before the monitor is made until it has closed."""
-    import torch
-    import torch.nn.functional as F
+class Training:
+    """The reference MoE's gate and experts, trained by cross-entropy on a data set's split `train`."""
 
-    from experts.model import MoEClassifier
+    def __init__(self, source: Dataset, seed: int) -> None:
+        import torch
 
-    x, y = (torch.from_numpy(part) for part in source["train"])
-    held_out = [torch.from_numpy(part) for part in source["validation"]]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = MoEClassifier(x.shape[1], int(y.max()) + 1, widths=SETTINGS[source.name].widths)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    wall, cpu = time.perf_counter(), time.process_time()
-    with Monitor(model, optimizer, every, logs) if every else nullcontext() as monitor:
+        from experts.model import MoEClassifier
+
+        self.inputs, self.labels = (torch.from_numpy(part) for part in source["train"])
+        self.held_out = [torch.from_numpy(part) for part in source["validation"]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            widths = SETTINGS[source.name].widths
+            self.model = MoEClassifier(self.inputs.shape[1], int(self.labels.max()) + 1, widths=widths)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+
+    def epoch(self) -> list[torch.Tensor]:
+        """The rows of each batch, in a new order."""
+        import torch
+
+        return list(torch.randperm(len(self.inputs), generator=self.generator).split(BATCH_SIZE))
+
+    def step(self, rows: torch.Tensor, monitor: Monitor | None = None) -> None:
+        """One step of the optimiser."""
+        import torch.nn.functional as F
+
+        loss = F.cross_entropy(self.model(self.inputs[rows]), self.labels[rows])
+        self.optimizer.zero_grad()
+        loss.backward()
+        if monitor:
+            monitor.record(loss=loss)
+        self.optimizer.step()
+
+    def accuracy(self) -> float:
+        """The accuracy on validation."""
+        import torch
+
+        self.model.eval()
+        with torch.inference_mode():
+            found = float((self.model(self.held_out[0]).argmax(1) == self.held_out[1]).float().mean())
+        self.model.train()
+        return found
+
+
+def train(training: Training, epochs: int, logs: Path, every: int, progress: Callable[[float], object]) -> None:
+    """Train for some epochs under a monitor, with the accuracy on validation after each."""
+    with Monitor(training.model, training.optimizer, every, logs) as monitor:
         for epoch in range(epochs):
-            for rows in torch.randperm(len(x), generator=generator).split(BATCH_SIZE):
-                logits = model(x[rows])
-                loss = F.cross_entropy(logits, y[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                if monitor:
-                    monitor.record(loss=loss)
-                optimizer.step()
-            if monitor:
-                monitor.end_epoch(**({"validation_accuracy": _accuracy(model, *held_out)} if validate else {}))
+            for rows in training.epoch():
+                training.step(rows, monitor)
+            monitor.end_epoch(validation_accuracy=training.accuracy())
             progress((epoch + 1) / epochs)
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def pair(
-    source: Dataset, epochs: int, pairs: int, seed: int, progress: Callable[[float], object]
-) -> list[dict[str, Any]]:
-    """The same training with and without the monitor, in turns; medians of the slow-down with 95 % intervals."""
-    slower: dict[int, list[list[float]]] = {every: [] for every in EVERY}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(pairs):
-            for every, found in slower.items():
-                logs = Path(folder) / f"{every}-{number}"
-                order = (every, None) if number % 2 else (None, every)
-                times = {each: np.array(train(source, epochs, seed, logs, each)) for each in order}
-                found.append((times[every] / times[None] - 1).tolist())
-            progress((number + 1) / pairs)
+def pair(training: Training, pairs: int, progress: Callable[[float], object]) -> Result:
+    """One training, its stretches of about 100 batches by turns with the monitor and without.
+
+    A stretch with the monitor ends with `end_epoch`; making and closing the monitor and two batches, of which the first
+    has its FLOPs counted, are outside and timed as `attach`. Medians of the slow-down with 95 % intervals.
+    """
+    slower: dict[int, list[np.ndarray]] = {every: [] for every in EVERY}
+    attach: list[float] = []
+    for number in range(pairs):
+        for every, found in slower.items():
+            order = (every, None) if number % 2 else (None, every)
+            times = {each: _stretch(training, each, attach) for each in order}
+            found.append(times[every] / times[None] - 1)
+        progress((number + 1) / pairs)
     rows = []
-    for every, found in slower.items():
-        for clock, values in zip(("wall", "CPU"), np.array(found).reshape(-1, 2).T, strict=True):
-            if len(values):
-                row = {"every": every, "clock": clock, "pairs": pairs, "median": float(np.median(values))}
-                rows.append(row | {"ci95": list(median_interval(values)), "values": values.tolist()})
-    return rows
+    for every, ratios in slower.items():
+        for clock, values in zip(("wall", "CPU"), np.array(ratios).reshape(-1, 2).T, strict=True):
+            row = {"every": every, "clock": clock, "pairs": pairs, "median": float(np.median(values))}
+            rows.append(row | {"ci95": list(median_interval(values)), "values": values.tolist()})
+    return {"overhead": rows, "attach": float(np.median(attach))}
+
+
+def _stretch(training: Training, every: int | None, attach: list[float]) -> np.ndarray:
+    """Wall and CPU time in s of a stretch of training, monitored unless `every` is None."""
+    batches = [rows for _ in range(1 + STRETCH * BATCH_SIZE // len(training.inputs)) for rows in training.epoch()]
+    full = [rows for rows in batches if len(rows) == BATCH_SIZE][: STRETCH + 2]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        begun, monitor = time.perf_counter(), None
+        if every:
+            monitor = stack.enter_context(Monitor(training.model, training.optimizer, every, Path(folder) / "logs"))
+        for rows in full[:2]:
+            training.step(rows, monitor)
+        begun_stretch = np.array([time.perf_counter(), time.process_time()])
+        for rows in full[2:]:
+            training.step(rows, monitor)
+        if monitor:
+            monitor.end_epoch()
+        spent = np.array([time.perf_counter(), time.process_time()]) - begun_stretch
+        attached, begun = begun_stretch[0] - begun, time.perf_counter()
+        stack.close()
+        if every:
+            attach.append(attached + time.perf_counter() - begun)
+    return spent
 
 
 def look_up(repeats: int = 100_000) -> dict[str, float]:
@@ -152,13 +192,3 @@ def look_up(repeats: int = 100_000) -> dict[str, float]:
         "profile.cost": best(lambda: profile.cost("expert 0", 7)) - empty,
         "in a step": best(lambda: moves.get(move)) - empty,
     }
-
-
-def _accuracy(model: Any, x: Any, y: Any) -> float:
-    import torch
-
-    model.eval()
-    with torch.inference_mode():
-        accuracy = float((model(x).argmax(1) == y).float().mean())
-    model.train()
-    return accuracy

@@ -97,7 +97,7 @@ def frames(result: Result) -> dict[str, pd.DataFrame]:
         "rss": ("rss, MiB", 2**-20),
     }
     columns |= {"energy": ("energy, mJ", 1e3), "loss": ("loss", 1), result["accuracy_is"]: ("accuracy", 1)}
-    columns |= {"accuracy_per_ms": ("per ms", 1), "accuracy_per_joule": ("per J", 1)}
+    columns |= {"accuracy_per_ms": ("acc/ms", 1.0), "accuracy_per_joule": ("acc/J", 1.0)}
     by_epoch = {title: epochs[name] * scale for name, (title, scale) in columns.items() if name in epochs}
     found = {"By epoch": pd.DataFrame(by_epoch), "Normalised": pd.DataFrame(result["normalised"])}
     if "overhead" in result:
@@ -131,6 +131,8 @@ def markdown(result: Result) -> str:
         with_costs = ", ".join(f"{cost} {value}" for cost, value in found.items())
         lines += [f"Rank correlation of {result['accuracy_is']} with the cost spent so far: {with_costs}.", ""]
     pictures = {"By epoch": ["epochs"] + ["efficiency"] * bool(result["accuracy_is"]), "Normalised": ["distributions"]}
+    if "attach" in result:
+        lines += [f"Making and closing a monitor takes {result['attach'] * 1e3:.1f} ms, with two batches.", ""]
     pictures["Monitor on against off"] = ["overhead"]
     for title, frame in frames(result).items():
         lines += [f"## {title}", "", *_table(frame), ""]
@@ -176,7 +178,7 @@ def _draw_epochs(epochs: pd.DataFrame, result: Result, path: Path) -> None:
         strict=False,
     ):
         panel.plot(epochs["epoch"], epochs[name] * scale, "o-")
-        panel.set(xlabel="epoch", title=label, ylim=(0, None))
+        panel.set(xlabel="epoch", title=label, ylim=(0, 1.1 * epochs[name].max() * scale))
     axes[2].set_title("energy, J" + (" (proxy)" if result["energy_source"].startswith("proxy") else ""))
     for name in ("loss", result["accuracy_is"]):
         if name in epochs:

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.experiments import cost, cost_report
 from benchmarks.statistics import median_interval
 from cost.normalize import BOUND
+from experts.data import load
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,10 @@ def test_a_report_of_logs_alone(out: Path, tmp_path: Path) -> None:
         cost.write(tmp_path / "nothing", tmp_path, {})
 
 
-def test_a_monitored_training_is_the_same_training(out: Path, tmp_path: Path) -> None:
-    from experts.data import load
-
+def test_a_monitored_training_is_the_same_training(tmp_path: Path) -> None:
     source = load("digits")
     for every in (1, 3):
-        cost.train(source, 2, 0, tmp_path / str(every), every, validate=True)
+        cost.train(cost.Training(source, 0), 2, tmp_path / str(every), every, lambda share: None)
     first, second = (pd.read_csv(tmp_path / name / "epochs.csv") for name in ("1", "3"))
     assert first["loss"].tolist() == second["loss"].tolist()
     assert first["validation_accuracy"].tolist() == second["validation_accuracy"].tolist()
