@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cost.profile import SIZES, Profile, ProfileError
 
@@ -84,12 +86,12 @@ def show(profile: Name) -> None:
     loaded = load(profile)
     _print(loaded, f"{profile}: time on n inputs = fixed + slope * n")
     for key, value in loaded.fingerprint.items():
-        console.print(f"{key}: {value}")
+        console.print(Text(f"{key}: {value}"))
     console.print(f"measured {loaded.created}, {loaded.repeats} repeats")
     try:
         require_this_machine(loaded, profile)
     except ProfileError as error:
-        console.print(f"[yellow]{error}[/]", soft_wrap=True)
+        console.print(Text(str(error), "yellow"), soft_wrap=True)
 
 
 @app.command()
@@ -103,16 +105,16 @@ def compare(
     Example: moe-profile compare fashion-mnist mine.json --plot both.png
     """
     frame = differences(load(first), load(second))
-    table = Table("operation", "n", first, second, "difference", title="time [µs]")
+    table = Table("operation", "n", escape(first), escape(second), "difference", title="time [µs]")
     for row in frame.to_dict("records"):
         figures = (f"{row['first'] * 1e6:.2f}", f"{row['second'] * 1e6:.2f}", f"{row['difference']:+.1%}")
-        table.add_row(row["operation"], str(row["n"]), *figures)
+        table.add_row(Text(row["operation"]), str(row["n"]), *figures)
     console.print(table)
     sizes = frame["difference"].abs()
     console.print(f"difference: median {sizes.median():.1%}, P95 {sizes.quantile(0.95):.1%} of {len(frame)} times")
     if plot is not None:
         draw(frame, plot, (first, second))
-        console.print(f"[green]saved[/] {plot}")
+        console.print(Text.assemble(("saved", "green"), f" {plot}"))
 
 
 def load(name: str) -> Profile:
@@ -170,7 +172,7 @@ def draw(frame: pd.DataFrame, path: Path, names: tuple[str, str]) -> None:
 
 
 def _print(profile: Profile, title: str) -> None:
-    table = Table("operation", "fixed [µs]", "slope [µs]", "residual", "spread", "held [B]", title=title)
+    table = Table("operation", "fixed [µs]", "slope [µs]", "residual", "spread", "held [B]", title=Text(title))
     for name, operation in profile.operations.items():
         time = operation.time
         figures = (
@@ -179,7 +181,7 @@ def _print(profile: Profile, title: str) -> None:
             f"{time.residual:.1%}",
             f"{operation.spread:.1%}",
         )
-        table.add_row(name, *figures, f"{operation.memory.fixed:,.0f}")
+        table.add_row(Text(name), *figures, f"{operation.memory.fixed:,.0f}")
     console.print(table)
     console.print(f"energy: {profile.energy_source}", soft_wrap=True)
     for complaint in profile.noise.complaints() if profile.noise else ():
@@ -189,7 +191,7 @@ def _print(profile: Profile, title: str) -> None:
 def _save(profile: Profile, path: Path | None) -> None:
     if path is not None:
         profile.save(path)
-        console.print(f"[green]saved[/] {path}")
+        console.print(Text.assemble(("saved", "green"), f" {path}"))
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -210,7 +212,8 @@ def _build(reference: str) -> tuple[nn.Module, Any] | dict[str, Any]:
 
     made = builder()
 
-    fits = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], torch.Tensor)
+    fits = isinstance(made, tuple) and len(made) == 2
+    fits = fits and isinstance(made[0], torch.nn.Module) and isinstance(made[1], torch.Tensor)
     if not fits and not (isinstance(made, dict) and all(callable(each) for each in made.values())):
         raise ValueError(f"{reference!r} must return (module, inputs tensor) or a dict of callables, got {type(made)}")
     return made

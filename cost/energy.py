@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +26,7 @@ class Counter(Protocol):
 
 
 def proxy_joules(flops: float, weight_bytes: float, activation_bytes: float) -> float:
-    """The proxy's energy in J."""
+    """The proxy's energy in J of one pass: weights that are used and activations that are held, in B."""
     return (
         JOULES_PER_FLOP * flops + JOULES_PER_WEIGHT_BYTE * weight_bytes + JOULES_PER_ACTIVATION_BYTE * activation_bytes
     )
@@ -39,7 +38,8 @@ class Rapl:
     source, window = "RAPL, all CPU packages", 0.05
 
     def __init__(self, root: Path = Path("/sys/class/powercap")) -> None:
-        self._zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if re.fullmatch(r"intel-rapl:\d+", zone.name)]
+        names = {path.parent: path.read_text() for path in sorted(root.glob("intel-rapl:*/name"))}
+        self._zones = [zone for zone, name in names.items() if name.startswith("package")]  # psys has them in it
         if not self._zones:
             raise MeterError(f"no RAPL counter in {root}: this machine or its container has none; source='proxy'")
         self._ranges = [self._read(zone / "max_energy_range_uj") for zone in self._zones]

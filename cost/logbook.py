@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import psutil
 from cost.energy import Counter
 from cost.files import write_text
 
+log = logging.getLogger("cost")
 COLUMNS = (
     *("batch", "epoch", "at", "forward", "backward", "optimizer", "total"),
     *("energy", "loss", "accuracy", "rss", "device_memory"),
@@ -37,11 +40,13 @@ class Logbook:
         self._records: deque[Any] = deque()
         self.add = self._records.append  # of what `finish` will make a row
         self._rows: list[Row] = []
+        self._files: dict[str, str] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
+        for name in ("epochs.csv", "epochs.jsonl"):
+            (path / name).unlink(missing_ok=True)
         for name, columns in (("batches.csv", COLUMNS), ("process.csv", READINGS)):
             write_text(path / name, table_line(columns))
         write_text(path / "batches.jsonl", "")
-        self._files: dict[str, str] = {}
         self.watts, self._last = 0.0, (0.0, 0.0)
         self._zero = self._joules()
         self._process.cpu_percent()
@@ -52,7 +57,7 @@ class Logbook:
     def flush(self) -> list[Row]:
         """Write the rows that can be had; returns those that came since the last call of this method."""
         with self._lock:
-            self._write()
+            self._update()
             rows, self._rows = self._rows, []
         return rows
 
@@ -66,18 +71,23 @@ class Logbook:
             return self._joules() - self._zero
 
     def close(self) -> None:
-        """Stop the thread and write what is left."""
+        """Stop the thread and write what is left; raises the `OSError` of a disk that still cannot be written to."""
         self._stop.set()
         self._thread.join()
         with self._lock:
-            self._write()
-            self._read()
+            self._update()
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
             with self._lock:
-                self._write()
-                self._read()
+                try:
+                    self._update()
+                except OSError as error:  # what is left is tried again, and `close` raises
+                    log.warning("the monitor cannot write to %s: %s", self.path, error)
+
+    def _update(self) -> None:
+        self._read()
+        self._write()
 
     def _joules(self) -> float:
         return self._counter.joules() if self._counter else 0.0
@@ -85,29 +95,36 @@ class Logbook:
     def _read(self) -> None:
         at, joules = time.perf_counter() - self.begun, self._joules() - self._zero
         self.rss = int(self._process.memory_info().rss)
+        if self._counter is None or at - self._last[0] >= self._counter.window or not self.watts:
+            self.watts = (joules - self._last[1]) / max(at - self._last[0], 1e-9)
+            self._last = at, joules
         reading = [at, self.rss, self._process.cpu_percent() / 100, joules if self._counter else None]
         self._append("process.csv", [table_line(reading)])
-        self.watts = (joules - self._last[1]) / max(at - self._last[0], 1e-9)
-        self._last = at, joules
 
     def _write(self) -> None:
+        while self._files:
+            name = next(iter(self._files))
+            write_text(self.path / name, self._files[name])
+            del self._files[name]
         rows: list[Row] = []
-        while self._records and (row := self._finish(self._records[0])) is not None:
-            self._records.popleft()
+        while len(rows) < len(self._records) and (row := self._finish(self._records[len(rows)])) is not None:
             row["rss"] = self.rss
             rows.append(row)
-        self._rows += rows
-        # Numbers only, whose repr is CSV and JSON alike; a library's writer would cost the training five times as much.
-        texts = [["null" if (value := row.get(name)) is None else repr(value) for name in COLUMNS] for row in rows]
-        while self._files:
-            name, text = self._files.popitem()
-            write_text(self.path / name, text)
+        # Numbers only, whose repr is CSV and JSON alike but for NaN; a library would cost the training five times more.
+        texts = [[_number(row.get(name)) for name in COLUMNS] for row in rows]
         self._append("batches.csv", (",".join(text).replace("null", "") + "\n" for text in texts))
         self._append("batches.jsonl", (JSON_LINE.format(*text) for text in texts))
+        for _ in rows:
+            self._records.popleft()
+        self._rows += rows
 
     def _append(self, name: str, lines: Iterable[str]) -> None:
         with (self.path / name).open("a") as file:
             file.writelines(lines)
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None or not -inf < value < inf else repr(value)
 
 
 def table_line(values: Iterable[Any]) -> str:

@@ -25,24 +25,46 @@ class Reading:
     beside: dict[str, float] = field(default_factory=dict)
 
 
-class TimeMeter(ContextDecorator):
+class Meter(ContextDecorator):
+    """What all meters share: a meter reads one block at a time; nested blocks need a meter each."""
+
+    reading: Reading
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device, self._running = str(device), False
+        require_device(self.device)
+
+    def __enter__(self) -> Reading:
+        if self._running:
+            raise RuntimeError(f"this {type(self).__name__} is reading a block already: nested blocks need one each")
+        self._begin()
+        self._running = True
+        return self.reading
+
+    def __exit__(self, *error: Any) -> None:
+        self._running = False
+        self._end(*error)
+
+    def _begin(self) -> None:
+        raise NotImplementedError
+
+    def _end(self, *error: Any) -> None:
+        raise NotImplementedError
+
+
+class TimeMeter(Meter):
     """Wall time in s, and beside it `thread`, the calling thread's CPU time.
 
     On a CUDA device the time between two events, for which the end of the block waits.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-        require_device(device)
-
-    def __enter__(self) -> Reading:
+    def _begin(self) -> None:
         on_gpu = self.device.startswith("cuda")
         self.reading = Reading(0.0, "s", "CUDA events" if on_gpu else "perf_counter")
         self._events = _events(self.device) if on_gpu else None
         self._thread, self._start = time.thread_time_ns(), time.perf_counter_ns()
-        return self.reading
 
-    def __exit__(self, *error: object) -> None:
+    def _end(self, *error: Any) -> None:
         nanoseconds = time.perf_counter_ns() - self._start
         self.reading.beside["thread"] = (time.thread_time_ns() - self._thread) * 1e-9
         self.reading.value = nanoseconds * 1e-9
@@ -53,7 +75,7 @@ class TimeMeter(ContextDecorator):
             self.reading.value = start.elapsed_time(end) * 1e-3
 
 
-class MemoryMeter(ContextDecorator):
+class MemoryMeter(Meter):
     """Peak bytes of the tensors made inside the block, beyond what was held at its start; beside it `rss`, by how much
     the process has grown, whatever took it.
 
@@ -61,11 +83,7 @@ class MemoryMeter(ContextDecorator):
     an operation; on a CUDA device it is the allocator's own peak.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-        require_device(device)
-
-    def __enter__(self) -> Reading:
+    def _begin(self) -> None:
         import torch
 
         from cost.tensors import StorageTracker
@@ -79,9 +97,8 @@ class MemoryMeter(ContextDecorator):
             self._stack = ExitStack()
             self._tracker = self._stack.enter_context(StorageTracker())
         self._rss = _rss()
-        return self.reading
 
-    def __exit__(self, *error: Any) -> None:
+    def _end(self, *error: Any) -> None:
         import torch
 
         if self.device.startswith("cuda"):
@@ -92,48 +109,46 @@ class MemoryMeter(ContextDecorator):
         self.reading.beside["rss"] = float(_rss() - self._rss)
 
 
-class FlopMeter(ContextDecorator):
+class FlopMeter(Meter):
     """Floating-point operations of the matrix products, convolutions and attentions inside the block, by torch."""
 
-    def __enter__(self) -> Reading:
+    def _begin(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode
 
         self.reading = Reading(0.0, "FLOP", "torch.utils.flop_counter")
         self._counter = FlopCounterMode(display=False)
         self._counter.__enter__()
-        return self.reading
 
-    def __exit__(self, *error: Any) -> None:
+    def _end(self, *error: Any) -> None:
         self._counter.__exit__(*error)
         self.reading.value = float(self._counter.get_total_flops())
 
 
-class EnergyMeter(ContextDecorator):
+class EnergyMeter(Meter):
     """Energy in J by `source`: "nvml", "rapl", or "proxy"; by default the device's counter, where there is one.
 
     A counter has everything in it that runs on the device and wants blocks of 0.05 s (RAPL) or 0.5 s (NVML). The proxy
-    prices the FLOPs, the parameters used and the peak of the tensors made; its `reading.source` says that it is one.
+    prices a block as one pass: the FLOPs, the parameters used, once, and the peak of the tensors made. A block of many
+    passes is to be metered pass by pass. Its `reading.source` says that it is a proxy.
     """
 
     def __init__(self, device: str = "cpu", source: str | None = None) -> None:
-        self.device = device
-        require_device(device)
-        self._counter = open_counter(device, source)
+        super().__init__(device)
+        self._counter = open_counter(self.device, source)
 
-    def __enter__(self) -> Reading:
+    def _begin(self) -> None:
         from cost.tensors import StorageTracker
 
         self.reading = Reading(0.0, "J", self._counter.source if self._counter else PROXY)
         if self._counter is not None:
             _synchronize(self.device)
             self._start = self._counter.joules()
-            return self.reading
+            return
         self._stack = ExitStack()
         self._tracker = self._stack.enter_context(StorageTracker())
         self._flops = self._stack.enter_context(FlopMeter())
-        return self.reading
 
-    def __exit__(self, *error: Any) -> None:
+    def _end(self, *error: Any) -> None:
         if self._counter is not None:
             _synchronize(self.device)
             self.reading.value = self._counter.joules() - self._start

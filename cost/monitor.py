@@ -7,8 +7,10 @@ Files in the folder: `batches.csv` and `batches.jsonl`, a row for each batch tha
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +20,19 @@ from cost.energy import PROXY, open_counter
 from cost.files import write_text
 from cost.logbook import Logbook, Row, table_line
 from cost.machine import fingerprint
-from cost.meters import EnergyMeter
+from cost.meters import EnergyMeter, require_device
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+log = logging.getLogger("cost")
 SCHEMA = 1
 PHASES = ("forward", "backward", "optimizer")
 UNITS = {**dict.fromkeys((*PHASES, "total", "seconds", "at"), "s"), **dict.fromkeys(("rss", "device_memory"), "B")}
 UNITS |= {"energy": "J", "cpu": "share of one CPU"}
-MAX_SHAPES = 8  # of inputs, whose FLOPs are counted; more are priced like the last
+RESERVED = {"epoch", "batches", "measured", "seconds", *PHASES, "total", "energy", "rss", "device_memory", "finite"}
+MAX_SHAPES = 8  # of inputs, whose FLOPs are counted; more are priced by their elements, like the last
 # The backward pass of a product is two products as large as the forward's (Kaplan et al. 2020, section 2.1).
 FORWARDS = 3
 BATCH_PROXY = f"{PROXY}; counted in a forward pass and taken {FORWARDS} times, for forward and backward"
@@ -37,11 +41,15 @@ BATCH_PROXY = f"{PROXY}; counted in a forward pass and taken {FORWARDS} times, f
 class Monitor:
     """Hooks round forward, backward and optimiser step; measures every `every`-th batch, a batch being one step.
 
-    Two lines do it: the `with`, and `monitor.end_epoch(accuracy=...)` where an epoch ends. `monitor.record(loss=loss)`
-    puts a batch's loss and accuracy beside its costs. On a CUDA device times are between events, read without waiting
-    for the device; energy is the device's counter's, or the proxy's. A background thread reads the process every
-    `interval` seconds and writes the files. Forward passes in evaluation mode or without gradients are not counted, nor
-    is a batch whose FLOPs are counted for the proxy: the first of each shape of the model's first argument.
+    Two lines do it: the `with`, and `monitor.end_epoch(accuracy=...)` where an epoch ends. `monitor.record(loss=loss)`,
+    before the step, puts a batch's loss and accuracy beside its costs. On a CUDA device times are between events, read
+    without waiting for the device, and `device_memory` is the allocator's peak so far; energy is the counter's or the
+    proxy's. A background thread reads the process every `interval` seconds and writes the files.
+
+    The model must be called, as `model(x)`. Forward passes in evaluation mode or without gradients are not counted, nor
+    is a batch whose FLOPs are counted for the proxy, the first of each set of inputs' shapes. The passes of several
+    forwards before one step add up, those of a step that is skipped go to the next; an optimiser that calls a closure
+    has its passes in its own time. Where no backward pass is seen its time is empty.
     """
 
     def __init__(
@@ -56,11 +64,15 @@ class Monitor:
     ) -> None:
         if every < 1 or interval <= 0:
             raise ValueError(f"every must be >= 1 and interval > 0, got {every} and {interval}")
-        self.model, self.optimizer, self.every, self.path, self.interval = model, optimizer, every, Path(path), interval
-        if (self.path / "batches.csv").exists() and not overwrite:
-            raise ValueError(f"{self.path} holds a monitor's logs; name another folder, or pass overwrite=True")
+        if not hasattr(model, "register_forward_hook") or not hasattr(optimizer, "register_step_pre_hook"):
+            raise ValueError(
+                f"a torch module and a torch optimiser are needed, got {type(model)} and {type(optimizer)}"
+            )
+        self.model, self.optimizer, self.every, self.path = model, optimizer, every, Path(path)
+        self.interval, self.overwrite = interval, overwrite
         self.epochs: list[Row] = []
         self._handles: list[Any] = []
+        self._check_folder()
 
     def __enter__(self) -> Monitor:
         return self.start()
@@ -74,16 +86,14 @@ class Monitor:
 
         if self._handles:
             raise ValueError("this monitor is attached already")
-        device = next((each.device for each in self.model.parameters()), torch.device("cpu"))
-        self._cuda, self._grad, self._device_memory = (
-            device.type == "cuda",
-            torch.is_grad_enabled,
-            torch.cuda.max_memory_allocated,
-        )
+        self._check_folder()
+        self._device = next((each.device for each in self.model.parameters()), torch.device("cpu"))
+        require_device(str(self._device))
+        self._cuda, self._grad = self._device.type == "cuda", torch.is_grad_enabled
         self._at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
-        self._mark: Callable[[], Any] = _event if self._cuda else time.perf_counter_ns
-        self._counter = open_counter(str(device))
-        self._joules: dict[Any, float] = {}
+        self._mark: Callable[[], Any] = self._event if self._cuda else time.perf_counter_ns
+        self._counter = open_counter(str(self._device))
+        self._prices: dict[Any, tuple[float, int]] = {}  # by shapes: joules, number of elements
         self._meter: EnergyMeter | None = None
         about = {"schema": SCHEMA, "every": self.every, "units": UNITS, "fingerprint": fingerprint()}
         about["energy_source"] = self._counter.source if self._counter else BATCH_PROXY
@@ -94,11 +104,12 @@ class Monitor:
         self._forward: list[Any] = []  # marks of beginnings and ends
         self._backward: list[Any] = []
         self._step: list[Any] = []
-        self._measured, self._counted, self._energy = True, False, 0.0
+        self._backward_begun: Any = None
+        self._measured, self._counted, self._energy, self._warned = True, False, 0.0, False
         self._values: Row = {}
         self._sums: dict[str, tuple[Any, int]] = {}
         self._handles = [
-            self.model.register_forward_pre_hook(self._before_forward),
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -110,9 +121,14 @@ class Monitor:
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
-        if handles and self._batch > self._epoch_begins_at:
-            self.end_epoch()
-        if handles:
+        if not handles:
+            return
+        if self._meter is not None:  # a forward pass was interrupted under it
+            self._meter.__exit__(None, None, None)
+        try:
+            if self._batch > self._epoch_begins_at:
+                self.end_epoch()
+        finally:
             self._log.close()
 
     def record(self, **values: float | torch.Tensor) -> None:
@@ -121,14 +137,18 @@ class Monitor:
             if name not in ("loss", "accuracy"):
                 raise ValueError(f"record takes loss and accuracy, got {name!r}; end_epoch takes any name")
             if not isinstance(value, int | float):
-                value = value.detach() if getattr(value, "is_cuda", False) else value.item()
+                value = value.detach().reshape(()) if getattr(value, "is_cuda", False) else value.item()
             self._values[name] = value
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + value, count + 1
 
     def end_epoch(self, **metrics: float) -> Row:
         """Close an epoch: medians over its measured batches, its own time and energy, the means of what was recorded,
-        and the metrics, as the accuracy on validation. Returns the row that `epochs.csv` gets."""
+        and the metrics, as the accuracy on validation. Returns the row that `epochs.csv` gets; `finite` says whether
+        all values that were recorded were."""
+        given = {name: float(value) for name, value in metrics.items()}
+        if reserved := RESERVED & given.keys():
+            raise ValueError(f"{', '.join(sorted(reserved))}: the monitor's own columns; choose other names")
         self._wait()
         now, energy, rows = time.perf_counter(), self._log.energy(), self._log.flush()
         batches = self._batch - self._epoch_begins_at
@@ -139,41 +159,52 @@ class Monitor:
             row["energy"] = float(np.mean([each["energy"] for each in rows])) * batches if rows else None
         else:
             row["energy"] = energy - self._epoch_energy
-        row["rss"], row["device_memory"] = self._log.rss, max((each["device_memory"] or 0 for each in rows), default=0)
-        row |= {name: float(total) / count for name, (total, count) in self._sums.items()}
-        row |= {name: float(value) for name, value in metrics.items()}
+        row["rss"] = self._log.rss
+        row["device_memory"] = max((each["device_memory"] for each in rows), default=0) if self._cuda else None
+        recorded = {name: float(total) / count for name, (total, count) in self._sums.items()}
+        row |= recorded | given | {"finite": all(np.isfinite(value) for value in recorded.values())}
         self.epochs.append(row)
         self._epoch_begun, self._epoch_energy, self._epoch_begins_at, self._sums = now, energy, self._batch, {}
         columns = list(dict.fromkeys(name for each in self.epochs for name in each))
         lines = [table_line(columns), *(table_line(each.get(name) for name in columns) for each in self.epochs)]
         self._log.replace("epochs.csv", "".join(lines))
-        self._log.replace("epochs.jsonl", "".join(json.dumps(each) + "\n" for each in self.epochs))
+        self._log.replace("epochs.jsonl", "".join(json.dumps(_finite(each)) + "\n" for each in self.epochs))
         return row
 
-    def _before_forward(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def _check_folder(self) -> None:
+        if (self.path / "batches.csv").exists() and not self.overwrite:
+            raise ValueError(f"{self.path} holds a monitor's logs; name another folder, or pass overwrite=True")
+
+    def _before_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if self._measured and module.training and self._grad():
+            self._backward_begun = None  # of a backward pass that did not end
+            if len(self._forward) % 2:  # a forward pass was interrupted
+                self._forward.pop()
             if self._counter is None:
-                self._price(arguments)
+                self._price(arguments, keywords)
             self._forward.append(self._mark())
 
     def _after_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if self._meter is not None:
-            self._priced()
+            self._priced(output)
         if self._measured and module.training and self._grad():
             self._forward.append(self._mark())
-            if (first := _first_tensor(output)) is not None:
-                first.register_hook(self._before_backward)
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._before_backward)
 
     def _before_backward(self, gradient: torch.Tensor) -> None:
-        self._backward.append(self._mark())
-        self._at_end_of_backward(self._after_backward)
+        if self._backward_begun is None:
+            self._backward_begun = self._mark()
+            self._at_end_of_backward(self._after_backward)
 
     def _after_backward(self) -> None:
-        self._backward.append(self._mark())
+        self._backward += [self._backward_begun, self._mark()]
+        self._backward_begun = None
 
     def _before_step(self, *_: object) -> None:
         if self._measured:
-            self._step.append(self._mark())
+            self._step = [*self._step[: len(self._step) // 2 * 2], self._mark()]  # less one that was interrupted
 
     def _after_step(self, *_: object) -> None:
         if self._measured:
@@ -183,20 +214,24 @@ class Monitor:
         self._measured = self._batch % self.every == 0
         self._values = {}
 
-    def _price(self, arguments: tuple[Any, ...]) -> None:
-        """Add the proxy's energy of this forward pass; the first of its shape is run under the meter."""
-        shape = getattr(arguments[0], "shape", None) if arguments else None
-        if shape not in self._joules and len(self._joules) < MAX_SHAPES:
-            self._counting, self._meter, self._counted = shape, EnergyMeter(source="proxy"), True
+    def _price(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Add the proxy's energy of this forward pass; the first of its shapes is run under the meter."""
+        inputs = _tensors((arguments, keywords))
+        shapes = tuple(each.shape for each in inputs)
+        if shapes not in self._prices and len(self._prices) < MAX_SHAPES:
+            self._pricing, self._meter, self._counted = (shapes, inputs), EnergyMeter(source="proxy"), True
             self._meter.__enter__()
             return
-        self._energy += self._joules[shape] if shape in self._joules else next(reversed(self._joules.values()))
+        joules, elements = self._prices.get(shapes) or next(reversed(self._prices.values()))
+        self._energy += joules if shapes in self._prices else joules / elements * sum(each.numel() for each in inputs)
 
-    def _priced(self) -> None:
+    def _priced(self, output: Any) -> None:
         assert self._meter is not None
         self._meter.__exit__(None, None, None)
-        self._joules[self._counting] = FORWARDS * self._meter.reading.value
-        self._meter = None
+        if output is not None:  # else the forward pass has failed
+            shapes, inputs = self._pricing
+            self._prices[shapes] = FORWARDS * self._meter.reading.value, max(1, sum(each.numel() for each in inputs))
+        self._meter, self._pricing = None, ((), [])
 
     def _keep(self) -> None:
         """Hand the batch to the logbook, its times and tensors to be read when the device has come so far."""
@@ -205,6 +240,9 @@ class Monitor:
             marks = self._forward, self._backward, self._step
             memory = self._device_memory() if self._cuda else None
             self._log.add((self._batch, len(self.epochs), marks, energy, memory, self._values))
+        elif not self._forward and not self._warned:
+            self._warned = True
+            log.warning("no forward pass before a step: the model must be called, as model(x), in training mode")
         self._forward, self._backward, self._step, self._energy, self._counted = [], [], [], 0.0, False
 
     def _finish(self, record: tuple[Any, ...]) -> Row | None:
@@ -214,7 +252,7 @@ class Monitor:
             return None
         total = self._seconds([forward[0], step[-1]])
         row = {"batch": batch, "epoch": epoch, "total": total, "device_memory": memory}
-        row |= dict(zip(PHASES, map(self._seconds, marks), strict=True))
+        row |= {phase: self._seconds(each) if each else None for phase, each in zip(PHASES, marks, strict=True)}
         row["energy"] = self._log.watts * total if energy is None else energy
         row["at"] = self._seconds([self._started, step[-1]])
         return row | {name: float(value) for name, value in values.items()}
@@ -222,31 +260,42 @@ class Monitor:
     def _seconds(self, marks: list[Any]) -> float:
         """The sum of the times from each even mark to the next."""
         if self._cuda:
-            return sum(begin.elapsed_time(end) for begin, end in zip(marks[::2], marks[1::2], strict=False)) * 1e-3
-        return (sum(marks[1::2]) - sum(marks[: len(marks) // 2 * 2 : 2])) * 1e-9
+            return sum(begin.elapsed_time(end) for begin, end in zip(marks[::2], marks[1::2], strict=True)) * 1e-3
+        return (sum(marks[1::2]) - sum(marks[::2])) * 1e-9
+
+    def _event(self) -> torch.cuda.Event:
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _device_memory(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated(self._device)
 
     def _wait(self) -> None:
         if self._cuda:
             import torch
 
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
 
 
-def _event() -> torch.cuda.Event:
-    import torch
-
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def _median(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return float(np.median(there)) if there else None
 
 
-def _median(values: list[float]) -> float | None:
-    return float(np.median(values)) if values else None
+def _finite(row: Row) -> Row:
+    return {name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in row.items()}
 
 
-def _first_tensor(output: Any) -> torch.Tensor | None:
-    """The first tensor with a gradient in a module's output: a tensor, or tuples, lists and dicts of them."""
-    if hasattr(output, "requires_grad"):
-        return output if output.requires_grad else None
-    parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
-    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in a module's inputs or output: itself, or in tuples, lists, dicts and dataclasses."""
+    if hasattr(value, "requires_grad"):
+        return [value]
+    if is_dataclass(value) and not isinstance(value, dict):
+        value = vars(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorEnv, VectorWrapper
 
 from cost.files import load_json, save_json
@@ -20,7 +21,7 @@ from cost.model import Array
 
 METHODS = ("z-norm", "ema", "min-max")
 COSTS = ("cost/time", "cost/memory", "cost/energy")
-BOUND = 3.0
+BOUND, MOST = 3.0, 1e100  # sigmas; the largest cost, whose square is still a number
 SCHEMA = 1
 
 
@@ -51,8 +52,8 @@ class CostNormalizer:
     | `"ema"` | the same by exponential moving averages: each update weighs 1 - `ema` |
     | `"min-max"` | 0 for the lowest seen to 1 for the 99th percentile |
 
-    `jitter` is the least spread, relative to the mean, that counts as one: constants become 0. Costs that are not
-    finite raise `ValueError` and change nothing.
+    With "z-norm" and "ema" a cost is held within 3 sigma. `jitter` is the least spread, relative to the mean, that
+    counts as one: constants become 0. Costs that are not finite raise `ValueError` and change nothing.
     """
 
     def __init__(
@@ -169,9 +170,11 @@ class CostNormalizer:
         if array.ndim == 0 or array.shape[-1] != len(self.names):
             raise ValueError(f"costs must be [..., {len(self.names)}] for {', '.join(self.names)}, got {array.shape}")
         rows = array.reshape(-1, len(self.names))
-        if not np.isfinite(rows).all():
-            broken = self.names[int((~np.isfinite(rows)).any(0).argmax())]
-            raise ValueError(f"{broken} is not finite in {costs!r}")
+        usable = np.abs(rows) < MOST  # false for NaN, too
+        if not usable.all():
+            raise ValueError(
+                f"{self.names[int((~usable).any(0).argmax())]} is not finite, or beyond {MOST}, in {costs!r}"
+            )
         return rows
 
     def _sample(self, rows: np.ndarray) -> None:
@@ -192,14 +195,15 @@ class CostNormalizer:
         return shift, np.maximum(spread, np.maximum(self.jitter * np.abs(self.mean), 1e-30))
 
 
-class NormalizeCost(gymnasium.Wrapper[Any, Any, Any, Any]):
+class NormalizeCost(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Pays the reward `info["reward/quality"]` - `cost_weight` * the mean of the normalised costs in `info`.
 
     The costs are those of the normaliser's `names`; `info["normalized/NAME"]` has each. `learning = False` freezes it.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], normalizer: CostNormalizer, cost_weight: float) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self, normalizer=normalizer, cost_weight=cost_weight)
+        gymnasium.Wrapper.__init__(self, env)
         self.normalizer, self.cost_weight, self.learning = normalizer, cost_weight, True
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -213,22 +217,34 @@ class NormalizeCost(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 class NormalizeCostVector(VectorWrapper[Any, Any, Any]):
-    """`NormalizeCost` over the rows of a vector environment, with one normaliser for all."""
+    """`NormalizeCost` over the rows of a vector environment, with one normaliser for all, updated once a step."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any], normalizer: CostNormalizer, cost_weight: float) -> None:
         super().__init__(env)
         self.normalizer, self.cost_weight, self.learning = normalizer, cost_weight, True
+        self._ended = np.zeros(self.num_envs, dtype=np.bool_)  # rows that have ended, and may only begin anew
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step in every row; rows that only begin anew have no cost and teach nothing."""
         observation, reward, terminated, truncated, infos = self.env.step(actions)
-        reward = reward.copy()
-        for part in (infos, infos.get("final_info", {})):
-            rows = np.asarray(part.get("_reward/quality", np.zeros(self.num_envs, dtype=np.bool_)))
-            if rows.any():
-                costs = np.stack([_named(part, name)[rows] for name in self.normalizer.names], axis=1)
-                normalized = self.normalizer(costs) if self.learning else self.normalizer.normalize(costs)
-                reward[rows] = part["reward/quality"][rows] - self.cost_weight * normalized.mean(1)
+        parts = [part for part in (infos, infos.get("final_info", {})) if "reward/quality" in part]
+        if not parts and not self._ended.all():
+            raise ValueError(f"info has no 'reward/quality'; there are {', '.join(sorted(infos))}")
+        self._ended = terminated | truncated
+        masks = [np.asarray(part["_reward/quality"]) for part in parts]
+        if not any(mask.any() for mask in masks):
+            return observation, reward, terminated, truncated, infos
+        costs, quality = np.zeros((self.num_envs, len(self.normalizer.names))), np.zeros(self.num_envs)
+        for part, mask in zip(parts, masks, strict=True):
+            costs[mask] = np.stack([_named(part, name)[mask] for name in self.normalizer.names], axis=1)
+            quality[mask] = part["reward/quality"][mask]
+        paid = np.logical_or.reduce(masks)
+        normalized = np.zeros_like(costs)
+        normalized[paid] = (self.normalizer if self.learning else self.normalizer.normalize)(costs[paid])
+        for part, mask in zip(parts, masks, strict=True):
+            for name, column in zip(self.normalizer.names, normalized.T, strict=True):
+                part |= {f"normalized/{name}": np.where(mask, column, 0.0), f"_normalized/{name}": mask.copy()}
+        reward = np.where(paid, quality - self.cost_weight * normalized.mean(1), reward)
         return observation, reward, terminated, truncated, infos
 
 

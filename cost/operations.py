@@ -52,18 +52,15 @@ class Operation(Record):
 
 
 def fit(sizes: Sequence[int], values: np.ndarray) -> Fit:
-    """Least squares of relative errors of `fixed + slope * n`, both kept >= 0; values that are all 0 fit to 0."""
-    n = np.asarray(sizes, dtype=np.float64)
-    values = np.asarray(values, dtype=np.float64)
+    """Least squares of relative errors of `fixed + slope * n`, both >= 0; values that are all 0 fit to 0."""
+    from scipy.optimize import nnls
+
+    n, values = np.asarray(sizes, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if not values.any():
         return Fit(fixed=0.0, slope=0.0)
     values = np.maximum(values, values.max() * 1e-9)
     design = np.stack([np.ones_like(n), n], axis=1) / values[:, None]
-    fixed, slope = np.linalg.lstsq(design, np.ones_like(n), rcond=None)[0]
-    if len(n) == 1 or slope < 0:
-        fixed, slope = float(np.median(values)), 0.0
-    elif fixed < 0:
-        fixed, slope = 0.0, float(np.median(values / n))
+    fixed, slope = nnls(design, np.ones_like(n))[0] if len(n) > 1 else (float(values[0]), 0.0)
     return Fit(fixed=fixed, slope=slope, residual=float(np.abs((fixed + slope * n) / values - 1).max()))
 
 

@@ -159,6 +159,9 @@ def measure_module(
     """
     import torch
 
+    if not isinstance(module, torch.nn.Module) or not len(inputs):
+        raise ValueError(f"a torch module and inputs with at least one row are needed, got {type(module)}")
+
     cases = []
     with torch.inference_mode():
         for dtype, device in product(dtypes, devices):
@@ -193,8 +196,8 @@ def measure_experts(model: RoutedModel, inputs: np.ndarray, repeats: int = 200, 
 
 
 def _measure(cases: list[Case], repeats: int, progress: bool) -> Profile:
-    if not cases:
-        raise ValueError("no operations to measure")
+    if not cases or len({case.name for case in cases}) < len(cases):
+        raise ValueError(f"operations must be there and be different, got {[case.name for case in cases]}")
     timed = [Timed(run, case.threads, case.device) for case in cases for run in case.runs]
     seconds, noise = time_steadily(timed, repeats, progress)
     counters = {device: open_counter(device) for device in {case.device for case in cases}}

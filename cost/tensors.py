@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 class StorageTracker(TorchDispatchMode):
     """Counts every new storage from its creation to its release, and every parameter used, once.
 
-    It finds what operations return, not the scratch space inside one operation.
+    It finds what operations return, not the scratch space inside one operation. Sparse tensors are not counted.
     """
 
     def __init__(self) -> None:
@@ -21,12 +21,12 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for old in tree_iter((args, kwargs)):
-            if isinstance(old, torch.Tensor) and old.untyped_storage() not in self._known:
+            if _has_storage(old) and old.untyped_storage() not in self._known:
                 self._known.add(old.untyped_storage())
                 self.weights += old.untyped_storage().nbytes() if isinstance(old, torch.nn.Parameter) else 0
         result = func(*args, **(kwargs or {}))
         for new in tree_iter(result):
-            if isinstance(new, torch.Tensor) and new.untyped_storage() not in self._known:
+            if _has_storage(new) and new.untyped_storage() not in self._known:
                 self._hold(new.untyped_storage())
         self.peak = max(self.peak, self.held)
         return result
@@ -38,3 +38,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.held -= size
+
+
+def _has_storage(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided

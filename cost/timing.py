@@ -82,7 +82,7 @@ def torch_threads(count: int) -> Iterator[None]:
 def time_steadily(runs: Sequence[Timed], repeats: int, progress: bool = False) -> tuple[np.ndarray, Noise]:
     """Seconds `[runs, rounds]` of at least `repeats` rounds over all runs in turn, after warm-up, and their noise.
 
-    A block of rounds that was disturbed is measured anew, up to `MAX_BLOCKS` times; the first quiet block counts alone.
+    A block of rounds that was disturbed is measured anew, `MAX_BLOCKS` in all; the first quiet block counts alone.
     Where none is quiet all blocks count, and a warning is logged with the figures. Torch's thread count is restored.
     Raises `ValueError` for fewer than 50 repeats, of which the median is not steady.
     """

@@ -107,9 +107,10 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             return self._restart_all()
         outcome = self._advance(actions)
         terms, terminated = _terms(outcome), outcome.terminated
+        cost = terms["reward/cost"]
         if self.reward.normalizer is not None:
-            terms["reward/cost"] = self.reward.normalizer(terms["reward/cost"])
-        reward = self.reward(terms["reward/quality"], terms["reward/cost"])
+            cost = terms["reward/normalized_cost"] = self.reward.normalizer(cost)
+        reward = self.reward(terms["reward/quality"], cost)
         truncated, live = self._out_of_time(), None
         if ended is not None:
             live = ~ended

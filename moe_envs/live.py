@@ -17,10 +17,11 @@ WARM_UP = 3
 
 
 class LiveExperts:
-    """Times a bundle's experts on their inputs of a batch so far, as a routed layer runs them, on one thread.
+    """Times a bundle's experts as a routed layer runs them, on one thread, for each batch of inputs.
 
-    An expert's time in a batch is that of its last run there, on all its inputs: a step is charged what that run took
-    more, or less, than the expert's run before. Memory and energy stay those of the profile.
+    The inputs are the bundle's examples, as many as an expert has inputs in the batch so far: an expert's time depends
+    on their number only. Its time in a batch is that of its last run: a step is charged what that run took more, or
+    less, than the expert's run before. Memory and energy stay those of the profile.
     """
 
     def __init__(self, bundle: Bundle, tables: RoutingTables) -> None:

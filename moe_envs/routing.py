@@ -162,9 +162,10 @@ class MoERoutingEnv(SingleEnv):
     Models, data and costs are real: the answers of all 2^E subsets of experts are tabulated in a bundle, and the costs
     are look-ups in a profile that was measured on a machine (where it has no energy counter, energy is a proxy).
 
-    With `costs="live"`, registered as `MoERoutingLive-v0` (nondeterministic), the experts are run in each step and
-    timed: an expert's time in a batch is that of its last run, on all its inputs there, so that a step costs what that
-    run took more than the one before, or less. Memory and energy stay those of this machine's profile.
+    With `costs="live"`, the default of `MoERoutingLive-v0` (nondeterministic), the experts are run in each step and
+    timed: an expert's time in a batch is that of its last run, on as many example inputs as it has inputs there, so
+    that a step costs what that run took more than the one before, or less. Memory and energy stay those of this
+    machine's profile.
 
     ## Action Space
     By the argument `action`, for a bundle of E experts (8 in the shipped ones):
@@ -197,7 +198,8 @@ class MoERoutingEnv(SingleEnv):
     the batch's accuracy. Cost is the weighted sum of time, memory and energy, each relative to what the model's own
     top-2 gate costs on a mean batch: an episode's cost is 1.0 for what everyone does today.
 
-    `info` has `reward/quality`, `reward/cost` (relative, unweighted), `cost/time` [s], `cost/memory` [B], `cost/energy`
+    `info` has `reward/quality`, `reward/cost` (relative, unweighted; with a `normalizer` the reward takes
+    `reward/normalized_cost` instead), `cost/time` [s], `cost/memory` [B], `cost/energy`
     [J], `vector_reward` (quality, -time, -memory, -energy, relative), and
     `routing/experts_used`, the distinct ones in this batch so far.
 
@@ -213,7 +215,7 @@ class MoERoutingEnv(SingleEnv):
     | `bundle` | `"fashion-mnist"` | name (`"digits"`, or your own) or folder of a bundle |
     | `split` | `"rl_train"` | inputs of `"rl_train"`, `"validation"` or `"test"` |
     | `cost_weight` | 0.2 | lambda of the reward |
-    | `costs` | `"reference"` | the profile shipped with the bundle, this `"machine"`'s (`moe-profile`), or `"live"` |
+    | `costs` | `"reference"` | the shipped profile, this `"machine"`'s, or `"live"` (default of MoERoutingLive-v0) |
     | `batch_size` | 32 | inputs in a batch, steps in an episode |
     | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
     | `action` | `"expert"` | see Action Space |
@@ -267,7 +269,6 @@ class MoERoutingEnv(SingleEnv):
         if self._max_live_cost:
             vector = self.vector.pay_live(move, option)
             (cost, time), vector = vector[:2].tolist(), vector[4:]
-        paid = cost if self._normalizer is None else self._normalizer(cost)
         vector = vector.copy()
         vector[0] = quality = correct * self._share
         self._choices.append((option, correct))
@@ -279,14 +280,16 @@ class MoERoutingEnv(SingleEnv):
         observation[-2] = min(max(self._cost, 0.0), self._max_live_cost) if self._max_live_cost else self._cost
         info = {
             "reward/quality": quality,
-            "reward/cost": paid,
+            "reward/cost": cost,
             "cost/time": time,
             "cost/memory": memory,
             "cost/energy": energy,
             "vector_reward": vector,
             "routing/experts_used": num_used,
         }
-        return observation, self._reward(quality, paid), position == self._batch_size, False, info
+        if self._normalizer is not None:
+            cost = info["reward/normalized_cost"] = self._normalizer(cost)
+        return observation, self._reward(quality, cost), position == self._batch_size, False, info
 
     def state(self) -> State:
         """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""

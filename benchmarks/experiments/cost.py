@@ -7,7 +7,6 @@ training runs in interleaved pairs, with the monitor and without.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -50,7 +49,6 @@ def run(
     source = load(data)
     report_training, report_pairs = add_task(f"training on {data}, monitored"), add_task(f"{pairs} pairs")
     logs = out / "monitor"
-    shutil.rmtree(logs, ignore_errors=True)
     with torch_threads(1):
         train(Training(source, seed), epochs, logs, 1, report_training)
         overhead = pair(Training(source, seed), pairs, report_pairs) if pairs else {}
@@ -115,7 +113,7 @@ class Training:
 
 def train(training: Training, epochs: int, logs: Path, every: int, progress: Callable[[float], object]) -> None:
     """Train for some epochs under a monitor, with the accuracy on validation after each."""
-    with Monitor(training.model, training.optimizer, every, logs) as monitor:
+    with Monitor(training.model, training.optimizer, every, logs, overwrite=True) as monitor:
         for epoch in range(epochs):
             for rows in training.epoch():
                 training.step(rows, monitor)

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cost.monitor import SCHEMA
 from cost.normalize import BOUND, METHODS, CostNormalizer
 
 COSTS = {"total": "time of a batch", "rss": "memory of the process", "energy": "energy of a batch"}
@@ -28,9 +29,17 @@ def read(logs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Batches, epochs and what `monitor.json` says; raises `LogsError` naming the file."""
     try:
         about = json.loads((logs / "monitor.json").read_text())
-        batches, epochs = pd.read_csv(logs / "batches.csv"), pd.read_csv(logs / "epochs.csv")
-    except (OSError, ValueError) as error:
-        raise LogsError(f"{logs} holds no monitor's logs: {error}; cost.monitor.Monitor writes them") from error
+        if about["schema"] != SCHEMA:
+            raise LogsError(f"{logs}/monitor.json has schema {about['schema']}; this moe-envs reads {SCHEMA}")
+        batches, epochs = (pd.read_csv(logs / name, on_bad_lines="skip") for name in ("batches.csv", "epochs.csv"))
+        batches["total"] = pd.to_numeric(batches["total"], errors="coerce")
+        batches = batches.dropna(subset=list(COSTS))  # a line that was cut by the end of its process
+        epochs[["seconds", "total", "rss", "energy", "finite"]], about["energy_source"]  # are there
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise LogsError(
+            f"{logs} holds no whole logs of a monitor: {reason}; cost.monitor.Monitor writes them"
+        ) from error
     if len(batches) < 2:
         raise LogsError(f"{logs}/batches.csv has {len(batches)} measured batches; a report needs 2")
     return batches, epochs, about
@@ -42,6 +51,7 @@ def analyse(logs: Path) -> Result:
     times = batches["total"]
     result: Result = {
         "energy_source": about["energy_source"],
+        "logged_on": about["fingerprint"],
         "batch": {"median": times.median(), "p95": times.quantile(0.95), "measured": len(batches)},
         "accuracy_is": next((name for name in ACCURACIES if name in epochs), None),
         "normalised": _normalised(batches),
@@ -51,11 +61,11 @@ def analyse(logs: Path) -> Result:
         epochs["accuracy_per_ms"] = epochs[result["accuracy_is"]] / (epochs["total"] * 1e3)
         epochs["accuracy_per_joule"] = epochs[result["accuracy_is"]] / epochs["energy"]
         result["correlation"] = {
-            cost: epochs[[result["accuracy_is"]]].corrwith(epochs[cost].cumsum(), method="spearman").iloc[0]
+            cost: epochs[[result["accuracy_is"]]].corrwith(epochs[cost].cumsum()).iloc[0]
             for cost in ("seconds", "energy")
         }
     result["epochs"] = epochs.astype(object).where(epochs.notna(), None).to_dict("records")
-    return json.loads(json.dumps(result).replace("NaN", "null"))
+    return json.loads(json.dumps(result), parse_constant=lambda name: None)
 
 
 def alerts(batches: pd.DataFrame, epochs: pd.DataFrame) -> list[str]:
@@ -71,12 +81,12 @@ def alerts(batches: pd.DataFrame, epochs: pd.DataFrame) -> list[str]:
     memory = epochs["rss"].dropna()
     if len(memory) > 1 and memory.iloc[-1] > (1 + GROWTH) * memory.iloc[0]:
         found.append(f"the process grew by {memory.iloc[-1] / memory.iloc[0] - 1:.0%} (bound {GROWTH:.0%})")
-    for name in set(ACCURACIES) & set(epochs):
+    for name in (each for each in ACCURACIES if each in epochs):
         lost = epochs[name].max() - epochs[name].iloc[-1]
         if lost > LOST:
             found.append(f"{name} ended {lost:.3f} below its best (bound {LOST})")
-    if "loss" in epochs and not np.isfinite(epochs["loss"].dropna()).all():
-        found.append("the loss is not finite")
+    for epoch in epochs["epoch"][~epochs["finite"].astype(bool)]:
+        found.append(f"a loss or accuracy of epoch {epoch} is not finite")
     return found
 
 
@@ -100,7 +110,7 @@ def frames(result: Result) -> dict[str, pd.DataFrame]:
     columns |= {"accuracy_per_ms": ("acc/ms", 1.0), "accuracy_per_joule": ("acc/J", 1.0)}
     by_epoch = {title: epochs[name] * scale for name, (title, scale) in columns.items() if name in epochs}
     found = {"By epoch": pd.DataFrame(by_epoch), "Normalised": pd.DataFrame(result["normalised"])}
-    if "overhead" in result:
+    if result.get("overhead"):
         found["Monitor on against off"] = pd.DataFrame(
             {
                 "every": row["every"],
@@ -129,7 +139,7 @@ def markdown(result: Result) -> str:
             cost: "undefined" if value is None else f"{value:+.2f}" for cost, value in result["correlation"].items()
         }
         with_costs = ", ".join(f"{cost} {value}" for cost, value in found.items())
-        lines += [f"Rank correlation of {result['accuracy_is']} with the cost spent so far: {with_costs}.", ""]
+        lines += [f"Correlation of {result['accuracy_is']} with the cost spent so far: {with_costs}.", ""]
     pictures = {"By epoch": ["epochs"] + ["efficiency"] * bool(result["accuracy_is"]), "Normalised": ["distributions"]}
     if "attach" in result:
         lines += [f"Making and closing a monitor takes {result['attach'] * 1e3:.1f} ms, with two batches.", ""]

@@ -1,6 +1,7 @@
 """Reports of what a training costs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,15 @@ def test_a_report_of_logs_alone(out: Path, tmp_path: Path) -> None:
     assert "overhead.png" not in (tmp_path / "report.md").read_text()
     with pytest.raises(cost_report.LogsError, match="Monitor writes them"):
         cost.write(tmp_path / "nothing", tmp_path, {})
+    cut = Path(shutil.copytree(out / "monitor", tmp_path / "cut"))
+    lines = (cut / "batches.csv").read_text()
+    (cut / "batches.csv").write_text(lines[:-90])
+    assert cost.write(cut, tmp_path, {})["batch"]["measured"] == result["batch"]["measured"] - 1
+    for file, text in (("monitor.json", "{}"), ("monitor.json", '{"schema": 9}'), ("epochs.csv", "a,b\n1,2\n")):
+        broken = Path(shutil.copytree(out / "monitor", tmp_path / "broken", dirs_exist_ok=True))
+        (broken / file).write_text(text)
+        with pytest.raises(cost_report.LogsError):
+            cost.write(broken, tmp_path, {})
 
 
 def test_a_monitored_training_is_the_same_training(tmp_path: Path) -> None:
@@ -71,10 +81,16 @@ def test_alerts_by_hand() -> None:
     batches = pd.DataFrame({"total": [1.0] * 18 + [5.0] * 2})
     epochs = pd.DataFrame(
         {"epoch": [0, 1, 2], "seconds": [1.0, 1.0, 1.6], "rss": [100, 110, 121], "accuracy": [0.9, 0.95, 0.92],
-         "loss": [1.0, 0.5, np.inf]}
+         "loss": [1.0, 0.5, np.nan], "finite": [True, True, False]}
     )  # fmt: skip
     found = cost_report.alerts(batches, epochs)
-    expected = ["epoch 2 took 1.6", "5.0 times its median", "grew by 21%", "ended 0.030 below", "loss is not finite"]
+    expected = [
+        "epoch 2 took 1.6",
+        "5.0 times its median",
+        "grew by 21%",
+        "ended 0.030 below",
+        "accuracy of epoch 2 is not finite",
+    ]
     assert len(found) == len(expected)
     assert all(part in text for part, text in zip(expected, found, strict=True))
     assert cost_report.alerts(pd.DataFrame({"total": [1.0] * 20}), epochs.iloc[:2]) == []

@@ -21,6 +21,9 @@ def calls():
 
 def wrong():
     return 3
+
+def half_wrong():
+    return 3, torch.ones(2, 8)
 """
 
 
@@ -44,8 +47,11 @@ def test_a_bundle_is_measured_into_the_cache_and_a_file(own_cache: Path, tmp_pat
     assert Profile.load(cached) == Profile.load(file)
     assert "expert 7" in said
     assert "energy: proxy" in said
-    said = run("show", str(file))
+    odd = tmp_path / "w[" / "q]" / "[mine].json"
+    Profile.load(file).save(odd)
+    said = run("show", str(odd))
     assert "torch: " in said
+    assert "0.0%" in run("compare", str(odd), str(file))
     assert "of another machine" not in said
 
 
@@ -67,7 +73,7 @@ def test_a_module_and_callables_of_ones_own(module: Path) -> None:
     assert list(found) == ["float32, cpu, 1 thread", "float64, cpu, 1 thread"]
     assert found["float64, cpu, 1 thread"].sizes == (1, 8)
     run("model", "my_module:calls", "--sizes", "2,4", "--json", "q.json")
-    assert Profile.load("q.json").operations["sleep"].median[0] == pytest.approx(2.6e-4, rel=0.25)
+    assert Profile.load("q.json").operations["sleep"].median[0] >= 2e-4
     assert json.loads(Path("q.json").read_text())["schema_version"] == 2
     with pytest.raises(ProfileError, match="no operation in common"):
         profiling.differences(Profile.load("p.json"), Profile.load("q.json"))
@@ -79,6 +85,7 @@ def test_a_module_and_callables_of_ones_own(module: Path) -> None:
         (["model", "my_module:absent"], "cannot be found"),
         (["model", "nowhere:build"], "cannot be found"),
         (["model", "my_module:wrong"], "must return"),
+        (["model", "my_module:half_wrong"], "must return"),
         (["model", "my_module:build", "--sizes", "1,x"], "whole numbers"),
         (["model", "my_module:build", "--dtypes", "int8"], "floating-point"),
         (["model", "my_module:calls", "--threads", "2"], "for a module"),

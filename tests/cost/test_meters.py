@@ -92,20 +92,37 @@ def test_an_error_inside_a_meter_passes_and_leaves_nothing_behind() -> None:
     with MemoryMeter() as outer, MemoryMeter() as inner:
         torch.ones(1000)
     assert outer.value == inner.value == 4000
+    meter = MemoryMeter()
+    with meter:
+        with pytest.raises(RuntimeError, match="one each"):
+            meter.__enter__()
+        torch.ones(10)
+    assert meter.reading.value == 40
+
+
+def test_sparse_tensors_are_passed_over() -> None:
+    with MemoryMeter() as reading:
+        (torch.eye(4).to_sparse() @ torch.ones(4, 2)).sum()
+    assert reading.value > 0
 
 
 def powercap(root: Path, microjoules: dict[str, int]) -> Path:
     for name, value in microjoules.items():
         (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "name").write_text(
+            {"intel-rapl:0:0": "core\n", "intel-rapl:2": "psys\n"}.get(name, "package-0\n")
+        )
         (root / name / "energy_uj").write_text(f"{value}\n")
         (root / name / "max_energy_range_uj").write_text("1000000\n")
     return root
 
 
 def test_rapl_adds_packages_leaves_out_their_parts_and_wraps_round(tmp_path: Path) -> None:
-    before = {"intel-rapl:0": 100_000, "intel-rapl:1": 900_000, "intel-rapl:0:0": 5}
+    before = {"intel-rapl:0": 100_000, "intel-rapl:1": 900_000, "intel-rapl:0:0": 5, "intel-rapl:2": 7}
     counter = Rapl(powercap(tmp_path, before))
-    powercap(tmp_path, {"intel-rapl:0": 600_000, "intel-rapl:1": 100_000, "intel-rapl:0:0": 999})
+    powercap(
+        tmp_path, {"intel-rapl:0": 600_000, "intel-rapl:1": 100_000, "intel-rapl:0:0": 999, "intel-rapl:2": 900_000}
+    )
     assert counter.joules() == pytest.approx(0.5 + 0.2)
     assert counter.joules() == pytest.approx(0.7)
     (tmp_path / "intel-rapl:1" / "energy_uj").unlink()

@@ -58,10 +58,8 @@ def test_it_finds_what_is_slow(tmp_path: Path) -> None:
     with Monitor(model, optimizer, every=1, path=tmp_path) as monitor:
         train(model, optimizer, 6)
         row = monitor.end_epoch()
-    assert row["forward"] == pytest.approx(0.0105, abs=0.003)
-    assert row["backward"] == pytest.approx(0.0205, abs=0.003)
-    assert row["optimizer"] < 0.005
-    assert row["total"] == pytest.approx(row["forward"] + row["backward"] + row["optimizer"], abs=0.003)
+    assert 0.01 <= row["forward"] < 0.02 <= row["backward"] < 0.03
+    assert row["optimizer"] < 0.01
     assert row["seconds"] >= 6 * 0.03
 
 
@@ -139,8 +137,92 @@ def test_accumulated_gradients_are_one_batch_and_evaluation_is_none(tmp_path: Pa
             optimizer.step()
     batches = pd.read_csv(tmp_path / "batches.csv")
     assert batches["batch"].tolist() == [1, 2]
-    assert batches["forward"].tolist() == pytest.approx([0.021, 0.021], abs=0.004)
-    assert batches["backward"].tolist() == pytest.approx([0.041, 0.041], abs=0.006)
+    assert batches["forward"].between(0.02, 0.04).all()
+    assert batches["backward"].between(0.04, 0.08).all()
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"unused": self.head(x), "both": (SleepInBackward.apply(self.head(x)), None)}  # type: ignore[no-untyped-call]
+
+
+def test_a_backward_pass_of_several_forwards_and_outputs_is_whole(tmp_path: Path) -> None:
+    model = TwoHeads()
+    optimizer = torch.optim.SGD(model.parameters())
+    with Monitor(model, optimizer, every=1, path=tmp_path):
+        for failing in (False, True, False, False):
+            (model(x=torch.ones(4, 8))["both"][0] - model(x=torch.ones(4, 8))["both"][0]).sum().backward()
+            if failing:  # a batch that the loop skips, as one that ran out of memory
+                model(x=torch.ones(4, 8))["both"][0].register_hook(lambda gradient: 1 / 0)
+            optimizer.step()
+    batches = pd.read_csv(tmp_path / "batches.csv")
+    assert batches["batch"].tolist() == [1, 2, 3]
+    assert batches["backward"].between(0.04, 0.08).all()
+    with Monitor(model, optimizer, every=1, path=tmp_path / "none", interval=0.01):
+        for _ in range(2):
+            model(x=torch.ones(4, 8))
+            optimizer.step()
+    assert pd.read_csv(tmp_path / "none" / "batches.csv")["backward"].isna().all()
+
+
+def test_energy_of_a_counter_is_power_times_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class TenWatts:
+        source, window = "ten watts", 0.01
+
+        def joules(self) -> float:
+            return 10 * time.perf_counter()
+
+    monkeypatch.setattr("cost.monitor.open_counter", lambda device: TenWatts())
+    model, optimizer = pair(Sleepy)
+    with Monitor(model, optimizer, every=1, path=tmp_path, interval=0.05) as monitor:
+        train(model, optimizer, 6)
+        row = monitor.end_epoch()
+    batches = pd.read_csv(tmp_path / "batches.csv")
+    assert batches["energy"].tolist() == pytest.approx((10 * batches["total"]).tolist(), rel=0.05)
+    assert row["energy"] == pytest.approx(10 * row["seconds"], rel=0.05)
+    assert json.loads((tmp_path / "monitor.json").read_text())["energy_source"] == "ten watts"
+
+
+def test_values_that_are_not_finite_are_kept_readable_and_said(tmp_path: Path) -> None:
+    model, optimizer = pair()
+    with Monitor(model, optimizer, every=1, path=tmp_path) as monitor:
+        for loss in (1.0, float("nan"), 2.0):
+            model(torch.ones(4, 8)).sum().backward()
+            monitor.record(loss=loss)
+            optimizer.step()
+        assert monitor.end_epoch()["finite"] is False
+    assert [json.loads(line)["loss"] for line in (tmp_path / "batches.jsonl").read_text().splitlines()] == [None, 2.0]
+    assert json.loads((tmp_path / "epochs.jsonl").read_text())["loss"] is None
+
+
+def test_many_shapes_are_priced_by_their_elements(tmp_path: Path) -> None:
+    model, optimizer = pair()
+    with Monitor(model, optimizer, every=1, path=tmp_path) as monitor:
+        if monitor._counter is not None:
+            pytest.skip("this machine has an energy counter")
+        for rows in (*range(1, 9), 80, 800):
+            model(torch.ones(rows, 8)).sum().backward()
+            optimizer.step()
+    found = pd.read_csv(tmp_path / "batches.csv")["energy"]
+    assert found[1] == pytest.approx(10 * found[0])
+
+
+def test_a_disk_that_fails_for_a_while_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = pair()
+    with Monitor(model, optimizer, every=1, path=tmp_path, interval=0.02):
+        train(model, optimizer, 5)
+        (tmp_path / "batches.csv").rename(tmp_path / "away.csv")
+        (tmp_path / "batches.csv").mkdir()  # cannot be appended to
+        train(model, optimizer, 5)
+        time.sleep(0.1)
+        (tmp_path / "batches.csv").rmdir()
+        (tmp_path / "away.csv").rename(tmp_path / "batches.csv")
+    assert "cannot write" in caplog.text
+    assert pd.read_csv(tmp_path / "batches.csv")["batch"].tolist() == list(range(1, 10))
 
 
 def test_an_interrupted_training_keeps_its_logs(tmp_path: Path) -> None:
@@ -159,15 +241,26 @@ def test_an_interrupted_training_keeps_its_logs(tmp_path: Path) -> None:
     train(model, optimizer, 1)  # no dispatch mode is left on
 
 
-def test_what_it_refuses(tmp_path: Path) -> None:
+def test_what_it_refuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = pair()
     with Monitor(model, optimizer, path=tmp_path) as monitor:
         with pytest.raises(ValueError, match="attached already"):
             monitor.start()
         with pytest.raises(ValueError, match="loss and accuracy"):
             monitor.record(reward=1.0)
-    with pytest.raises(ValueError, match="overwrite=True"):
-        Monitor(model, optimizer, path=tmp_path)
+        with pytest.raises(ValueError, match="own columns"):
+            monitor.end_epoch(seconds=1.0)
+        with pytest.raises(TypeError):
+            monitor.end_epoch(accuracy=None)  # type: ignore[arg-type]
+        optimizer.step()
+    assert "must be called" in caplog.text
+    with pytest.raises(ValueError, match="own columns"):
+        monitor.end_epoch(epoch=3)
+    for again in (lambda: Monitor(model, optimizer, path=tmp_path), monitor.start):
+        with pytest.raises(ValueError, match="overwrite=True"):
+            again()
+    with pytest.raises(ValueError, match="NoneType"):
+        Monitor(model, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every"):
         Monitor(model, optimizer, every=0)
     with Monitor(model, optimizer, every=1, path=tmp_path, overwrite=True):

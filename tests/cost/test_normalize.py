@@ -178,8 +178,9 @@ def test_inside_the_reward_of_an_environment(tmp_path: Path) -> None:
     vector.reset(seed=0)
     for step in range(8):
         _, reward, _, _, info = env.step(step % 8)
-        assert info["reward/cost"] == normalizer.normalize(np.array([costs[step]]))[0]
-        assert reward == info["reward/quality"] - 0.3 * info["reward/cost"]
+        assert info["reward/cost"] == costs[step]
+        assert info["reward/normalized_cost"] == normalizer.normalize(np.array([costs[step]]))[0]
+        assert reward == info["reward/quality"] - 0.3 * info["reward/normalized_cost"]
         assert vector.step(np.array([step % 8]))[1][0] == reward
     with pytest.raises(NormalizerError, match="absent.json cannot be read"):
         gymnasium.make(id_, **kwargs, normalizer=str(tmp_path / "absent.json"))

@@ -40,9 +40,14 @@ def test_fit_finds_an_affine_law(fixed: float, slope: float) -> None:
     assert found.residual < 1e-6
 
 
-def test_fit_never_goes_below_zero() -> None:
-    assert fit((1, 2, 4), np.array([4.0, 3.0, 2.0])).slope == 0
-    assert fit((1, 2, 4), np.array([0.5, 2.0, 6.0])).fixed == 0
+def test_fit_never_goes_below_zero_and_is_the_best_there() -> None:
+    falling = fit((1, 2, 4), np.array([4.0, 3.0, 2.0]))
+    assert falling.slope == 0
+    assert falling.fixed == pytest.approx((1 / 4 + 1 / 3 + 1 / 2) / (1 / 16 + 1 / 9 + 1 / 4))
+    rising = fit((1, 2, 4), np.array([0.5, 2.0, 6.0]))
+    assert rising.fixed == 0
+    assert rising.slope == pytest.approx((1 / 0.5 + 2 / 2 + 4 / 6) / (1 / 0.25 + 4 / 4 + 16 / 36))
+    assert fit((8,), np.array([3.0])) == Fit(fixed=3.0, slope=0.0)
 
 
 def test_a_measured_profile_is_plausible(measured: Profile) -> None:
@@ -67,9 +72,9 @@ def test_a_slowed_expert_is_found_with_the_right_figure() -> None:
     model = Model()
     model.experts.append(Slow(32, 10))
     found = measure_experts(model, np.ones((64, 32), dtype=np.float32), repeats=50).operations
-    assert found["expert 2"].time.fixed == pytest.approx(1.1e-3, rel=0.15)
-    assert found["expert 2"].time.slope == pytest.approx(1e-4, rel=0.1)
-    assert max(found[name].time.fixed for name in ("expert 0", "expert 1")) < 0.5e-3
+    assert found["expert 2"].time.fixed == pytest.approx(1.1e-3, rel=0.3)
+    assert found["expert 2"].time.slope == pytest.approx(1e-4, rel=0.2)
+    assert max(found[name].time.fixed for name in ("expert 0", "expert 1")) < found["expert 2"].time.fixed / 2
 
 
 def test_any_callable_prepared_or_not(own_cache: Path) -> None:
@@ -78,7 +83,7 @@ def test_any_callable_prepared_or_not(own_cache: Path) -> None:
         return lambda: left @ right
 
     found = measure({"sleep": lambda n: time.sleep(n * 1e-4), "product": product}, sizes=(1, 4), repeats=50)
-    assert found.operations["sleep"].time.slope == pytest.approx(1e-4, rel=0.2)
+    assert found.operations["sleep"].time.slope == pytest.approx(1e-4, rel=0.3)
     product_ = found.operations["product"]
     assert product_.flops is not None
     assert product_.flops.slope == pytest.approx(2 * 64 * 32)
@@ -99,6 +104,11 @@ def test_a_module_over_a_grid() -> None:
     assert double.memory.fixed == pytest.approx(2 * single.memory.fixed)
     assert (double.dtype, double.threads, single.threads) == ("float64", 2, 1)
     assert next(module.parameters()).dtype == torch.float32
+    for wrong in ((3, torch.ones(1, 16)), (module, torch.ones(0, 16))):
+        with pytest.raises(ValueError, match="torch module and inputs"):
+            measure_module(*wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="be different"):
+        measure_module(module, torch.ones(3, 16), threads=(1, 1))
     with pytest.raises(ValueError, match="floating-point"):
         measure_module(module, torch.ones(3, 16), dtypes=("int8",))
 
@@ -114,7 +124,7 @@ def test_measuring_leaves_threads_alone_and_needs_repeats_sizes_and_operations()
             measure({"nothing": lambda n: None}, sizes=sizes)
     with pytest.raises(ValueError, match="threads"):
         measure({"nothing": lambda n: None}, threads=0)
-    with pytest.raises(ValueError, match="no operations"):
+    with pytest.raises(ValueError, match="must be there"):
         measure({})
 
 

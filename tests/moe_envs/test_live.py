@@ -28,7 +28,7 @@ class Slow(nn.Module):
         self.expert = expert
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.001 * len(x))
+        time.sleep(0.05 * len(x))
         return self.expert(x)
 
 
@@ -72,8 +72,8 @@ def test_a_slowed_expert_is_paid_by_the_time_of_its_last_run() -> None:
     for _ in range(2):
         env.reset(seed=0)
         paid = [env.step(action)[4]["cost/time"] for action in (3, 0, 3, 3, 0, 0, 0, 0)]
-        assert [paid[0], paid[2], paid[3]] == pytest.approx([0.001] * 3, abs=0.0006)
-        assert sum(paid) == pytest.approx(0.003, abs=0.0008)
+        assert sum(paid) == pytest.approx(0.05 * 3, rel=0.2)
+        assert [paid[0], paid[2], paid[3]] == pytest.approx([0.05] * 3, abs=0.02)
 
 
 def test_the_rows_of_a_vector_are_timed_for_themselves() -> None:
@@ -82,9 +82,8 @@ def test_the_rows_of_a_vector_are_timed_for_themselves() -> None:
     first, second = np.array(
         [step[4]["cost/time"] for step in (env.step(np.array([3, 0])), env.step(np.array([3, 3])))]
     )
-    assert first[0] == pytest.approx(0.001, abs=0.0006)
-    assert first[1] < 0.0005
-    assert second == pytest.approx([0.001, 0.001], abs=0.0006)
+    assert first == pytest.approx([0.05, 0], abs=0.02)
+    assert second == pytest.approx([0.05, 0.05], abs=0.02)
 
 
 def test_all_but_time_is_as_with_the_machines_profile() -> None:
