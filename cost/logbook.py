@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from math import inf
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Logbook:
         self._records: deque[Any] = deque()
         self.add = self._records.append  # of what `finish` will make a row
         self._rows: list[Row] = []
-        self._files: dict[str, str] = {}
+        self._epochs: list[Row] = []
+        self._epochs_written = 0
         self._lock, self._stop = threading.Lock(), threading.Event()
         for name in ("epochs.csv", "epochs.jsonl"):
             (path / name).unlink(missing_ok=True)
@@ -57,13 +59,15 @@ class Logbook:
     def flush(self) -> list[Row]:
         """Write the rows that can be had; returns those that came since the last call of this method."""
         with self._lock:
-            self._update()
+            if self._counter:
+                self._read()
+            self._write()
             rows, self._rows = self._rows, []
         return rows
 
-    def replace(self, name: str, text: str) -> None:
-        """Write a file anew, within `interval` seconds."""
-        self._files[name] = text
+    def end_epoch(self, row: Row) -> None:
+        """Write an epoch's row within `interval` seconds."""
+        self._epochs.append(row)
 
     def energy(self) -> float:
         """The counter's joules since the logbook was opened; 0 where there is no counter."""
@@ -88,6 +92,13 @@ class Logbook:
     def _update(self) -> None:
         self._read()
         self._write()
+        if (count := len(self._epochs)) > self._epochs_written:
+            epochs = self._epochs[:count]
+            columns = list(dict.fromkeys(name for row in epochs for name in row))
+            lines = [table_line(columns), *(table_line(row.get(name) for name in columns) for row in epochs)]
+            write_text(self.path / "epochs.csv", "".join(lines))
+            write_text(self.path / "epochs.jsonl", "".join(json.dumps(_finite(row)) + "\n" for row in epochs))
+            self._epochs_written = count
 
     def _joules(self) -> float:
         return self._counter.joules() if self._counter else 0.0
@@ -102,10 +113,6 @@ class Logbook:
         self._append("process.csv", [table_line(reading)])
 
     def _write(self) -> None:
-        while self._files:
-            name = next(iter(self._files))
-            write_text(self.path / name, self._files[name])
-            del self._files[name]
         rows: list[Row] = []
         while len(rows) < len(self._records) and (row := self._finish(self._records[len(rows)])) is not None:
             row["rss"] = self.rss
@@ -123,8 +130,12 @@ class Logbook:
             file.writelines(lines)
 
 
+def _finite(row: Row) -> Row:
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in row.items()}
+
+
 def _number(value: float | None) -> str:
-    return "null" if value is None or not -inf < value < inf else repr(value)
+    return "null" if value is None or not isfinite(value) else repr(value)
 
 
 def table_line(values: Iterable[Any]) -> str:

@@ -11,14 +11,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from math import isfinite
 from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from cost.energy import PROXY, open_counter
 from cost.files import write_text
-from cost.logbook import Logbook, Row, table_line
+from cost.logbook import Logbook, Row
 from cost.machine import fingerprint
 from cost.meters import EnergyMeter, require_device
 
@@ -156,19 +156,16 @@ class Monitor:
         row["seconds"] = now - self._epoch_begun
         row |= {name: _median([each[name] for each in rows]) for name in (*PHASES, "total")}
         if self._counter is None:
-            row["energy"] = float(np.mean([each["energy"] for each in rows])) * batches if rows else None
+            row["energy"] = fmean(each["energy"] for each in rows) * batches if rows else None
         else:
             row["energy"] = energy - self._epoch_energy
         row["rss"] = self._log.rss
         row["device_memory"] = max((each["device_memory"] for each in rows), default=0) if self._cuda else None
         recorded = {name: float(total) / count for name, (total, count) in self._sums.items()}
-        row |= recorded | given | {"finite": all(np.isfinite(value) for value in recorded.values())}
+        row |= recorded | given | {"finite": all(map(isfinite, recorded.values()))}
         self.epochs.append(row)
         self._epoch_begun, self._epoch_energy, self._epoch_begins_at, self._sums = now, energy, self._batch, {}
-        columns = list(dict.fromkeys(name for each in self.epochs for name in each))
-        lines = [table_line(columns), *(table_line(each.get(name) for name in columns) for each in self.epochs)]
-        self._log.replace("epochs.csv", "".join(lines))
-        self._log.replace("epochs.jsonl", "".join(json.dumps(_finite(each)) + "\n" for each in self.epochs))
+        self._log.end_epoch(row)
         return row
 
     def _check_folder(self) -> None:
@@ -284,11 +281,7 @@ class Monitor:
 
 def _median(values: list[float | None]) -> float | None:
     there = [value for value in values if value is not None]
-    return float(np.median(there)) if there else None
-
-
-def _finite(row: Row) -> Row:
-    return {name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in row.items()}
+    return median(there) if there else None
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
