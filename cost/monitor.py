@@ -72,6 +72,7 @@ class Monitor:
         self.interval, self.overwrite = interval, overwrite
         self.epochs: list[Row] = []
         self._handles: list[Any] = []
+        self._watching: list[Any] = []
         self._check_folder()
 
     def __enter__(self) -> Monitor:
@@ -105,15 +106,11 @@ class Monitor:
         self._backward: list[Any] = []
         self._step: list[Any] = []
         self._backward_begun: Any = None
-        self._measured, self._counted, self._energy, self._warned = True, False, 0.0, False
+        self._counted, self._energy, self._warned = False, 0.0, False
         self._values: Row = {}
         self._sums: dict[str, tuple[Any, int]] = {}
-        self._handles = [
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward, always_call=True),
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles = [self.optimizer.register_step_post_hook(self._after_step)]
+        self._watch()
         return self
 
     def close(self) -> None:
@@ -123,6 +120,7 @@ class Monitor:
             handle.remove()
         if not handles:
             return
+        self._watch(False)
         if self._meter is not None:  # a forward pass was interrupted under it
             self._meter.__exit__(None, None, None)
         try:
@@ -172,8 +170,22 @@ class Monitor:
         if (self.path / "batches.csv").exists() and not self.overwrite:
             raise ValueError(f"{self.path} holds a monitor's logs; name another folder, or pass overwrite=True")
 
+    def _watch(self, measured: bool = True) -> None:
+        """Have all hooks on while a batch is measured; batches that are not pay for one hook."""
+        self._measured = measured
+        if measured and not self._watching:
+            self._watching = [
+                self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                self.model.register_forward_hook(self._after_forward, always_call=True),
+                self.optimizer.register_step_pre_hook(self._before_step),
+            ]
+        elif not measured:
+            for handle in self._watching:
+                handle.remove()
+            self._watching = []
+
     def _before_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self._measured and module.training and self._grad():
+        if module.training and self._grad():
             self._backward_begun = None  # of a backward pass that did not end
             if len(self._forward) % 2:  # a forward pass was interrupted
                 self._forward.pop()
@@ -184,7 +196,7 @@ class Monitor:
     def _after_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if self._meter is not None:
             self._priced(output)
-        if self._measured and module.training and self._grad():
+        if module.training and self._grad():
             self._forward.append(self._mark())
             for tensor in _tensors(output):
                 if tensor.requires_grad:
@@ -200,15 +212,15 @@ class Monitor:
         self._backward_begun = None
 
     def _before_step(self, *_: object) -> None:
-        if self._measured:
-            self._step = [*self._step[: len(self._step) // 2 * 2], self._mark()]  # less one that was interrupted
+        self._step = [*self._step[: len(self._step) // 2 * 2], self._mark()]  # less one that was interrupted
 
     def _after_step(self, *_: object) -> None:
         if self._measured:
             self._step.append(self._mark())
             self._keep()
         self._batch += 1
-        self._measured = self._batch % self.every == 0
+        if (measured := self._batch % self.every == 0) is not self._measured:
+            self._watch(measured)
         self._values = {}
 
     def _price(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
