@@ -205,7 +205,8 @@ def _live(
 def _cost(
     data: Annotated[str, typer.Option(help="fashion-mnist or digits")] = "fashion-mnist",
     epochs: Annotated[int, typer.Option(min=1)] = 20,
-    pairs: Annotated[int, typer.Option(min=0, help="Stretches of 100 batches with the monitor and without.")] = 100,
+    pairs: Annotated[int, typer.Option(min=0, help="Epochs with the monitor, each beside one without.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
     logs: Annotated[Path | None, typer.Option(help="Report this folder of a Monitor; train nothing.")] = None,
     out: Path = Path("runs/cost"),
 ) -> None:
@@ -215,7 +216,7 @@ def _cost(
 
     if logs is None:
         with _bar() as add:
-            result = cost.run(data, epochs, pairs, out, add_task=add)
+            result = cost.run(data, epochs, pairs, out, batch_size=batch_size, add_task=add)
     else:
         result = cost.write(logs, out, {})
     for title, frame in cost_report.frames(result).items():

@@ -40,7 +40,8 @@ class Logbook:
         self._finish = finish
         self._records: deque[Any] = deque()
         self.add = self._records.append  # of what `finish` will make a row
-        self._rows: list[Row] = []
+        self._rows: list[Row] = []  # since the last call of `take`
+        self._unwritten: list[Row] = []
         self._epochs: list[Row] = []
         self._epochs_written = 0
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -56,12 +57,12 @@ class Logbook:
         self._thread = threading.Thread(target=self._run, name="moe-envs monitor", daemon=True)
         self._thread.start()
 
-    def flush(self) -> list[Row]:
-        """Write the rows that can be had; returns those that came since the last call of this method."""
+    def take(self) -> list[Row]:
+        """The rows that came since the last call of this method and can be had; they are written by and by."""
         with self._lock:
             if self._counter:
                 self._read()
-            self._write()
+            self._read_records()
             rows, self._rows = self._rows, []
         return rows
 
@@ -112,18 +113,20 @@ class Logbook:
         reading = [at, self.rss, self._process.cpu_percent() / 100, joules if self._counter else None]
         self._append("process.csv", [table_line(reading)])
 
-    def _write(self) -> None:
-        rows: list[Row] = []
-        while len(rows) < len(self._records) and (row := self._finish(self._records[len(rows)])) is not None:
+    def _read_records(self) -> None:
+        while self._records and (row := self._finish(self._records[0])) is not None:
             row["rss"] = self.rss
-            rows.append(row)
+            self._rows.append(row)
+            self._unwritten.append(row)
+            self._records.popleft()
+
+    def _write(self) -> None:
+        self._read_records()
         # Numbers only, whose repr is CSV and JSON alike but for NaN; a library would cost the training five times more.
-        texts = [[_number(row.get(name)) for name in COLUMNS] for row in rows]
+        texts = [[_number(row.get(name)) for name in COLUMNS] for row in self._unwritten]
         self._append("batches.csv", (",".join(text).replace("null", "") + "\n" for text in texts))
         self._append("batches.jsonl", (JSON_LINE.format(*text) for text in texts))
-        for _ in rows:
-            self._records.popleft()
-        self._rows += rows
+        self._unwritten = []
 
     def _append(self, name: str, lines: Iterable[str]) -> None:
         with (self.path / name).open("a") as file:

@@ -148,7 +148,7 @@ class Monitor:
         if reserved := RESERVED & given.keys():
             raise ValueError(f"{', '.join(sorted(reserved))}: the monitor's own columns; choose other names")
         self._wait()
-        now, energy, rows = time.perf_counter(), self._log.energy(), self._log.flush()
+        now, energy, rows = time.perf_counter(), self._log.energy(), self._log.take()
         batches = self._batch - self._epoch_begins_at
         row: Row = {"epoch": len(self.epochs), "batches": batches, "measured": len(rows)}
         row["seconds"] = now - self._epoch_begun

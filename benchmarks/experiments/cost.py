@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from experts.data import Dataset
 
 EVERY = (10, 1)
-BATCH_SIZE, STRETCH = 128, 100
 Result = dict[str, Any]
 
 
@@ -41,18 +40,19 @@ def run(
     pairs: int,
     out: Path,
     seed: int = 0,
+    batch_size: int = 256,
     add_task: Callable[[str], Callable[[float], object]] = lambda description: lambda share: None,
 ) -> Result:
     """Monitor a training and pair it; writes report.md, results.json, four PNGs and the logs into `out`."""
     from experts.data import load
 
     source = load(data)
-    report_training, report_pairs = add_task(f"training on {data}, monitored"), add_task(f"{pairs} pairs")
+    report_pairs, report_training = add_task(f"{pairs} pairs of epochs"), add_task(f"training on {data}, monitored")
     logs = out / "monitor"
     with torch_threads(1):
-        train(Training(source, seed), epochs, logs, 1, report_training)
-        overhead = pair(Training(source, seed), pairs, report_pairs) if pairs else {}
-    settings = {"data": data, "epochs": epochs, "pairs": pairs, "seed": seed, "batch_size": BATCH_SIZE}
+        overhead = pair(Training(source, seed, batch_size), pairs, report_pairs) if pairs else {}
+        train(Training(source, seed, batch_size), epochs, logs, 1, report_training)
+    settings = {"data": data, "epochs": epochs, "pairs": pairs, "seed": seed, "batch_size": batch_size}
     return write(logs, out, {"settings": settings, "look_up": look_up(), **overhead})
 
 
@@ -69,11 +69,12 @@ def write(logs: Path, out: Path, more: Result) -> Result:
 class Training:
     """The reference MoE's gate and experts, trained by cross-entropy on a data set's split `train`."""
 
-    def __init__(self, source: Dataset, seed: int) -> None:
+    def __init__(self, source: Dataset, seed: int, batch_size: int = 256) -> None:
         import torch
 
         from experts.model import MoEClassifier
 
+        self.batch_size = batch_size
         self.inputs, self.labels = (torch.from_numpy(part) for part in source["train"])
         self.held_out = [torch.from_numpy(part) for part in source["validation"]]
         with torch.random.fork_rng(devices=[]):
@@ -87,7 +88,7 @@ class Training:
         """The rows of each batch, in a new order."""
         import torch
 
-        return list(torch.randperm(len(self.inputs), generator=self.generator).split(BATCH_SIZE))
+        return list(torch.randperm(len(self.inputs), generator=self.generator).split(self.batch_size))
 
     def step(self, rows: torch.Tensor, monitor: Monitor | None = None) -> None:
         """One step of the optimiser."""
@@ -122,44 +123,48 @@ def train(training: Training, epochs: int, logs: Path, every: int, progress: Cal
 
 
 def pair(training: Training, pairs: int, progress: Callable[[float], object]) -> Result:
-    """One training, its stretches of about 100 batches by turns with the monitor and without.
+    """One training, its epochs by turns with the monitor and without.
 
-    A stretch with the monitor ends with `end_epoch`; making and closing the monitor and two batches, of which the first
-    has its FLOPs counted, are outside and timed as `attach`. Medians of the slow-down with 95 % intervals.
+    An epoch, of full batches only, ends with `end_epoch` where it has the monitor; making and closing the monitor and
+    two batches, of which the first has its FLOPs counted, are outside and timed as `attach`. Medians of the slow-down
+    with 95 % intervals.
     """
-    slower: dict[int, list[np.ndarray]] = {every: [] for every in EVERY}
+    batches = len(training.inputs) // training.batch_size
+    if batches < 2:
+        raise ValueError(f"{len(training.inputs)} rows make no two batches of {training.batch_size}")
+    spent: dict[int, list[list[np.ndarray]]] = {every: [] for every in EVERY}
     attach: list[float] = []
     for number in range(pairs):
-        for every, found in slower.items():
+        for every, found in spent.items():
             order = (every, None) if number % 2 else (None, every)
-            times = {each: _stretch(training, each, attach) for each in order}
-            found.append(times[every] / times[None] - 1)
+            times = {each: _epoch(training, each, attach) for each in order}
+            found.append([times[every], times[None]])
         progress((number + 1) / pairs)
     rows = []
-    for every, ratios in slower.items():
-        for clock, values in zip(("wall", "CPU"), np.array(ratios).reshape(-1, 2).T, strict=True):
-            row = {"every": every, "clock": clock, "pairs": pairs, "median": float(np.median(values))}
-            rows.append(row | {"ci95": list(median_interval(values)), "values": values.tolist()})
+    for every, found in spent.items():
+        for clock, (on, off) in zip(("wall", "CPU"), np.array(found).T, strict=True):
+            row = {"every": every, "clock": clock, "pairs": pairs, "median": float(np.median(on / off - 1))}
+            row |= {"ci95": list(median_interval(on / off - 1)), "values": (on / off - 1).tolist()}
+            rows.append(row | {"seconds_per_batch": float(np.median(on - off)) / batches})
     return {"overhead": rows, "attach": float(np.median(attach))}
 
 
-def _stretch(training: Training, every: int | None, attach: list[float]) -> np.ndarray:
-    """Wall and CPU time in s of a stretch of training, monitored unless `every` is None."""
-    batches = [rows for _ in range(1 + STRETCH * BATCH_SIZE // len(training.inputs)) for rows in training.epoch()]
-    full = [rows for rows in batches if len(rows) == BATCH_SIZE][: STRETCH + 2]
+def _epoch(training: Training, every: int | None, attach: list[float]) -> np.ndarray:
+    """Wall and CPU time in s of an epoch of training, monitored unless `every` is None."""
+    batches = [rows for rows in training.epoch() if len(rows) == training.batch_size]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         begun, monitor = time.perf_counter(), None
         if every:
             monitor = stack.enter_context(Monitor(training.model, training.optimizer, every, Path(folder) / "logs"))
-        for rows in full[:2]:
+        for rows in batches[:2]:
             training.step(rows, monitor)
-        begun_stretch = np.array([time.perf_counter(), time.process_time()])
-        for rows in full[2:]:
+        begun_epoch = np.array([time.perf_counter(), time.process_time()])
+        for rows in batches:
             training.step(rows, monitor)
         if monitor:
             monitor.end_epoch()
-        spent = np.array([time.perf_counter(), time.process_time()]) - begun_stretch
-        attached, begun = begun_stretch[0] - begun, time.perf_counter()
+        spent = np.array([time.perf_counter(), time.process_time()]) - begun_epoch
+        attached, begun = begun_epoch[0] - begun, time.perf_counter()
         stack.close()
         if every:
             attach.append(attached + time.perf_counter() - begun)

@@ -118,6 +118,7 @@ def frames(result: Result) -> dict[str, pd.DataFrame]:
                 "pairs": row["pairs"],
                 "median slow-down": f"{row['median']:+.2%}",
                 "95 %": f"{row['ci95'][0]:+.2%} .. {row['ci95'][1]:+.2%}",
+                "µs per batch": f"{row['seconds_per_batch'] * 1e6:+.1f}",
             }
             for row in result["overhead"]
         )

@@ -17,7 +17,7 @@ from experts.data import load
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cost")
-    cost.run("digits", epochs=8, pairs=2, out=folder)
+    cost.run("digits", epochs=8, pairs=2, out=folder, batch_size=128)
     return folder
 
 
@@ -51,6 +51,11 @@ def test_no_normalised_value_is_beyond_three_sigma(out: Path) -> None:
         assert values[:, 0].std() > 0
 
 
+def test_a_batch_too_large_to_pair_is_refused() -> None:
+    with pytest.raises(ValueError, match="no two batches of 1000"):
+        cost.pair(cost.Training(load("digits"), 0, batch_size=1000), 1, lambda share: None)
+
+
 def test_a_report_of_logs_alone(out: Path, tmp_path: Path) -> None:
     result = cost.write(out / "monitor", tmp_path, {})
     assert "overhead" not in result
@@ -71,7 +76,7 @@ def test_a_report_of_logs_alone(out: Path, tmp_path: Path) -> None:
 def test_a_monitored_training_is_the_same_training(tmp_path: Path) -> None:
     source = load("digits")
     for every in (1, 3):
-        cost.train(cost.Training(source, 0), 2, tmp_path / str(every), every, lambda share: None)
+        cost.train(cost.Training(source, 0, batch_size=128), 2, tmp_path / str(every), every, lambda share: None)
     first, second = (pd.read_csv(tmp_path / name / "epochs.csv") for name in ("1", "3"))
     assert first["loss"].tolist() == second["loss"].tolist()
     assert first["validation_accuracy"].tolist() == second["validation_accuracy"].tolist()
