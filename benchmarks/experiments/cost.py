@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from experts.data import Dataset
 
-EVERY = (10, 1)
+EVERY, WARM_UP = (10, 1), 20
 Result = dict[str, Any]
 
 
@@ -125,50 +125,48 @@ def train(training: Training, epochs: int, logs: Path, every: int, progress: Cal
 def pair(training: Training, pairs: int, progress: Callable[[float], object]) -> Result:
     """One training, its epochs by turns with the monitor and without.
 
-    An epoch, of full batches only, ends with `end_epoch` where it has the monitor; making and closing the monitor and
-    two batches, of which the first has its FLOPs counted, are outside and timed as `attach`. Medians of the slow-down
-    with 95 % intervals.
+    An epoch, of full batches only, ends with `end_epoch` where it has the monitor. What a training pays once is outside:
+    making and closing the monitor and the first batches, one of which has its FLOPs counted; by how much they take
+    longer is `attach`. Medians of the slow-down with 95 % intervals.
     """
     batches = len(training.inputs) // training.batch_size
     if batches < 2:
         raise ValueError(f"{len(training.inputs)} rows make no two batches of {training.batch_size}")
     spent: dict[int, list[list[np.ndarray]]] = {every: [] for every in EVERY}
-    attach: list[float] = []
     for number in range(pairs):
         for every, found in spent.items():
             order = (every, None) if number % 2 else (None, every)
-            times = {each: _epoch(training, each, attach) for each in order}
+            times = {each: _epoch(training, each) for each in order}
             found.append([times[every], times[None]])
         progress((number + 1) / pairs)
-    rows = []
+    rows, attach = [], []
     for every, found in spent.items():
-        for clock, (on, off) in zip(("wall", "CPU"), np.array(found).T, strict=True):
+        walls, processors, outside = np.array(found).T
+        attach += list(np.subtract(*outside))
+        for clock, (on, off) in (("wall", walls), ("CPU", processors)):
             row = {"every": every, "clock": clock, "pairs": pairs, "median": float(np.median(on / off - 1))}
             row |= {"ci95": list(median_interval(on / off - 1)), "values": (on / off - 1).tolist()}
             rows.append(row | {"seconds_per_batch": float(np.median(on - off)) / batches})
     return {"overhead": rows, "attach": float(np.median(attach))}
 
 
-def _epoch(training: Training, every: int | None, attach: list[float]) -> np.ndarray:
-    """Wall and CPU time in s of an epoch of training, monitored unless `every` is None."""
+def _epoch(training: Training, every: int | None) -> np.ndarray:
+    """Wall and CPU time in s of an epoch of training, monitored unless `every` is None; the wall time before, after."""
     batches = [rows for rows in training.epoch() if len(rows) == training.batch_size]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         begun, monitor = time.perf_counter(), None
         if every:
             monitor = stack.enter_context(Monitor(training.model, training.optimizer, every, Path(folder) / "logs"))
-        for rows in batches[:2]:
+        for rows in batches[:WARM_UP]:
             training.step(rows, monitor)
-        begun_epoch = np.array([time.perf_counter(), time.process_time()])
+        before = np.array([time.perf_counter(), time.process_time()])
         for rows in batches:
             training.step(rows, monitor)
         if monitor:
             monitor.end_epoch()
-        spent = np.array([time.perf_counter(), time.process_time()]) - begun_epoch
-        attached, begun = begun_epoch[0] - begun, time.perf_counter()
+        after = np.array([time.perf_counter(), time.process_time()])
         stack.close()
-        if every:
-            attach.append(attached + time.perf_counter() - begun)
-    return spent
+    return np.array([*after - before, before[0] - begun + time.perf_counter() - after[0]])
 
 
 def look_up(repeats: int = 100_000) -> dict[str, float]:
