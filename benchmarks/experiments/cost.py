@@ -125,9 +125,9 @@ def train(training: Training, epochs: int, logs: Path, every: int, progress: Cal
 def pair(training: Training, pairs: int, progress: Callable[[float], object]) -> Result:
     """One training, its epochs by turns with the monitor and without.
 
-    An epoch, of full batches only, ends with `end_epoch` where it has the monitor. What a training pays once is outside:
-    making and closing the monitor and the first batches, one of which has its FLOPs counted; by how much they take
-    longer is `attach`. Medians of the slow-down with 95 % intervals.
+    An epoch, of full batches only, ends with `end_epoch` where it has the monitor. What a training pays once is
+    outside: making and closing the monitor and the first batches, one of which has its FLOPs counted; by how much they
+    take longer is `attach`. Medians of the slow-down with 95 % intervals.
     """
     batches = len(training.inputs) // training.batch_size
     if batches < 2:
