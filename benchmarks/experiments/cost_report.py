@@ -143,10 +143,8 @@ def markdown(result: Result) -> str:
         lines += [f"Correlation of {result['accuracy_is']} with the cost spent so far: {with_costs}.", ""]
     pictures = {"By epoch": ["epochs"] + ["efficiency"] * bool(result["accuracy_is"]), "Normalised": ["distributions"]}
     if "attach" in result:
-        lines += [
-            f"Paid once: making and closing a monitor, and its first batches, take {result['attach'] * 1e3:.1f} ms longer.",
-            "",
-        ]
+        once = f"{result['attach'] * 1e3:.1f} ms"
+        lines += [f"Paid once, for making and closing a monitor and the first batches: {once}.", ""]
     pictures["Monitor on against off"] = ["overhead"]
     for title, frame in frames(result).items():
         lines += [f"## {title}", "", *_table(frame), ""]
