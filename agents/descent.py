@@ -1,0 +1,89 @@
+"""Gradient descent on a network: its passes in numpy or torch, whichever is faster, and Adam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.adam import adam
+
+from agents.networks import Network
+
+CHUNK = 8192  # observations in one pass without gradients
+
+
+class Descent:
+    """The passes and steps of a learner. Small networks on a CPU go by numpy; a GRU or a GPU by torch's autograd."""
+
+    def __init__(self, network: Network, device: str = "cpu") -> None:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("device='cuda', but torch sees no CUDA device here; device='cpu' works everywhere")
+        self.network, self.device = network, device
+        self._in_torch = bool(network.gru) or device != "cpu"
+        self._leaf = network.flat.detach().to(device).requires_grad_(self._in_torch)
+        self._gradient = network.flat_gradient.to(device)
+        self._moments = [torch.zeros_like(self._leaf), torch.zeros_like(self._leaf), torch.zeros((), device=device)]
+        self._outputs: tuple[torch.Tensor, ...] = ()
+
+    def forward(self, inputs: np.ndarray, starts: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Heads and values for inputs `[n, inputs]`, or `[time, rows, inputs]` from a GRU's state `[rows, gru]`; keeps
+        what `backward` needs."""
+        if not self._in_torch:
+            return self.network.forward(inputs)
+        parts = (torch.from_numpy(each).to(self.device) for each in (inputs, starts.astype(np.float32), state))
+        self._outputs = self.network.torch_forward(self._leaf, *parts)[:2]
+        head, values = (each.numpy(force=True) for each in self._outputs)
+        return head, values
+
+    def evaluate(self, inputs: np.ndarray, starts: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`forward` without gradients, for inputs of any number."""
+        with torch.no_grad():
+            if self.network.gru:
+                return self.forward(inputs, starts, state)
+            flat = inputs.reshape(-1, inputs.shape[-1])
+            pieces = [self.forward(flat[at : at + CHUNK], starts, state) for at in range(0, max(1, len(flat)), CHUNK)]
+        head, values = (np.concatenate(part) for part in zip(*pieces, strict=True))
+        return head.reshape(*inputs.shape[:-1], head.shape[-1]), values.reshape(inputs.shape[:-1])
+
+    def backward(self, of_head: np.ndarray, of_values: np.ndarray) -> None:
+        """Gradients from those by the last `forward`'s head and values."""
+        if not self._in_torch:
+            self.network.backward(of_head, of_values)
+            return
+        wanted = [torch.from_numpy(each).to(self.device) for each in (of_head, of_values)]
+        self._gradient.copy_(torch.autograd.grad(self._outputs, [self._leaf], wanted)[0])
+
+    def step(self, rate: float, max_norm: float) -> float:
+        """Clip the gradient's norm and take a step of Adam; returns the norm, and does nothing if it is not finite."""
+        if self.device == "cpu":
+            flat = self.network.flat_gradient.numpy()
+            norm = float(flat.dot(flat)) ** 0.5
+        else:
+            norm = float(torch.linalg.vector_norm(self._gradient))
+        if not norm < np.inf:
+            return norm
+        if norm > max_norm:
+            self._gradient *= max_norm / (norm + 1e-6)
+        first, second, step = self._moments
+        with torch.no_grad():
+            adam(
+                [self._leaf], [self._gradient], [first], [second], [], [step], fused=True, foreach=False,
+                amsgrad=False, beta1=0.9, beta2=0.999, lr=rate, weight_decay=0.0, eps=1e-5, maximize=False,
+            )  # fmt: skip
+        if self.device != "cpu":
+            self.network.flat.copy_(self._leaf.detach())
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """Weights and moments, for `restore`."""
+        return {"weights": dict(self.network.weights), "adam": [each.numpy(force=True) for each in self._moments]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state()` of a network of the same form."""
+        for name, values in state["weights"].items():
+            self.network.weights[name][:] = values
+        if self.device != "cpu":
+            self._leaf.detach().copy_(self.network.flat)
+        for mine, saved in zip(self._moments, state["adam"], strict=True):
+            mine.copy_(torch.from_numpy(saved.copy()))

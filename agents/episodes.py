@@ -1,0 +1,68 @@
+"""Episodes of many rows: their returns and what else a learner's log says of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+class Episodes:
+    """Sums and means over episodes, from what every step of every row brought; knows all that have ended."""
+
+    SUMMED = ("return", "length", "reward/", "cost/")
+
+    def __init__(self, rows: int) -> None:
+        self.carry: dict[str, np.ndarray] = {"length": np.zeros(rows)}
+        self.frames: list[pd.DataFrame] = []
+        self._written = 0
+
+    def add(self, steps: dict[str, np.ndarray], done: np.ndarray, timesteps: int) -> pd.DataFrame:
+        """Take steps `[time, rows]` in, by name; returns a row for each episode that ended there, in the order of time.
+
+        Names of `SUMMED` are summed over an episode, those that begin with `last:` taken from its end, others averaged.
+        """
+        times, rows = done.nonzero()
+        order = np.lexsort((times, rows))
+        times, rows = times[order], rows[order]
+        first = np.ones(len(rows), dtype=np.bool_)
+        first[1:] = rows[1:] != rows[:-1]
+        columns: dict[str, np.ndarray] = {"timesteps": timesteps + (times + 1) * done.shape[1]}
+        for name, values in sorted(steps.items(), key=lambda item: item[0] != "length"):
+            if name.startswith("last:"):
+                columns[name.removeprefix("last:")] = values[times, rows]
+                continue
+            sums = values.cumsum(0, dtype=np.float64)
+            sums += self.carry.get(name, 0.0)
+            ends = sums[times, rows]
+            found = ends.copy()
+            found[1:] -= np.where(first[1:], 0.0, ends[:-1])
+            before = np.zeros(done.shape[1])
+            before[rows] = ends  # the last of each row, as rows come in the order of time
+            self.carry[name] = sums[-1] - before
+            columns[name] = found if name.startswith(self.SUMMED) else found / columns["length"]
+        frame = pd.DataFrame(columns).sort_values("timesteps", kind="stable", ignore_index=True)
+        self.frames.append(frame)
+        return frame
+
+    def forget(self) -> None:
+        """All rows begin new episodes: what is unfinished does not count."""
+        self.carry = {"length": np.zeros_like(self.carry["length"])}
+
+    def append_to(self, path: Path, size: int) -> int:
+        """Write the episodes that came since the last call to the end of a CSV file of so many bytes; its new size."""
+        new, self._written = self.frames[self._written :], len(self.frames)
+        there = [frame for frame in new if len(frame)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("r+b" if size else "wb") as file:
+            file.truncate(size)
+            file.seek(size)
+            for number, frame in enumerate(there):
+                file.write(frame.to_csv(index=False, header=not size and not number).encode())
+            return file.tell()
+
+    def frame(self) -> pd.DataFrame:
+        """All episodes."""
+        there = [frame for frame in self.frames if len(frame)]
+        return pd.concat(there, ignore_index=True) if there else pd.DataFrame()

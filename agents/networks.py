@@ -1,0 +1,238 @@
+"""A policy and a value network side by side, for any learner: forward and backward in numpy, and the same in torch.
+
+All parameters lie in one flat vector, so that the optimiser is one fused call and gradients are contiguous. The numpy
+passes are those of small networks on a CPU; torch's, with autograd, are for recurrent networks, GPUs and exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+CLIP = 10.0  # of normalised observations
+
+
+class Network:
+    """Tanh networks `net_arch` for policy and value, stacked `[2, in, out]`, behind a shared GRU where `gru` > 0.
+
+    `outputs` is the size of the policy's head, of which the last `free` are parameters that no observation moves.
+    Initialised orthogonally with gains sqrt(2), 0.01 for the policy's head and 1 for the value's, as in SB3.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, net_arch: Iterable[int] = (64, 64), gru: int = 0, free: int = 0, seed: int = 0
+    ) -> None:
+        self.inputs, self.outputs, self.net_arch, self.gru, self.free = inputs, outputs, tuple(net_arch), gru, free
+        sizes = [gru or inputs, *self.net_arch]
+        self.depth = len(self.net_arch)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if gru:
+            shapes |= {"gru.weight": (inputs, 3 * gru), "gru.bias": (3 * gru,)}
+            shapes |= {"gru.state_weight": (gru, 3 * gru), "gru.state_bias": (3 * gru,)}
+        for place, (before, after) in enumerate(pairwise(sizes)):
+            shapes |= {f"{place}.weight": (2, before, after), f"{place}.bias": (2, 1, after)}
+        shapes |= {"policy.weight": (sizes[-1], outputs - free), "policy.bias": (outputs - free,)}
+        shapes |= {"value.weight": (sizes[-1],), "value.bias": (1,), "log_std": (free,)}
+        self.shapes = shapes
+        self.flat = torch.zeros(sum(int(np.prod(shape)) for shape in shapes.values()))
+        self.flat_gradient = torch.zeros_like(self.flat)
+        self.weights, self.gradients = self._views(self.flat.numpy()), self._views(self.flat_gradient.numpy())
+        self._layers = [(self.weights[f"{place}.weight"], self.weights[f"{place}.bias"]) for place in range(self.depth)]
+        self._kept: list[np.ndarray] = []
+        self._spaces: dict[int, np.ndarray] = {}
+        generator = np.random.default_rng(seed)
+        for name, gain in {"policy.weight": 0.01, "value.weight": 1.0}.items():
+            array = self.weights[name].reshape(sizes[-1], -1)
+            array[:] = gain * _orthogonal(array.shape, generator)
+        for name in shapes:
+            if name.endswith("weight") and name[:6] not in ("policy", "value."):
+                matrices = self.weights[name].reshape(-1, *shapes[name][-2:])
+                for matrix in matrices:
+                    matrix[:] = (1.0 if name.startswith("gru") else 2**0.5) * _orthogonal(matrix.shape, generator)
+
+    def _views(self, flat: Any) -> dict[str, Any]:
+        """The parameters in a flat numpy array or torch tensor, by name."""
+        views, start = {}, 0
+        for name, shape in self.shapes.items():
+            size = int(np.prod(shape))
+            views[name] = flat[start : start + size].reshape(shape)
+            start += size
+        return views
+
+    def begin(self, rows: int) -> np.ndarray:
+        """The state `[rows, gru]` at an episode's start."""
+        return np.zeros((rows, self.gru), dtype=np.float32)
+
+    def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The policy's head `[n, outputs]` and the next state, without the value."""
+        if self.gru:
+            inputs = state = self._gru(inputs, state)
+        for weight, bias in self._layers:
+            inputs = inputs @ weight[0]
+            inputs += bias[0]
+            np.tanh(inputs, out=inputs)
+        return self._head(inputs), state
+
+    def forward(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The policy's head `[n, outputs]` and the values `[n]`, without a GRU; keeps what `backward` needs."""
+        self._kept, hidden = [inputs[None]], inputs[None]
+        for place, (weight, bias) in enumerate(self._layers):
+            hidden = np.matmul(hidden, weight, out=self._space(place, len(inputs)))
+            hidden += bias
+            np.tanh(hidden, out=hidden)
+            self._kept.append(hidden)
+        return self._head(hidden[0]), hidden[-1] @ self.weights["value.weight"] + self.weights["value.bias"]
+
+    def backward(self, of_head: np.ndarray, of_values: np.ndarray) -> None:
+        """Put the parameters' gradients, from those by the last `forward`'s head `[n, outputs]` and values `[n]`."""
+        found, hidden, n = self.gradients, self._kept[-1], len(of_values)
+        if self.free:
+            of_head, of_free = of_head[:, : -self.free], of_head[:, -self.free :]
+            of_free.sum(0, out=found["log_std"])
+        ones = np.ones((1, n), dtype=np.float32)
+        np.matmul(hidden[0].T, of_head, out=found["policy.weight"])
+        np.matmul(ones[0], of_head, out=found["policy.bias"])
+        np.matmul(of_values, hidden[-1], out=found["value.weight"])
+        found["value.bias"][0] = of_values.sum()
+        if not self.depth:
+            return
+        delta = self._space(self.depth, n)
+        np.matmul(of_head, self.weights["policy.weight"].T, out=delta[0])
+        np.multiply(of_values[:, None], self.weights["value.weight"], out=delta[1])
+        for place in reversed(range(self.depth)):
+            hidden, before = self._kept[place + 1], self._kept[place]
+            np.multiply(hidden, hidden, out=hidden)  # the derivative of tanh: 1 - hidden^2
+            np.subtract(1, hidden, out=hidden)
+            hidden *= delta
+            np.matmul(before.transpose(0, 2, 1), hidden, out=found[f"{place}.weight"])
+            np.matmul(ones, hidden, out=found[f"{place}.bias"])
+            if place:
+                delta = self._space(self.depth + place, n)
+                np.matmul(hidden, self.weights[f"{place}.weight"].transpose(0, 2, 1), out=delta)
+
+    def _space(self, name: int, n: int) -> np.ndarray:
+        """Memory `[2, n, width]` that is kept from pass to pass: fresh pages would take longer than the arithmetic."""
+        width = self.net_arch[name] if name < self.depth else self.net_arch[(name - self.depth or self.depth) - 1]
+        if name not in self._spaces or self._spaces[name].shape[1] < n:
+            self._spaces[name] = np.empty((2, n, width), dtype=np.float32)
+        return self._spaces[name][:, :n]
+
+    def torch_forward(
+        self, flat: torch.Tensor, inputs: torch.Tensor, starts: torch.Tensor | None = None, state: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """`forward` in torch: head, values and the last state, for inputs `[..., inputs]`.
+
+        With a GRU inputs are `[time, rows, inputs]`, `starts [time, rows]` is 1 where an episode begins and `state
+        [rows, gru]` is the one before the first step.
+        """
+        weights = self._views(flat)
+        if self.gru:
+            states, gates = [], inputs @ weights["gru.weight"] + weights["gru.bias"]
+            for step in range(len(inputs)):
+                if starts is not None:
+                    state = state * (1 - starts[step])[:, None]
+                of_state = state @ weights["gru.state_weight"] + weights["gru.state_bias"]
+                state = _gates(torch, gates[step], of_state, state)
+                states.append(state)
+            inputs = torch.stack(states)
+        policy = value = inputs
+        for place in range(self.depth):
+            weight, bias = weights[f"{place}.weight"], weights[f"{place}.bias"]
+            policy, value = (torch.tanh(each @ weight[k] + bias[k]) for k, each in enumerate((policy, value)))
+        head = policy @ weights["policy.weight"] + weights["policy.bias"]
+        if self.free:
+            head = torch.cat([head, weights["log_std"].expand(*head.shape[:-1], self.free)], dim=-1)
+        return head, value @ weights["value.weight"] + weights["value.bias"], state
+
+    def _head(self, hidden: np.ndarray) -> np.ndarray:
+        head: np.ndarray = hidden @ self.weights["policy.weight"]
+        head += self.weights["policy.bias"]
+        if self.free:
+            free = np.broadcast_to(self.weights["log_std"], (len(head), self.free))
+            return np.concatenate([head, free], axis=1)
+        return head
+
+    def _gru(self, inputs: np.ndarray, state: np.ndarray) -> np.ndarray:
+        gates = inputs @ self.weights["gru.weight"] + self.weights["gru.bias"]
+        of_state = state @ self.weights["gru.state_weight"] + self.weights["gru.state_bias"]
+        found: np.ndarray = _gates(np, gates, of_state, state)
+        return found
+
+
+class Moments:
+    """Running mean and variance `[size]` (Chan et al. 1979); 0 and 1 before anything was seen."""
+
+    def __init__(self, size: int) -> None:
+        self.count, self.mean, self.variance = 0.0, np.zeros(size), np.ones(size)
+
+    def update(self, values: np.ndarray) -> None:
+        """Take in values `[n, size]`."""
+        if not (added := len(values)):
+            return
+        total, delta = self.count + added, values.mean(0, dtype=np.float64) - self.mean
+        squares = self.variance * self.count + values.var(0, dtype=np.float64) * added
+        self.variance = (squares + delta**2 * self.count * added / total) / total
+        self.mean, self.count = self.mean + delta * added / total, total
+
+    def scale(self) -> np.ndarray:
+        """1 / standard deviation, float32."""
+        return (1 / np.sqrt(self.variance + 1e-8)).astype(np.float32)
+
+
+class Preprocessor:
+    """Observations of a Box or Discrete space as float32 `[n, size]`: flat or one-hot; normalised, where wanted, by the
+    moments of those that `update` has seen, and clipped at 10."""
+
+    def __init__(self, space: spaces.Space[Any], normalize: bool = False) -> None:
+        if not isinstance(space, spaces.Box | spaces.Discrete):
+            raise ValueError(f"observations must be Box or Discrete, not {space}; gymnasium's FlattenObservation helps")
+        self.space, self.normalize = space, normalize
+        self.size = int(space.n) if isinstance(space, spaces.Discrete) else int(np.prod(space.shape))
+        self.moments = Moments(self.size)
+        self.refresh()
+
+    def flatten(self, observations: np.ndarray) -> np.ndarray:
+        """`[n, size]`, not normalised."""
+        if isinstance(self.space, spaces.Discrete):
+            return np.eye(self.size, dtype=np.float32)[observations - self.space.start]
+        return observations.reshape(len(observations), -1).astype(np.float32, copy=False)
+
+    def __call__(self, flat: np.ndarray) -> np.ndarray:
+        """Normalise what `flatten` returned."""
+        if not self.normalize:
+            return flat
+        found: np.ndarray = np.clip((flat - self._shift) * self._scale, -CLIP, CLIP)
+        return found
+
+    def update(self, flat: np.ndarray) -> None:
+        """Take observations `[n, size]` into the moments."""
+        if self.normalize:
+            self.moments.update(flat)
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Normalise by the moments as they are now."""
+        self._shift, self._scale = self.moments.mean.astype(np.float32), self.moments.scale()
+
+
+def _gates(library: Any, of_inputs: Any, of_state: Any, state: Any) -> Any:
+    """The next state of a GRU (Cho et al. 2014), in numpy or torch."""
+    size = state.shape[-1]
+    both = of_inputs[..., : 2 * size] + of_state[..., : 2 * size]
+    both = 0.5 * (library.tanh(0.5 * both) + 1)
+    reset, update = both[..., :size], both[..., size:]
+    new = library.tanh(of_inputs[..., 2 * size :] + reset * of_state[..., 2 * size :])
+    return new + update * (state - new)
+
+
+def _orthogonal(shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    rows, columns = shape
+    drawn = generator.standard_normal((max(shape), min(shape)))
+    orthogonal, triangle = np.linalg.qr(drawn)
+    orthogonal *= np.sign(np.diag(triangle))
+    return orthogonal if rows >= columns else orthogonal.T

@@ -1,0 +1,233 @@
+"""Rows of any Gymnasium environment, and rollouts of a policy in them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+# Flat observations, the policy's state, masks or None: actions and the next state.
+Act = Callable[[np.ndarray, np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
+
+
+class NotFiniteError(ArithmeticError):
+    """A reward, observation, action or loss is NaN or infinite; the message says which and where."""
+
+
+class Step(NamedTuple):
+    """`observations` to act on next; `finals`, those at the end of the step; the rest `[n]`, `starts` is True where the
+    next observation is an episode's first."""
+
+    observations: np.ndarray
+    finals: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    starts: np.ndarray
+    infos: dict[str, Any]
+
+
+class Rows:
+    """A vector environment in any autoreset mode, whose ended rows begin anew by themselves.
+
+    With NEXT_STEP a row that has ended spends one step on that; `resetting` says which rows will in the coming step.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        self.env, self.count = env, env.num_envs
+        self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
+        self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
+        self.resetting = np.zeros(self.count, dtype=np.bool_)
+        self.has_state = env is env.unwrapped and hasattr(env, "state") and hasattr(env, "restore")
+        singles = env.envs if isinstance(env, SyncVectorEnv) else ()
+        self.has_masks = hasattr(env.unwrapped, "action_masks") or (
+            bool(singles) and all(each.has_wrapper_attr("action_masks") for each in singles)
+        )
+
+    def reset(self, seed: int | None) -> np.ndarray:
+        """Begin episodes in all rows."""
+        self.resetting = np.zeros(self.count, dtype=np.bool_)
+        observations, _ = self.env.reset(seed=seed)
+        return np.asarray(observations)
+
+    def masks(self) -> np.ndarray:
+        """`[n, size]`, True where an action may be taken."""
+        if hasattr(self.env.unwrapped, "action_masks"):
+            return np.asarray(self.env.unwrapped.action_masks(), dtype=np.bool_)
+        return np.array(self.env.call("action_masks"), dtype=np.bool_)  # type: ignore[attr-defined]
+
+    def clip(self, actions: np.ndarray) -> np.ndarray:
+        """Actions with the values outside a Box clipped."""
+        space = self.action_space
+        return np.clip(actions, space.low, space.high).astype(space.dtype) if isinstance(space, Box) else actions
+
+    def step(self, actions: np.ndarray) -> Step:
+        """One step in every row; values outside a Box are clipped."""
+        observations, reward, terminated, truncated, infos = self.env.step(self.clip(actions))
+        finals, done = observations, terminated | truncated
+        starts = done
+        if self.mode is AutoresetMode.NEXT_STEP:
+            starts, self.resetting = self.resetting, done
+        elif done.any():
+            if self.mode is AutoresetMode.DISABLED:
+                observations, _ = self.env.reset(options={"reset_mask": done})
+            else:
+                finals = observations.copy()
+                for row in done.nonzero()[0]:
+                    finals[row] = infos["final_obs"][row]
+                infos = _with_finals(infos, done)
+        return Step(observations, finals, reward, terminated, truncated, starts, infos)
+
+
+class Rollout(NamedTuple):
+    """Steps `[time, rows, ...]` of a policy in all rows; observations are flat."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    masks: np.ndarray | None
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    starts: np.ndarray  # an episode's first step
+    valid: np.ndarray  # not spent on a reset
+    infos: dict[str, np.ndarray]
+    state: np.ndarray  # `[rows, ...]`, the policy's before the first step
+    cut_steps: np.ndarray  # where episodes were truncated: their steps, rows, last observations, states of the policy
+    cut_rows: np.ndarray
+    cut_observations: np.ndarray
+    cut_states: np.ndarray
+
+
+class Collector:
+    """Lets a policy act in rows, from where it stood, some steps at a time."""
+
+    def __init__(self, rows: Rows, flatten: Callable[[np.ndarray], np.ndarray], begin: np.ndarray) -> None:
+        self.rows, self._flatten = rows, flatten
+        self.observations: np.ndarray | None = None  # to act on next, flat
+        self.starts, self.policy_state, self._seed = np.ones(rows.count, dtype=np.bool_), begin, 0
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes; where an environment has no state, its seed."""
+        env: Any = self.rows.env
+        return {
+            "observations": self.observations,
+            "starts": self.starts,
+            "policy": self.policy_state,
+            "seed": self._seed,
+            "resetting": self.rows.resetting,
+            "env": env.state() if self.rows.has_state and self.observations is not None else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state()`; an environment that has none begins the episodes of its seed."""
+        if state["env"] is not None:
+            env: Any = self.rows.env
+            env.reset(seed=0)
+            env.restore(state["env"])
+            self.observations, self.starts, self.policy_state = state["observations"], state["starts"], state["policy"]
+            self.rows.resetting = state["resetting"]
+        elif state["observations"] is not None:
+            self.begin(state["seed"])
+
+    def begin(self, seed: int) -> None:
+        """Begin episodes in all rows."""
+        self.observations, self._seed = self._flatten(self.rows.reset(seed)), seed
+        self.starts = np.ones(self.rows.count, dtype=np.bool_)
+        self.policy_state = np.zeros_like(self.policy_state)
+
+    def collect(self, steps: int, act: Act) -> Rollout:
+        """So many steps; raises `NotFiniteError` where a reward, observation or action of them is not finite."""
+        flat, starts, state, rows = self.observations, self.starts, self.policy_state, self.rows
+        assert flat is not None
+        observations = np.empty((steps, *flat.shape), dtype=np.float32)
+        rewards = np.zeros((steps, rows.count))
+        terminated, truncated, begins, valid = np.empty((4, steps, rows.count), dtype=np.bool_)
+        masks: list[np.ndarray] = []
+        actions: list[np.ndarray] = []
+        infos: dict[str, np.ndarray] = {}
+        cuts: list[tuple[np.ndarray, ...]] = []
+        before, step = state, -1
+        try:
+            for step in range(steps):
+                observations[step], begins[step] = flat, starts
+                np.logical_not(rows.resetting, out=valid[step])
+                if state.size:
+                    state = state * ~starts[:, None]
+                if rows.has_masks:
+                    masks.append(rows.masks())
+                chosen, state = act(flat, state, masks[-1] if masks else None)
+                actions.append(chosen)
+                made = rows.step(chosen)
+                rewards[step], terminated[step], truncated[step] = made.reward, made.terminated, made.truncated
+                for key, value in scalars(made.infos, rows.count).items():
+                    infos.setdefault(key, np.zeros((steps, rows.count)))[step] = value
+                if made.truncated.any() and (early := made.truncated & ~made.terminated).any():
+                    places = early.nonzero()[0]
+                    cuts.append((np.full(len(places), step), places, self._flatten(made.finals[places]), state[places]))
+                flat, starts = self._flatten(made.observations), made.starts
+        except Exception:
+            self._check(observations[: step + 1], actions, rewards[:step])
+            raise
+        self._check(observations, actions, rewards, flat)
+        self.observations, self.starts, self.policy_state = flat, starts, state
+        empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), flat[:0], state[:0])
+        cut = [np.concatenate(part) for part in zip(empty, *cuts, strict=True)]
+        mask = np.array(masks) if masks else None
+        return Rollout(
+            observations, np.array(actions), mask, rewards, terminated, truncated, begins, valid, infos, before, *cut
+        )
+
+    def _check(
+        self, observations: np.ndarray, actions: list[np.ndarray], rewards: np.ndarray, last: np.ndarray | None = None
+    ) -> None:
+        fields = {"reward": rewards, "observation": observations, "action": np.array(actions)}
+        fields["observation after"] = np.zeros(0) if last is None else last[None]
+        for field, values in fields.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                step, row = np.argwhere(~np.isfinite(values))[0][:2].tolist()
+                step += (len(observations) - 1) * (field == "observation after")
+                raise NotFiniteError(
+                    f"{self.rows.name}: the {field} of row {row} at step {step} of this rollout is not finite; the "
+                    "weights are those before it, the environment is where to look"
+                )
+
+
+def make_rows(
+    env: str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any], count: int, kwargs: dict[str, Any]
+) -> Rows:
+    """Rows of an environment by its id, native where it has a vector face; or of one that is made already."""
+    if isinstance(env, VectorEnv):
+        return Rows(env)
+    if isinstance(env, gymnasium.Env):
+        return Rows(SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED))
+    module, _, name = env.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if gymnasium.spec(name).vector_entry_point is None:
+        mode = {"autoreset_mode": AutoresetMode.DISABLED}
+        return Rows(gymnasium.make_vec(env, count, vectorization_mode="sync", vector_kwargs=mode, **kwargs))
+    native: dict[str, Any] = {"num_envs": count, "vectorization_mode": "vector_entry_point", **kwargs}
+    try:
+        return Rows(gymnasium.make_vec(env, autoreset_mode=AutoresetMode.DISABLED.value, **native))
+    except TypeError:  # one that knows one mode only
+        return Rows(gymnasium.make_vec(env, **native))
+
+
+def scalars(infos: dict[str, Any], count: int) -> dict[str, np.ndarray]:
+    """The numbers `[count]` in a vector's info whose names have a part before a slash, as `cost/time`."""
+    return {
+        key: value
+        for key, value in infos.items()
+        if "/" in key and key[0] != "_" and isinstance(value, np.ndarray) and value.shape == (count,)
+    }
+
+
+def _with_finals(infos: dict[str, Any], done: np.ndarray) -> dict[str, Any]:
+    final = scalars(infos.get("final_info", {}), len(done))
+    return infos | {key: np.where(done, value, infos.get(key, 0)) for key, value in final.items()}

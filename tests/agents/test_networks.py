@@ -1,0 +1,123 @@
+"""The numpy passes of networks against torch's autograd, and moments against numpy's."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from agents.descent import Descent
+from agents.networks import Moments, Network, Preprocessor
+
+NO_STARTS, NO_STATE = np.zeros(0), np.zeros((0, 0), dtype=np.float32)
+
+
+@pytest.mark.parametrize(("net_arch", "free"), [((64, 64), 0), ((16,), 0), ((), 0), ((8, 12, 5), 0), ((64, 32), 3)])
+def test_backward_is_autograds(net_arch: tuple[int, ...], free: int) -> None:
+    network, generator = Network(7, 3 + free, net_arch, free=free, seed=1), np.random.default_rng(0)
+    network.weights["policy.weight"] *= 50
+    inputs = generator.standard_normal((40, 7)).astype(np.float32)
+    of_head = generator.standard_normal((40, 3 + free)).astype(np.float32)
+    of_values = generator.standard_normal(40).astype(np.float32)
+    network.forward(inputs[:33])  # other sizes before, in the same memory
+    leaf = network.flat.clone().requires_grad_()
+    head, values, _ = network.torch_forward(leaf, torch.from_numpy(inputs))
+    torch.autograd.backward([head, values], [torch.from_numpy(of_head), torch.from_numpy(of_values)])
+    found = network.forward(inputs)
+    np.testing.assert_allclose(found[0], head.detach(), atol=1e-5)
+    np.testing.assert_allclose(found[1], values.detach(), atol=1e-5)
+    np.testing.assert_allclose(network.act(inputs, network.begin(40))[0], found[0], atol=1e-6)
+    network.backward(of_head, of_values)
+    assert leaf.grad is not None
+    scale = float(leaf.grad.abs().max())
+    np.testing.assert_allclose(network.flat_gradient / scale, leaf.grad / scale, atol=1e-5)
+
+
+def test_a_gru_acts_as_it_learns() -> None:
+    network, generator = Network(5, 4, (8,), gru=6), np.random.default_rng(0)
+    inputs = generator.standard_normal((9, 3, 5)).astype(np.float32)
+    starts = generator.random((9, 3)) < 0.3
+    state = generator.standard_normal((3, 6)).astype(np.float32)
+    heads, _ = Descent(network).evaluate(inputs, starts, state)
+    for step in range(9):
+        head, state = network.act(inputs[step], state * ~starts[step][:, None])
+        np.testing.assert_allclose(head, heads[step], atol=1e-6)
+
+
+def test_a_gru_is_torchs() -> None:
+    network, generator = Network(5, 2, (), gru=6, seed=3), np.random.default_rng(0)
+    cell = torch.nn.GRUCell(5, 6)
+    with torch.no_grad():
+        cell.weight_ih.copy_(torch.from_numpy(network.weights["gru.weight"].T))
+        cell.weight_hh.copy_(torch.from_numpy(network.weights["gru.state_weight"].T))
+        cell.bias_ih.zero_()
+        cell.bias_hh.zero_()
+        inputs, state = generator.standard_normal((4, 5)).astype(np.float32), np.ones((4, 6), dtype=np.float32)
+        _, after = network.act(inputs, state)
+        np.testing.assert_allclose(after, cell(torch.from_numpy(inputs), torch.from_numpy(state)), atol=1e-6)
+
+
+def test_descent_is_torchs_adam_with_clipped_gradients() -> None:
+    network, generator = Network(4, 2, (8,)), np.random.default_rng(0)
+    descent = Descent(network)
+    leaf = network.flat.clone().requires_grad_()
+    optimizer = torch.optim.Adam([leaf], lr=0.01, eps=1e-5)
+    for step in range(5):
+        inputs = generator.standard_normal((20, 4)).astype(np.float32)
+        head, values = network.torch_forward(leaf, torch.from_numpy(inputs))[:2]
+        optimizer.zero_grad()
+        (head.sum() * 3 + values.square().sum()).backward()
+        torch.nn.utils.clip_grad_norm_([leaf], 0.5 if step else 1e9)
+        optimizer.step()
+        _, found = descent.forward(inputs, NO_STARTS, NO_STATE)
+        descent.backward(np.full((20, 2), 3, dtype=np.float32), 2 * found)
+        descent.step(0.01, 0.5 if step else 1e9)
+        np.testing.assert_allclose(network.flat, leaf.detach(), atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    descent = Descent(Network(4, 2, (8,)))
+    before = descent.network.flat.clone()
+    descent.network.flat_gradient[3] = np.nan
+    assert not np.isfinite(descent.step(0.1, 0.5))
+    assert torch.equal(descent.network.flat, before)
+    assert not descent.state()["adam"][0].any()
+
+
+def test_moments_in_parts_are_those_of_the_whole() -> None:
+    values, moments = np.random.default_rng(0).standard_normal((1000, 3)) * 5 + 2, Moments(3)
+    for part in np.split(values, [1, 10, 500]):
+        moments.update(part)
+    np.testing.assert_allclose(moments.mean, values.mean(0))
+    np.testing.assert_allclose(moments.variance, values.var(0))
+
+
+def test_observations_are_flat_one_hot_normalised() -> None:
+    discrete = Preprocessor(spaces.Discrete(3, start=2))
+    assert discrete.flatten(np.array([2, 4])).tolist() == [[1, 0, 0], [0, 0, 1]]
+    box = Preprocessor(spaces.Box(-1, 1, (2, 2)), normalize=True)
+    flat = box.flatten(np.random.default_rng(0).standard_normal((500, 2, 2)) * 7 + 3)
+    box.update(flat)
+    assert box(flat).mean(0) == pytest.approx(np.zeros(4), abs=1e-4)
+    assert box(flat).std(0) == pytest.approx(np.ones(4), abs=1e-4)
+    assert box(flat * 100).max() == 10
+    with pytest.raises(ValueError, match="FlattenObservation"):
+        Preprocessor(spaces.Dict())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_gpu_that_is_not_there_is_said() -> None:
+    with pytest.raises(ValueError, match="no CUDA device"):
+        Descent(Network(2, 2), "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_learns_what_the_cpu_learns() -> None:
+    networks = [Network(4, 2, (8,)) for _ in range(2)]
+    inputs = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    for network, device in zip(networks, ("cpu", "cuda"), strict=True):
+        descent = Descent(network, device)
+        for _ in range(3):
+            head, values = descent.forward(inputs, NO_STARTS, NO_STATE)
+            descent.backward(head, values)
+            descent.step(0.01, 0.5)
+    np.testing.assert_allclose(networks[0].flat, networks[1].flat, atol=1e-5)
