@@ -154,7 +154,12 @@ class Learner:
         saved, interrupted = before, False
         torch.set_num_threads(1)
         try:
-            with threadpool_limits(1, "blas"), interruptible() as wanted, progress(self, progress_bar) as advance:
+            with (
+                threadpool_limits(1, "blas"),
+                np.errstate(over="ignore", invalid="ignore"),  # what is not finite is found and named
+                interruptible() as wanted,
+                progress(self, progress_bar) as advance,
+            ):
                 while self.num_timesteps < self.goal and not interrupted:
                     batch = self._batch()
                     self.logs |= self._update(batch)

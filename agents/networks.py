@@ -185,12 +185,14 @@ class Moments:
 
 
 class Preprocessor:
-    """Observations of a Box or Discrete space as float32 `[n, size]`: flat or one-hot; normalised, where wanted, by the
-    moments of those that `update` has seen, and clipped at 10."""
+    """Observations of a Box, Discrete or MultiBinary space as float32 `[n, size]`: flat or one-hot; normalised, where
+    wanted, by the moments of those that `update` has seen, and clipped at 10."""
 
     def __init__(self, space: spaces.Space[Any], normalize: bool = False) -> None:
-        if not isinstance(space, spaces.Box | spaces.Discrete):
-            raise ValueError(f"observations must be Box or Discrete, not {space}; gymnasium's FlattenObservation helps")
+        if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiBinary):
+            raise ValueError(
+                f"observations must be Box, Discrete or MultiBinary, not {space}; gymnasium's FlattenObservation helps"
+            )
         self.space, self.normalize = space, normalize
         self.size = int(space.n) if isinstance(space, spaces.Discrete) else int(np.prod(space.shape))
         self.moments = Moments(self.size)

@@ -1,0 +1,190 @@
+"""PPO and REINFORCE learn what can be learnt, resume bit for bit and stop at what is not finite."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from agents import PPO, REINFORCE
+from agents.learner import EPISODES, Learner
+from agents.rollouts import NotFiniteError
+from tests.agents import problems  # noqa: F401
+
+ROUTING: dict[str, Any] = {"env": "moe_envs:MoERouting-v0", "env_kwargs": {"bundle": "digits"}}
+FAST: dict[str, Any] = {"n_steps": 32, "learning_rate": "linear 3e-3", "ent_coef": 0.003}
+
+
+def last_return(agent: Learner) -> float:
+    return float(agent.episodes.frame()["return"].tail(200).mean())
+
+
+@pytest.mark.parametrize("learner", [PPO, REINFORCE])
+@pytest.mark.parametrize(
+    ("env", "best", "steps"),
+    [
+        ("Identity-v0", 8, 20_000),
+        ("Counting-v0", 1, 40_000),
+        ("Masked-v0", 8, 30_000),
+        ("Bits-v0", 1, 30_000),
+        ("Choices-v0", 1, 30_000),
+        ("Target-v0", 0, 40_000),
+    ],
+)
+def test_it_learns(learner: type[Learner], env: str, best: float, steps: int) -> None:
+    kwargs: Any = FAST | ({"n_steps": 8, "learning_rate": "linear 1e-2"} if learner is REINFORCE else {"n_epochs": 5})
+    agent: Any = learner
+    agent = agent(env, n_envs=16, seed=0, **kwargs).learn(steps)
+    assert last_return(agent) > best - max(0.1, 0.1 * best)
+
+
+def test_only_a_memory_remembers() -> None:
+    with_memory, without = (
+        PPO("Memory-v0", n_envs=32, batch_size=256, n_epochs=4, policy_kwargs={"net_arch": [32], "gru": gru}, **FAST)
+        for gru in (16, 0)
+    )
+    assert last_return(with_memory.learn(40_000)) > 0.9
+    assert abs(last_return(without.learn(20_000))) < 0.3
+
+
+@pytest.mark.parametrize("gru", [0, 8])
+def test_a_truncated_episode_is_worth_what_comes_after(gru: int) -> None:
+    policy = {"net_arch": [16], "gru": gru}
+    settings: dict[str, Any] = {"n_steps": 20, "n_epochs": 5, "gamma": 0.9, "learning_rate": "linear 3e-2"}
+    agent = PPO("Forever-v0", n_envs=8, batch_size=80, **settings, policy_kwargs=policy).learn(12_000)
+    inputs = np.zeros((1, 1), dtype=np.float32)
+    values = agent.descent.evaluate(inputs[None], np.zeros((1, 1)), agent.network.begin(1))[1]
+    assert values.item() == pytest.approx(10, rel=0.1)
+
+
+@pytest.mark.parametrize("learner", [PPO, REINFORCE])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        ROUTING,
+        {**ROUTING, "normalize_observations": True, "normalize_rewards": True, "temperature": "linear 2 1"},
+        {"env": "CartPole-v1", "policy_kwargs": {"net_arch": [8], "gru": 4}},
+        {"env": "Masked-v0"},
+    ],
+)
+def test_resume_is_bit_for_bit(learner: Callable[..., Learner], kwargs: dict[str, Any], tmp_path: Path) -> None:
+    def make() -> Learner:
+        return learner(n_envs=4, n_steps=16, learning_rate="linear 1e-3", **kwargs)
+
+    def stop(agent: Learner) -> None:
+        if agent.num_timesteps >= cut:
+            raise InterruptedError
+
+    whole = make().learn(1500, checkpoint_path=tmp_path / "whole", checkpoint_every=300)
+    for cut in (400, 700, 1200):
+        run = tmp_path / str(cut)
+        with pytest.raises(InterruptedError):
+            make().learn(1500, stop, checkpoint_path=run, checkpoint_every=300)
+        agent = type(whole).resume(run).learn(checkpoint_path=run, checkpoint_every=300)
+        assert agent.num_timesteps == whole.num_timesteps
+        for name, weights in whole.network.weights.items():
+            assert np.array_equal(weights, agent.network.weights[name])
+        assert (run / EPISODES).read_bytes() == (tmp_path / "whole" / EPISODES).read_bytes()
+        assert agent.logs.keys() == whole.logs.keys()
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
+    first, second, other = (PPO(**ROUTING, n_envs=4, n_steps=16, seed=seed).learn(600) for seed in (0, 0, 1))
+    assert np.array_equal(first.network.flat, second.network.flat)
+    assert not np.array_equal(first.network.flat, other.network.flat)
+
+
+def test_all_autoreset_modes_teach_the_same() -> None:
+    found = []
+    for mode in (AutoresetMode.DISABLED, AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+        env = gymnasium.make_vec(
+            ROUTING["env"], 4, "vector_entry_point", autoreset_mode=mode.value, **ROUTING["env_kwargs"]
+        )
+        agent = PPO(env, n_steps=40, n_epochs=2).learn(160)
+        found.append(agent)
+    assert np.array_equal(found[0].network.flat, found[1].network.flat)
+    frames = [agent.episodes.frame() for agent in found]
+    assert frames[0].equals(frames[1])
+    assert found[2].num_timesteps == 2 * (160 - 4)  # each of 4 rows spends a step of 40 on a reset
+    assert (frames[2]["length"] == 32).all()
+
+
+@pytest.mark.parametrize("field", ["reward", "observation"])
+def test_what_is_not_finite_is_an_error_that_says_where(field: str) -> None:
+    agent = PPO("Broken-v0", n_envs=2, n_steps=8, env_kwargs={"field": field})
+    before = agent.network.flat.clone()
+    with pytest.raises(NotFiniteError, match=f"Broken-v0: the {field} of row 0 at step [23]"):
+        agent.learn(100)
+    assert np.array_equal(agent.network.flat, before)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error() -> None:
+    agent = PPO("Forever-v0", n_envs=2, n_steps=8, vf_coef=float("inf"))
+    with pytest.raises(NotFiniteError, match="lower learning_rate"):
+        agent.learn(100)
+    assert np.isfinite(agent.network.flat.numpy()).all()
+    agent.network.weights["policy.bias"][:] = np.nan
+    with pytest.raises(NotFiniteError, match="row 0"):
+        agent.predict(np.zeros(1, dtype=np.float32))
+
+
+def test_predict_is_sb3s(tmp_path: Path) -> None:
+    agent = PPO(**ROUTING, n_envs=4, n_steps=16)
+    observations = agent.rows.reset(0)
+    actions, state = agent.predict(observations, deterministic=True)
+    assert actions.shape == (4,)
+    assert state is None
+    single, _ = agent.predict(observations[2], deterministic=True)
+    assert agent.rows.action_space.contains(single)
+    assert single == actions[2]
+    agent.save(tmp_path / "agent")
+    again, _ = PPO.load(tmp_path / "agent").predict(observations, deterministic=True)
+    assert np.array_equal(again, actions)
+    masked, _ = agent.predict(observations[0], action_masks=np.arange(8) == 3)
+    assert masked == 3
+    box = PPO("Target-v0", n_envs=1)
+    action, _ = box.predict(np.zeros(1, dtype=np.float32))
+    assert box.rows.action_space.contains(action)
+
+
+def test_the_curves_are_on_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    PPO(**ROUTING, n_envs=8, n_steps=32, tensorboard_log=tmp_path).learn(1024)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    wanted = {
+        *("rollout/ep_rew_mean", "rollout/ep_len_mean", "train/approx_kl", "train/value_loss", "train/entropy_loss"),
+        *("time/fps", "reward/quality", "reward/cost", "cost/time", "cost/energy", "routing/experts_used"),
+    }
+    assert wanted <= set(events.Tags()["scalars"])
+    returns = [event.value for event in events.Scalars("rollout/ep_rew_mean")]
+    assert len(returns) == 4
+
+
+def test_episodes_are_what_the_environment_says() -> None:
+    agent = PPO(**ROUTING, n_envs=8, n_steps=40).learn(640)
+    frame = agent.episodes.frame()
+    assert len(frame) == 16
+    assert (frame["length"] == 32).all()
+    np.testing.assert_allclose(frame["return"], frame["reward/quality"] - 0.2 * frame["reward/cost"], atol=1e-6)
+    assert frame["routing/experts_used"].between(1, 8).all()
+    assert frame["entropy"].between(0, np.log(8) + 1e-6).all()
+
+
+def test_target_kl_stops_an_update() -> None:
+    runs = [
+        PPO(**ROUTING, n_envs=8, n_steps=32, learning_rate=0.03, target_kl=limit).learn(512) for limit in (None, 0.01)
+    ]
+    assert runs[0].num_updates == 20
+    assert runs[1].num_updates < 20
+    assert runs[1].logs["train/approx_kl"] > 0.01
+
+
+def test_an_environment_object_trains_and_cannot_be_saved(tmp_path: Path) -> None:
+    agent = PPO(gymnasium.make("Identity-v0"), n_steps=64).learn(128)
+    assert agent.num_timesteps == 128
+    with pytest.raises(ValueError, match="environment's id"):
+        agent.save(tmp_path / "agent")
