@@ -42,11 +42,11 @@ class Batch(NamedTuple):
     valid: np.ndarray
     state: np.ndarray  # `[rows, gru]`
 
-    def take(self, places: np.ndarray) -> Batch:
+    def take(self, places: np.ndarray | slice) -> Batch:
         """The transitions at these places, or the rows of a recurrent batch."""
-        axis = self.inputs.ndim - 2
-        parts: Any = (None if each is None else each.take(places, axis) for each in self[:-1])
-        return Batch._make([*parts, self.state.take(places, 0) if axis else self.state])
+        if self.inputs.ndim == 2:
+            return Batch._make([None if each is None else each[places] for each in self[:6]] + list(self[6:]))
+        return Batch._make([*(None if each is None else each[:, places] for each in self[:-1]), self.state[places]])
 
 
 class Learner:
@@ -345,10 +345,10 @@ class Learner:
             size = size or len(places)
         rate = self.now("learning_rate")
         for _ in range(self.settings.get("n_epochs", 1)):
-            order = self.generator.permutation(places)
-            for start in range(0, len(order), size):
-                last = start + size >= len(order)
-                logs, stop = self._minibatch(batch.take(order[start : start + size]), rate, last)
+            shuffled = batch.take(self.generator.permutation(places))
+            for start in range(0, len(places), size):
+                minibatch, last = shuffled.take(slice(start, start + size)), start + size >= len(places)
+                logs, stop = self._minibatch(minibatch, rate, last)
                 if stop:
                     break
             found.append(logs)
