@@ -181,11 +181,11 @@ class Learner:
             raise KeyboardInterrupt(f"stopped after {self.num_timesteps} steps; {mend}")
         return self
 
-    def save(self, path: str | Path) -> None:
-        """Write everything that `load` and `resume` need into the folder `path`: safetensors and JSON, no pickle."""
+    def save(self, path: str | Path, **more: Any) -> None:
+        """Write all that `load` and `resume` need, and `more`, into the folder `path`; nothing is pickled."""
         if self.env_id is None:
             raise ValueError("only a learner made with an environment's id can be saved: `load` must make it again")
-        checkpoints.save(Path(path), self._content())
+        checkpoints.save(Path(path), self._content() | more)
 
     def checkpoint(self, run: str | Path) -> None:
         """Save as the newest checkpoint of the folder `run`, of which two are kept; its episodes.csv grows.

@@ -1,4 +1,4 @@
-"""Stable-Baselines3 on our environments: a native vector environment, cost curves on TensorBoard, tuned settings."""
+"""Stable-Baselines3 on our environments: a native vector environment, cost curves on TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,61 +19,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from agents.evaluate import evaluate
 
-# Keyword arguments of SB3's algorithms for each environment; "linear 1e-3" falls to 0. PPO's were tuned on the
-# validation split, A2C's and DQN's are PPO's where they share them. `n_envs` (rows) and `total_timesteps` are ours.
-TUNED: dict[str, dict[str, dict[str, Any]]] = {
-    "MoERouting-v0": {
-        "ppo": {
-            "n_envs": 128,
-            "total_timesteps": 1_500_000,
-            "n_steps": 32,
-            "batch_size": 512,
-            "n_epochs": 5,
-            "learning_rate": "linear 1e-3",
-            "gamma": 0.99,
-            "gae_lambda": 0.8,
-            "ent_coef": 0.003,
-            "policy_kwargs": {"net_arch": [128, 128]},
-        },
-        "a2c": {
-            "n_envs": 128,
-            "total_timesteps": 1_000_000,
-            "n_steps": 16,
-            "learning_rate": "linear 2e-3",
-            "gamma": 0.99,
-            "gae_lambda": 0.8,
-            "ent_coef": 0.003,
-            "normalize_advantage": True,
-            "policy_kwargs": {"net_arch": [128, 128]},
-        },
-        "dqn": {
-            "n_envs": 32,
-            "total_timesteps": 500_000,
-            "learning_rate": "linear 1e-3",
-            "buffer_size": 200_000,
-            "learning_starts": 10_000,
-            "batch_size": 256,
-            "train_freq": 4,
-            "gradient_steps": 8,
-            "target_update_interval": 2_000,
-            "gamma": 0.99,
-            "exploration_fraction": 0.3,
-            "exploration_final_eps": 0.02,
-            "policy_kwargs": {"net_arch": [128, 128]},
-        },
-    },
-}
-TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 SUMMED = ("reward/", "cost/")
 ALGORITHMS = {"ppo": PPO, "a2c": A2C, "dqn": DQN}
-
-
-def settings(algo: str, env_id: str, **overrides: Any) -> dict[str, Any]:
-    """The tuned settings of an algorithm for an environment, with overrides; SB3's defaults where none are tuned."""
-    if algo not in ALGORITHMS:
-        raise ValueError(f"algo={algo!r} is not one of {', '.join(ALGORITHMS)}")
-    tuned = TUNED.get(env_id.split(":")[-1], {}).get(algo, {"n_envs": 8, "total_timesteps": 100_000})
-    return copy.deepcopy(tuned) | overrides
 
 
 def make_algorithm(algo: str, env: VecEnv, seed: int, values: dict[str, Any], log: str | None = None) -> BaseAlgorithm:

@@ -54,28 +54,40 @@ def benchmark() -> None:
 
 def _train(
     env: Annotated[str, typer.Option(help="Environment id, with or without 'moe_envs:'.")] = "MoERouting-v0",
-    algo: Annotated[str, typer.Option(help="ppo, a2c or dqn, with settings tuned for the environment.")] = "ppo",
+    algo: Annotated[str, typer.Option(help="own: ppo, reinforce; sb3: ppo, a2c, dqn; with tuned settings.")] = "ppo",
+    backend: Annotated[str, typer.Option(help="own, several times faster, or sb3, Stable-Baselines3.")] = "own",
     seed: int = 0,
     timesteps: Annotated[int | None, typer.Option(help="Instead of the tuned number.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/ENV-ALGO-seedSEED.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run there.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run of backend own.")] = None,
     env_kwarg: EnvKwargs = [],  # noqa: B006
     json_file: Json = None,
 ) -> None:
-    """Train a Stable-Baselines3 agent on the split rl_train, keep the weights best on validation, save a run folder.
+    """Train an agent on the split rl_train, keep the weights best on validation, save a run folder.
 
     Example: moe-train --env MoERouting-v0 --algo ppo --seed 0 -k cost_weight=0.4
     """
     from benchmarks import runs
 
     env_id, env_kwargs = _environment(env), _parse(env_kwarg)
-    folder = out or Path("runs") / f"{env_id.split(':')[-1]}-{algo}-seed{seed}"
-    if (folder / runs.SETTINGS).exists() and not overwrite:
+    name = algo if backend == "sb3" else f"{backend}-{algo}"
+    folder = resume or out or Path("runs") / f"{env_id.split(':')[-1]}-{name}-seed{seed}"
+    if (folder / runs.SETTINGS).exists() and not overwrite and not resume:
         raise ValueError(f"{folder} holds a finished run; --overwrite replaces it, --out names another folder")
     overrides = {} if timesteps is None else {"total_timesteps": timesteps}
     with _bar() as add:
-        report = add(f"training {algo} on {env_id}")
-        runs.train(env_id, algo, seed, folder, env_kwargs, overrides, report)
+        report = add(f"resuming {folder}" if resume else f"training {algo} on {env_id}")
+        try:
+            if resume:
+                runs.resume(folder, report)
+            else:
+                runs.train(env_id, algo, seed, folder, env_kwargs, overrides, report, backend)
+        except KeyboardInterrupt:
+            saved = resume or backend == "own"
+            hint = f"go on: moe-train --resume {folder}" if saved else "nothing was saved"
+            errors.print(f"stopped; {hint}", soft_wrap=True)
+            raise typer.Exit(130) from None
     result = runs.load_config(folder)
     _write(json_file, result)
     console.print(f"[green]saved[/] {folder}    evaluate: moe-eval {folder}    curves: tensorboard --logdir {folder}")
@@ -319,6 +331,8 @@ def _guarded(app: typer.Typer) -> None:
 
     try:
         _require_our_agents()
+        from agents.checkpoints import CheckpointError
+        from agents.rollouts import NotFiniteError
         from benchmarks.runs import RunError
 
         app()
@@ -328,8 +342,10 @@ def _guarded(app: typer.Typer) -> None:
         OSError,
         BundleError,
         DataError,
+        CheckpointError,
         MeterError,
         NormalizerError,
+        NotFiniteError,
         ProfileError,
         RunError,
     ) as error:

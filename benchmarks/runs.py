@@ -1,7 +1,7 @@
-"""Run folders: one training of an SB3 algorithm, with everything needed to evaluate or repeat it, and no pickle.
+"""Run folders: one training, with everything needed to evaluate or repeat it, and no pickle.
 
-`run.json` (environment, settings, seed, commit, machine, versions, SHA-256 of the weights), `policy.safetensors`,
-`episodes.csv` and TensorBoard logs.
+`run.json` (environment, settings, seed, commit, machine, versions, SHA-256 of the weights), `episodes.csv`, TensorBoard
+logs and the weights: `policy.safetensors` of an SB3 algorithm; of ours the folder `best`, and the newest checkpoints.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from cost.files import write_text
+from agents import tuned
+from agents.checkpoints import MANIFEST
+from cost.files import load_json, save_json, write_text
 from cost.machine import fingerprint
 from experts.bundle import source_commit
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
+    from agents.evaluate import Policy
+    from agents.learner import Learner
+
 FORMAT = 1
 SETTINGS, WEIGHTS, EPISODES = "run.json", "policy.safetensors", "episodes.csv"
+STARTED, BEST = "started.json", "best"
 PACKAGES = ("moe-envs", "gymnasium", "stable-baselines3", "torch", "numpy")
 
 
@@ -41,20 +47,6 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def save(folder: Path, model: BaseAlgorithm, config: dict[str, Any], episodes: pd.DataFrame) -> None:
-    """Write a finished run; `run.json` comes last and says with its hash that the rest is whole."""
-    from safetensors.torch import save as dump
-
-    weights = dump({name: value.contiguous() for name, value in model.policy.state_dict().items()})
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}"
-    partial.write_bytes(weights)
-    partial.replace(folder / WEIGHTS)
-    write_text(folder / EPISODES, episodes.to_csv(index=False))
-    content = {"format": FORMAT, **config, **provenance(), "sha256": hashlib.sha256(weights).hexdigest()}
-    write_text(folder / SETTINGS, json.dumps(content, indent=1))
-
-
 def train(
     env_id: str,
     algo: str,
@@ -63,28 +55,88 @@ def train(
     env_kwargs: dict[str, Any],
     overrides: dict[str, Any] | None = None,
     progress: Callable[[float], object] = lambda share: None,
-) -> BaseAlgorithm:
-    """Train an SB3 algorithm with its tuned settings, keep the weights that are best on validation, save the run.
+    backend: str = "sb3",
+) -> Policy:
+    """Train an algorithm with its tuned settings, keep the weights that are best on validation, save the run.
 
     `progress` is called with the share that is done. One torch thread: more would only slow such small networks down.
     """
+    if "split" in env_kwargs:
+        raise ValueError("training is on the split rl_train and chooses on validation; split is for moe-eval")
+    settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
+    config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "backend": backend, "seed": seed}
+    config["settings"] = settings
+    for name in ("tensorboard", BEST, *(path.name for path in folder.glob("checkpoint-*"))):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / SETTINGS).unlink(missing_ok=True)
+    if backend == "sb3":
+        return _train_sb3(folder, config, progress)
+    keywords = {key: value for key, value in settings.items() if key != "total_timesteps"}
+    log = folder / "tensorboard"
+    agent = _own(algo)(env_id, env_kwargs=env_kwargs, seed=seed, tensorboard_log=log, **keywords)
+    agent.goal = settings["total_timesteps"]
+    return _train_own(agent, folder, config, progress)
+
+
+def resume(folder: Path, progress: Callable[[float], object] = lambda share: None) -> Policy:
+    """Go on with an interrupted training of one of our learners as if it had never stopped, bit for bit."""
+    if (folder / SETTINGS).exists():
+        raise ValueError(f"{folder} holds a finished run; moe-eval evaluates it")
+    config = load_json(folder / STARTED, RunError, "only runs of --backend own that were interrupted can be resumed")
+    return _train_own(_own(config["algo"]).resume(folder), folder, config, progress)
+
+
+def _train_sb3(folder: Path, config: dict[str, Any], progress: Callable[[float], object]) -> BaseAlgorithm:
     import torch
+    from safetensors.torch import save as dump
 
     from agents import sb3
 
-    if "split" in env_kwargs:
-        raise ValueError("training is on the split rl_train and chooses on validation; split is for moe-eval")
     torch.set_num_threads(1)
-    settings = sb3.settings(algo, env_id, **(overrides or {}))
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    env = sb3.make_sb3_vec(env_id, settings["n_envs"], **env_kwargs)
-    model = sb3.make_algorithm(algo, env, seed, settings, log=str(folder / "tensorboard"))
+    settings, env_kwargs = config["settings"], config["env_kwargs"]
+    env = sb3.make_sb3_vec(config["env"], settings["n_envs"], **env_kwargs)
+    model = sb3.make_algorithm(config["algo"], env, config["seed"], settings, log=str(folder / "tensorboard"))
     costs = sb3.CostLogger()
-    model.learn(settings["total_timesteps"], [costs, sb3.KeepBest(env_id, env_kwargs), sb3.Progress(progress)])
-    config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "seed": seed, "settings": settings}
-    config["cost_weight"] = env.get_attr("reward")[0].cost_weight
-    save(folder, model, config, pd.DataFrame(costs.records))
+    callbacks = [costs, sb3.KeepBest(config["env"], env_kwargs), sb3.Progress(progress)]
+    model.learn(settings["total_timesteps"], callbacks)
+    weights = dump({name: value.contiguous() for name, value in model.policy.state_dict().items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}"
+    partial.write_bytes(weights)
+    partial.replace(folder / WEIGHTS)
+    write_text(folder / EPISODES, pd.DataFrame(costs.records).to_csv(index=False))
+    _finish(folder, config | {"cost_weight": env.get_attr("reward")[0].cost_weight}, weights)
     return model
+
+
+def _train_own(agent: Learner, folder: Path, config: dict[str, Any], progress: Callable[[float], object]) -> Learner:
+    from agents.best import Best
+
+    save_json(folder / STARTED, config)
+    best = Best(folder / BEST, agent, config["env"], config["env_kwargs"])
+
+    def after(agent: Learner) -> None:
+        best(agent)
+        progress(agent.num_timesteps / agent.goal)
+
+    agent.learn(callback=after, checkpoint_path=folder)
+    reward: Any = agent.rows.env.unwrapped
+    config = config | {"cost_weight": reward.reward.cost_weight}
+    _finish(folder, config, (folder / BEST / MANIFEST).read_bytes())
+    return type(agent).load(folder / BEST)
+
+
+def _finish(folder: Path, config: dict[str, Any], weights: bytes) -> None:
+    """Write `run.json`, which comes last and says with its hash that the rest is whole."""
+    content = {"format": FORMAT, **config, **provenance(), "sha256": hashlib.sha256(weights).hexdigest()}
+    write_text(folder / SETTINGS, json.dumps(content, indent=1))
+
+
+def _own(algo: str) -> type[Learner]:
+    from agents.ppo import PPO
+    from agents.reinforce import REINFORCE
+
+    return {"ppo": PPO, "reinforce": REINFORCE}[algo]
 
 
 def finished(folder: Path, wanted: dict[str, Any]) -> bool:
@@ -111,7 +163,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def load(folder: Path) -> tuple[BaseAlgorithm, dict[str, Any]]:
+def load(folder: Path) -> tuple[Policy, dict[str, Any]]:
     """The trained model of a run and its configuration; nothing is unpickled."""
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
@@ -119,18 +171,20 @@ def load(folder: Path) -> tuple[BaseAlgorithm, dict[str, Any]]:
     from agents.sb3 import make_algorithm, make_sb3_vec
 
     config = load_config(folder)
+    own = config.get("backend") == "own"
+    weights = folder / (f"{BEST}/{MANIFEST}" if own else WEIGHTS)
     try:
-        raw = (folder / WEIGHTS).read_bytes()
+        raw = weights.read_bytes()
     except OSError as error:
-        raise RunError(f"{folder / WEIGHTS} cannot be read: {error.strerror}") from error
+        raise RunError(f"{weights} cannot be read: {error.strerror}") from error
     if hashlib.sha256(raw).hexdigest() != config["sha256"]:
-        raise RunError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {SETTINGS}")
+        raise RunError(f"{weights} is damaged: its SHA-256 is not the one in {SETTINGS}")
+    if own:
+        return _own(config["algo"]).load(folder / BEST), config
     env = make_sb3_vec(config["env"], config["settings"]["n_envs"], **config["env_kwargs"])
     model = make_algorithm(config["algo"], env, config["seed"], config["settings"])
     try:
         model.policy.load_state_dict(parse(raw))
     except (SafetensorError, RuntimeError) as error:
-        raise RunError(
-            f"{folder / WEIGHTS} does not fit a {config['algo']} policy of {config['env']}: {error}"
-        ) from error
+        raise RunError(f"{weights} does not fit a {config['algo']} policy of {config['env']}: {error}") from error
     return model, config

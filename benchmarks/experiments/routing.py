@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from agents import tuned
 from benchmarks import pareto, report, runs
 from benchmarks.statistics import paired_difference
 from cost.files import write_text
@@ -144,11 +145,9 @@ def _hypervolumes(rows: list[dict[str, Any]]) -> str:
 def _learned(
     index: int, env_kwargs: dict[str, Any], seed: int, folder: Path, timesteps: int | None, shares: Any
 ) -> list[tuple[dict[str, Any], Returns]]:
-    from agents import sb3
-
-    overrides = {} if timesteps is None else {"total_timesteps": timesteps}
+    overrides: dict[str, Any] = {} if timesteps is None else {"total_timesteps": timesteps}
     wanted = {"env": ENV, "env_kwargs": env_kwargs, "algo": "ppo", "seed": seed}
-    if runs.finished(folder, wanted | {"settings": sb3.settings("ppo", ENV, **overrides)}):
+    if runs.finished(folder, wanted | {"settings": tuned.settings("ppo", ENV, **overrides)}):
         return [_score(runs.load(folder)[0], "PPO", "learned", seed, env_kwargs)]
     model = runs.train(ENV, "ppo", seed, folder, env_kwargs, overrides, lambda share: shares.update({index: share}))
     return [_score(model, "PPO", "learned", seed, env_kwargs)]

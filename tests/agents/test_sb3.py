@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents import sb3
+from agents import sb3, tuned
 
 ID = "moe_envs:MoERouting-v0"
 DIGITS: dict[str, Any] = {"bundle": "digits", "batch_size": 6}
@@ -76,7 +76,7 @@ def test_every_algorithm_trains_with_its_tuned_settings_and_repeats_bit_for_bit(
 ) -> None:
     weights = []
     for _ in range(2):
-        settings = sb3.settings(algo, ID, n_envs=4, **small)
+        settings = tuned.settings(algo, ID, n_envs=4, **small)
         model = sb3.make_algorithm(algo, sb3.make_sb3_vec(ID, 4, **DIGITS), 3, settings)
         model.learn(256, sb3.KeepBest(ID, DIGITS, checks=2, episodes=20))
         weights.append(np.concatenate([value.numpy().ravel() for value in model.policy.state_dict().values()]))
@@ -85,7 +85,7 @@ def test_every_algorithm_trains_with_its_tuned_settings_and_repeats_bit_for_bit(
 
 def test_unknown_algorithms_are_named() -> None:
     with pytest.raises(ValueError, match="ppo, a2c, dqn"):
-        sb3.settings("sac", ID)
+        tuned.settings("sac", ID)
 
 
 def test_keep_best_ends_with_the_weights_best_on_validation() -> None:
@@ -104,7 +104,7 @@ def test_ppo_learns_to_route_better_than_the_gate() -> None:
     from agents.yardsticks.routing import Problem, _top_m
 
     kwargs: dict[str, Any] = {"bundle": "digits", "cost_weight": 0.4}
-    settings = sb3.settings("ppo", ID, n_envs=32, batch_size=256)
+    settings = tuned.settings("ppo", ID, n_envs=32, batch_size=256)
     model = sb3.make_algorithm("ppo", sb3.make_sb3_vec(ID, 32, **kwargs), 0, settings)
     model.learn(40_000)
     problem = Problem(ID, **kwargs)

@@ -1,8 +1,10 @@
 """The commands, as a person calls them."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "short"
     done = command(
-        "train", "--env", "MoERouting-v0", "--seed", "3", "--timesteps", "4096", "--out", str(folder),
+        "train", "--env", "MoERouting-v0", "--backend", "sb3", "--seed", "3", "--timesteps", "4096",
+        "--out", str(folder),
         "-k", "bundle=digits", "-k", "cost_weight=0.3", "--json", str(folder / "out.json"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -50,6 +53,8 @@ def test_evaluation_loads_the_run_and_writes_rows(run: Path, tmp_path: Path) -> 
 
 
 def test_weights_survive_the_folder_bit_for_bit(run: Path) -> None:
+    model: Any
+    again: Any
     model, config = runs.load(run)
     again, _ = runs.load(run)
     ours, theirs = model.policy.state_dict(), again.policy.state_dict()
@@ -67,7 +72,9 @@ def test_a_finished_run_is_not_overwritten_unasked(run: Path) -> None:
     ("name", "arguments", "message"),
     [
         ("train", ["--env", "MoERoutnig-v0"], "did you mean MoERouting-v0"),
-        ("train", ["--algo", "sac", "--out", "x"], "ppo, a2c, dqn"),
+        ("train", ["--algo", "sac", "--out", "x"], "own: ppo, reinforce; sb3: ppo, a2c, dqn"),
+        ("train", ["--backend", "rllib", "--out", "x"], "own: ppo"),
+        ("train", ["--resume", "nowhere"], "only runs of --backend own"),
         ("train", ["-k", "cost_weight", "--out", "x"], "name=value"),
         ("train", ["-k", "splot=test", "--out", "x"], "did you mean 'split'"),
         ("train", ["-k", "split=test", "--out", "x"], "rl_train"),
@@ -86,6 +93,39 @@ def test_mistakes_are_one_line_that_says_what_to_do(
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+OWN = ("--backend", "own", "-k", "bundle=digits", "-k", "cost_weight=0.3", "--timesteps", "60000")
+
+
+def test_an_own_run_that_is_stopped_resumes_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert command("train", *OWN, "--out", str(whole)).returncode == 0
+    arguments = [sys.executable, "-c", "from benchmarks.cli import train; train()", *OWN, "--out", str(stopped)]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while not (stopped / "best").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert f"moe-train --resume {stopped}" in process.stderr.read()
+    assert process.returncode == 130
+    assert not (stopped / "run.json").exists()
+    done = command("train", "--resume", str(stopped))
+    assert done.returncode == 0, done.stderr
+    first: Any
+    second: Any
+    (first, config), (second, _) = runs.load(whole), runs.load(stopped)
+    assert all((first.network.weights[name] == second.network.weights[name]).all() for name in first.network.weights)
+    assert (whole / "episodes.csv").read_bytes() == (stopped / "episodes.csv").read_bytes()
+    assert (config["backend"], config["algo"], config["cost_weight"]) == ("own", "ppo", 0.3)
+    evaluated = command("evaluate", str(stopped), "--episodes", "50")
+    assert evaluated.returncode == 0, evaluated.stderr
+    again = command("train", "--resume", str(stopped))
+    assert "holds a finished run" in again.stderr
+    manifest = stopped / "best" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-1])
+    with pytest.raises(runs.RunError, match="manifest.json is damaged"):
+        runs.load(stopped)
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "profile", "bundle", "benchmark"])
