@@ -241,6 +241,34 @@ def _cost(
     console.print(f"[green]saved[/] {out}/report.md, results.json and pictures")
 
 
+@benchmark_app.command("learners")
+def _learners(
+    seeds: Annotated[int, typer.Option(min=2)] = 10,
+    environments: Annotated[str, typer.Option(help="Separated by commas; empty: speed only.")] = ",".join(
+        ("CartPole-v1", "Acrobot-v1", "moe_envs:MoERouting-v0")
+    ),
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    out: Path = Path("runs/learners"),
+) -> None:
+    """Our PPO beside SB3's with the same settings: returns of final policies, CPU seconds, steps per second."""
+    from benchmarks.experiments import learners
+
+    with _bar() as add:
+        result = learners.run(seeds, out, jobs, [name for name in environments.split(",") if name], add)
+    table = Table("environment", "seeds", "own", "SB3", "difference, 95 %", "CPU s", title="returns of final policies")
+    for row in result["learning"]:
+        low, high = row["ci95"]
+        difference = f"{row['difference']:+.4g} ({low:+.4g} .. {high:+.4g})"
+        seconds = f"{row['own_seconds']:.1f}, {row['sb3_seconds']:.1f}"
+        table.add_row(row["env"], str(row["seeds"]), f"{row['own']:.4f}", f"{row['sb3']:.4f}", difference, seconds)
+    rates = Table("environment", "rows", "minibatch", "own", "SB3", "ratio", title="steps/s of CPU time, medians")
+    for row in result["speed"]:
+        numbers = f"{row['own']:,.0f}", f"{row['sb3']:,.0f}", f"{row['ratio']:.2f}"
+        rates.add_row(row["env"], str(row["rows"]), str(row["batch_size"]), *numbers)
+    console.print(table, rates)
+    console.print(f"[green]saved[/] {out}/raw.jsonl, {out}/results.json")
+
+
 @benchmark_app.command("speed")
 def _speed(json_file: Json = None) -> None:
     """Steps per second of CPU time beside CartPole's, in one run, on one thread."""

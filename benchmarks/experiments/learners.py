@@ -1,0 +1,145 @@
+"""Are our learners as good as SB3's, and how much faster? The same settings in both, final policies, several seeds.
+
+Each training is a line of `raw.jsonl`; what is there already is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from agents import tuned
+from benchmarks import runs
+
+ROUTING = "moe_envs:MoERouting-v0"
+# CartPole's and Acrobot's are those of RL Baselines3 Zoo, with a constant clip range and, for Acrobot, fewer steps.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "CartPole-v1": {
+        "n_envs": 8, "total_timesteps": 100_000, "n_steps": 32, "batch_size": 256, "n_epochs": 20,
+        "gae_lambda": 0.8, "gamma": 0.98, "learning_rate": "linear 1e-3",
+    },
+    "Acrobot-v1": {
+        "n_envs": 16, "total_timesteps": 200_000, "n_steps": 256, "batch_size": 256, "n_epochs": 4,
+        "gae_lambda": 0.94, "gamma": 0.99, "learning_rate": 1e-3,
+    },
+    ROUTING: tuned.TUNED["MoERouting-v0"]["ppo"],
+}  # fmt: skip
+EPISODES = 200  # of each final policy; 1,000 on the test split of MoERouting-v0
+# (environment, rows, steps of a rollout, minibatch): a batch of 64 is SB3's default
+CASES = [
+    ("CartPole-v1", 8, 128, 64), ("CartPole-v1", 64, 128, 64), (ROUTING, 8, 128, 64), (ROUTING, 64, 128, 64),
+    (ROUTING, 1024, 32, 64), ("CartPole-v1", 8, 128, 256), ("CartPole-v1", 64, 128, 1024), (ROUTING, 8, 128, 256),
+    (ROUTING, 64, 128, 1024), (ROUTING, 1024, 32, 4096),
+]  # fmt: skip
+ROUNDS, STEPS = 3, 32_768
+Row = dict[str, Any]
+
+
+def train(env_id: str, backend: str, seed: int) -> Row:
+    """One training; the mean return of its final policy, acting deterministically, and its CPU seconds."""
+    import torch
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    from agents.evaluate import evaluate
+
+    torch.set_num_threads(1)
+    values = dict(SETTINGS[env_id])
+    total = values.pop("total_timesteps")
+    begun = time.process_time()
+    agent = _make(env_id, backend, seed, values)
+    agent.learn(total)
+    row = {"env": env_id, "backend": backend, "seed": seed, "seconds": time.process_time() - begun}
+    if env_id == ROUTING:
+        return row | {"return": float(evaluate(agent, env_id, 1000, split="test")["return"].mean())}
+    found, _ = evaluate_policy(agent, make_vec_env(env_id, 8, seed=10_000 + seed), EPISODES)
+    return row | {"return": float(np.mean(found))}
+
+
+def run(
+    seeds: int, out: Path, jobs: int, environments: list[str], add_task: Callable[[str], Callable[[float], object]]
+) -> Row:
+    """All trainings that are not in `out` yet, and the speeds; writes raw.jsonl and results.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    raw = out / "raw.jsonl"
+    rows: list[Row] = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    there = {(row["env"], row["backend"], row["seed"]) for row in rows}
+    wanted = [(env, backend, seed) for env in environments for seed in range(seeds) for backend in ("own", "sb3")]
+    missing = [each for each in wanted if each not in there]
+    report = add_task(f"{len(missing)} trainings")
+    origin = runs.provenance()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, raw.open("a") as file:
+        futures = [pool.submit(train, *each) for each in missing]
+        for number, future in enumerate(as_completed(futures)):
+            rows.append(future.result() | {"settings": SETTINGS[future.result()["env"]], **origin})
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+            report((number + 1) / len(missing))
+    frame = pd.DataFrame(row for row in rows if (row["env"], row["backend"], row["seed"]) in set(wanted))
+    result = {"learning": compare(frame), "speed": speed(add_task("speed")), **origin}
+    runs.write_text(out / "results.json", json.dumps(result, indent=1))
+    return result
+
+
+def compare(frame: pd.DataFrame) -> list[Row]:
+    """For each environment: mean returns, their difference with its 95 % interval (Welch), CPU seconds."""
+    from scipy.stats import ttest_ind
+
+    rows: list[Row] = []
+    for env, group in frame.groupby("env", sort=False):
+        own, sb3 = (group[group["backend"] == backend] for backend in ("own", "sb3"))
+        interval = ttest_ind(own["return"], sb3["return"], equal_var=False).confidence_interval()
+        means = float(own["return"].mean()), float(sb3["return"].mean())
+        row = {"env": env, "seeds": len(own), "own": means[0], "sb3": means[1], "difference": means[0] - means[1]}
+        row |= {"ci95": [float(interval.low), float(interval.high)]}
+        rows.append(row | {"own_seconds": own["seconds"].median(), "sb3_seconds": sb3["seconds"].median()})
+    return rows
+
+
+def speed(report: Callable[[float], object]) -> list[Row]:
+    """Steps per second of CPU time, one thread, of both in turn: medians, for the same network, batch and 4 epochs."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(1)
+    rows = []
+    with threadpool_limits(1, "blas"):
+        for number, (env_id, count, steps, batch) in enumerate(CASES):
+            values = {"n_envs": count, "n_steps": steps, "batch_size": batch, "n_epochs": 4}
+            agents = [_make(env_id, backend, 0, values) for backend in ("own", "sb3")]
+            for agent in agents:
+                agent.learn(count * steps)
+            rates = [[_rate(agent) for agent in agents] for _ in range(ROUNDS)]
+            own, sb3 = (statistics.median(rate) for rate in zip(*rates, strict=True))
+            ratio = statistics.median(ours / theirs for ours, theirs in rates)
+            rows.append({"env": env_id, "rows": count, "batch_size": batch, "own": own, "sb3": sb3, "ratio": ratio})
+            report((number + 1) / len(CASES))
+    return rows
+
+
+def _rate(agent: Any) -> float:
+    begun, before = time.process_time(), agent.num_timesteps
+    agent.learn(STEPS, reset_num_timesteps=False) if hasattr(agent, "policy") else agent.learn(STEPS)
+    return float((agent.num_timesteps - before) / (time.process_time() - begun))
+
+
+def _make(env_id: str, backend: str, seed: int, values: dict[str, Any]) -> Any:
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from agents import PPO
+    from agents.sb3 import make_algorithm, make_sb3_vec
+
+    if backend == "own":
+        return PPO(env_id, seed=seed, **values)
+    rows = values["n_envs"]
+    env: Any = make_sb3_vec(env_id, rows) if env_id == ROUTING else make_vec_env(env_id, rows, seed=seed)
+    return make_algorithm("ppo", env, seed, values)
