@@ -19,6 +19,7 @@ import pandas as pd
 
 from agents import tuned
 from benchmarks import runs
+from cost.files import write_text
 
 ROUTING = "moe_envs:MoERouting-v0"
 # CartPole's and Acrobot's are those of RL Baselines3 Zoo, with a constant clip range and, for Acrobot, fewer steps.
@@ -86,7 +87,7 @@ def run(
             report((number + 1) / len(missing))
     frame = pd.DataFrame(row for row in rows if (row["env"], row["backend"], row["seed"]) in set(wanted))
     result = {"learning": compare(frame), "speed": speed(add_task("speed")), **origin}
-    runs.write_text(out / "results.json", json.dumps(result, indent=1))
+    write_text(out / "results.json", json.dumps(result, indent=1))
     return result
 
 
@@ -99,7 +100,7 @@ def compare(frame: pd.DataFrame) -> list[Row]:
         own, sb3 = (group[group["backend"] == backend] for backend in ("own", "sb3"))
         interval = ttest_ind(own["return"], sb3["return"], equal_var=False).confidence_interval()
         means = float(own["return"].mean()), float(sb3["return"].mean())
-        row = {"env": env, "seeds": len(own), "own": means[0], "sb3": means[1], "difference": means[0] - means[1]}
+        row: Row = {"env": env, "seeds": len(own), "own": means[0], "sb3": means[1], "difference": means[0] - means[1]}
         row |= {"ci95": [float(interval.low), float(interval.high)]}
         rows.append(row | {"own_seconds": own["seconds"].median(), "sb3_seconds": sb3["seconds"].median()})
     return rows
