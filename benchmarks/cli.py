@@ -269,6 +269,28 @@ def _learners(
     console.print(f"[green]saved[/] {out}/raw.jsonl, {out}/results.json")
 
 
+@benchmark_app.command("deploy")
+def _deploy(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder of moe-train.")],
+    episodes: Annotated[int, typer.Option(min=1)] = 500,
+    json_file: Json = None,
+) -> None:
+    """Put a learned policy into the real model as its router: accuracy, cost and wall time beside the top-2 gate's."""
+    from benchmarks import runs
+    from benchmarks.experiments import deploy
+
+    result = deploy.run(run_dir, episodes)
+    _write(json_file, result | runs.provenance())
+    table = Table("", "accuracy", "cost", title=f"{episodes} test batches; cost 1 is the top-2 gate's")
+    for name in ("environment", "deployed"):
+        table.add_row(name, f"{result[name]['accuracy']:.4f}", f"{result[name]['cost']:.4f}")
+    times = Table("batch", "top-2, ms", "routed, ms", "of that the router, ms", title="wall time, medians, one thread")
+    for row in result["times"]:
+        times.add_row(str(row["batch_size"]), *(f"{row[case] * 1e3:.3f}" for case in ("top-2", "routed", "router")))
+    console.print(table, times)
+    console.print(f"decisions equal to the environment's: {result['deployed']['decisions_equal']:.4%}")
+
+
 @benchmark_app.command("speed")
 def _speed(json_file: Json = None) -> None:
     """Steps per second of CPU time beside CartPole's, in one run, on one thread."""

@@ -114,8 +114,13 @@ class Bundle:
 
     def features(self, inputs: np.ndarray) -> np.ndarray:
         """The features `[n, F]` of new inputs `[n, d]`, as a policy trained on this bundle sees them."""
+        return project(inputs, *self.projection)
+
+    @property
+    def projection(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean `[d]` and projection `[d, F]` of `features`."""
         tensors = self._tensors(MODEL)
-        return project(inputs, tensors["features.mean"], tensors["features.projection"])
+        return tensors["features.mean"], tensors["features.projection"]
 
     @property
     def examples(self) -> np.ndarray:

@@ -188,3 +188,54 @@ def test_an_environment_object_trains_and_cannot_be_saved(tmp_path: Path) -> Non
     assert agent.num_timesteps == 128
     with pytest.raises(ValueError, match="environment's id"):
         agent.save(tmp_path / "agent")
+
+
+def test_an_update_is_sb3s() -> None:
+    """The same weights, rollout and minibatches: SB3's PPO and ours end with the same weights."""
+    import stable_baselines3
+    import torch
+    from stable_baselines3.common.logger import configure
+
+    from agents.sb3 import make_sb3_vec
+
+    rows, steps = 8, 40
+    settings: dict[str, Any] = {"n_steps": steps, "batch_size": rows * steps, "n_epochs": 5, "learning_rate": 1e-3}
+    settings |= {"gae_lambda": 0.8, "ent_coef": 0.01, "max_grad_norm": 0.05}
+    ours = PPO(**ROUTING, n_envs=rows, **settings)
+    env = make_sb3_vec(ROUTING["env"], rows, **ROUTING["env_kwargs"])
+    theirs = stable_baselines3.PPO("MlpPolicy", env, policy_kwargs={"net_arch": [64, 64]}, device="cpu", **settings)
+
+    def their_weights() -> dict[str, np.ndarray]:
+        found = {name: value.numpy().T for name, value in theirs.policy.state_dict().items()}
+        nets = ("mlp_extractor.policy_net", "mlp_extractor.value_net")
+        weights = {f"{k}.weight": np.stack([found[f"{net}.{2 * k}.weight"] for net in nets]) for k in (0, 1)}
+        weights |= {f"{k}.bias": np.stack([found[f"{net}.{2 * k}.bias"][None] for net in nets]) for k in (0, 1)}
+        weights |= {"policy.weight": found["action_net.weight"], "policy.bias": found["action_net.bias"]}
+        return weights | {"value.weight": found["value_net.weight"][:, 0], "value.bias": found["value_net.bias"]}
+
+    for name, values in their_weights().items():
+        ours.network.weights[name][:] = values
+    ours.collector.begin(0)
+    batch = ours._batch()
+    observations, actions = batch.inputs.reshape(steps, rows, -1), batch.actions.reshape(steps, rows)
+    theirs._setup_learn(10**6)
+    theirs.set_logger(configure(None, []))
+    env.seed(0)
+    seen, starts = env.reset(), np.ones(rows, dtype=np.bool_)
+    for step in range(steps):
+        np.testing.assert_array_equal(seen, observations[step])
+        with torch.no_grad():
+            values, log_prob, _ = theirs.policy.evaluate_actions(
+                torch.from_numpy(observations[step]), torch.from_numpy(actions[step])
+            )
+        after, rewards, done, _ = env.step(actions[step])
+        theirs.rollout_buffer.add(seen, actions[step][:, None], rewards, starts, values[:, 0], log_prob)
+        seen, starts = after, done  # type: ignore[assignment]
+    with torch.no_grad():
+        last = theirs.policy.predict_values(torch.from_numpy(seen))
+    theirs.rollout_buffer.compute_returns_and_advantage(last, starts)
+    np.testing.assert_allclose(theirs.rollout_buffer.advantages.ravel(), batch.advantages, atol=1e-5)
+    theirs.train()
+    ours._update(batch)
+    for name, values in their_weights().items():
+        np.testing.assert_allclose(ours.network.weights[name], values, atol=1e-5)

@@ -52,6 +52,16 @@ def test_evaluation_loads_the_run_and_writes_rows(run: Path, tmp_path: Path) -> 
     assert f"{row['return']:.4f}" in done.stdout
 
 
+def test_a_run_is_deployed(run: Path, tmp_path: Path) -> None:
+    done = command("benchmark", "deploy", str(run), "--episodes", "20", "--json", str(tmp_path / "d.json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "d.json").read_text())
+    assert result["deployed"]["decisions_equal"] >= 0.999
+    for name in ("accuracy", "cost"):
+        assert result["deployed"][name] == pytest.approx(result["environment"][name], abs=0.002)
+    assert [row["batch_size"] for row in result["times"]] == [1, 32, 512]
+
+
 def test_weights_survive_the_folder_bit_for_bit(run: Path) -> None:
     model: Any
     again: Any

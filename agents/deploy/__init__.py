@@ -1,0 +1,1 @@
+"""Learned policies that leave the gym."""

@@ -1,0 +1,191 @@
+"""A policy of MoERouting-v0 as the router of the real model: experts that it does not choose are not run.
+
+Shape legend: B inputs, G groups of T inputs routed in turn, E experts, F features, C classes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from agents.learner import Learner
+from agents.networks import CLIP
+from experts import bundle as bundles
+from experts.bundle import FEATURE_BOUND, Bundle
+from experts.model import mix
+from moe_envs.routing_tables import BATCH_SCALE, GATE_BOUND
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+
+class RoutedMoE(nn.Module):
+    """The classifier of a bundle, routed by a policy that was trained in MoERouting-v0, ours or SB3's.
+
+    Inputs `[B, D]` are routed in groups of `batch_size`, the length of the policy's episodes; all groups at once, input
+    by input, as in the environment: what it sees of a group is that group's own. `env` is an environment with the
+    policy's arguments; its costs are what the policy sees as cost so far.
+    """
+
+    def __init__(self, bundle: str | Bundle, policy: Learner | BaseAlgorithm, env_kwargs: dict[str, Any] | None = None):
+        super().__init__()
+        from moe_envs.routing import MoERoutingVectorEnv
+
+        loaded = bundles.load(bundle) if isinstance(bundle, str) else bundle
+        arguments = {**(env_kwargs or {}), "bundle": str(loaded.path), "split": "test"}
+        env = MoERoutingVectorEnv(1, **arguments)
+        if env.action == "top-m":
+            raise ValueError("action='top-m' is not deployed: train with action='expert' or 'subset'")
+        self.action, self.batch_size, self.num_experts = env.action, env.tables.batch_size, env.tables.num_experts
+        model: Any = loaded.model()
+        self.trunk, self.gate = model.trunk, model.gate
+        self.experts = nn.ModuleList(model.experts)
+        self.policy = policy_module(policy, env.tables.width)
+        mean, projection = (torch.from_numpy(part) for part in loaded.projection)
+        self.register_buffer("mean", mean)
+        self.register_buffer("projection", projection)
+        costs = [
+            torch.from_numpy(part[1 << np.arange(self.num_experts), 0]) for part in (env.tables.fixed, env.tables.slope)
+        ]
+        self.register_buffer("fixed", costs[0])
+        self.register_buffer("slope", costs[1])
+        self.eval()
+
+    mean: torch.Tensor
+    projection: torch.Tensor
+    fixed: torch.Tensor
+    slope: torch.Tensor
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """Class logits `[B, C]`; every expert runs once, on the inputs that were routed to it."""
+        h_BD = self.trunk(x_BD)
+        gate_BE = self.gate(h_BD)
+        members_BE = self.route(x_BD, gate_BE)
+        outputs = []
+        rows_of = [members_BE[:, expert].nonzero()[:, 0] for expert in range(self.num_experts)]
+        weights_BE = gate_BE.masked_fill(~members_BE, -torch.inf).softmax(-1).nan_to_num(0.0)
+        for expert, rows in enumerate(rows_of):
+            if len(rows):
+                outputs.append((rows, self.experts[expert](h_BD[rows]) * weights_BE[rows, expert, None]))
+        logits_BC = x_BD.new_zeros(len(x_BD), outputs[0][1].shape[1]) if outputs else x_BD.new_zeros(len(x_BD), 1)
+        for rows, output in outputs:
+            logits_BC.index_add_(0, rows, output)
+        return logits_BC
+
+    def route(self, x_BD: torch.Tensor, gate_BE: torch.Tensor) -> torch.Tensor:
+        """The chosen experts, boolean `[B, E]`."""
+        features_BF = ((x_BD - self.mean) @ self.projection).clip(-FEATURE_BOUND, FEATURE_BOUND).half().float()
+        centred_BE = (gate_BE - gate_BE.mean(1, keepdim=True)).clip(-GATE_BOUND, GATE_BOUND)
+        whole = len(x_BD) // self.batch_size * self.batch_size
+        parts = [
+            self._route_groups(features.unflatten(0, (-1, size)), gate.unflatten(0, (-1, size)))
+            for features, gate, size in (
+                (features_BF[:whole], centred_BE[:whole], self.batch_size),
+                (features_BF[whole:], centred_BE[whole:], len(x_BD) - whole),
+            )
+            if size and len(features)
+        ]
+        return torch.cat(parts)
+
+    def _route_groups(self, features_GTF: torch.Tensor, gate_GTE: torch.Tensor) -> torch.Tensor:
+        groups, size = gate_GTE.shape[:2]
+        share_GE = gate_GTE.softmax(-1).mean(1) * self.num_experts
+        seen_GTO = torch.cat([features_GTF, gate_GTE], dim=2)
+        batch_GO = torch.cat([share_GE, (features_GTF * BATCH_SCALE).mean(1)], dim=1)
+        used_GE, cost_G1 = torch.zeros_like(share_GE), share_GE.new_zeros(groups, 1, dtype=torch.float64)
+        members = []
+        for step in range(size):
+            progress_G1 = share_GE.new_full((groups, 1), step / size)
+            head = self.policy(torch.cat([seen_GTO[:, step], batch_GO, used_GE, cost_G1.float(), progress_G1], dim=1))
+            if self.action == "expert":
+                chosen_GE = F.one_hot(head.argmax(1), self.num_experts).to(used_GE.dtype)
+            else:
+                chosen_GE = (head > 0).to(used_GE.dtype)
+            new_GE = chosen_GE * (1 - used_GE)
+            cost_G1 = cost_G1 + (new_GE * self.fixed + chosen_GE * self.slope).sum(1, keepdim=True)
+            used_GE = used_GE + new_GE
+            members.append(chosen_GE > 0)
+        return torch.stack(members, dim=1).flatten(0, 1)
+
+    def export_onnx(self, path: str | Path, batch_size: int | None = None) -> None:
+        """Write an ONNX model of `input [batch_size, D] -> logits [batch_size, C]`, for batches of this size only.
+
+        The graph has no data-dependent parts: it runs all experts and weights those that were not chosen with 0.
+        """
+        if importlib.util.find_spec("onnxscript") is None:
+            raise ImportError("an export to ONNX needs onnx and onnxscript: pip install 'moe-envs[export]'")
+        size = batch_size or self.batch_size
+        example = torch.zeros(size, self.mean.shape[0])
+        torch.onnx.export(
+            _Dense(self).eval(), (example,), str(path), input_names=["input"], output_names=["logits"], dynamo=True
+        )
+
+
+class _Dense(nn.Module):
+    """All experts on all inputs, mixed by what the policy chooses."""
+
+    def __init__(self, routed: RoutedMoE) -> None:
+        super().__init__()
+        self.routed = routed
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        h_BD = self.routed.trunk(x_BD)
+        gate_BE = self.routed.gate(h_BD)
+        members_BE = self.routed.route(x_BD, gate_BE)
+        outputs_BEC = torch.stack([expert(h_BD) for expert in self.routed.experts], dim=1)
+        return mix(gate_BE, outputs_BEC, members_BE).nan_to_num(0.0)
+
+
+def policy_module(policy: Learner | BaseAlgorithm, width: int) -> nn.Module:
+    """A policy's head of observations `[n, width]` as a module: of our learners or of SB3's with an `MlpPolicy`."""
+    if isinstance(policy, Learner):
+        if policy.network.gru:
+            raise ValueError("a policy with a GRU is not deployed: train with gru=0")
+        weights, layers = policy.network.weights, list[nn.Module]()
+        names = [f"{place}" for place in range(policy.network.depth)]
+        moments = policy.preprocessor.moments
+        if policy.preprocessor.normalize:
+            layers.append(_Normalize(moments.mean, moments.scale()))
+        for name in names:
+            layers += [_linear(weights[f"{name}.weight"][0], weights[f"{name}.bias"][0, 0]), nn.Tanh()]
+        found: nn.Module = nn.Sequential(*layers, _linear(weights["policy.weight"], weights["policy.bias"]))
+    else:
+        network: Any = policy.policy
+        found = (
+            network.q_net.q_net
+            if hasattr(network, "q_net")
+            else nn.Sequential(network.mlp_extractor.policy_net, network.action_net)
+        )
+    found = found.to("cpu").eval().requires_grad_(False)
+    found(torch.zeros(1, width))
+    return found
+
+
+class _Normalize(nn.Module):
+    """Observations as `Preprocessor` normalises them."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, mean: np.ndarray, scale: np.ndarray) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.from_numpy(mean.astype(np.float32)))
+        self.register_buffer("scale", torch.from_numpy(scale))
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = ((observations - self.mean) * self.scale).clip(-CLIP, CLIP)
+        return found
+
+
+def _linear(weight: np.ndarray, bias: np.ndarray) -> nn.Linear:
+    layer = nn.Linear(*weight.shape)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight.T))
+        layer.bias.copy_(torch.from_numpy(bias))
+    return layer

@@ -1,0 +1,93 @@
+"""A deployed router decides, costs and answers as its policy did in the environment."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from agents import PPO
+from agents.deploy.routing import RoutedMoE
+from experts import bundle as bundles
+from experts import data
+
+ID = "moe_envs:MoERouting-v0"
+
+
+def policies() -> list[tuple[str, dict[str, Any], Any]]:
+    import stable_baselines3 as sb3
+
+    from agents.sb3 import make_sb3_vec
+
+    found = []
+    for action in ("expert", "subset"):
+        kwargs = {"bundle": "digits", "action": action, "cost_weight": 0.1}
+        own = PPO(ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=5, normalize_observations=True).learn(15_000)
+        found.append((f"own {action}", kwargs, own))
+        model = sb3.PPO("MlpPolicy", make_sb3_vec(ID, 16, **kwargs), n_steps=32, batch_size=256, device="cpu", seed=0)
+        found.append((f"sb3 {action}", kwargs, model.learn(4_000)))
+    return found
+
+
+def test_a_deployed_router_is_the_environments_policy() -> None:
+    loaded = bundles.load("digits")
+    inputs, labels = data.load("digits")["test"]
+    for name, kwargs, policy in policies():
+        routed = RoutedMoE(loaded, policy, kwargs)
+        env: Any = gymnasium.make(ID, **kwargs, split="test").unwrapped
+        deployed, played, chosen = [], [], []
+        for episode in range(20):
+            observation, _ = env.reset(seed=episode)
+            batch = env.batch_inputs()
+            actions, ended = [], False
+            while not ended:
+                action, _ = policy.predict(observation, deterministic=True)
+                actions.append(action)
+                observation, _, ended, _, info = env.step(action)
+                played.append(info["reward/quality"] * 32)
+            with torch.inference_mode():
+                x = torch.from_numpy(inputs[batch])
+                deployed += (routed(x).argmax(1).numpy() == labels[batch]).astype(float).tolist()
+                members = routed.route(x, routed.gate(routed.trunk(x))).numpy()
+            wanted = np.array(actions) == 1 if kwargs["action"] == "subset" else np.eye(8)[np.array(actions)] > 0
+            chosen.append((members == wanted).all(1).mean())
+        assert np.mean(chosen) >= 0.999, name
+        assert np.mean(deployed) == pytest.approx(np.mean(played), abs=0.002), name
+
+
+def test_experts_that_are_not_chosen_are_not_run() -> None:
+    kwargs = {"bundle": "digits"}
+    policy = PPO(ID, env_kwargs=kwargs, n_envs=1)
+    policy.network.weights["policy.bias"][:] = np.eye(8, dtype=np.float32)[5] * 100
+    routed = RoutedMoE("digits", policy, kwargs)
+    ran: list[tuple[int, int]] = []
+    for number, expert in enumerate(routed.experts):
+        expert.register_forward_hook(lambda module, given, output, n=number: ran.append((n, len(output))))
+    with torch.inference_mode():
+        assert routed(torch.rand(70, 64)).shape == (70, 10)
+    assert ran == [(5, 70)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter on its own functions
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_onnx_model_gives_the_same_answers(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    kwargs = {"bundle": "digits", "cost_weight": 0.1, "batch_size": 8}
+    policy = PPO(ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=5).learn(8_000)
+    routed = RoutedMoE("digits", policy, kwargs)
+    routed.export_onnx(tmp_path / "routed.onnx", batch_size=16)
+    session = runtime.InferenceSession(str(tmp_path / "routed.onnx"))
+    x = data.load("digits")["test"][0][:16]
+    (found,) = session.run(None, {"input": x})
+    with torch.inference_mode():
+        np.testing.assert_allclose(found, routed(torch.from_numpy(x)), atol=1e-4)
+
+
+def test_what_cannot_be_deployed_is_said() -> None:
+    with pytest.raises(ValueError, match="gru=0"):
+        RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1, policy_kwargs={"gru": 4}))
+    with pytest.raises(ValueError, match="top-m"):
+        RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1), {"action": "top-m"})
