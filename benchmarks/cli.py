@@ -1,4 +1,4 @@
-"""The commands `moe-train`, `moe-eval`, `moe-profile`, `moe-bundle` and `moe-benchmark`."""
+"""The commands `moe-train`, `moe-eval`, `moe-compare`, `moe-profile`, `moe-bundle` and `moe-benchmark`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def evaluate() -> None:
 def profile() -> None:
     """Entry point of `moe-profile`."""
     from benchmarks.profiling import app
+
+    _guarded(app)
+
+
+def compare() -> None:
+    """Entry point of `moe-compare`."""
+    from benchmarks.compare import app
 
     _guarded(app)
 
