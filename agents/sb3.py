@@ -9,9 +9,9 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import stable_baselines3
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
-from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
@@ -20,7 +20,14 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from agents.evaluate import evaluate
 
 SUMMED = ("reward/", "cost/")
-ALGORITHMS = {"ppo": PPO, "a2c": A2C, "dqn": DQN}
+ALGORITHMS: dict[str, tuple[str, str]] = {  # class, policy
+    "ppo": ("PPO", "MlpPolicy"),
+    "a2c": ("A2C", "MlpPolicy"),
+    "dqn": ("DQN", "MlpPolicy"),
+    "qrdqn": ("QRDQN", "MlpPolicy"),
+    "ppo_lstm": ("RecurrentPPO", "MlpLstmPolicy"),
+    "ppo_mask": ("MaskablePPO", "MlpPolicy"),
+}
 
 
 def make_algorithm(algo: str, env: VecEnv, seed: int, values: dict[str, Any], log: str | None = None) -> BaseAlgorithm:
@@ -29,7 +36,20 @@ def make_algorithm(algo: str, env: VecEnv, seed: int, values: dict[str, Any], lo
     rate = str(keywords.get("learning_rate", ""))
     if rate.startswith("linear "):
         keywords["learning_rate"] = LinearSchedule(float(rate.removeprefix("linear ")), 0.0, 1.0)
-    return ALGORITHMS[algo]("MlpPolicy", env, seed=seed, device="cpu", tensorboard_log=log, **keywords)
+    name, policy = ALGORITHMS[algo]
+    if algo == "ppo_mask" and not env.has_attr("action_masks"):
+        raise ValueError("algo='ppo_mask': this environment has no action_masks(), each action is valid; take ppo")
+    kind = getattr(stable_baselines3, name, None) or getattr(_contrib(), name)
+    made: BaseAlgorithm = kind(policy, env, seed=seed, device="cpu", tensorboard_log=log, **keywords)
+    return made
+
+
+def _contrib() -> Any:
+    try:
+        import sb3_contrib
+    except ImportError as error:
+        raise ValueError("qrdqn, ppo_lstm and ppo_mask are in sb3-contrib: pip install 'moe-envs[contrib]'") from error
+    return sb3_contrib
 
 
 class NativeVecEnv(VecEnv):

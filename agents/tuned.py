@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-BACKENDS = {"own": ("ppo", "reinforce"), "sb3": ("ppo", "a2c", "dqn")}
+BACKENDS = {"own": ("ppo", "reinforce"), "sb3": ("ppo", "a2c", "dqn", "qrdqn", "ppo_lstm", "ppo_mask")}
 # Keyword arguments of SB3's and our algorithms for each environment; "linear 1e-3" falls to 0. PPO's were tuned on the
 # validation split, the others' are PPO's where they share them. `n_envs` (rows) and `total_timesteps` are ours.
 TUNED: dict[str, dict[str, dict[str, Any]]] = {
@@ -59,6 +59,13 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
             "policy_kwargs": {"net_arch": [128, 128]},
         },
     },
+}
+TUNED["MoERouting-v0"]["qrdqn"] = TUNED["MoERouting-v0"]["dqn"] | {
+    "policy_kwargs": {"net_arch": [128, 128], "n_quantiles": 25},
+}
+TUNED["MoERouting-v0"]["ppo_lstm"] = TUNED["MoERouting-v0"]["ppo"] | {
+    "total_timesteps": 500_000,
+    "policy_kwargs": {"net_arch": [128], "lstm_hidden_size": 64},
 }
 TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 

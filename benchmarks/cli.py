@@ -61,7 +61,9 @@ def benchmark() -> None:
 
 def _train(
     env: Annotated[str, typer.Option(help="Environment id, with or without 'moe_envs:'.")] = "MoERouting-v0",
-    algo: Annotated[str, typer.Option(help="own: ppo, reinforce; sb3: ppo, a2c, dqn; with tuned settings.")] = "ppo",
+    algo: Annotated[
+        str, typer.Option(help="own: ppo, reinforce; sb3: ppo, a2c, dqn, qrdqn, ppo_lstm, ppo_mask.")
+    ] = "ppo",
     backend: Annotated[str, typer.Option(help="own, several times faster, or sb3, Stable-Baselines3.")] = "own",
     seed: int = 0,
     timesteps: Annotated[int | None, typer.Option(help="Instead of the tuned number.")] = None,

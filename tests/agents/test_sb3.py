@@ -69,7 +69,11 @@ def test_costs_and_rewards_reach_tensorboard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("algo", "small"), [("ppo", {"batch_size": 64}), ("a2c", {}), ("dqn", {"learning_starts": 16})]
+    ("algo", "small"),
+    [
+        *(("ppo", {"batch_size": 64}), ("a2c", {}), ("dqn", {"learning_starts": 16})),
+        *(("qrdqn", {"learning_starts": 16}), ("ppo_lstm", {"batch_size": 64, "n_epochs": 1})),
+    ],
 )
 def test_every_algorithm_trains_with_its_tuned_settings_and_repeats_bit_for_bit(
     algo: str, small: dict[str, Any]
@@ -84,8 +88,13 @@ def test_every_algorithm_trains_with_its_tuned_settings_and_repeats_bit_for_bit(
 
 
 def test_unknown_algorithms_are_named() -> None:
-    with pytest.raises(ValueError, match="ppo, a2c, dqn"):
+    with pytest.raises(ValueError, match="ppo, a2c, dqn, qrdqn, ppo_lstm, ppo_mask"):
         tuned.settings("sac", ID)
+
+
+def test_masks_are_asked_for_where_there_are_none() -> None:
+    with pytest.raises(ValueError, match="each action is valid; take ppo"):
+        sb3.make_algorithm("ppo_mask", sb3.make_sb3_vec(ID, 1, **DIGITS), 0, {})
 
 
 def test_keep_best_ends_with_the_weights_best_on_validation() -> None:

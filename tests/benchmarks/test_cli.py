@@ -82,7 +82,7 @@ def test_a_finished_run_is_not_overwritten_unasked(run: Path) -> None:
     ("name", "arguments", "message"),
     [
         ("train", ["--env", "MoERoutnig-v0"], "did you mean MoERouting-v0"),
-        ("train", ["--algo", "sac", "--out", "x"], "own: ppo, reinforce; sb3: ppo, a2c, dqn"),
+        ("train", ["--algo", "sac", "--out", "x"], "own: ppo, reinforce; sb3: ppo, a2c, dqn, qrdqn"),
         ("train", ["--backend", "rllib", "--out", "x"], "own: ppo"),
         ("train", ["--resume", "nowhere"], "only runs of --backend own"),
         ("train", ["-k", "cost_weight", "--out", "x"], "name=value"),
