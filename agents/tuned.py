@@ -77,3 +77,24 @@ def settings(algo: str, env_id: str, backend: str = "sb3", **overrides: Any) -> 
         raise ValueError(f"algo={algo!r} of backend={backend!r} is not one of {known}")
     tuned = TUNED.get(env_id.split(":")[-1], {}).get(algo, {"n_envs": 8, "total_timesteps": 100_000})
     return copy.deepcopy(tuned) | overrides
+
+
+def rl_zoo(algo: str) -> str:
+    """The settings of an SB3 algorithm as a file of RL Baselines3 Zoo; `agents/rl_zoo/ALGO.yml` holds it.
+
+    Use: python -m rl_zoo3.train --algo ppo --env MoERouting-v0 --gym-packages moe_envs --conf-file ppo.yml
+    """
+    lines = [f"# python -m rl_zoo3.train --algo {algo} --env ID --gym-packages moe_envs --conf-file {algo}.yml"]
+    for env_id, algorithms in TUNED.items():
+        if algo not in algorithms:
+            continue
+        lines += [f"{env_id}:", f"  policy: {'MlpLstmPolicy' if algo == 'ppo_lstm' else 'MlpPolicy'}"]
+        for name, value in algorithms[algo].items():
+            if name == "policy_kwargs":
+                value = '"dict(' + ", ".join(f"{key}={each}" for key, each in value.items()) + ')"'
+            elif isinstance(value, str):
+                value = value.replace("linear ", "lin_")
+            lines.append(
+                f"  {'n_timesteps' if name == 'total_timesteps' else name}: {str(value).replace('True', 'true')}"
+            )
+    return "\n".join(lines) + "\n"
