@@ -21,7 +21,7 @@ class Best:
     def __init__(self, folder: Path, learner: Learner, env_id: str, env_kwargs: dict[str, Any]) -> None:
         self.folder, self.env_id, self.env_kwargs = folder, env_id, {**env_kwargs, "split": "validation"}
         self.mean, self._checked = -float("inf"), learner.num_timesteps
-        if learner.num_timesteps and folder.exists():
+        if learner.num_timesteps and (folder / checkpoints.MANIFEST).exists():
             self.mean = checkpoints.load(folder)["validation"]
 
     def __call__(self, learner: Learner) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: a folder of safetensors and JSON with the SHA-256 of every byte, written whole or not at all.
 
-A checkpoint is a nested dict of arrays, numbers, strings and lists. Arrays go to `arrays.safetensors`, the rest to
-`manifest.json`; nothing is pickled.
+A checkpoint is a nested dict of arrays, numbers, strings and lists. Arrays go to `arrays-HASH.safetensors`, the rest to
+`manifest.json`, whose renaming into place makes the new checkpoint the folder's; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 FORMAT = 1
-ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
+ARRAYS, MANIFEST, PARTIAL = "arrays-{}.safetensors", "manifest.json", ".partial"
 PREFIX = "checkpoint-"
 
 
@@ -26,28 +27,31 @@ class CheckpointError(RuntimeError):
 
 
 def save(folder: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name and rename it; one that is there is replaced."""
+    """Write a checkpoint; one that is there is replaced in one moment. Raises `ValueError` where the folder holds
+    anything else."""
     from safetensors.numpy import save as dump
 
     arrays: dict[str, np.ndarray] = {}
     tree = _pack(content, "", arrays)
     raw = dump(arrays)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    sha256 = hashlib.sha256(raw).hexdigest()
+    name = ARRAYS.format(sha256[:16])
+    manifest = {"format": FORMAT, "content": tree, "arrays": {"file": name, "sha256": sha256}}
+    if folder.exists() and (not folder.is_dir() or _foreign(folder)):
+        raise ValueError(f"{folder} holds something that is not a checkpoint; name a folder that does not exist yet")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        os.chmod(partial, 0o755)
-        manifest = {"format": FORMAT, "content": tree, "sha256": {ARRAYS: hashlib.sha256(raw).hexdigest()}}
-        for name, data in ((ARRAYS, raw), (MANIFEST, _seal(json.dumps(manifest).encode()))):
-            with (partial / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        if folder.exists():
-            _replace(folder, partial)
-        else:
-            partial.rename(folder)
+        for file, data in ((name, raw), (MANIFEST, _seal(json.dumps(manifest).encode()))):
+            with (folder / PARTIAL).open("wb") as partial:
+                partial.write(data)
+                partial.flush()
+                os.fsync(partial.fileno())
+            (folder / PARTIAL).replace(folder / file)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (folder / PARTIAL).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name not in (name, MANIFEST):
+            path.unlink()
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -56,20 +60,25 @@ def load(folder: Path) -> dict[str, Any]:
     from safetensors.numpy import load as parse
 
     try:
-        sealed, raw = (folder / MANIFEST).read_bytes(), (folder / ARRAYS).read_bytes()
+        sealed = (folder / MANIFEST).read_bytes()
+        text = sealed[:-66]
+        if sealed != _seal(text):
+            raise CheckpointError(
+                f"{folder / MANIFEST} is damaged or foreign: its SHA-256 does not fit; use another checkpoint"
+            )
+        manifest = json.loads(text)
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{folder} is of format {manifest['format']}; this moe-envs reads {FORMAT}")
+        raw = (folder / manifest["arrays"]["file"]).read_bytes()
+        if hashlib.sha256(raw).hexdigest() != manifest["arrays"]["sha256"]:
+            raise CheckpointError(
+                f"{folder / manifest['arrays']['file']} is damaged: its SHA-256 is not the manifest's; use another "
+                "checkpoint"
+            )
+        return dict(_unpack(manifest["content"], parse(raw)))
     except OSError as error:
         raise CheckpointError(f"{folder} holds no checkpoint: {error.filename}: {error.strerror}") from error
-    text = sealed[:-66]
-    if sealed != _seal(text):
-        raise CheckpointError(f"{folder / MANIFEST} is damaged or foreign: its SHA-256 does not fit; use another one")
-    manifest = json.loads(text)
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{folder} is of format {manifest['format']}; this moe-envs reads {FORMAT}")
-    if hashlib.sha256(raw).hexdigest() != manifest["sha256"][ARRAYS]:
-        raise CheckpointError(f"{folder / ARRAYS} is damaged: its SHA-256 is not the manifest's; use another one")
-    try:
-        return dict(_unpack(manifest["content"], parse(raw)))
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged or foreign: {error!r}") from error
 
 
@@ -79,27 +88,42 @@ def numbered(run: Path, number: int) -> Path:
 
 
 def find(path: Path) -> dict[str, Any]:
-    """The checkpoint in a folder, or the newest whole one of a run's; raises `CheckpointError` where there is none."""
-    inside = _all(path)
+    """The checkpoint in a folder, or the newest whole one of a run's, with a warning that names newer ones that are
+    damaged; raises `CheckpointError` where there is none."""
+    inside = of_run(path)
     if (path / MANIFEST).exists() or not inside:
         return load(path)
     errors: list[str] = []
     for folder in inside:
         try:
-            return load(folder)
+            found = load(folder)
         except CheckpointError as error:
             errors.append(str(error))
+            continue
+        if errors:
+            warnings.warn(f"{'; '.join(errors)}; {folder} is taken", stacklevel=2)
+        return found
     raise CheckpointError("; ".join(errors))
 
 
 def prune(run: Path, keep: int = 2) -> None:
     """Delete all checkpoints of a run but the newest, and what was left by a save that was killed."""
-    for folder in [*_all(run)[keep:], *run.glob(f".{PREFIX}*")]:
-        shutil.rmtree(folder, ignore_errors=True)
+    kept = of_run(run)[:keep]
+    for folder in run.glob(f"{PREFIX}*"):
+        if folder not in kept and not _foreign(folder):
+            shutil.rmtree(folder)
 
 
-def _all(run: Path) -> list[Path]:
-    return sorted(run.glob(f"{PREFIX}*"), reverse=True)
+def of_run(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, newest first; one whose saving was killed is not among them."""
+    return sorted((manifest.parent for manifest in run.glob(f"{PREFIX}*/{MANIFEST}")), reverse=True)
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder has anything that `save` did not put there."""
+    return any(
+        path.name not in (MANIFEST, PARTIAL) and not fnmatch(path.name, ARRAYS.format("*")) for path in folder.iterdir()
+    )
 
 
 def _pack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
@@ -129,11 +153,3 @@ def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
 def _seal(raw: bytes) -> bytes:
     """The text and, in a last line of its own, its SHA-256."""
     return raw + b"\n" + hashlib.sha256(raw).hexdigest().encode() + b"\n"
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """Put a new folder in an old one's place; between two renames the old one has another name."""
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-    folder.rename(old / folder.name)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

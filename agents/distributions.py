@@ -37,7 +37,8 @@ class Categorical:
         self.size, self.choices, self.width = int(sizes.sum()), len(sizes), int(sizes.max())
         self.dtype = space.dtype
         self._even = bool((sizes == self.width).all())
-        columns = np.arange(self.width) + (np.cumsum(sizes) - sizes)[:, None]
+        self._firsts = np.cumsum(sizes) - sizes
+        columns = np.arange(self.width) + self._firsts[:, None]
         self._pads = np.arange(self.width) >= sizes[:, None]
         self._columns = np.where(self._pads, 0, columns)
         self._places = (np.arange(self.choices)[:, None] * self.width + np.arange(self.width))[~self._pads]
@@ -83,7 +84,10 @@ class Categorical:
 
     def _logits(self, head: np.ndarray, masks: np.ndarray | None) -> np.ndarray:
         if masks is not None:
-            head = np.where(masks.reshape(head.shape), head, NEVER)
+            masks = masks.reshape(head.shape)
+            if not (some := np.logical_or.reduceat(masks, self._firsts, axis=1).all(1)).all():
+                raise ValueError(f"the mask of row {int(some.argmin())} allows no action")
+            head = np.where(masks, head, NEVER)
         if self._even:
             return head.reshape(len(head), self.choices, self.width)
         picked = head.take(self._columns.ravel(), axis=1).reshape(len(head), self.choices, self.width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ class Episodes:
         self.frames: list[pd.DataFrame] = []
         self._written = 0
 
-    def add(self, steps: dict[str, np.ndarray], done: np.ndarray, timesteps: int) -> pd.DataFrame:
+    def add(self, steps: dict[str, np.ndarray], done: np.ndarray, timesteps: np.ndarray) -> pd.DataFrame:
         """Take steps `[time, rows]` in, by name; returns a row for each episode that ended there, in the order of time.
 
+        `timesteps [time]` are those of the training after each step.
         Names of `SUMMED` are summed over an episode, those that begin with `last:` taken from its end, others averaged.
         """
         times, rows = done.nonzero()
@@ -28,7 +30,7 @@ class Episodes:
         times, rows = times[order], rows[order]
         first = np.ones(len(rows), dtype=np.bool_)
         first[1:] = rows[1:] != rows[:-1]
-        columns: dict[str, np.ndarray] = {"timesteps": timesteps + (times + 1) * done.shape[1]}
+        columns: dict[str, np.ndarray] = {"timesteps": timesteps[times]}
         for name, values in sorted(steps.items(), key=lambda item: item[0] != "length"):
             if name.startswith("last:"):
                 columns[name.removeprefix("last:")] = values[times, rows]
@@ -50,16 +52,26 @@ class Episodes:
         """All rows begin new episodes: what is unfinished does not count."""
         self.carry = {"length": np.zeros_like(self.carry["length"])}
 
+    def rewind(self) -> None:
+        """The next file gets all episodes from the first."""
+        self._written = 0
+
     def append_to(self, path: Path, size: int) -> int:
-        """Write the episodes that came since the last call to the end of a CSV file of so many bytes; its new size."""
+        """Write the episodes that came since the last call behind the first `size` bytes of a CSV file, which has the
+        columns of its first episodes; its new size."""
         new, self._written = self.frames[self._written :], len(self.frames)
         there = [frame for frame in new if len(frame)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("r+b" if size else "wb") as file:
+        with path.open("r+b" if size else "w+b") as file:
+            columns = file.readline().decode().strip().split(",") if size else []
             file.truncate(size)
             file.seek(size)
-            for number, frame in enumerate(there):
-                file.write(frame.to_csv(index=False, header=not size and not number).encode())
+            if there:
+                frame = pd.concat(there)
+                frame = frame.reindex(columns=columns) if columns else frame
+                file.write(frame.to_csv(index=False, header=not columns).encode())
+            file.flush()
+            os.fsync(file.fileno())
             return file.tell()
 
     def frame(self) -> pd.DataFrame:

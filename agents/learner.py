@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from agents.episodes import Episodes
 from agents.networks import Moments, Network, Preprocessor
 from agents.rollouts import Collector, NotFiniteError, Rollout, make_rows
 
+POLICY: dict[str, Any] = {"net_arch": (64, 64), "gru": 0}
 WINDOW = 100  # episodes in rollout/ep_rew_mean
 CLIP_REWARD = 10.0  # of normalised rewards
 EPISODES = "episodes.csv"
@@ -69,6 +71,7 @@ class Learner:
         tensorboard_log: str | Path | None,
         settings: dict[str, Any],
     ) -> None:
+        validate(settings | {"n_envs": n_envs})
         self.rows = make_rows(env, n_envs, env_kwargs or {})
         self.env_id, self.settings, self.device = (env if isinstance(env, str) else None), settings, device
         self.arguments: dict[str, Any] = {
@@ -80,7 +83,7 @@ class Learner:
         self.tensorboard_log = tensorboard_log
         self.distribution = distribution(self.rows.action_space)
         self.preprocessor = Preprocessor(self.rows.observation_space, settings["normalize_observations"])
-        sizes: dict[str, Any] = {"net_arch": (64, 64), "gru": 0, **(settings["policy_kwargs"] or {})}
+        sizes: dict[str, Any] = POLICY | (settings["policy_kwargs"] or {})
         self.network = Network(
             self.preprocessor.size, self.distribution.size, free=self.distribution.free, seed=seed, **sizes
         )
@@ -91,7 +94,8 @@ class Learner:
         self._of_returns, self._discounted = Moments(1), np.zeros(self.rows.count)
         self.num_timesteps = self.goal = self.num_updates = 0
         self._temperature = np.float32(self.now("temperature"))
-        self._episodes_size = 0  # of episodes.csv, in bytes
+        self._run: Path | None = None  # the folder of checkpoints that this training has written or was resumed from
+        self._episodes_size = 0  # of its episodes.csv, in bytes
         self.logs: Logs = {}
         self._writer: Any = None
 
@@ -112,16 +116,17 @@ class Learner:
         observation: np.ndarray,
         state: np.ndarray | None = None,
         episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
+        deterministic: bool = True,
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """As SB3's: actions for observations `[n, ...]`, or one for one observation, and the policy's next state."""
+        """As SB3's, but deterministic unless told: actions for observations `[n, ...]`, or one for one observation, and
+        the policy's next state. Raises `NotFiniteError` where the policy's outputs are not finite."""
         observation = np.asarray(observation)
         single = observation.shape == self.rows.observation_space.shape
         flat = self.preprocessor.flatten(observation[None] if single else observation)
         before = self.network.begin(len(flat)) if state is None else state
         if episode_start is not None:
-            before = before * ~np.atleast_1d(episode_start)[:, None]
+            before = before * ~np.atleast_1d(episode_start).astype(np.bool_)[:, None]
         head, after = self._head(flat, before)
         if not np.isfinite(head).all():
             raise NotFiniteError(f"the policy's outputs for row {np.argwhere(~np.isfinite(head))[0][0]} are not finite")
@@ -144,10 +149,18 @@ class Learner:
         """Train for so many more steps, or, without a number, to where a resumed training was to end.
 
         `callback` is called after each update. With a `checkpoint_path` the training is saved there about every
-        `checkpoint_every` steps, at its end and on Ctrl-C; `resume` goes on from there, bit for bit.
+        `checkpoint_every` steps, at its end and on Ctrl-C; `resume` goes on from there, bit for bit. Raises
+        `ValueError` where there is nothing to do, or where the path has another training's checkpoints.
         """
         if total_timesteps is not None:
             self.goal = self.num_timesteps + total_timesteps
+        if self.num_timesteps >= self.goal:
+            raise ValueError(
+                f"nothing to do: {self.num_timesteps} of {self.goal} steps are done; learn(total_timesteps=N), N > 0, "
+                "trains N more"
+            )
+        if checkpoint_path is not None:
+            self._claim(Path(checkpoint_path))
         if self.collector.observations is None:
             self.collector.begin(self.arguments["seed"])
         threads, begun, before = torch.get_num_threads(), time.perf_counter(), self.num_timesteps
@@ -182,9 +195,11 @@ class Learner:
         return self
 
     def save(self, path: str | Path, **more: Any) -> None:
-        """Write all that `load` and `resume` need, and `more`, into the folder `path`; nothing is pickled."""
-        if self.env_id is None:
-            raise ValueError("only a learner made with an environment's id can be saved: `load` must make it again")
+        """Write all that `load` and `resume` need, and `more`, into the folder `path`; nothing is pickled.
+
+        Raises `ValueError` where the folder holds anything but a checkpoint.
+        """
+        self._check_saveable()
         checkpoints.save(Path(path), self._content() | more)
 
     def checkpoint(self, run: str | Path) -> None:
@@ -193,39 +208,86 @@ class Learner:
         An environment without `state` and `restore` begins new episodes here, as it will when this is resumed.
         """
         run = Path(run)
+        self._claim(run)
         if not self.rows.has_state:
             self.collector.begin(int(self.generator.integers(2**31)))
-            self.episodes.forget()
-            self._discounted = np.zeros(self.rows.count)
+            self._forget()
         self._episodes_size = self.episodes.append_to(run / EPISODES, self._episodes_size)
         self.save(checkpoints.numbered(run, self.num_timesteps))
         checkpoints.prune(run)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The learner in a folder of `save`, or in the newest whole checkpoint of a run.
+    def load(cls, path: str | Path, device: str | None = None) -> Self:
+        """The learner in a folder of `save`, or in a run's newest whole checkpoint; it will begin new episodes.
 
         Raises `CheckpointError` where a byte of it is not what was written, or where it is another algorithm's.
         """
-        found, _ = cls._load(Path(path))
+        found, _ = cls._load(Path(path), device)
         found.collector.observations = None
+        found._forget()
         return found
 
     @classmethod
-    def resume(cls, path: str | Path, tensorboard_log: str | Path | None = None) -> Self:
-        """As `load`, and all else as it was: `learn()` goes on as if it had never stopped, bit for bit."""
-        found, content = cls._load(Path(path))
+    def resume(cls, path: str | Path, tensorboard_log: str | Path | None = None, device: str | None = None) -> Self:
+        """As `load`, and all else as it was: `learn()` goes on as if it had never stopped, bit for bit.
+
+        An environment without `state` and `restore` begins new episodes, which for a folder of `checkpoint` is what the
+        training that wrote it did too.
+        """
+        found, content = cls._load(Path(path), device)
         found.tensorboard_log = tensorboard_log or content["tensorboard_log"]
+        found._run = Path(path) if checkpoints.of_run(Path(path)) else None
         return found
 
     @classmethod
-    def _load(cls, path: Path) -> tuple[Self, dict[str, Any]]:
+    def _load(cls, path: Path, device: str | None) -> tuple[Self, dict[str, Any]]:
         content = checkpoints.find(path)
         if content.get("algorithm") != cls.name:
             raise CheckpointError(f"{path} holds a checkpoint of {content.get('algorithm')}, not of {cls.name}")
-        found = cls(content["env"], **content["arguments"], **content["settings"])
-        found._restore(content)
+        arguments = content["arguments"] | ({"device": device} if device else {})
+        found = cls(content["env"], **arguments, **content["settings"])
+        try:
+            found._restore(content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} does not fit {content['env']} as it is made here: {error}") from error
         return found, content
+
+    def close(self) -> None:
+        """Close the environment and the TensorBoard file."""
+        self.rows.env.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _check_saveable(self) -> None:
+        if self.env_id is None:
+            raise ValueError("only a learner made with an environment's id can be saved: `load` must make it again")
+        try:
+            json.dumps(self.arguments)
+        except TypeError as error:
+            raise ValueError(f"env_kwargs cannot be saved: {error}; use numbers, strings and lists") from error
+
+    def _claim(self, run: Path) -> None:
+        """Make a folder this training's own; nobody else's checkpoints may be there, its episodes must be."""
+        self._check_saveable()
+        if run != self._run:
+            if there := checkpoints.of_run(run):
+                raise ValueError(
+                    f"{run} holds checkpoints of another training ({there[0].name}): {self.name}.resume goes on with "
+                    "it; for a new one name another folder"
+                )
+            self._run, self._episodes_size = run, 0
+            self.episodes.rewind()
+        if self._episodes_size > (size := (run / EPISODES).stat().st_size if (run / EPISODES).exists() else 0):
+            raise CheckpointError(
+                f"{run / EPISODES} had {self._episodes_size} bytes and has {size}: put it back, or checkpoint to "
+                "another folder"
+            )
+
+    def _forget(self) -> None:
+        """New episodes begin in all rows: what is unfinished does not count."""
+        self.episodes.forget()
+        self._discounted = np.zeros(self.rows.count)
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -239,6 +301,7 @@ class Learner:
             "observations": vars(self.preprocessor.moments),
             "returns": vars(self._of_returns) | {"discounted": self._discounted},
             "counts": [self.num_timesteps, self.goal, self.num_updates, self._episodes_size],
+            "temperature": float(self._temperature),
             "collector": self.collector.state(),
             "episodes": self.episodes.carry,
             "window": {name: column.to_numpy() for name, column in self._window.items()},
@@ -252,15 +315,15 @@ class Learner:
         self._discounted = content["returns"].pop("discounted")
         vars(self._of_returns).update(content["returns"])
         self.num_timesteps, self.goal, self.num_updates, self._episodes_size = content["counts"]
+        self._temperature = np.float32(content["temperature"])
         self.collector.restore(content["collector"])
         self.episodes.carry, self._window = content["episodes"], pd.DataFrame(content["window"])
+        if content["collector"]["env"] is None:
+            self._forget()
 
     def now(self, setting: str) -> float:
         """A setting that may be a schedule, at this moment of the training."""
-        value = self.settings[setting]
-        if not isinstance(value, str):
-            return float(value)
-        begin, end = (*map(float, value.split()[1:]), 0.0)[:2]
+        begin, end = schedule(self.settings[setting])
         return begin + (end - begin) * min(1.0, self.num_timesteps / max(1, self.goal))
 
     # Rollouts.
@@ -283,11 +346,13 @@ class Learner:
         masks = None if rollout.masks is None else rollout.masks.reshape(done.size, -1)
         actions = rollout.actions.reshape(done.size, *self.distribution.shape)
         evaluation = self.distribution.evaluate(heads.reshape(done.size, -1) / self._temperature, actions, masks)
-        advantages = self._advantages(rollout, self._scaled(rollout.rewards, done), values, done)
+        advantages = self._advantages(rollout, self._scaled(rollout, done), values, done)
         returns = advantages + values
         self.num_timesteps += int(rollout.valid.sum())
         self._count(rollout, done, evaluation.entropy.reshape(done.shape))
-        self.logs["train/explained_variance"] = float(1 - advantages.var() / max(returns.var(), 1e-12))
+        if rollout.valid.any():
+            unexplained, variance = (float(each[rollout.valid].var()) for each in (advantages, returns))
+            self.logs["train/explained_variance"] = 1 - unexplained / max(variance, 1e-12)
         self.preprocessor.update(rollout.observations[rollout.valid])
         parts = (inputs, rollout.actions, rollout.masks, evaluation.log_prob.reshape(done.shape), advantages, returns)
         batch = Batch(*parts, rollout.starts, rollout.valid, rollout.state)
@@ -320,15 +385,16 @@ class Learner:
             found[step] += going_on[step] * found[step + 1]
         return found
 
-    def _scaled(self, rewards: np.ndarray, done: np.ndarray) -> np.ndarray:
+    def _scaled(self, rollout: Rollout, done: np.ndarray) -> np.ndarray:
         """Rewards over the running deviation of discounted returns, as SB3's VecNormalize, where this is wanted."""
+        rewards = rollout.rewards
         if not self.settings["normalize_rewards"]:
             return rewards
         returns = np.empty_like(rewards)
         for step, reward in enumerate(rewards):
             self._discounted = returns[step] = self._discounted * self.settings["gamma"] + reward
             self._discounted = np.where(done[step], 0.0, self._discounted)
-        self._of_returns.update(returns.reshape(-1, 1))
+        self._of_returns.update(returns[rollout.valid][:, None])
         found: np.ndarray = np.clip(rewards * self._of_returns.scale(), -CLIP_REWARD, CLIP_REWARD)
         return found
 
@@ -336,6 +402,8 @@ class Learner:
 
     def _update(self, batch: Batch) -> Logs:
         """Epochs of minibatches over a batch; logs are of each epoch's last minibatch, averaged."""
+        if not batch.valid.any():
+            return {}
         size, found, stop = self.settings["batch_size"], list[Logs](), False
         if self.network.gru:
             places = np.arange(batch.inputs.shape[1])
@@ -349,12 +417,12 @@ class Learner:
             for start in range(0, len(places), size):
                 minibatch, last = shuffled.take(slice(start, start + size)), start + size >= len(places)
                 logs, stop = self._minibatch(minibatch, rate, last)
+                found += [logs] if logs else []
                 if stop:
                     break
-            found.append(logs)
+            self.num_updates += 1
             if stop:
                 break
-        self.num_updates += len(found)
         means = {key: float(np.mean([each[key] for each in found])) for key in found[0]}
         return means | {"train/learning_rate": rate, "train/n_updates": self.num_updates}
 
@@ -365,7 +433,8 @@ class Learner:
         shapes = head.shape, values.shape
         if self.network.gru:  # take the valid transitions out of the sequences
             keep = batch.valid.ravel()
-            n = int(keep.sum())
+            if not (n := int(keep.sum())):
+                return {}, False
             flat: Any = (
                 None if e is None else e.reshape(len(keep), *e.shape[2:])[keep] for e in (*batch[:-1], head, values)
             )
@@ -405,12 +474,14 @@ class Learner:
     # Logs.
 
     def _count(self, rollout: Rollout, done: np.ndarray, entropy: np.ndarray) -> None:
-        steps = {"length": rollout.valid.astype(np.float64), "return": rollout.rewards, "entropy": entropy}
+        valid = rollout.valid.astype(np.float64)
+        steps = {"length": valid, "return": rollout.rewards, "entropy": entropy * valid}
         actions = rollout.actions.reshape(*done.shape, -1)
-        steps["action"] = actions.sum(-1) if actions.shape[-1] > 1 else actions[..., 0].astype(np.float64)
+        steps["action"] = actions.sum(-1) * valid
         for key, values in rollout.infos.items():
             steps[key if key.startswith(Episodes.SUMMED) else f"last:{key}"] = values
-        ended = self.episodes.add(steps, done, self.num_timesteps - int(rollout.valid.sum()))
+        taken = valid.sum(1).cumsum().astype(np.int64)
+        ended = self.episodes.add(steps, done, self.num_timesteps - taken[-1] + taken)
         self._window = pd.concat([self._window, ended]).tail(WINDOW) if len(ended) else self._window
         if len(self._window):
             self.logs["rollout/ep_rew_mean"] = float(self._window["return"].mean())
@@ -430,6 +501,42 @@ class Learner:
         for key, value in self.logs.items():
             self._writer.add_scalar(key, value, self.num_timesteps)
         self._writer.flush()
+
+
+def schedule(value: float | str) -> tuple[float, float]:
+    """Begin and end of a setting that is a number, "linear A" or "linear A B"; raises `ValueError` for others."""
+    if isinstance(value, str):
+        kind, *numbers = value.split()
+        if kind != "linear" or len(numbers) not in (1, 2):
+            raise ValueError(f"{value!r} is not a number, 'linear A' or 'linear A B'")
+        begin, end = (*map(float, numbers), 0.0)[:2]
+        return begin, end
+    return float(value), float(value)
+
+
+def validate(settings: dict[str, Any]) -> None:
+    """Raise `ValueError` naming the first setting that cannot be meant."""
+    for name in ("n_envs", "n_steps", "n_epochs", "batch_size"):
+        value = settings.get(name, 1)
+        whole = value is None and name == "batch_size" and "n_epochs" not in settings  # REINFORCE's whole rollout
+        if not whole and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f"{name}={settings[name]!r}: must be from 0 to 1")
+    for name in ("learning_rate", "temperature"):
+        try:
+            begin, end = schedule(settings[name])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        if begin <= 0 or end < 0 or (end == 0 and name == "temperature"):
+            raise ValueError(f"{name}={settings[name]!r}: must be positive")
+    policy = settings["policy_kwargs"] or {}
+    if unknown := policy.keys() - POLICY.keys():
+        raise ValueError(f"policy_kwargs has {', '.join(sorted(unknown))}; known are {', '.join(POLICY)}")
+    net_arch = policy.get("net_arch", ())
+    if isinstance(net_arch, dict | str) or any(not isinstance(width, int) or width < 1 for width in net_arch):
+        raise ValueError(f"net_arch={net_arch!r}: must be a list of widths, for policy and value each")
 
 
 def _normalized(values: np.ndarray) -> np.ndarray:

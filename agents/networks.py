@@ -201,7 +201,9 @@ class Preprocessor:
     def flatten(self, observations: np.ndarray) -> np.ndarray:
         """`[n, size]`, not normalised."""
         if isinstance(self.space, spaces.Discrete):
-            return np.eye(self.size, dtype=np.float32)[observations - self.space.start]
+            found = np.zeros((len(observations), self.size), dtype=np.float32)
+            found[np.arange(len(observations)), observations - self.space.start] = 1
+            return found
         return observations.reshape(len(observations), -1).astype(np.float32, copy=False)
 
     def __call__(self, flat: np.ndarray) -> np.ndarray:

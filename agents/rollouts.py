@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 # Flat observations, the policy's state, masks or None: actions and the next state.
 Act = Callable[[np.ndarray, np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
@@ -45,10 +45,7 @@ class Rows:
         self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
         self.resetting = np.zeros(self.count, dtype=np.bool_)
         self.has_state = env is env.unwrapped and hasattr(env, "state") and hasattr(env, "restore")
-        singles = env.envs if isinstance(env, SyncVectorEnv) else ()
-        self.has_masks = hasattr(env.unwrapped, "action_masks") or (
-            bool(singles) and all(each.has_wrapper_attr("action_masks") for each in singles)
-        )
+        self.has_masks = hasattr(env.unwrapped, "action_masks") or _singles_have_masks(env.unwrapped)
 
     def reset(self, seed: int | None) -> np.ndarray:
         """Begin episodes in all rows."""
@@ -57,10 +54,10 @@ class Rows:
         return np.asarray(observations)
 
     def masks(self) -> np.ndarray:
-        """`[n, size]`, True where an action may be taken."""
-        if hasattr(self.env.unwrapped, "action_masks"):
-            return np.asarray(self.env.unwrapped.action_masks(), dtype=np.bool_)
-        return np.array(self.env.call("action_masks"), dtype=np.bool_)  # type: ignore[attr-defined]
+        """`[n, size]`, True where an action may be taken; all of them in a row that is about to be reset."""
+        env: Any = self.env.unwrapped
+        found = env.action_masks() if hasattr(env, "action_masks") else env.call("action_masks")
+        return np.asarray(found, dtype=np.bool_).reshape(self.count, -1) | self.resetting[:, None]
 
     def clip(self, actions: np.ndarray) -> np.ndarray:
         """Actions with the values outside a Box clipped."""
@@ -76,6 +73,7 @@ class Rows:
             starts, self.resetting = self.resetting, done
         elif done.any():
             if self.mode is AutoresetMode.DISABLED:
+                finals = observations.copy()
                 observations, _ = self.env.reset(options={"reset_mask": done})
             else:
                 finals = observations.copy()
@@ -219,12 +217,28 @@ def make_rows(
         return Rows(gymnasium.make_vec(env, **native))
 
 
+def _singles_have_masks(env: Any) -> bool:
+    """Whether each environment of a SyncVectorEnv or AsyncVectorEnv says which actions are allowed."""
+    if isinstance(env, SyncVectorEnv):
+        return all(each.has_wrapper_attr("action_masks") for each in env.envs)
+    if isinstance(env, AsyncVectorEnv):  # the environments are in other processes: look at one more of them
+        single = env.env_fns[0]()
+        found = single.has_wrapper_attr("action_masks")
+        single.close()
+        return found
+    return False
+
+
 def scalars(infos: dict[str, Any], count: int) -> dict[str, np.ndarray]:
     """The numbers `[count]` in a vector's info whose names have a part before a slash, as `cost/time`."""
     return {
         key: value
         for key, value in infos.items()
-        if "/" in key and key[0] != "_" and isinstance(value, np.ndarray) and value.shape == (count,)
+        if "/" in key
+        and key[0] != "_"
+        and isinstance(value, np.ndarray)
+        and value.shape == (count,)
+        and value.dtype.kind in "biuf"
     }
 
 

@@ -66,9 +66,9 @@ def _train(
     ] = "ppo",
     backend: Annotated[str, typer.Option(help="own, several times faster, or sb3, Stable-Baselines3.")] = "own",
     seed: int = 0,
-    timesteps: Annotated[int | None, typer.Option(help="Instead of the tuned number.")] = None,
+    timesteps: Annotated[int | None, typer.Option(min=1, help="Instead of the tuned number.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/ENV-ALGO-seedSEED.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run of backend own.")] = None,
     env_kwarg: EnvKwargs = [],  # noqa: B006
     json_file: Json = None,
@@ -82,8 +82,6 @@ def _train(
     env_id, env_kwargs = _environment(env), _parse(env_kwarg)
     name = algo if backend == "sb3" else f"{backend}-{algo}"
     folder = resume or out or Path("runs") / f"{env_id.split(':')[-1]}-{name}-seed{seed}"
-    if (folder / runs.SETTINGS).exists() and not overwrite and not resume:
-        raise ValueError(f"{folder} holds a finished run; --overwrite replaces it, --out names another folder")
     overrides = {} if timesteps is None else {"total_timesteps": timesteps}
     with _bar() as add:
         report = add(f"resuming {folder}" if resume else f"training {algo} on {env_id}")
@@ -91,7 +89,7 @@ def _train(
             if resume:
                 runs.resume(folder, report)
             else:
-                runs.train(env_id, algo, seed, folder, env_kwargs, overrides, report, backend)
+                runs.train(env_id, algo, seed, folder, env_kwargs, overrides, report, backend, overwrite)
         except KeyboardInterrupt:
             saved = resume or backend == "own"
             hint = f"go on: moe-train --resume {folder}" if saved else "nothing was saved"
@@ -276,6 +274,40 @@ def _learners(
         rates.add_row(row["env"], str(row["rows"]), str(row["batch_size"]), *numbers)
     console.print(table, rates)
     console.print(f"[green]saved[/] {out}/raw.jsonl, {out}/results.json")
+
+
+@benchmark_app.command("hybrid")
+def _hybrid(
+    data: Annotated[str, typer.Option(help="digits or fashion-mnist")] = "fashion-mnist",
+    seeds: Annotated[int, typer.Option(min=2)] = 3,
+    epochs: Annotated[int, typer.Option(min=2)] = 8,
+    alpha: Annotated[float, typer.Option(help="Weight of the policy gradient.")] = 1.0,
+    cost_weight: float = 0.2,
+    straight_through: Annotated[
+        bool, typer.Option("--straight-through", help="Let CE's gradient reach the gate.")
+    ] = False,
+    out: Path = Path("runs/hybrid"),
+) -> None:
+    """Train experts by cross-entropy and the gate by policy gradient, beside a gate that learns by cross-entropy."""
+    from benchmarks import report
+    from benchmarks.experiments import hybrid
+    from experts.hybrid import HybridSettings
+
+    settings = HybridSettings(alpha=alpha, cost_weight=cost_weight, straight_through=straight_through, epochs=epochs)
+    with _bar() as add:
+        result = hybrid.run(data, seeds, settings, out, add(f"{seeds} seeds of both gates"))
+    table = report.plain_table(
+        f"{data}, test, cost weight {cost_weight:g}", "gate", "return", "95 %", "accuracy", "cost"
+    )
+    for row in hybrid.summary(result).to_dict("records"):
+        interval = f"{row['low']:.4f} .. {row['high']:.4f}"
+        table.add_row(
+            str(row["gate"]), f"{row['return']:.4f}", interval, f"{row['accuracy']:.4f}", f"{row['cost']:.4f}"
+        )
+    console.print(table)
+    for row in result["trends"]:
+        console.print(f"seed {row['seed']}: reward {row['reward']:+.4f} an epoch, cost {row['cost']:+.4f} an epoch")
+    console.print(f"[green]saved[/] {out}/hybrid.json, {out}/hybrid.png")
 
 
 @benchmark_app.command("deploy")

@@ -56,25 +56,30 @@ def train(
     overrides: dict[str, Any] | None = None,
     progress: Callable[[float], object] = lambda share: None,
     backend: str = "sb3",
+    overwrite: bool = False,
 ) -> Policy:
     """Train an algorithm with its tuned settings, keep the weights that are best on validation, save the run.
 
-    `progress` is called with the share that is done. One torch thread: more would only slow such small networks down.
+    A run that is in the folder, finished or not, is an error, or with `overwrite` replaced. `progress` is called with
+    the share that is done. One torch thread: more would only slow such small networks down.
     """
     if "split" in env_kwargs:
         raise ValueError("training is on the split rl_train and chooses on validation; split is for moe-eval")
     settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
     config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "backend": backend, "seed": seed}
     config["settings"] = settings
-    for name in ("tensorboard", BEST, *(path.name for path in folder.glob("checkpoint-*"))):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / SETTINGS).unlink(missing_ok=True)
+    if (folder / SETTINGS).exists() and not overwrite:
+        raise ValueError(f"{folder} holds a finished run; --overwrite replaces it, --out names another folder")
+    if (folder / STARTED).exists() and not overwrite:
+        raise ValueError(f"{folder} holds an interrupted run; --resume {folder} goes on, --overwrite begins anew")
     if backend == "sb3":
         return _train_sb3(folder, config, progress)
     keywords = {key: value for key, value in settings.items() if key != "total_timesteps"}
     log = folder / "tensorboard"
     agent = _own(algo)(env_id, env_kwargs=env_kwargs, seed=seed, tensorboard_log=log, **keywords)
     agent.goal = settings["total_timesteps"]
+    _clear(folder)
+    save_json(folder / STARTED, config)
     return _train_own(agent, folder, config, progress)
 
 
@@ -83,7 +88,8 @@ def resume(folder: Path, progress: Callable[[float], object] = lambda share: Non
     if (folder / SETTINGS).exists():
         raise ValueError(f"{folder} holds a finished run; moe-eval evaluates it")
     config = load_json(folder / STARTED, RunError, "only runs of --backend own that were interrupted can be resumed")
-    return _train_own(_own(config["algo"]).resume(folder), folder, config, progress)
+    agent = _own(config["algo"]).resume(folder, folder / "tensorboard")
+    return _train_own(agent, folder, config, progress)
 
 
 def _train_sb3(folder: Path, config: dict[str, Any], progress: Callable[[float], object]) -> BaseAlgorithm:
@@ -96,6 +102,7 @@ def _train_sb3(folder: Path, config: dict[str, Any], progress: Callable[[float],
     settings, env_kwargs = config["settings"], config["env_kwargs"]
     env = sb3.make_sb3_vec(config["env"], settings["n_envs"], **env_kwargs)
     model = sb3.make_algorithm(config["algo"], env, config["seed"], settings, log=str(folder / "tensorboard"))
+    _clear(folder)
     costs = sb3.CostLogger()
     callbacks = [costs, sb3.KeepBest(config["env"], env_kwargs), sb3.Progress(progress)]
     model.learn(settings["total_timesteps"], callbacks)
@@ -112,18 +119,26 @@ def _train_sb3(folder: Path, config: dict[str, Any], progress: Callable[[float],
 def _train_own(agent: Learner, folder: Path, config: dict[str, Any], progress: Callable[[float], object]) -> Learner:
     from agents.best import Best
 
-    save_json(folder / STARTED, config)
     best = Best(folder / BEST, agent, config["env"], config["env_kwargs"])
 
     def after(agent: Learner) -> None:
         best(agent)
         progress(agent.num_timesteps / agent.goal)
 
-    agent.learn(callback=after, checkpoint_path=folder)
+    if agent.num_timesteps < agent.goal:  # not if all but run.json was written
+        agent.learn(callback=after, checkpoint_path=folder)
     reward: Any = agent.rows.env.unwrapped
     config = config | {"cost_weight": reward.reward.cost_weight}
     _finish(folder, config, (folder / BEST / MANIFEST).read_bytes())
     return type(agent).load(folder / BEST)
+
+
+def _clear(folder: Path) -> None:
+    """Delete the run in a folder, its `run.json` first, which says that the rest is whole."""
+    for name in (SETTINGS, STARTED, WEIGHTS, EPISODES):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("tensorboard", BEST, *(path.name for path in folder.glob("checkpoint-*"))):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _finish(folder: Path, config: dict[str, Any], weights: bytes) -> None:

@@ -5,6 +5,7 @@ Shape legend: B inputs, G groups of T inputs routed in turn, E experts, F featur
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,15 @@ class RoutedMoE(nn.Module):
         self.action, self.batch_size, self.num_experts = env.action, env.tables.batch_size, env.tables.num_experts
         model: Any = loaded.model()
         self.trunk, self.gate = model.trunk, model.gate
-        self.experts = nn.ModuleList(model.experts)
-        self.policy = policy_module(policy, env.tables.width)
+        self.experts, self.num_classes = nn.ModuleList(model.experts), int(loaded.metadata["num_classes"])
+        spaces = env.single_observation_space, env.single_action_space
+        of_policy: Any = policy.rows if isinstance(policy, Learner) else policy
+        if (of_policy.observation_space, of_policy.action_space) != spaces:
+            raise ValueError(
+                f"the policy observes {of_policy.observation_space} and acts in {of_policy.action_space}, the "
+                f"environment has {spaces[0]} and {spaces[1]}: give the bundle and the env_kwargs of its training"
+            )
+        self.policy = policy_module(policy)
         mean, projection = (torch.from_numpy(part) for part in loaded.projection)
         self.register_buffer("mean", mean)
         self.register_buffer("projection", projection)
@@ -67,15 +75,12 @@ class RoutedMoE(nn.Module):
         h_BD = self.trunk(x_BD)
         gate_BE = self.gate(h_BD)
         members_BE = self.route(x_BD, gate_BE)
-        outputs = []
-        rows_of = [members_BE[:, expert].nonzero()[:, 0] for expert in range(self.num_experts)]
         weights_BE = gate_BE.masked_fill(~members_BE, -torch.inf).softmax(-1).nan_to_num(0.0)
-        for expert, rows in enumerate(rows_of):
+        logits_BC = x_BD.new_zeros(len(x_BD), self.num_classes)
+        for number, expert in enumerate(self.experts):
+            rows = members_BE[:, number].nonzero()[:, 0]
             if len(rows):
-                outputs.append((rows, self.experts[expert](h_BD[rows]) * weights_BE[rows, expert, None]))
-        logits_BC = x_BD.new_zeros(len(x_BD), outputs[0][1].shape[1]) if outputs else x_BD.new_zeros(len(x_BD), 1)
-        for rows, output in outputs:
-            logits_BC.index_add_(0, rows, output)
+                logits_BC.index_add_(0, rows, expert(h_BD[rows]) * weights_BE[rows, number, None])
         return logits_BC
 
     def route(self, x_BD: torch.Tensor, gate_BE: torch.Tensor) -> torch.Tensor:
@@ -91,7 +96,7 @@ class RoutedMoE(nn.Module):
             )
             if size and len(features)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else gate_BE > 0
 
     def _route_groups(self, features_GTF: torch.Tensor, gate_GTE: torch.Tensor) -> torch.Tensor:
         groups, size = gate_GTE.shape[:2]
@@ -142,7 +147,7 @@ class _Dense(nn.Module):
         return mix(gate_BE, outputs_BEC, members_BE).nan_to_num(0.0)
 
 
-def policy_module(policy: Learner | BaseAlgorithm, width: int) -> nn.Module:
+def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:
     """A policy's head of observations `[n, width]` as a module: of our learners or of SB3's with an `MlpPolicy`."""
     if isinstance(policy, Learner):
         if policy.network.gru:
@@ -162,9 +167,8 @@ def policy_module(policy: Learner | BaseAlgorithm, width: int) -> nn.Module:
             if hasattr(network, "q_net")
             else nn.Sequential(network.mlp_extractor.policy_net, network.action_net)
         )
-    found = found.to("cpu").eval().requires_grad_(False)
-    found(torch.zeros(1, width))
-    return found
+    found = copy.deepcopy(found)  # the training's own must neither move nor freeze
+    return found.to("cpu").eval().requires_grad_(False)
 
 
 class _Normalize(nn.Module):

@@ -1,6 +1,6 @@
 """Are our learners as good as SB3's, and how much faster? The same settings in both, final policies, several seeds.
 
-Each training is a line of `raw.jsonl`; what is there already is not trained again.
+Each training is a line of `raw.jsonl`; what the same settings and commit left there is not trained again.
 """
 
 from __future__ import annotations
@@ -72,12 +72,16 @@ def run(
     """All trainings that are not in `out` yet, and the speeds; writes raw.jsonl and results.json."""
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "raw.jsonl"
-    rows: list[Row] = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    origin = runs.provenance()
+    rows = [
+        row
+        for row in _read(raw)
+        if (row.get("settings"), row.get("commit")) == (SETTINGS[row["env"]], origin["commit"])
+    ]
     there = {(row["env"], row["backend"], row["seed"]) for row in rows}
     wanted = [(env, backend, seed) for env in environments for seed in range(seeds) for backend in ("own", "sb3")]
     missing = [each for each in wanted if each not in there]
     report = add_task(f"{len(missing)} trainings")
-    origin = runs.provenance()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, raw.open("a") as file:
         futures = [pool.submit(train, *each) for each in missing]
         for number, future in enumerate(as_completed(futures)):
@@ -89,6 +93,15 @@ def run(
     result = {"learning": compare(frame), "speed": speed(add_task("speed")), **origin}
     write_text(out / "results.json", json.dumps(result, indent=1))
     return result
+
+
+def _read(raw: Path) -> list[Row]:
+    """The rows of `raw.jsonl`; a last line that was cut is taken off the file."""
+    text = raw.read_text() if raw.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_text(raw, whole)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def compare(frame: pd.DataFrame) -> list[Row]:

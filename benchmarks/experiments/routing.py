@@ -149,7 +149,8 @@ def _learned(
     wanted = {"env": ENV, "env_kwargs": env_kwargs, "algo": "ppo", "seed": seed}
     if runs.finished(folder, wanted | {"settings": tuned.settings("ppo", ENV, **overrides)}):
         return [_score(runs.load(folder)[0], "PPO", "learned", seed, env_kwargs)]
-    model = runs.train(ENV, "ppo", seed, folder, env_kwargs, overrides, lambda share: shares.update({index: share}))
+    report = lambda share: shares.update({index: share})  # noqa: E731
+    model = runs.train(ENV, "ppo", seed, folder, env_kwargs, overrides, report, overwrite=True)
     return [_score(model, "PPO", "learned", seed, env_kwargs)]
 
 

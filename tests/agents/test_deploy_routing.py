@@ -36,6 +36,7 @@ def test_a_deployed_router_is_the_environments_policy() -> None:
     inputs, labels = data.load("digits")["test"]
     for name, kwargs, policy in policies():
         routed = RoutedMoE(loaded, policy, kwargs)
+        assert name.startswith("own") or all(weights.requires_grad for weights in policy.policy.parameters())
         env: Any = gymnasium.make(ID, **kwargs, split="test").unwrapped
         deployed, played, chosen = [], [], []
         for episode in range(20):
@@ -91,3 +92,10 @@ def test_what_cannot_be_deployed_is_said() -> None:
         RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1, policy_kwargs={"gru": 4}))
     with pytest.raises(ValueError, match="top-m"):
         RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1), {"action": "top-m"})
+    with pytest.raises(ValueError, match="the policy observes"):
+        RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1), {"action": "subset"})
+
+
+def test_an_empty_batch_has_no_answers() -> None:
+    routed = RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1))
+    assert routed(torch.zeros(0, 64)).shape == (0, 10)

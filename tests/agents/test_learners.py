@@ -112,6 +112,69 @@ def test_all_autoreset_modes_teach_the_same() -> None:
     assert (frames[2]["length"] == 32).all()
 
 
+def test_steps_spent_on_resets_do_not_count() -> None:
+    env = gymnasium.make_vec("CartPole-v1", 4, "vector_entry_point")
+    agent = PPO(env, n_steps=64, n_epochs=1, normalize_rewards=True).learn(2000)
+    frame = agent.episodes.frame()
+    assert (frame["length"] == frame["return"]).all()
+    assert frame["entropy"].max() <= np.log(2) + 1e-6
+    assert frame["timesteps"].is_monotonic_increasing
+    unfinished = agent.episodes.carry["length"].sum()
+    assert frame["length"].sum() + unfinished == agent.num_timesteps
+    assert agent._of_returns.count == agent.num_timesteps
+
+
+@pytest.mark.parametrize("gru", [0, 4])
+def test_a_rollout_of_resets_alone_is_no_update(gru: int) -> None:
+    from gymnasium.vector import SyncVectorEnv
+
+    env = SyncVectorEnv([lambda: gymnasium.make("Target-v0")] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
+    agent = PPO(env, n_steps=1, batch_size=1, policy_kwargs={"gru": gru}).learn(10)
+    assert agent.num_timesteps == 10
+    assert agent.num_updates == 50
+
+
+def test_masks_come_from_wrapped_and_remote_environments() -> None:
+    from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+    from gymnasium.wrappers.vector import RecordEpisodeStatistics
+
+    makers = [lambda: gymnasium.make("Masked-v0")] * 2
+    wrapped = RecordEpisodeStatistics(SyncVectorEnv(makers))
+    for env in (wrapped, AsyncVectorEnv(makers, context="fork")):
+        agent = PPO(env, n_steps=32)
+        assert agent.rows.has_masks
+        agent.learn(64)  # a masked action would be an error
+        agent.close()
+    with pytest.raises(ValueError, match="row 1 allows no action"):
+        agent.predict(np.zeros((2, 10), np.int8), action_masks=np.eye(2, 10, dtype=bool) & [[True], [False]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_steps": 0}, "n_steps=0: must be a whole number"),
+        ({"n_envs": 0}, "n_envs=0"),
+        ({"batch_size": None}, "batch_size=None"),
+        ({"gamma": 1.1}, "gamma=1.1: must be from 0 to 1"),
+        ({"learning_rate": "cosine 1"}, "learning_rate: 'cosine 1' is not"),
+        ({"learning_rate": "linear x"}, "learning_rate: could not"),
+        ({"temperature": "linear 2 0"}, "temperature='linear 2 0': must be positive"),
+        ({"policy_kwargs": {"hidden": 3}}, "policy_kwargs has hidden; known are net_arch, gru"),
+        ({"policy_kwargs": {"net_arch": {"pi": [3]}}}, "must be a list of widths"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PPO("Identity-v0", **settings)
+
+
+def test_nothing_to_do_is_said() -> None:
+    agent = PPO("Identity-v0")
+    for steps in (None, 0, -5):
+        with pytest.raises(ValueError, match="nothing to do"):
+            agent.learn(steps)
+
+
 @pytest.mark.parametrize("field", ["reward", "observation"])
 def test_what_is_not_finite_is_an_error_that_says_where(field: str) -> None:
     agent = PPO("Broken-v0", n_envs=2, n_steps=8, env_kwargs={"field": field})
@@ -188,6 +251,11 @@ def test_an_environment_object_trains_and_cannot_be_saved(tmp_path: Path) -> Non
     assert agent.num_timesteps == 128
     with pytest.raises(ValueError, match="environment's id"):
         agent.save(tmp_path / "agent")
+    other = PPO("Forever-v0", env_kwargs={}, n_steps=8)
+    other.arguments["env_kwargs"] = {"made": object()}
+    with pytest.raises(ValueError, match="cannot be saved"):
+        other.learn(8, checkpoint_path=tmp_path / "run")
+    assert other.num_timesteps == 0
 
 
 def test_an_update_is_sb3s() -> None:

@@ -19,11 +19,18 @@ def test_trainings_are_kept_and_compared(tmp_path: Path, monkeypatch: pytest.Mon
     rows = [
         {**row, "return": 20 + seed, "backend": backend, "seed": seed} for backend in ("own", "sb3") for seed in (0, 1)
     ]
-    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    from benchmarks import runs
+
+    origin = {"settings": small, "commit": runs.provenance()["commit"]}
+    stale = {**rows[0], "return": 99} | origin | {"commit": "another"}
+    lines = [json.dumps(each | origin) + "\n" for each in rows] + [json.dumps(stale) + "\n", '{"env": "cut']
+    (tmp_path / "raw.jsonl").write_text("".join(lines))
     monkeypatch.setattr(learners, "CASES", [("CartPole-v1", 4, 16, 64)])
     monkeypatch.setattr(learners, "STEPS", 64)
     result = learners.run(2, tmp_path, 1, ["CartPole-v1"], lambda name: lambda share: None)
     assert result["learning"][0]["difference"] == 0
+    assert result["learning"][0]["own"] == 20.5
+    assert len((tmp_path / "raw.jsonl").read_text().splitlines()) == 5
     (speed,) = result["speed"]
     assert speed["ratio"] == pytest.approx(speed["own"] / speed["sb3"], rel=0.5)
     assert json.loads((tmp_path / "results.json").read_text())["commit"] == result["commit"]
@@ -36,3 +43,18 @@ def test_the_interval_of_a_difference_by_hand() -> None:
     (row,) = learners.compare(frame)
     assert row["difference"] == 1
     assert row["ci95"] == pytest.approx([1 - 2.776 * (2 / 3) ** 0.5, 1 + 2.776 * (2 / 3) ** 0.5], abs=1e-3)
+
+
+def test_both_gates_are_trained_and_judged(tmp_path: Path) -> None:
+    from benchmarks.experiments import hybrid
+    from experts.hybrid import HybridSettings
+
+    result = hybrid.run("digits", 2, HybridSettings(epochs=6), tmp_path, lambda share: None)
+    frame = hybrid.summary(result)
+    assert frame["gate"].tolist() == ["cross-entropy", "policy gradient"]
+    assert (frame["low"] <= frame["return"]).all()
+    for row in result["rows"]:
+        assert row["return"] == pytest.approx(row["accuracy"] - 0.2 * row["cost"])
+    assert len(result["logs"]) == 12
+    assert json.loads((tmp_path / "hybrid.json").read_text())["trends"] == result["trends"]
+    assert (tmp_path / "hybrid.png").exists()

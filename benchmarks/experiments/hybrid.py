@@ -1,0 +1,117 @@
+"""Is a gate that learns by policy gradient on quality less cost better than one that learns by cross-entropy?
+
+Both start anew with the same experts; return, accuracy and cost are those of MoERouting-v0's batches, of the gate's
+first choice, on test inputs. The costs are the profile of the bundle with the same experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+
+from benchmarks import runs
+from benchmarks.references import SETTINGS
+from cost.files import write_text
+from cost.model import Cost
+from cost.profile import parse
+from experts import bundle as bundles
+from experts import data
+from experts.hybrid import HybridSettings, train_hybrid
+from experts.model import MoEClassifier
+from experts.training import train
+from moe_envs.routing_tables import RoutingTables, deal
+
+BATCHES = 1000
+Result = dict[str, Any]
+
+
+def run(name: str, seeds: int, settings: HybridSettings, out: Path, report: Callable[[float], object]) -> Result:
+    """Train both gates for each seed; writes hybrid.json and hybrid.png."""
+    source, loaded = data.load(name), bundles.load(name)
+    tables = RoutingTables(loaded, "test", parse(loaded.profile, name), Cost(1 / 3, 1 / 3, 1 / 3))
+    codes = 1 << np.arange(tables.num_experts)
+    fixed, slope = (torch.from_numpy(part[codes, 0]) for part in (tables.fixed, tables.slope))
+    per_batch = tables.batch_size
+
+    def cost_of(members_BE: torch.Tensor) -> torch.Tensor:
+        """An input's own part, and its share of its experts' fixed part, so that a batch's mean is the batch's cost."""
+        load_E = members_BE.sum(0).clamp_min(1)
+        return (members_BE * (slope + fixed / load_E)).sum(1) * per_batch
+
+    rows, logs = [], []
+    for seed in range(seeds):
+        values = replace(settings, seed=seed)
+        plain = train(*source["train"], replace(SETTINGS[name], seed=seed, epochs=settings.epochs), progress=False)
+        rows.append({"gate": "cross-entropy", "seed": seed, **judge(plain, source, tables, settings.cost_weight)})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inputs, labels = source["train"]
+            model = MoEClassifier(inputs.shape[1], int(labels.max()) + 1, widths=SETTINGS[name].widths)
+        log = train_hybrid(model, inputs, labels, cost_of, values)
+        rows.append({"gate": "policy gradient", "seed": seed, **judge(model, source, tables, settings.cost_weight)})
+        logs += [{"seed": seed, **row} for row in log]
+        report((seed + 1) / seeds)
+    trends = [_trend(pd.DataFrame(logs), seed) for seed in range(seeds)]
+    result = {"data": name, "settings": vars(settings), "rows": rows, "logs": logs, "trends": trends}
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "hybrid.json", json.dumps(result | runs.provenance(), indent=1))
+    _draw(pd.DataFrame(logs), out / "hybrid.png")
+    return result
+
+
+def judge(model: MoEClassifier, source: data.Dataset, tables: RoutingTables, cost_weight: float) -> dict[str, float]:
+    """Return, accuracy and cost of the gate's first choice on test batches."""
+    x, y = source["test"]
+    with torch.inference_mode():
+        h = model.trunk(torch.from_numpy(x))
+        chosen = model.gate(h).argmax(1)
+        logits = model.experts(h)[torch.arange(len(x)), chosen]
+    correct = (logits.argmax(1).numpy() == y).astype(float)
+    batches = deal(y, tables.batch_size, "topical", count=BATCHES, seed=7)
+    loads = np.eye(tables.num_experts)[chosen.numpy()][batches].sum(1)
+    codes = 1 << np.arange(tables.num_experts)
+    costs = (loads > 0) @ tables.fixed[codes, 0] + loads @ tables.slope[codes, 0]
+    accuracy = correct[batches].mean(1)
+    return {
+        "return": float((accuracy - cost_weight * costs).mean()),
+        "accuracy": float(accuracy.mean()),
+        "cost": float(costs.mean()),
+    }
+
+
+def summary(result: Result) -> pd.DataFrame:
+    """Means over seeds; the return with its 95 % interval."""
+    rows = []
+    for gate, group in pd.DataFrame(result["rows"]).groupby("gate"):
+        half = group["return"].sem() * stats.t.ppf(0.975, len(group) - 1)
+        row: Result = {"gate": gate, "seeds": len(group)}
+        row |= {name: float(group[name].mean()) for name in ("return", "accuracy", "cost")}
+        rows.append(row | {"low": row["return"] - half, "high": row["return"] + half})
+    return pd.DataFrame(rows)
+
+
+def _trend(logs: pd.DataFrame, seed: int) -> dict[str, float]:
+    part = logs[logs["seed"] == seed]
+    slopes = {name: float(np.polyfit(part["epoch"], part[name], 1)[0]) for name in ("reward", "cost")}
+    return {"seed": seed, **slopes}
+
+
+def _draw(logs: pd.DataFrame, path: Path) -> None:
+    figure = Figure((14, 7), layout="constrained")
+    names = ("cross_entropy", "policy_gradient", "entropy", "reward", "accuracy", "cost")
+    for panel, name in zip(figure.subplots(2, 3).ravel(), names, strict=True):
+        for seed, part in logs.groupby("seed"):
+            panel.plot(part["epoch"], part[name], "o-", label=f"seed {seed}")
+        panel.set(xlabel="epoch", ylabel=name.replace("_", " "))
+        panel.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
