@@ -148,9 +148,10 @@ class Learner:
     ) -> Self:
         """Train for so many more steps, or, without a number, to where a resumed training was to end.
 
-        `callback` is called after each update. With a `checkpoint_path` the training is saved there about every
-        `checkpoint_every` steps, at its end and on Ctrl-C; `resume` goes on from there, bit for bit. Raises
-        `ValueError` where there is nothing to do, or where the path has another training's checkpoints.
+        `callback` is called after each update and ends the training where it returns False. With a `checkpoint_path`
+        the training is saved there about every `checkpoint_every` steps, at its end and on Ctrl-C; `resume` goes on
+        from there, bit for bit. Raises `ValueError` where there is nothing to do, or where the path has another
+        training's checkpoints.
         """
         if total_timesteps is not None:
             self.goal = self.num_timesteps + total_timesteps
@@ -164,7 +165,7 @@ class Learner:
         if self.collector.observations is None:
             self.collector.begin(self.arguments["seed"])
         threads, begun, before = torch.get_num_threads(), time.perf_counter(), self.num_timesteps
-        saved, interrupted = before, False
+        saved, interrupted, ended = before, False, False
         torch.set_num_threads(1)
         try:
             with (
@@ -173,15 +174,14 @@ class Learner:
                 interruptible() as wanted,
                 progress(self, progress_bar) as advance,
             ):
-                while self.num_timesteps < self.goal and not interrupted:
+                while self.num_timesteps < self.goal and not interrupted and not ended:
                     batch = self._batch()
                     self.logs |= self._update(batch)
                     self._write((self.num_timesteps - before) / (time.perf_counter() - begun))
-                    if callback is not None:
-                        callback(self)
+                    ended = callback is not None and callback(self) is False
                     advance()
                     interrupted = wanted.is_set()
-                    due = self.num_timesteps >= min(saved + checkpoint_every, self.goal) or interrupted
+                    due = self.num_timesteps >= min(saved + checkpoint_every, self.goal) or interrupted or ended
                     if checkpoint_path is not None and due:
                         saved = self.num_timesteps
                         self.checkpoint(checkpoint_path)

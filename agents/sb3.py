@@ -32,7 +32,7 @@ ALGORITHMS: dict[str, tuple[str, str]] = {  # class, policy
 
 def make_algorithm(algo: str, env: VecEnv, seed: int, values: dict[str, Any], log: str | None = None) -> BaseAlgorithm:
     """An SB3 algorithm on the CPU with `settings`, on a VecEnv; the same seed gives the same bits."""
-    keywords = {key: value for key, value in values.items() if key not in ("n_envs", "total_timesteps")}
+    keywords = copy.deepcopy({key: value for key, value in values.items() if key not in ("n_envs", "total_timesteps")})
     rate = str(keywords.get("learning_rate", ""))
     if rate.startswith("linear "):
         keywords["learning_rate"] = LinearSchedule(float(rate.removeprefix("linear ")), 0.0, 1.0)

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +71,7 @@ def _train(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/ENV-ALGO-seedSEED.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run of backend own.")] = None,
+    tune: Annotated[int, typer.Option(min=0, help="Search settings on validation by so many trainings first.")] = 0,
     env_kwarg: EnvKwargs = [],  # noqa: B006
     json_file: Json = None,
 ) -> None:
@@ -82,8 +84,14 @@ def _train(
     env_id, env_kwargs = _environment(env), _parse(env_kwarg)
     name = algo if backend == "sb3" else f"{backend}-{algo}"
     folder = resume or out or Path("runs") / f"{env_id.split(':')[-1]}-{name}-seed{seed}"
-    overrides = {} if timesteps is None else {"total_timesteps": timesteps}
+    overrides: dict[str, Any] = {} if timesteps is None else {"total_timesteps": timesteps}
+    if not resume and not overwrite:
+        runs.require_free(folder)
     with _bar() as add:
+        if tune and not resume:
+            report = add(f"{tune} trials of settings")
+            arguments = {"env_id": env_id, "algo": algo, "backend": backend, "env_kwargs": env_kwargs, "seed": seed}
+            overrides |= _search(tune, folder, **arguments, timesteps=timesteps, report=report)
         report = add(f"resuming {folder}" if resume else f"training {algo} on {env_id}")
         try:
             if resume:
@@ -98,6 +106,16 @@ def _train(
     result = runs.load_config(folder)
     _write(json_file, result)
     console.print(f"[green]saved[/] {folder}    evaluate: moe-eval {folder}    curves: tensorboard --logdir {folder}")
+
+
+def _search(trials: int, folder: Path, **arguments: Any) -> dict[str, Any]:
+    from benchmarks.tune import search
+
+    try:
+        return search(trials=trials, folder=folder, **arguments)
+    except KeyboardInterrupt:
+        errors.print(f"stopped; the same command goes on with the trials in {folder}", soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def _evaluate(
@@ -276,6 +294,48 @@ def _learners(
     console.print(f"[green]saved[/] {out}/raw.jsonl, {out}/results.json")
 
 
+@benchmark_app.command("race")
+def _race(
+    seeds: Annotated[int, typer.Option(min=2)] = 5,
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    out: Path = Path("runs/race"),
+) -> None:
+    """CPU seconds until PPO, ours and SB3's, beats the best yardstick of MoERouting-v0 on validation."""
+    import pandas as pd
+
+    from benchmarks.experiments import race
+
+    with _bar() as add:
+        result = race.run(seeds, out, jobs, add(f"{2 * seeds} trainings"))
+    table = Table("backend", "seeds", "that beat it", "CPU s, median", "all", "steps, median")
+    for backend, group in pd.DataFrame(result["rows"]).groupby("backend"):
+        beaten = group.dropna().sort_values("seconds")
+        every = ", ".join(f"{value:.1f}" for value in beaten["seconds"])
+        medians = f"{beaten['seconds'].median():.1f}", every, f"{beaten['steps'].median():,.0f}"
+        table.add_row(str(backend), str(len(group)), str(len(beaten)), *medians)
+    console.print(f"to beat: {result['yardstick']}, {result['target']:.4f} on validation", table)
+    console.print(f"[green]saved[/] {out}/race.json")
+
+
+@benchmark_app.command("jax")
+def _jax(json_file: Json = None) -> None:
+    """Our PPO beside one written in JAX as a single jitted training, on MoERouting-v0; needs the extra bench."""
+    from benchmarks import runs
+
+    if find_spec("jax") is None:
+        raise ValueError("jax is not installed: pip install 'moe-envs[bench]'")
+    from benchmarks.experiments import jax_ppo
+
+    with _bar() as add:
+        rows = jax_ppo.compare(add("ours and JAX by turns"))
+    _write(json_file, {"rows": rows, **runs.provenance()})
+    table = Table("rows", "minibatch", "own", "JAX", "ratio", title="steps/s of CPU time, medians, one thread")
+    for row in rows:
+        numbers = f"{row['own']:,.0f}", f"{row['jax']:,.0f}", f"{row['ratio']:.2f}"
+        table.add_row(str(row["rows"]), str(row["batch_size"]), *numbers)
+    console.print(table)
+
+
 @benchmark_app.command("hybrid")
 def _hybrid(
     data: Annotated[str, typer.Option(help="digits or fashion-mnist")] = "fashion-mnist",
@@ -322,14 +382,14 @@ def _deploy(
 
     result = deploy.run(run_dir, episodes)
     _write(json_file, result | runs.provenance())
-    table = Table("", "accuracy", "cost", title=f"{episodes} test batches; cost 1 is the top-2 gate's")
-    for name in ("environment", "deployed"):
-        table.add_row(name, f"{result[name]['accuracy']:.4f}", f"{result[name]['cost']:.4f}")
+    table = Table("", "accuracy", "cost", "return", title=f"{episodes} test batches; cost 1 is the top-2 gate's")
+    for row in result["rows"]:
+        table.add_row(row["case"], *(f"{row[name]:.4f}" for name in ("accuracy", "cost", "return")))
     times = Table("batch", "top-2, ms", "routed, ms", "of that the router, ms", title="wall time, medians, one thread")
     for row in result["times"]:
         times.add_row(str(row["batch_size"]), *(f"{row[case] * 1e3:.3f}" for case in ("top-2", "routed", "router")))
     console.print(table, times)
-    console.print(f"decisions equal to the environment's: {result['deployed']['decisions_equal']:.4%}")
+    console.print(f"decisions equal to the environment's: {result['decisions_equal']:.4%}")
 
 
 @benchmark_app.command("speed")

@@ -18,6 +18,7 @@ import pandas as pd
 
 from agents import tuned
 from agents.checkpoints import MANIFEST
+from benchmarks import backends
 from cost.files import load_json, save_json, write_text
 from cost.machine import fingerprint
 from experts.bundle import source_commit
@@ -68,19 +69,24 @@ def train(
     settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
     config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "backend": backend, "seed": seed}
     config["settings"] = settings
-    if (folder / SETTINGS).exists() and not overwrite:
-        raise ValueError(f"{folder} holds a finished run; --overwrite replaces it, --out names another folder")
-    if (folder / STARTED).exists() and not overwrite:
-        raise ValueError(f"{folder} holds an interrupted run; --resume {folder} goes on, --overwrite begins anew")
+    if not overwrite:
+        require_free(folder)
     if backend == "sb3":
         return _train_sb3(folder, config, progress)
-    keywords = {key: value for key, value in settings.items() if key != "total_timesteps"}
-    log = folder / "tensorboard"
-    agent = _own(algo)(env_id, env_kwargs=env_kwargs, seed=seed, tensorboard_log=log, **keywords)
+    agent = backends.make(env_id, algo, backend, env_kwargs, seed, settings)
+    agent.tensorboard_log = folder / "tensorboard"
     agent.goal = settings["total_timesteps"]
     _clear(folder)
     save_json(folder / STARTED, config)
     return _train_own(agent, folder, config, progress)
+
+
+def require_free(folder: Path) -> None:
+    """Raise `ValueError` where a run is in the folder, finished or not."""
+    if (folder / SETTINGS).exists():
+        raise ValueError(f"{folder} holds a finished run; --overwrite replaces it, --out names another folder")
+    if (folder / STARTED).exists():
+        raise ValueError(f"{folder} holds an interrupted run; --resume {folder} goes on, --overwrite begins anew")
 
 
 def resume(folder: Path, progress: Callable[[float], object] = lambda share: None) -> Policy:
@@ -88,7 +94,7 @@ def resume(folder: Path, progress: Callable[[float], object] = lambda share: Non
     if (folder / SETTINGS).exists():
         raise ValueError(f"{folder} holds a finished run; moe-eval evaluates it")
     config = load_json(folder / STARTED, RunError, "only runs of --backend own that were interrupted can be resumed")
-    agent = _own(config["algo"]).resume(folder, folder / "tensorboard")
+    agent = backends.own(config["algo"]).resume(folder, folder / "tensorboard")
     return _train_own(agent, folder, config, progress)
 
 
@@ -147,13 +153,6 @@ def _finish(folder: Path, config: dict[str, Any], weights: bytes) -> None:
     write_text(folder / SETTINGS, json.dumps(content, indent=1))
 
 
-def _own(algo: str) -> type[Learner]:
-    from agents.ppo import PPO
-    from agents.reinforce import REINFORCE
-
-    return {"ppo": PPO, "reinforce": REINFORCE}[algo]
-
-
 def finished(folder: Path, wanted: dict[str, Any]) -> bool:
     """Whether the folder holds a finished run of this configuration, trained by the code of this commit."""
     if not (folder / SETTINGS).exists():
@@ -195,7 +194,7 @@ def load(folder: Path) -> tuple[Policy, dict[str, Any]]:
     if hashlib.sha256(raw).hexdigest() != config["sha256"]:
         raise RunError(f"{weights} is damaged: its SHA-256 is not the one in {SETTINGS}")
     if own:
-        return _own(config["algo"]).load(folder / BEST), config
+        return backends.own(config["algo"]).load(folder / BEST), config
     env = make_sb3_vec(config["env"], config["settings"]["n_envs"], **config["env_kwargs"])
     model = make_algorithm(config["algo"], env, config["seed"], config["settings"])
     try:

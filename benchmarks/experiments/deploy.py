@@ -1,4 +1,4 @@
-"""What is a learned router worth in the real model? Its answers beside the environment's, and its wall time."""
+"""What is a learned router worth in the real model? Its answers beside the environment's, its own cost, wall times."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 from agents.deploy.routing import RoutedMoE
 from agents.evaluate import make_rows
 from benchmarks import runs
+from cost.model import Cost
+from cost.profile import measure
 from cost.timing import torch_threads
 from experts import bundle as bundles
 from experts import data
@@ -23,7 +25,8 @@ Result = dict[str, Any]
 
 
 def run(folder: Path, episodes: int = 500) -> Result:
-    """Deploy the policy of a run folder; accuracy and cost as in the environment, wall time beside the top-2 gate."""
+    """Deploy the policy of a run folder: accuracy and cost as in the environment and with what the router itself costs
+    on this machine, wall time beside the top-2 gate."""
     policy: Any
     policy, config = runs.load(folder)
     kwargs = {**config["env_kwargs"], "split": "test"}
@@ -51,9 +54,29 @@ def run(folder: Path, episodes: int = 500) -> Result:
     loads = members.reshape(len(rows), -1, members.shape[1]).sum(1)
     codes = 1 << np.arange(members.shape[1])
     cost = float(((loads > 0) @ env.tables.fixed[codes, 0] + loads @ env.tables.slope[codes, 0]).mean())
-    deployed = {"accuracy": accuracy, "cost": cost, "decisions_equal": float(same.all(1).mean())}
-    inside = {"accuracy": found["quality"], "cost": found["cost"]}
-    return {"run": str(folder), "episodes": episodes, "environment": inside, "deployed": deployed, "times": times}
+    own = _router_cost(routed, x[: rows.shape[1]])
+    charged = cost + float(env.tables.relative(own.time, own.memory, own.energy))
+    cases = {"environment": (found["quality"], found["cost"]), "deployed": (accuracy, cost)}
+    cases["deployed, with its router"] = (accuracy, charged)
+    return {
+        "run": str(folder),
+        "episodes": episodes,
+        "rows": [
+            {"case": case, "accuracy": quality, "cost": paid, "return": quality - config["cost_weight"] * paid}
+            for case, (quality, paid) in cases.items()
+        ],
+        "decisions_equal": float(same.all(1).mean()),
+        "router": vars(own),
+        "times": times,
+    }
+
+
+def _router_cost(routed: RoutedMoE, x: torch.Tensor) -> Cost:
+    """What the decisions for one batch cost on this machine, in s, B and J."""
+    with torch.inference_mode():
+        gate = routed.gate(routed.trunk(x))
+        profile = measure({"router": lambda n: lambda: routed.route(x, gate)}, sizes=(len(x),))
+    return profile.cost("router", len(x))
 
 
 def _times(routed: RoutedMoE, model: Any, inputs: torch.Tensor) -> list[dict[str, float]]:

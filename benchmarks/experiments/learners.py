@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from agents import tuned
-from benchmarks import runs
+from benchmarks import backends, runs
 from cost.files import write_text
 
 ROUTING = "moe_envs:MoERouting-v0"
@@ -57,7 +57,7 @@ def train(env_id: str, backend: str, seed: int) -> Row:
     values = dict(SETTINGS[env_id])
     total = values.pop("total_timesteps")
     begun = time.process_time()
-    agent = _make(env_id, backend, seed, values)
+    agent = backends.make(env_id, "ppo", backend, {}, seed, values)
     agent.learn(total)
     row = {"env": env_id, "backend": backend, "seed": seed, "seconds": time.process_time() - begun}
     if env_id == ROUTING:
@@ -129,7 +129,7 @@ def speed(report: Callable[[float], object]) -> list[Row]:
     with threadpool_limits(1, "blas"):
         for number, (env_id, count, steps, batch) in enumerate(CASES):
             values = {"n_envs": count, "n_steps": steps, "batch_size": batch, "n_epochs": 4}
-            agents = [_make(env_id, backend, 0, values) for backend in ("own", "sb3")]
+            agents = [backends.make(env_id, "ppo", backend, {}, 0, values) for backend in ("own", "sb3")]
             for agent in agents:
                 agent.learn(count * steps)
             rates = [[_rate(agent) for agent in agents] for _ in range(ROUNDS)]
@@ -144,16 +144,3 @@ def _rate(agent: Any) -> float:
     begun, before = time.process_time(), agent.num_timesteps
     agent.learn(STEPS, reset_num_timesteps=False) if hasattr(agent, "policy") else agent.learn(STEPS)
     return float((agent.num_timesteps - before) / (time.process_time() - begun))
-
-
-def _make(env_id: str, backend: str, seed: int, values: dict[str, Any]) -> Any:
-    from stable_baselines3.common.env_util import make_vec_env
-
-    from agents import PPO
-    from agents.sb3 import make_algorithm, make_sb3_vec
-
-    if backend == "own":
-        return PPO(env_id, seed=seed, **values)
-    rows = values["n_envs"]
-    env: Any = make_sb3_vec(env_id, rows) if env_id == ROUTING else make_vec_env(env_id, rows, seed=seed)
-    return make_algorithm("ppo", env, seed, values)

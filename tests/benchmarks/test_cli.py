@@ -56,9 +56,13 @@ def test_a_run_is_deployed(run: Path, tmp_path: Path) -> None:
     done = command("benchmark", "deploy", str(run), "--episodes", "20", "--json", str(tmp_path / "d.json"))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "d.json").read_text())
-    assert result["deployed"]["decisions_equal"] >= 0.999
+    assert result["decisions_equal"] >= 0.999
+    inside, deployed, charged = result["rows"]
     for name in ("accuracy", "cost"):
-        assert result["deployed"][name] == pytest.approx(result["environment"][name], abs=0.002)
+        assert deployed[name] == pytest.approx(inside[name], abs=0.002)
+    assert charged["accuracy"] == deployed["accuracy"]
+    assert charged["cost"] > deployed["cost"]
+    assert charged["return"] < deployed["return"]
     assert [row["batch_size"] for row in result["times"]] == [1, 32, 512]
 
 

@@ -1,0 +1,139 @@
+"""Hyperparameters by Optuna: final policies are judged on the split `validation`, bad trials are cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agents import tuned
+from agents.evaluate import evaluate
+from benchmarks import backends, runs
+from cost.files import save_json
+
+if TYPE_CHECKING:
+    import optuna
+
+BEST, TRIALS = "tuned.json", "trials.log"
+CHECKS, EPISODES = 5, 1000
+# What is searched, where an algorithm's settings have it: numbers from low to high on a log scale, or one of a list.
+RANGES: dict[str, tuple[float, float]] = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-5, 3e-2)}
+CHOICES: dict[str, list[Any]] = {
+    "n_steps": [8, 16, 32, 64, 128],
+    "batch_size": [128, 256, 512, 1024],
+    "n_epochs": [2, 3, 5, 8],
+    "gae_lambda": [0.5, 0.8, 0.9, 0.95, 1.0],
+    "train_freq": [1, 4, 16],
+    "gradient_steps": [4, 8, 16],
+    "exploration_fraction": [0.1, 0.3, 0.5],
+    "target_update_interval": [500, 2_000, 8_000],
+}
+
+
+def search(
+    env_id: str,
+    algo: str,
+    backend: str,
+    env_kwargs: dict[str, Any],
+    trials: int,
+    folder: Path,
+    seed: int = 0,
+    timesteps: int | None = None,
+    report: Callable[[float], object] = lambda share: None,
+) -> dict[str, Any]:
+    """The settings of the best of `trials` trainings; writes tuned.json.
+
+    Trials are kept in trials.log: a search that was interrupted goes on. The first trial is the settings that are there
+    already, so that the search can only find better ones. Raises `ValueError` where Optuna is not installed.
+    """
+    if find_spec("optuna") is None:
+        raise ValueError("optuna is not installed: pip install 'moe-envs[tune]'")
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    start = tuned.settings(algo, env_id, backend) | ({"total_timesteps": timesteps} if timesteps else {})
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / TRIALS))),
+        study_name=f"{backend} {algo} {env_id} {sorted(env_kwargs.items())} {start['total_timesteps']} seed {seed}",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    if not (done := len(study.get_trials(deepcopy=False, states=finished))):
+        study.enqueue_trial(_as_suggested(start))
+
+    def objective(trial: optuna.Trial) -> float:
+        return train(env_id, algo, backend, env_kwargs, seed, suggest(trial, start), trial)
+
+    for number in range(done, trials):
+        study.optimize(objective, n_trials=1)
+        report((number + 1) / trials)
+    found: dict[str, Any] = suggest(study.best_trial, start)
+    content: dict[str, Any] = {
+        "env": env_id,
+        "algo": algo,
+        "backend": backend,
+        "env_kwargs": env_kwargs,
+        "settings": found,
+    }
+    content |= {"validation": study.best_value, "trials": trials, "seed": seed, **runs.provenance()}
+    save_json(folder / BEST, content)
+    return found
+
+
+def suggest(trial: optuna.Trial | optuna.trial.FrozenTrial, start: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the trial's values in place of those that are searched; learning rates fall to 0."""
+    found = dict(start)
+    for name in start.keys() & RANGES.keys():
+        found[name] = trial.suggest_float(name, *RANGES[name], log=True)
+    for name in start.keys() & CHOICES.keys():
+        found[name] = trial.suggest_categorical(name, CHOICES[name])
+    if "learning_rate" in found:
+        found["learning_rate"] = f"linear {found['learning_rate']:.3g}"
+    return found
+
+
+def _as_suggested(start: dict[str, Any]) -> dict[str, Any]:
+    """The settings in the form of a trial's parameters, those outside the search left to the sampler."""
+    found: dict[str, Any] = {name: value for name, value in start.items() if value in CHOICES.get(name, [])}
+    for name in start.keys() & RANGES.keys():
+        value = float(str(start[name]).split()[-1])
+        found |= {name: value} if RANGES[name][0] <= value <= RANGES[name][1] else {}
+    return found
+
+
+def train(
+    env_id: str,
+    algo: str,
+    backend: str,
+    env_kwargs: dict[str, Any],
+    seed: int,
+    settings: dict[str, Any],
+    trial: optuna.Trial | None = None,
+) -> float:
+    """The final policy's mean return on validation; judged on the way where there is a trial that may be cut short."""
+    import optuna
+
+    total, judged = settings["total_timesteps"], 0
+    agent = backends.make(env_id, algo, backend, env_kwargs, seed, settings)
+
+    def judge() -> float:
+        return float(evaluate(agent, env_id, EPISODES, **{**env_kwargs, "split": "validation"})["return"].mean())
+
+    def after(agent: Any) -> None:
+        nonlocal judged
+        if trial is None or (check := agent.num_timesteps * CHECKS // total) in (judged, CHECKS):
+            return
+        judged = check
+        trial.report(judge(), check)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    backends.learn(agent, total, after)
+    return judge()

@@ -1,0 +1,23 @@
+"""A2C of Stable-Baselines3 on MoERouting-v0: cost curves on TensorBoard, and its result on test images."""
+
+import sys
+
+from stable_baselines3 import A2C
+from stable_baselines3.common.utils import LinearSchedule
+
+from agents.evaluate import evaluate
+from agents.sb3 import CostLogger, make_sb3_vec
+
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+env_id, kwargs = "moe_envs:MoERouting-v0", {"bundle": "digits", "cost_weight": 0.2}
+
+if __name__ == "__main__":
+    env = make_sb3_vec(env_id, 128, **kwargs)
+    model = A2C(
+        "MlpPolicy", env, seed=0, device="cpu", tensorboard_log="runs/a2c",
+        n_steps=16, learning_rate=LinearSchedule(2e-3, 0, 1), gamma=0.99, gae_lambda=0.8, ent_coef=0.003,
+        normalize_advantage=True, policy_kwargs={"net_arch": [128, 128]},
+    )  # fmt: skip
+    model.learn(STEPS, CostLogger(), progress_bar=True)
+    frame = evaluate(model, env_id, episodes=1000, **kwargs, split="test")
+    print(frame[["return", "quality", "cost"]].mean())
