@@ -37,7 +37,7 @@ def save(folder: Path, content: dict[str, Any]) -> None:
     sha256 = hashlib.sha256(raw).hexdigest()
     name = ARRAYS.format(sha256[:16])
     manifest = {"format": FORMAT, "content": tree, "arrays": {"file": name, "sha256": sha256}}
-    if folder.exists() and (not folder.is_dir() or _foreign(folder)):
+    if folder.exists() and (not folder.is_dir() or foreign(folder)):
         raise ValueError(f"{folder} holds something that is not a checkpoint; name a folder that does not exist yet")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -110,7 +110,7 @@ def prune(run: Path, keep: int = 2) -> None:
     """Delete all checkpoints of a run but the newest, and what was left by a save that was killed."""
     kept = of_run(run)[:keep]
     for folder in run.glob(f"{PREFIX}*"):
-        if folder not in kept and not _foreign(folder):
+        if folder not in kept and folder.is_dir() and not foreign(folder):
             shutil.rmtree(folder)
 
 
@@ -119,7 +119,13 @@ def of_run(run: Path) -> list[Path]:
     return sorted((manifest.parent for manifest in run.glob(f"{PREFIX}*/{MANIFEST}")), reverse=True)
 
 
-def _foreign(folder: Path) -> bool:
+def newest(run: Path) -> str | None:
+    """What tells a run's newest checkpoint from any other, whole or not; None where there is none."""
+    there = of_run(run)
+    return f"{there[0].name} {(there[0] / MANIFEST).read_bytes()[-65:].hex()}" if there else None
+
+
+def foreign(folder: Path) -> bool:
     """Whether a folder has anything that `save` did not put there."""
     return any(
         path.name not in (MANIFEST, PARTIAL) and not fnmatch(path.name, ARRAYS.format("*")) for path in folder.iterdir()

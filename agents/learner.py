@@ -25,6 +25,7 @@ from agents.networks import Moments, Network, Preprocessor
 from agents.rollouts import Collector, NotFiniteError, Rollout, make_rows
 
 POLICY: dict[str, Any] = {"net_arch": (64, 64), "gru": 0}
+COUNT = "a whole number of at least 1"
 WINDOW = 100  # episodes in rollout/ep_rew_mean
 CLIP_REWARD = 10.0  # of normalised rewards
 EPISODES = "episodes.csv"
@@ -82,19 +83,23 @@ class Learner:
         }
         self.tensorboard_log = tensorboard_log
         self.distribution = distribution(self.rows.action_space)
+        if self.distribution.free and schedule(settings["temperature"]) != (1, 1):
+            raise ValueError("temperature is for actions drawn from logits; for a Box ent_coef widens the exploration")
         self.preprocessor = Preprocessor(self.rows.observation_space, settings["normalize_observations"])
         sizes: dict[str, Any] = POLICY | (settings["policy_kwargs"] or {})
         self.network = Network(
             self.preprocessor.size, self.distribution.size, free=self.distribution.free, seed=seed, **sizes
         )
         self.descent = Descent(self.network, device)
-        self.generator = np.random.default_rng(seed)
+        self.generator = np.random.default_rng([seed, 1])  # another stream than those of the environment's rows
         self.collector = Collector(self.rows, self.preprocessor.flatten, self.network.begin(self.rows.count))
         self.episodes, self._window = Episodes(self.rows.count), pd.DataFrame()
         self._of_returns, self._discounted = Moments(1), np.zeros(self.rows.count)
         self.num_timesteps = self.goal = self.num_updates = 0
         self._temperature = np.float32(self.now("temperature"))
-        self._run: Path | None = None  # the folder of checkpoints that this training has written or was resumed from
+        self._run: tuple[Path, str | None] | None = (
+            None  # this training's folder of checkpoints, and the newest of them
+        )
         self._episodes_size = 0  # of its episodes.csv, in bytes
         self.logs: Logs = {}
         self._writer: Any = None
@@ -153,17 +158,18 @@ class Learner:
         from there, bit for bit. Raises `ValueError` where there is nothing to do, or where the path has another
         training's checkpoints.
         """
-        if total_timesteps is not None:
-            self.goal = self.num_timesteps + total_timesteps
-        if self.num_timesteps >= self.goal:
+        goal = self.goal if total_timesteps is None else self.num_timesteps + total_timesteps
+        if self.num_timesteps >= goal:
             raise ValueError(
-                f"nothing to do: {self.num_timesteps} of {self.goal} steps are done; learn(total_timesteps=N), N > 0, "
+                f"nothing to do: {self.num_timesteps} of {goal} steps are done; learn(total_timesteps=N), N > 0, "
                 "trains N more"
             )
         if checkpoint_path is not None:
             self._claim(Path(checkpoint_path))
+        self.goal = goal
         if self.collector.observations is None:
             self.collector.begin(self.arguments["seed"])
+            self._forget()
         threads, begun, before = torch.get_num_threads(), time.perf_counter(), self.num_timesteps
         saved, interrupted, ended = before, False, False
         torch.set_num_threads(1)
@@ -177,8 +183,8 @@ class Learner:
                 while self.num_timesteps < self.goal and not interrupted and not ended:
                     batch = self._batch()
                     self.logs |= self._update(batch)
-                    self._write((self.num_timesteps - before) / (time.perf_counter() - begun))
                     ended = callback is not None and callback(self) is False
+                    self._write((self.num_timesteps - before) / (time.perf_counter() - begun))
                     advance()
                     interrupted = wanted.is_set()
                     due = self.num_timesteps >= min(saved + checkpoint_every, self.goal) or interrupted or ended
@@ -187,7 +193,7 @@ class Learner:
                         self.checkpoint(checkpoint_path)
         finally:
             torch.set_num_threads(threads)
-        if interrupted:
+        if interrupted and self.num_timesteps < self.goal:
             mend = (
                 f"{self.name}.resume({str(checkpoint_path)!r}).learn() goes on" if checkpoint_path else "nothing saved"
             )
@@ -215,6 +221,7 @@ class Learner:
         self._episodes_size = self.episodes.append_to(run / EPISODES, self._episodes_size)
         self.save(checkpoints.numbered(run, self.num_timesteps))
         checkpoints.prune(run)
+        self._run = run.resolve(), checkpoints.newest(run)
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None) -> Self:
@@ -236,7 +243,8 @@ class Learner:
         """
         found, content = cls._load(Path(path), device)
         found.tensorboard_log = tensorboard_log or content["tensorboard_log"]
-        found._run = Path(path) if checkpoints.of_run(Path(path)) else None
+        if newest := checkpoints.newest(Path(path)):
+            found._run = Path(path).resolve(), newest
         return found
 
     @classmethod
@@ -270,15 +278,16 @@ class Learner:
     def _claim(self, run: Path) -> None:
         """Make a folder this training's own; nobody else's checkpoints may be there, its episodes must be."""
         self._check_saveable()
-        if run != self._run:
-            if there := checkpoints.of_run(run):
+        newest, size = checkpoints.newest(run), (run / EPISODES).stat().st_size if (run / EPISODES).exists() else 0
+        if self._run != (run.resolve(), newest):
+            if newest is not None or size:
                 raise ValueError(
-                    f"{run} holds checkpoints of another training ({there[0].name}): {self.name}.resume goes on with "
-                    "it; for a new one name another folder"
+                    f"{run} holds what another training wrote ({newest.split()[0] if newest else EPISODES}): "
+                    f"{self.name}.resume goes on with its newest checkpoint; for a new one name another folder"
                 )
-            self._run, self._episodes_size = run, 0
+            self._run, self._episodes_size = (run.resolve(), None), 0
             self.episodes.rewind()
-        if self._episodes_size > (size := (run / EPISODES).stat().st_size if (run / EPISODES).exists() else 0):
+        if self._episodes_size > size:
             raise CheckpointError(
                 f"{run / EPISODES} had {self._episodes_size} bytes and has {size}: put it back, or checkpoint to "
                 "another folder"
@@ -423,7 +432,7 @@ class Learner:
             self.num_updates += 1
             if stop:
                 break
-        means = {key: float(np.mean([each[key] for each in found])) for key in found[0]}
+        means = {key: float(np.mean([each[key] for each in found])) for key in found[0]} if found else {}
         return means | {"train/learning_rate": rate, "train/n_updates": self.num_updates}
 
     def _minibatch(self, batch: Batch, rate: float, wanted: bool) -> tuple[Logs, bool]:
@@ -501,6 +510,7 @@ class Learner:
         for key, value in self.logs.items():
             self._writer.add_scalar(key, value, self.num_timesteps)
         self._writer.flush()
+        self.logs = {key: value for key, value in self.logs.items() if not key.startswith("eval/")}
 
 
 def schedule(value: float | str) -> tuple[float, float]:
@@ -516,27 +526,32 @@ def schedule(value: float | str) -> tuple[float, float]:
 
 def validate(settings: dict[str, Any]) -> None:
     """Raise `ValueError` naming the first setting that cannot be meant."""
+    whole = "batch_size" if "n_epochs" not in settings else ""  # REINFORCE's None is the whole rollout
     for name in ("n_envs", "n_steps", "n_epochs", "batch_size"):
         value = settings.get(name, 1)
-        whole = value is None and name == "batch_size" and "n_epochs" not in settings  # REINFORCE's whole rollout
-        if not whole and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+        _require((value is None and name == whole) or (isinstance(value, int) and value > 0), name, value, COUNT)
     for name in ("gamma", "gae_lambda"):
-        if not 0 <= settings[name] <= 1:
-            raise ValueError(f"{name}={settings[name]!r}: must be from 0 to 1")
-    for name in ("learning_rate", "temperature"):
+        _require(0 <= settings[name] <= 1, name, settings[name], "from 0 to 1")
+    for name in ("max_grad_norm", "clip_range", "target_kl"):
+        value = settings.get(name)
+        _require(value is None or (isinstance(value, int | float) and value > 0), name, value, "a positive number")
+    for name, last in (("learning_rate", 0.0), ("temperature", 1e-9)):
         try:
             begin, end = schedule(settings[name])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
-        if begin <= 0 or end < 0 or (end == 0 and name == "temperature"):
-            raise ValueError(f"{name}={settings[name]!r}: must be positive")
+        _require(begin > 0 and end >= last, name, settings[name], "positive")
     policy = settings["policy_kwargs"] or {}
     if unknown := policy.keys() - POLICY.keys():
         raise ValueError(f"policy_kwargs has {', '.join(sorted(unknown))}; known are {', '.join(POLICY)}")
-    net_arch = policy.get("net_arch", ())
-    if isinstance(net_arch, dict | str) or any(not isinstance(width, int) or width < 1 for width in net_arch):
-        raise ValueError(f"net_arch={net_arch!r}: must be a list of widths, for policy and value each")
+    widths = policy.get("net_arch", [])
+    fits = isinstance(widths, list | tuple) and all(isinstance(width, int) and width > 0 for width in widths)
+    _require(fits, "net_arch", widths, "a list of widths, for policy and value each")
+
+
+def _require(fits: bool, name: str, value: object, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"{name}={value!r}: must be {wanted}")
 
 
 def _normalized(values: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ class Network:
         self._layers = [(self.weights[f"{place}.weight"], self.weights[f"{place}.bias"]) for place in range(self.depth)]
         self._kept: list[np.ndarray] = []
         self._spaces: dict[int, np.ndarray] = {}
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng([seed, 0])
         for name, gain in {"policy.weight": 0.01, "value.weight": 1.0}.items():
             array = self.weights[name].reshape(sizes[-1], -1)
             array[:] = gain * _orthogonal(array.shape, generator)

@@ -170,6 +170,7 @@ class Collector:
                     cuts.append((np.full(len(places), step), places, self._flatten(made.finals[places]), state[places]))
                 flat, starts = self._flatten(made.observations), made.starts
         except Exception:
+            self.observations = None  # begin anew, should the training go on
             self._check(observations[: step + 1], actions, rewards[:step])
             raise
         self._check(observations, actions, rewards, flat)

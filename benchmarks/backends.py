@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -54,3 +55,10 @@ def learn(agent: Any, total_timesteps: int, after_update: Callable[[Any], bool |
             return self.going_on
 
     agent.learn(total_timesteps, Between())
+
+
+def rate(agent: Any, steps: int) -> float:
+    """Steps per second of CPU time while an agent of either backend trains on."""
+    begun, before = time.process_time(), agent.num_timesteps
+    agent.learn(steps, reset_num_timesteps=False) if hasattr(agent, "policy") else agent.learn(steps)
+    return float((agent.num_timesteps - before) / (time.process_time() - begun))

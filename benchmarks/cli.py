@@ -61,15 +61,17 @@ def benchmark() -> None:
 
 
 def _train(
+    context: typer.Context,
     env: Annotated[str, typer.Option(help="Environment id, with or without 'moe_envs:'.")] = "MoERouting-v0",
     algo: Annotated[
-        str, typer.Option(help="own: ppo, reinforce; sb3: ppo, a2c, dqn, qrdqn, ppo_lstm, ppo_mask.")
+        str,
+        typer.Option(help="own: ppo, reinforce; sb3: ppo, a2c, dqn, qrdqn, ppo_lstm, ppo_mask (with action masks)."),
     ] = "ppo",
     backend: Annotated[str, typer.Option(help="own, several times faster, or sb3, Stable-Baselines3.")] = "own",
     seed: int = 0,
     timesteps: Annotated[int | None, typer.Option(min=1, help="Instead of the tuned number.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/ENV-ALGO-seedSEED.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is there first.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run of backend own.")] = None,
     tune: Annotated[int, typer.Option(min=0, help="Search settings on validation by so many trainings first.")] = 0,
     env_kwarg: EnvKwargs = [],  # noqa: B006
@@ -85,10 +87,12 @@ def _train(
     name = algo if backend == "sb3" else f"{backend}-{algo}"
     folder = resume or out or Path("runs") / f"{env_id.split(':')[-1]}-{name}-seed{seed}"
     overrides: dict[str, Any] = {} if timesteps is None else {"total_timesteps": timesteps}
-    if not resume and not overwrite:
-        runs.require_free(folder)
+    if resume:
+        _only(context, "resume", "json_file")
+    else:
+        runs.require_free(folder, env_kwargs, overwrite)
     with _bar() as add:
-        if tune and not resume:
+        if tune:
             report = add(f"{tune} trials of settings")
             arguments = {"env_id": env_id, "algo": algo, "backend": backend, "env_kwargs": env_kwargs, "seed": seed}
             overrides |= _search(tune, folder, **arguments, timesteps=timesteps, report=report)
@@ -106,6 +110,14 @@ def _train(
     result = runs.load_config(folder)
     _write(json_file, result)
     console.print(f"[green]saved[/] {folder}    evaluate: moe-eval {folder}    curves: tensorboard --logdir {folder}")
+
+
+def _only(context: typer.Context, *names: str) -> None:
+    """Refuse options that were given beside these, which they would have no effect on."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in names and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} beside --{names[0]}: the run goes on as it began")
 
 
 def _search(trials: int, folder: Path, **arguments: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from agents import tuned
-from agents.checkpoints import MANIFEST
+from agents import checkpoints, tuned
+from agents.checkpoints import MANIFEST, foreign
 from benchmarks import backends
 from cost.files import load_json, save_json, write_text
 from cost.machine import fingerprint
@@ -64,29 +64,28 @@ def train(
     A run that is in the folder, finished or not, is an error, or with `overwrite` replaced. `progress` is called with
     the share that is done. One torch thread: more would only slow such small networks down.
     """
-    if "split" in env_kwargs:
-        raise ValueError("training is on the split rl_train and chooses on validation; split is for moe-eval")
+    require_free(folder, env_kwargs, overwrite)
     settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
     config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "backend": backend, "seed": seed}
     config["settings"] = settings
-    if not overwrite:
-        require_free(folder)
     if backend == "sb3":
         return _train_sb3(folder, config, progress)
-    agent = backends.make(env_id, algo, backend, env_kwargs, seed, settings)
-    agent.tensorboard_log = folder / "tensorboard"
-    agent.goal = settings["total_timesteps"]
-    _clear(folder)
-    save_json(folder / STARTED, config)
-    return _train_own(agent, folder, config, progress)
+    return _begin_own(folder, config, progress)
 
 
-def require_free(folder: Path) -> None:
-    """Raise `ValueError` where a run is in the folder, finished or not."""
-    if (folder / SETTINGS).exists():
+def require_free(folder: Path, env_kwargs: dict[str, Any], overwrite: bool) -> None:
+    """Raise `ValueError` where a training cannot begin in the folder: a run is there and not to be replaced, or what
+    looks like a run's files and is not of one."""
+    if "split" in env_kwargs:
+        raise ValueError("training is on the split rl_train and chooses on validation; split is for moe-eval")
+    if (folder / SETTINGS).exists() and not overwrite:
         raise ValueError(f"{folder} holds a finished run; --overwrite replaces it, --out names another folder")
-    if (folder / STARTED).exists():
-        raise ValueError(f"{folder} holds an interrupted run; --resume {folder} goes on, --overwrite begins anew")
+    if (folder / STARTED).exists() and not overwrite:
+        raise ValueError(
+            f"{folder} holds an interrupted run; --resume {folder} goes on (of backend own), --overwrite begins anew"
+        )
+    if (there := _files(folder)) and not (folder / SETTINGS).exists() and not (folder / STARTED).exists():
+        raise ValueError(f"{there[0]} is not of a run of moe-train and would be lost; --out names another folder")
 
 
 def resume(folder: Path, progress: Callable[[float], object] = lambda share: None) -> Policy:
@@ -94,7 +93,19 @@ def resume(folder: Path, progress: Callable[[float], object] = lambda share: Non
     if (folder / SETTINGS).exists():
         raise ValueError(f"{folder} holds a finished run; moe-eval evaluates it")
     config = load_json(folder / STARTED, RunError, "only runs of --backend own that were interrupted can be resumed")
+    if config["backend"] != "own":
+        raise ValueError(f"{folder} is a run of {config['backend']}, which cannot be resumed; --overwrite begins anew")
+    if not checkpoints.of_run(folder):
+        return _begin_own(folder, config, progress)
     agent = backends.own(config["algo"]).resume(folder, folder / "tensorboard")
+    return _train_own(agent, folder, config, progress)
+
+
+def _begin_own(folder: Path, config: dict[str, Any], progress: Callable[[float], object]) -> Learner:
+    settings = config["settings"]
+    agent = backends.make(config["env"], config["algo"], "own", config["env_kwargs"], config["seed"], settings)
+    agent.tensorboard_log, agent.goal = folder / "tensorboard", settings["total_timesteps"]
+    _clear(folder, config)
     return _train_own(agent, folder, config, progress)
 
 
@@ -108,7 +119,7 @@ def _train_sb3(folder: Path, config: dict[str, Any], progress: Callable[[float],
     settings, env_kwargs = config["settings"], config["env_kwargs"]
     env = sb3.make_sb3_vec(config["env"], settings["n_envs"], **env_kwargs)
     model = sb3.make_algorithm(config["algo"], env, config["seed"], settings, log=str(folder / "tensorboard"))
-    _clear(folder)
+    _clear(folder, config)
     costs = sb3.CostLogger()
     callbacks = [costs, sb3.KeepBest(config["env"], env_kwargs), sb3.Progress(progress)]
     model.learn(settings["total_timesteps"], callbacks)
@@ -139,12 +150,18 @@ def _train_own(agent: Learner, folder: Path, config: dict[str, Any], progress: C
     return type(agent).load(folder / BEST)
 
 
-def _clear(folder: Path) -> None:
-    """Delete the run in a folder, its `run.json` first, which says that the rest is whole."""
-    for name in (SETTINGS, STARTED, WEIGHTS, EPISODES):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("tensorboard", BEST, *(path.name for path in folder.glob("checkpoint-*"))):
-        shutil.rmtree(folder / name, ignore_errors=True)
+def _clear(folder: Path, config: dict[str, Any]) -> None:
+    """Delete the run in a folder, its `run.json` first, which says that the rest is whole; note what begins there."""
+    (folder / SETTINGS).unlink(missing_ok=True)
+    for path in _files(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    save_json(folder / STARTED, config)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What a run writes beside `run.json` and `started.json`, as far as it is there."""
+    ours = [path for path in (*folder.glob("checkpoint-*"), folder / BEST) if path.is_dir() and not foreign(path)]
+    return ours + [path for name in (WEIGHTS, EPISODES, "tensorboard") if (path := folder / name).exists()]
 
 
 def _finish(folder: Path, config: dict[str, Any], weights: bytes) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from agents import tuned
 from agents.evaluate import evaluate
+from agents.rollouts import NotFiniteError
 from benchmarks import backends, runs
 from cost.files import save_json
 
@@ -59,21 +60,28 @@ def search(
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / TRIALS))),
         study_name=f"{backend} {algo} {env_id} {sorted(env_kwargs.items())} {start['total_timesteps']} seed {seed}",
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
         direction="maximize",
         load_if_exists=True,
     )
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    if not (done := len(study.get_trials(deepcopy=False, states=finished))):
+
+    def done() -> int:
+        return len(study.get_trials(deepcopy=False, states=finished))
+
+    if not done():
         study.enqueue_trial(_as_suggested(start))
 
     def objective(trial: optuna.Trial) -> float:
         return train(env_id, algo, backend, env_kwargs, seed, suggest(trial, start), trial)
 
-    for number in range(done, trials):
-        study.optimize(objective, n_trials=1)
-        report((number + 1) / trials)
+    for _ in range(done(), 2 * trials):  # some may fail
+        if done() >= trials:
+            break
+        # Seeded by the number of the trial, so that a search that was interrupted goes on as it would have.
+        study.sampler = optuna.samplers.TPESampler(seed=1000 * seed + len(study.trials))
+        study.optimize(objective, n_trials=1, catch=(NotFiniteError, ValueError) if done() else ())
+        report(done() / trials)
     found: dict[str, Any] = suggest(study.best_trial, start)
     content: dict[str, Any] = {
         "env": env_id,
@@ -82,7 +90,7 @@ def search(
         "env_kwargs": env_kwargs,
         "settings": found,
     }
-    content |= {"validation": study.best_value, "trials": trials, "seed": seed, **runs.provenance()}
+    content |= {"validation": study.best_value, "trials": done(), "seed": seed, **runs.provenance()}
     save_json(folder / BEST, content)
     return found
 
@@ -90,9 +98,9 @@ def search(
 def suggest(trial: optuna.Trial | optuna.trial.FrozenTrial, start: dict[str, Any]) -> dict[str, Any]:
     """Settings with the trial's values in place of those that are searched; learning rates fall to 0."""
     found = dict(start)
-    for name in start.keys() & RANGES.keys():
+    for name in sorted(start.keys() & RANGES.keys()):
         found[name] = trial.suggest_float(name, *RANGES[name], log=True)
-    for name in start.keys() & CHOICES.keys():
+    for name in sorted(start.keys() & CHOICES.keys()):
         found[name] = trial.suggest_categorical(name, CHOICES[name])
     if "learning_rate" in found:
         found["learning_rate"] = f"linear {found['learning_rate']:.3g}"

@@ -114,7 +114,7 @@ def hybrid_loss(
     with torch.no_grad():
         correct_B, cost_B = (logits_BC.argmax(1) == y_B).float(), cost_of(members_BE).float()
         reward_B = correct_B - settings.cost_weight * cost_B
-        advantage_B = (reward_B - baseline) / (reward_B.std() + 1e-3)
+        advantage_B = (reward_B - baseline) / (reward_B.std(correction=0) + 1e-3)
     log_prob_BE = gate_BE.log_softmax(1)
     policy_gradient = -(advantage_B * log_prob_BE.gather(1, chosen_B[:, None])[:, 0]).mean()
     entropy = -(log_prob_BE.exp() * log_prob_BE).sum(1).mean()

@@ -128,8 +128,9 @@ class RoutedMoE(nn.Module):
         size = batch_size or self.batch_size
         example = torch.zeros(size, self.mean.shape[0])
         torch.onnx.export(
-            _Dense(self).eval(), (example,), str(path), input_names=["input"], output_names=["logits"], dynamo=True
-        )
+            _Dense(self).eval(), (example,), str(path), input_names=["input"], output_names=["logits"], dynamo=True,
+            external_data=False, verbose=False,
+        )  # fmt: skip
 
 
 class _Dense(nn.Module):
@@ -162,13 +163,28 @@ def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:
         found: nn.Module = nn.Sequential(*layers, _linear(weights["policy.weight"], weights["policy.bias"]))
     else:
         network: Any = policy.policy
-        found = (
-            network.q_net.q_net
-            if hasattr(network, "q_net")
-            else nn.Sequential(network.mlp_extractor.policy_net, network.action_net)
-        )
+        if hasattr(network, "q_net"):  # DQN
+            found = network.q_net.q_net
+        elif hasattr(network, "quantile_net"):  # QR-DQN
+            found = _QuantileMeans(network.quantile_net.quantile_net, network.n_quantiles)
+        elif hasattr(network, "mlp_extractor") and not hasattr(network, "lstm_actor"):
+            found = nn.Sequential(network.mlp_extractor.policy_net, network.action_net)
+        else:
+            raise ValueError(f"a {type(network).__name__} is not deployed: train with an MlpPolicy")
     found = copy.deepcopy(found)  # the training's own must neither move nor freeze
     return found.to("cpu").eval().requires_grad_(False)
+
+
+class _QuantileMeans(nn.Module):
+    """The values of actions, of a network `[n, quantiles * actions]`."""
+
+    def __init__(self, network: nn.Module, quantiles: int) -> None:
+        super().__init__()
+        self.network, self.quantiles = network, quantiles
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.network(observations).unflatten(1, (self.quantiles, -1)).mean(1)
+        return found
 
 
 class _Normalize(nn.Module):

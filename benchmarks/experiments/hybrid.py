@@ -1,7 +1,8 @@
 """Is a gate that learns by policy gradient on quality less cost better than one that learns by cross-entropy?
 
-Both start anew with the same experts; return, accuracy and cost are those of MoERouting-v0's batches, of the gate's
-first choice, on test inputs. The costs are the profile of the bundle with the same experts.
+Both start anew with the same experts, epochs and batch size; only the second knows of costs. Return, accuracy and
+cost are those of MoERouting-v0's batches, of the gate's first choice, on test inputs. The costs are the profile of the
+bundle with the same experts.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def run(name: str, seeds: int, settings: HybridSettings, out: Path, report: Call
     rows, logs = [], []
     for seed in range(seeds):
         values = replace(settings, seed=seed)
-        plain = train(*source["train"], replace(SETTINGS[name], seed=seed, epochs=settings.epochs), progress=False)
+        same = replace(SETTINGS[name], seed=seed, epochs=settings.epochs, batch_size=settings.batch_size)
+        plain = train(*source["train"], same, progress=False)
         rows.append({"gate": "cross-entropy", "seed": seed, **judge(plain, source, tables, settings.cost_weight)})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -178,6 +178,7 @@ def compare(report: Any) -> list[dict[str, Any]]:
     from threadpoolctl import threadpool_limits
 
     from agents import PPO
+    from benchmarks import backends
 
     torch.set_num_threads(1)
     environment = os.environ | {"XLA_FLAGS": ONE_THREAD, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
@@ -189,19 +190,13 @@ def compare(report: Any) -> list[dict[str, Any]]:
             with subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             ) as process:
-                rates = [(_rate(agent), _ask(process)) for _ in range(ROUNDS)]
+                rates = [(backends.rate(agent, STEPS), _ask(process)) for _ in range(ROUNDS)]
                 process.communicate("\n")
             ours, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
             ratio = statistics.median(own / jax for own, jax in rates)
             found.append({"rows": rows, "batch_size": size, "own": ours, "jax": theirs, "ratio": ratio})
             report((number + 1) / len(CASES))
     return found
-
-
-def _rate(agent: Any) -> float:
-    begun, before = time.process_time(), agent.num_timesteps
-    agent.learn(STEPS)
-    return float((agent.num_timesteps - before) / (time.process_time() - begun))
 
 
 def _ask(process: subprocess.Popen[str]) -> float:

@@ -14,15 +14,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pandas as pd
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from agents import tuned
 from benchmarks import backends, runs
 from cost.files import write_text
 
 ROUTING = "moe_envs:MoERouting-v0"
-# CartPole's and Acrobot's are those of RL Baselines3 Zoo, with a constant clip range and, for Acrobot, fewer steps.
+# CartPole's are those of RL Baselines3 Zoo with a constant clip range, Acrobot's near them without its normalisation.
 SETTINGS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {
         "n_envs": 8, "total_timesteps": 100_000, "n_steps": 32, "batch_size": 256, "n_epochs": 20,
@@ -35,11 +37,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     ROUTING: tuned.TUNED["MoERouting-v0"]["ppo"],
 }  # fmt: skip
 EPISODES = 200  # of each final policy; 1,000 on the test split of MoERouting-v0
-# (environment, rows, steps of a rollout, minibatch): a batch of 64 is SB3's default
+# (environment, rows, steps of a rollout, minibatch): a batch of 64 is SB3's default. Ours takes Gymnasium's vector
+# CartPole, which SB3 cannot; with SINGLES both step the same single environments.
+SINGLES = ", single environments"
 CASES = [
-    ("CartPole-v1", 8, 128, 64), ("CartPole-v1", 64, 128, 64), (ROUTING, 8, 128, 64), (ROUTING, 64, 128, 64),
-    (ROUTING, 1024, 32, 64), ("CartPole-v1", 8, 128, 256), ("CartPole-v1", 64, 128, 1024), (ROUTING, 8, 128, 256),
-    (ROUTING, 64, 128, 1024), (ROUTING, 1024, 32, 4096),
+    ("CartPole-v1", 8, 128, 64), ("CartPole-v1", 64, 128, 64), ("CartPole-v1" + SINGLES, 8, 128, 64),
+    ("CartPole-v1" + SINGLES, 64, 128, 64), (ROUTING, 8, 128, 64), (ROUTING, 64, 128, 64), (ROUTING, 1024, 32, 64),
+    ("CartPole-v1", 8, 128, 256), ("CartPole-v1", 64, 128, 1024), ("CartPole-v1" + SINGLES, 64, 128, 1024),
+    (ROUTING, 8, 128, 256), (ROUTING, 64, 128, 1024), (ROUTING, 1024, 32, 4096),
 ]  # fmt: skip
 ROUNDS, STEPS = 3, 32_768
 Row = dict[str, Any]
@@ -70,6 +75,8 @@ def run(
     seeds: int, out: Path, jobs: int, environments: list[str], add_task: Callable[[str], Callable[[float], object]]
 ) -> Row:
     """All trainings that are not in `out` yet, and the speeds; writes raw.jsonl and results.json."""
+    if unknown := set(environments) - SETTINGS.keys():
+        raise ValueError(f"no settings for {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "raw.jsonl"
     origin = runs.provenance()
@@ -109,6 +116,8 @@ def compare(frame: pd.DataFrame) -> list[Row]:
     from scipy.stats import ttest_ind
 
     rows: list[Row] = []
+    if frame.empty:
+        return rows
     for env, group in frame.groupby("env", sort=False):
         own, sb3 = (group[group["backend"] == backend] for backend in ("own", "sb3"))
         interval = ttest_ind(own["return"], sb3["return"], equal_var=False).confidence_interval()
@@ -129,10 +138,10 @@ def speed(report: Callable[[float], object]) -> list[Row]:
     with threadpool_limits(1, "blas"):
         for number, (env_id, count, steps, batch) in enumerate(CASES):
             values = {"n_envs": count, "n_steps": steps, "batch_size": batch, "n_epochs": 4}
-            agents = [backends.make(env_id, "ppo", backend, {}, 0, values) for backend in ("own", "sb3")]
+            agents = _both(env_id, values)
             for agent in agents:
                 agent.learn(count * steps)
-            rates = [[_rate(agent) for agent in agents] for _ in range(ROUNDS)]
+            rates = [[backends.rate(agent, STEPS) for agent in agents] for _ in range(ROUNDS)]
             own, sb3 = (statistics.median(rate) for rate in zip(*rates, strict=True))
             ratio = statistics.median(ours / theirs for ours, theirs in rates)
             rows.append({"env": env_id, "rows": count, "batch_size": batch, "own": own, "sb3": sb3, "ratio": ratio})
@@ -140,7 +149,12 @@ def speed(report: Callable[[float], object]) -> list[Row]:
     return rows
 
 
-def _rate(agent: Any) -> float:
-    begun, before = time.process_time(), agent.num_timesteps
-    agent.learn(STEPS, reset_num_timesteps=False) if hasattr(agent, "policy") else agent.learn(STEPS)
-    return float((agent.num_timesteps - before) / (time.process_time() - begun))
+def _both(name: str, values: dict[str, Any]) -> list[Any]:
+    from agents import PPO
+
+    env_id = name.removesuffix(SINGLES)
+    agents = [backends.make(env_id, "ppo", backend, {}, 0, values) for backend in ("own", "sb3")]
+    if env_id != name:
+        makers = [lambda: gymnasium.make(env_id)] * values["n_envs"]
+        agents[0] = PPO(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), **values)
+    return agents

@@ -1,4 +1,4 @@
-"""Our PPO on MoERouting-v0, with curves, checkpoints, and its result on test images."""
+"""Our PPO on MoERouting-v0, with curves, a saved agent, and its result on test images."""
 
 import sys
 

@@ -14,6 +14,9 @@ import pytest
 from agents import PPO, REINFORCE, checkpoints
 from agents.checkpoints import MANIFEST, CheckpointError
 
+DIGITS: dict[str, Any] = {
+    "env": "moe_envs:MoERouting-v0", "n_envs": 4, "n_steps": 32, "env_kwargs": {"bundle": "digits"},
+}  # fmt: skip
 CONTENT: dict[str, Any] = {
     "floats": np.arange(6, dtype=np.float32).reshape(2, 3),
     "nested": {"bits": np.array([True, False]), "list": [1, 2.5, "three", None, {"array": np.zeros(0)}]},
@@ -120,11 +123,11 @@ def test_nothing_else_is_ever_deleted(saved: Path) -> None:
 
 
 def test_a_run_is_one_trainings(tmp_path: Path) -> None:
-    run, kwargs = tmp_path / "run", {"bundle": "digits"}
-    agent = PPO("moe_envs:MoERouting-v0", n_envs=4, n_steps=32, env_kwargs=kwargs).learn(256, checkpoint_path=run)
+    run = tmp_path / "run"
+    agent = PPO(**DIGITS).learn(256, checkpoint_path=run)
+    (run / "checkpoint-notes.txt").write_text("mine")
     before = sorted(run.rglob("*"))
-    other = PPO("moe_envs:MoERouting-v0", n_envs=4, n_steps=32, env_kwargs=kwargs)
-    for another in (other, PPO.load(run), PPO.resume(run / "checkpoint-000000000256")):
+    for another in (PPO(**DIGITS), PPO.load(run), PPO.resume(run / "checkpoint-000000000256")):
         with pytest.raises(ValueError, match="another training"):
             another.learn(128, checkpoint_path=run)
     assert sorted(run.rglob("*")) == before
@@ -135,6 +138,24 @@ def test_a_run_is_one_trainings(tmp_path: Path) -> None:
     (run / "episodes.csv").unlink()
     with pytest.raises(CheckpointError, match=r"episodes.csv had \d+ bytes and has 0"):
         PPO.resume(run).learn(128, checkpoint_path=run)
+
+
+def test_two_learners_do_not_write_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    first = PPO(**DIGITS).learn(128, checkpoint_path=run)
+    monkeypatch.chdir(tmp_path)
+    second = PPO.resume("run").learn(256, checkpoint_path=run)
+    episodes = (run / "episodes.csv").read_bytes()
+    with pytest.raises(ValueError, match="another training"):
+        first.learn(128, checkpoint_path=run)
+    assert (run / "episodes.csv").read_bytes() == episodes
+    second.learn(128, checkpoint_path=run.relative_to(tmp_path))
+    mine = tmp_path / "mine" / "episodes.csv"
+    mine.parent.mkdir()
+    mine.write_text("not yours")
+    with pytest.raises(ValueError, match=r"another training wrote \(episodes.csv\)"):
+        PPO(**DIGITS).learn(128, checkpoint_path=mine.parent)
+    assert mine.read_text() == "not yours"
 
 
 def test_a_loaded_learner_begins_new_episodes(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_the_onnx_model_gives_the_same_answers(tmp_path: Path) -> None:
     policy = PPO(ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=5).learn(8_000)
     routed = RoutedMoE("digits", policy, kwargs)
     routed.export_onnx(tmp_path / "routed.onnx", batch_size=16)
+    assert len(list(tmp_path.iterdir())) == 1
     session = runtime.InferenceSession(str(tmp_path / "routed.onnx"))
     x = data.load("digits")["test"][0][:16]
     (found,) = session.run(None, {"input": x})
@@ -94,6 +95,23 @@ def test_what_cannot_be_deployed_is_said() -> None:
         RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1), {"action": "top-m"})
     with pytest.raises(ValueError, match="the policy observes"):
         RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1), {"action": "subset"})
+
+
+def test_dqn_and_qr_dqn_are_deployed_and_recurrent_policies_refused() -> None:
+    from agents.sb3 import make_algorithm, make_sb3_vec
+
+    kwargs = {"bundle": "digits"}
+    env = gymnasium.make(ID, **kwargs)
+    observations = np.stack([env.reset(seed=seed)[0] for seed in range(50)])
+    settings = {"learning_starts": 100, "policy_kwargs": {"net_arch": [8]}}
+    for algo in ("dqn", "qrdqn"):
+        model = make_algorithm(algo, make_sb3_vec(ID, 4, **kwargs), 0, settings)
+        routed = RoutedMoE("digits", model, kwargs)
+        wanted, _ = model.predict(observations, deterministic=True)
+        assert (routed.policy(torch.from_numpy(observations)).argmax(1).numpy() == wanted).all()
+    model = make_algorithm("ppo_lstm", make_sb3_vec(ID, 4, **kwargs), 0, {"n_steps": 8})
+    with pytest.raises(ValueError, match="RecurrentActorCriticPolicy is not deployed"):
+        RoutedMoE("digits", model, kwargs)
 
 
 def test_an_empty_batch_has_no_answers() -> None:

@@ -159,6 +159,9 @@ def test_masks_come_from_wrapped_and_remote_environments() -> None:
         ({"learning_rate": "cosine 1"}, "learning_rate: 'cosine 1' is not"),
         ({"learning_rate": "linear x"}, "learning_rate: could not"),
         ({"temperature": "linear 2 0"}, "temperature='linear 2 0': must be positive"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: must be positive"),
+        ({"max_grad_norm": -1}, "max_grad_norm=-1: must be a positive number"),
+        ({"clip_range": "linear 0.2"}, "clip_range='linear 0.2': must be a positive number"),
         ({"policy_kwargs": {"hidden": 3}}, "policy_kwargs has hidden; known are net_arch, gru"),
         ({"policy_kwargs": {"net_arch": {"pi": [3]}}}, "must be a list of widths"),
     ],
@@ -168,11 +171,36 @@ def test_settings_that_cannot_be_meant_are_named(settings: dict[str, Any], messa
         PPO("Identity-v0", **settings)
 
 
+def test_no_temperature_for_a_box() -> None:
+    with pytest.raises(ValueError, match="temperature is for actions drawn from logits"):
+        PPO("Target-v0", temperature=2.0)
+
+
 def test_nothing_to_do_is_said() -> None:
     agent = PPO("Identity-v0")
-    for steps in (None, 0, -5):
+    agent.goal = 100
+    for steps in (0, -5):
         with pytest.raises(ValueError, match="nothing to do"):
             agent.learn(steps)
+    agent.learn(callback=lambda agent: agent.num_timesteps < 100)
+    with pytest.raises(ValueError, match="nothing to do"):
+        agent.learn()
+
+
+def test_a_callback_ends_a_training() -> None:
+    agent = PPO("Identity-v0", n_envs=2, n_steps=8)
+    agent.learn(1000, lambda agent: agent.num_timesteps < 32)
+    assert agent.num_timesteps == 32
+
+
+def test_after_an_error_of_the_environment_episodes_begin_anew() -> None:
+    agent = PPO("Masked-v0", n_envs=2, n_steps=8)
+    act, agent._act = agent._act, lambda *arguments: (np.array([0, 1]), arguments[1])  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="a masked action"):
+        agent.learn(16)
+    agent._act = act  # type: ignore[method-assign]
+    agent.learn(64)
+    assert (agent.episodes.frame()["length"] == 8).all()
 
 
 @pytest.mark.parametrize("field", ["reward", "observation"])

@@ -142,6 +142,50 @@ def test_an_own_run_that_is_stopped_resumes_as_if_it_had_not_been(tmp_path: Path
         runs.load(stopped)
 
 
+def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path: Path) -> None:
+    arguments = [
+        sys.executable,
+        "-c",
+        "from benchmarks.cli import train; train()",
+        *OWN,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    with subprocess.Popen(arguments) as process:
+        while not (tmp_path / "run" / "started.json").exists():
+            time.sleep(0.01)
+        process.kill()
+    again = command("train", *OWN, "--out", str(tmp_path / "run"))
+    assert "holds an interrupted run" in again.stderr
+    beside = command("train", "--resume", str(tmp_path / "run"), "--seed", "3")
+    assert "--seed beside --resume" in beside.stderr
+    done = command("train", "--resume", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    runs.load(tmp_path / "run")
+
+
+def test_files_that_are_not_of_a_run_are_never_deleted(tmp_path: Path) -> None:
+    weights = tmp_path / "checkpoint-500" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("mine")
+    (tmp_path / "episodes.csv").write_text("mine")
+    for option in ((), ("--overwrite",)):
+        done = command("train", *OWN, "--out", str(tmp_path), *option)
+        assert "is not of a run of moe-train and would be lost" in done.stderr
+    assert weights.read_text() == (tmp_path / "episodes.csv").read_text() == "mine"
+
+
+def test_validation_is_on_tensorboard_at_its_step(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings: Any = {"total_timesteps": 5_000, "n_envs": 16, "n_steps": 32}
+    kwargs = {"bundle": "digits"}
+    runs.train("moe_envs:MoERouting-v0", "ppo", 0, tmp_path / "run", kwargs, settings, backend="own")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("eval/mean_reward")
+    assert [event.step for event in events][-1] >= 5_000
+    assert len(events) == len({event.step for event in events}) == 10
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate", "profile", "bundle", "benchmark"])
 def test_help(name: str) -> None:
     done = command(name, "--help")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from agents import tuned
+from agents.rollouts import NotFiniteError
 from benchmarks import tune
 
 ENV = "moe_envs:MoERouting-v0"
@@ -32,3 +33,25 @@ def test_a_search_finds_no_worse_than_it_began_with(
     monkeypatch.delattr(tune, "train")  # nothing is trained again
     again = tune.search(algo=algo, backend=backend, trials=3, folder=tmp_path, **ARGUMENTS)
     assert again == found
+
+
+def test_a_search_that_was_interrupted_goes_on_as_it_would_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[dict[str, Any]] = []
+
+    def train(*arguments: Any) -> float:
+        tried.append(arguments[5])
+        if len(tried) == 3:
+            raise NotFiniteError("diverged")
+        return -abs(float(arguments[5]["learning_rate"].split()[1]) - 2e-3)
+
+    monkeypatch.setattr(tune, "train", train)
+    found = []
+    for name, cuts in (("whole", (5,)), ("cut", (2, 3, 5))):
+        tried.clear()
+        for trials in cuts:
+            tune.search(algo="ppo", backend="own", trials=trials, folder=tmp_path / name, **ARGUMENTS)
+        assert len({each["learning_rate"] for each in tried}) == 6  # one of them failed
+        found.append(tried.copy())
+    assert found[0] == found[1]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,14 @@ def test_reward_rises_and_cost_falls() -> None:
         assert log[-1]["cost"] < log[0]["cost"] - 0.2
         assert log[0]["temperature"] == 2
         assert all(torch.isfinite(p).all() for p in mixture.parameters())
+
+
+def test_a_last_batch_of_one_input_is_learnt_from() -> None:
+    x, y = (part[:33] for part in data.load("digits")["train"])
+    mixture = model()
+    (log,) = train_hybrid(mixture, x, y, cost_of, replace(SETTINGS, epochs=1))
+    assert all(np.isfinite(list(log.values())))
+    assert all(torch.isfinite(p).all() for p in mixture.parameters())
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
