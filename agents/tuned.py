@@ -25,11 +25,11 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         "reinforce": {
             "n_envs": 128,
             "total_timesteps": 1_500_000,
-            "n_steps": 32,
-            "batch_size": 512,
-            "learning_rate": "linear 2e-3",
+            "n_steps": 128,
+            "batch_size": 256,
+            "learning_rate": "linear 5e-4",
             "gamma": 0.99,
-            "ent_coef": 0.003,
+            "ent_coef": 0.08,
             "policy_kwargs": {"net_arch": [128, 128]},
         },
         "a2c": {

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BEST, TRIALS = "tuned.json", "trials.log"
 CHECKS, EPISODES = 5, 1000
 # What is searched, where an algorithm's settings have it: numbers from low to high on a log scale, or one of a list.
-RANGES: dict[str, tuple[float, float]] = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-5, 3e-2)}
+RANGES: dict[str, tuple[float, float]] = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-5, 1e-1)}
 CHOICES: dict[str, list[Any]] = {
     "n_steps": [8, 16, 32, 64, 128],
     "batch_size": [128, 256, 512, 1024],
