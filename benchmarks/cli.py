@@ -204,6 +204,19 @@ def _rebuild_bundles(
         console.print(f"[green]built[/] {built.path}  accuracy {json.dumps(built.metadata['accuracy'])}")
 
 
+@bundle_app.command("tasks")
+def _tasks() -> None:
+    """Make the shipped tasks of MoEMetaOpt-v0 from their data, and profile their trainings on this machine."""
+    from experts import tasks
+    from moe_envs import profiles
+
+    for path in tasks.ship():
+        console.print(f"[green]made[/] {path}")
+    for name in tasks.SHIPPED:
+        profiles.measure_training(tasks.load(name), progress=True).save(profiles.task_profile(name))
+        console.print(f"[green]profiled[/] {profiles.task_profile(name)}")
+
+
 @benchmark_app.command("demo")
 def _demo(
     out: Path = Path("runs/demo"),

@@ -11,7 +11,8 @@ def page(name: str) -> str:
     """The Markdown page of a registered environment."""
     import gymnasium
 
-    doc = gymnasium.make(f"moe_envs:{name}", bundle="digits").unwrapped.__doc__
+    arguments = {} if "Routing" not in name else {"bundle": "digits"}
+    doc = gymnasium.make(f"moe_envs:{name}", **arguments).unwrapped.__doc__
     make = f'```python\ngymnasium.make("moe_envs:{name}")\n```'
     return f"# {name}\n\n{make}\n\n{inspect.cleandoc(str(doc))}\n"
 

@@ -11,6 +11,7 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
         "kwargs": {"costs": "live"},
         "nondeterministic": True,
     },
+    "MoEMetaOpt-v0": {"entry_point": "moe_envs.metaopt:MoEMetaOpt"},
 }
 
 for _id, _spec in ENVIRONMENTS.items():

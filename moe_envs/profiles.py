@@ -1,16 +1,22 @@
 """Which measured costs an environment is paid with: the reference shipped with a bundle, or this machine's own."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
 
 from cost import profile as profiles
+from cost.model import TERMS
+from cost.operations import Work
 from cost.profile import Profile
 from experts import bundle as bundles
-from experts import zoo
+from experts import tasks, zoo
 from experts.bundle import PROFILE, Bundle
+from experts.tasks import Task
 
+TRAINED_WIDTHS = (8, 16, 32, 64, 128)
 log = logging.getLogger("moe_envs")
 
 
@@ -46,3 +52,75 @@ def measure(bundle: Bundle, repeats: int = 200, progress: bool = False) -> Profi
 def prepare(bundle: str, costs: str) -> None:
     """Measure what is not measured yet, once, before several processes ask for it."""
     select(bundles.load(bundle), costs)
+
+
+def of_training(task: Task, costs: str, widths: np.ndarray, steps: int, batch_size: int) -> np.ndarray:
+    """What `steps` of the optimiser and one validation cost in s, B and J, `[widths, 3]`; widths between those that
+    were measured are interpolated."""
+    profile = _of_task(task, costs)
+    table = np.array(
+        [
+            [
+                [getattr(profile.cost(f"{operation}, width {width}", n), term) for term in TERMS]
+                for operation, n in (("step", batch_size), ("validation", len(task.validation_labels)))
+            ]
+            for width in TRAINED_WIDTHS
+        ]
+    )
+    total = steps * table[:, 0] + table[:, 1]
+    total[:, 1] = table[:, :, 1].max(1)  # memory is held, not spent
+    return np.stack([np.interp(widths, TRAINED_WIDTHS, column) for column in total.T], axis=1)
+
+
+def _of_task(task: Task, costs: str) -> Profile:
+    if costs == "reference" and task.name in tasks.SHIPPED:
+        return Profile.load(task_profile(task.name), any_machine=True)
+    path = zoo.cache_folder() / "profiles" / f"task-{task.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            log.warning("measuring the costs of trainings of %r on this machine into %s", task.name, path)
+            measure_training(task).save(path)
+    return Profile.load(path)
+
+
+def task_profile(name: str) -> Path:
+    """Where the reference profile of a shipped task is."""
+    return tasks.FOLDER / f"{name}.profile.json"
+
+
+def measure_training(task: Task, progress: bool = False) -> Profile:
+    """Measure a step of AdamW and a validation of the environment's classifier, in torch, for several widths."""
+    import torch
+    import torch.nn.functional as F
+
+    from experts.model import MoEClassifier
+
+    operations: dict[str, Work] = {}
+    for width in TRAINED_WIDTHS:
+        model = MoEClassifier(task.inputs.shape[1], task.num_classes, widths=(width,) * 4)
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        def step(
+            n: int, model: MoEClassifier = model, optimizer: torch.optim.AdamW = optimizer
+        ) -> Callable[[], object]:
+            x, y = torch.from_numpy(task.inputs[:n].copy()), torch.from_numpy(task.labels[:n].copy())
+
+            def run() -> None:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+
+            return run
+
+        def validation(n: int, model: MoEClassifier = model) -> Callable[[], object]:
+            x = torch.from_numpy(task.inputs[:n].copy())
+
+            def run() -> None:
+                with torch.inference_mode():
+                    model(x).argmax(1)
+
+            return run
+
+        operations |= {f"step, width {width}": step, f"validation, width {width}": validation}
+    return profiles.measure(operations, sizes=(32, 64, 128, 256, 512), progress=progress)

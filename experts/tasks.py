@@ -1,0 +1,130 @@
+"""Small classification tasks that a whole training takes well under a second of: data to train and validate on.
+
+Shipped inside the package as bytes of pixels under SHA-256; `moe-bundle tasks` makes them from the data sets. Larger
+ones are made when they are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from experts import data
+from experts.data import DataError
+from experts.zoo import ASSETS
+
+SOFTENING = 0.05  # added to deviations, for pixels that hardly ever change
+FOLDER, SUMS = ASSETS / "_tasks", "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """From which data set, pooled over squares of `pool` pixels; how many inputs are there to train and validate on."""
+
+    source: str
+    pool: int
+    levels: int  # the byte that stands for 1.0
+    train: int
+    validation: int
+    subset: int  # inputs that one training has
+    target: float  # validation accuracy
+    steps: int  # of the optimiser, between two decisions
+
+
+RECIPES = {
+    "digits": Recipe("digits", 1, 16, train=1_037, validation=400, subset=1_000, target=0.97, steps=5),
+    "fashion-mnist": Recipe(
+        "fashion-mnist", 4, 255, train=12_000, validation=1_000, subset=4_000, target=0.79, steps=10
+    ),
+    "fashion-mnist-14": Recipe(
+        "fashion-mnist", 2, 255, train=12_000, validation=1_000, subset=4_000, target=0.81, steps=10
+    ),
+}
+SHIPPED = ("digits", "fashion-mnist")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Inputs `[n, D]` float32 and labels `[n]` to train on, and the same to validate on. Over those to train on each
+    pixel has mean 0 and a deviation of at most 1."""
+
+    name: str
+    recipe: Recipe
+    inputs: np.ndarray
+    labels: np.ndarray
+    validation_inputs: np.ndarray
+    validation_labels: np.ndarray
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+
+@cache
+def load(name: str) -> Task:
+    """A task by name; raises `DataError` where its file is damaged, or its data set is absent."""
+    from safetensors.numpy import load as parse
+
+    if name not in RECIPES:
+        raise ValueError(f"task={name!r} is not one of {', '.join(RECIPES)}")
+    arrays = parse(_verified(name)) if name in SHIPPED else make(name)
+    recipe = RECIPES[name]
+    shares = {key: values / np.float32(recipe.levels) for key, values in arrays.items() if key.endswith("inputs")}
+    mean, deviation = shares["inputs"].mean(0), shares["inputs"].std(0) + SOFTENING
+    scaled = {key: (values - mean) / deviation for key, values in shares.items()}
+    labels = {key: values.astype(np.int64) for key, values in arrays.items() if key.endswith("labels")}
+    for values in (*scaled.values(), *labels.values()):
+        values.flags.writeable = False
+    return Task(
+        name, recipe, scaled["inputs"], labels["labels"], scaled["validation_inputs"], labels["validation_labels"]
+    )
+
+
+def make(name: str) -> dict[str, np.ndarray]:
+    """The bytes of a task out of its data set, none of them from the data set's test split."""
+    recipe = RECIPES[name]
+    source = data.load(recipe.source)
+    rows = np.concatenate([source.splits[split] for split in ("train", "rl_train", "validation")])
+    rows = np.random.default_rng(0).permutation(rows)[: recipe.train + recipe.validation]
+    side = int(source.inputs.shape[1] ** 0.5)
+    squares = source.inputs[rows].reshape(len(rows), side // recipe.pool, recipe.pool, side // recipe.pool, recipe.pool)
+    pixels = np.round(squares.mean((2, 4)).reshape(len(rows), -1) * recipe.levels).astype(np.uint8)
+    labels = source.labels[rows].astype(np.uint8)
+    split = recipe.train
+    return {
+        "inputs": pixels[:split], "labels": labels[:split],
+        "validation_inputs": pixels[split:], "validation_labels": labels[split:],
+    }  # fmt: skip
+
+
+def ship(folder: Path = FOLDER) -> list[Path]:
+    """Write the shipped tasks and their SHA-256 into a folder; needs the data sets."""
+    from safetensors.numpy import save
+
+    raw = {f"{name}.safetensors": save(make(name)) for name in SHIPPED}
+    raw[SUMS] = "".join(f"{hashlib.sha256(each).hexdigest()}  {name}\n" for name, each in raw.items()).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, each in raw.items():
+        descriptor, partial = tempfile.mkstemp(dir=folder)
+        with open(descriptor, "wb") as file:
+            file.write(each)
+        os.chmod(partial, 0o644)
+        os.replace(partial, folder / name)
+    return [folder / name for name in raw]
+
+
+def _verified(name: str) -> bytes:
+    path = FOLDER / f"{name}.safetensors"
+    try:
+        raw, sums = path.read_bytes(), (FOLDER / SUMS).read_text()
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}): install moe-envs anew") from error
+    if f"{hashlib.sha256(raw).hexdigest()}  {path.name}" not in sums.splitlines():
+        raise DataError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}; install moe-envs anew")
+    return raw

@@ -1,0 +1,382 @@
+"""MoEMetaOpt-v0: learning rates and weight decays of a real training, decided while it runs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode
+from threadpoolctl import ThreadpoolController
+
+from cost.model import Cost, RelativeCost
+from experts import tasks
+from experts.batched_training import BatchedTraining, Passed
+from moe_envs import profiles, rendering
+from moe_envs.batched import BatchedEnv, Outcome, SingleEnv, State
+from moe_envs.reward import Reward
+from moe_envs.spaces import Layout, choose, layout, reject_unknown
+
+SPLITS = ("train", "validation", "test")
+COSTS = ("reference", "machine")
+ARGUMENTS = (
+    *("task", "split", "cost_weight", "costs", "steps_per_action", "max_actions", "target", "initial_rate"),
+    *("initial_decay", "widths", "scales", "undo", "time_weight", "memory_weight", "energy_weight"),
+    "render_mode",
+)
+CONTEXTS = 2**20  # in each split
+FACTORS = np.array([0.5, 1.0, 2.0])
+RATES = 1e-5, 0.3  # clamps
+DECAYS = np.array([0.0, 1e-3, 1e-2, 0.1, 0.3, 1.0])
+INITIAL_RATES = 3e-4, 1e-1  # log-uniform
+BATCH_SIZE, NUM_EXPERTS, TOP_K = 64, 4, 2
+DIVERGED, LOSS_FLOOR, RATIO_FLOOR = 20.0, 1e-4, 1e-8  # nats of validation loss
+STEP_PENALTY, ARRIVAL_BONUS, DIVERGENCE_PENALTY = 0.1, 1.0, 1.0
+BOUND = 5.0  # of the observation
+
+
+class MoEMetaOptVectorEnv(BatchedEnv):
+    """MoEMetaOpt-v0 over `num_envs` trainings at once; see `MoEMetaOptEnv` for the problem and its arguments."""
+
+    STATE = (
+        *("_orders", "_place", "_scale", "_width", "context", "_losses", "accuracy", "_gradients", "_ratio"),
+        *("_first_norms", "_entropy", "_imbalance", "_spread", "ladder", "taken", "_cost", "_undone"),
+    )
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        task: str = "digits",
+        split: str = "train",
+        cost_weight: float = 0.0,
+        costs: str = "reference",
+        steps_per_action: int | None = None,
+        max_actions: int = 30,
+        target: float | None = None,
+        initial_rate: float | tuple[float, float] | None = None,
+        initial_decay: float = 1e-2,
+        widths: tuple[int, ...] = (12, 16, 24),
+        scales: tuple[float, float] = (1.0, 1.0),
+        undo: bool = True,
+        time_weight: float = 0.5,
+        memory_weight: float = 0.0,
+        energy_weight: float = 0.5,
+        render_mode: None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
+        **unknown: object,
+    ) -> None:
+        reject_unknown(unknown, ARGUMENTS)
+        choose("split", split, SPLITS)
+        choose("costs", costs, COSTS)
+        self.task = tasks.load(choose("task", task, tasks.RECIPES))
+        recipe = self.task.recipe
+        self.split, self.undo, self.max_actions, self.scales = split, undo, max_actions, scales
+        self.steps = recipe.steps if steps_per_action is None else steps_per_action
+        self.target = recipe.target if target is None else target
+        self.initial_rates = np.broadcast_to(INITIAL_RATES if initial_rate is None else initial_rate, 2)
+        self.widths, self.initial_ladder = (
+            np.array(widths, dtype=np.int64),
+            int(np.abs(DECAYS - initial_decay).argmin()),
+        )
+        _check(self.steps, max_actions, self.widths, self.initial_rates, scales)
+        self._paid = profiles.of_training(self.task, costs, self.widths, self.steps, BATCH_SIZE)  # [widths, 3]
+        whole = Cost(*(self._paid.max(0) * max_actions).tolist())
+        relative = RelativeCost(whole, Cost(time_weight, memory_weight, energy_weight))
+        super().__init__(
+            num_envs, _layout(), spaces.MultiDiscrete([3, 3, 3, 3]), Reward(cost_weight, relative), autoreset_mode,
+            max_episode_steps,
+        )  # fmt: skip
+        self.training = BatchedTraining(
+            num_envs, self.task.inputs.shape[1], self.task.num_classes, num_experts=NUM_EXPERTS, width=max(widths),
+            top_k=TOP_K,
+        )  # fmt: skip
+        self._length = max_actions * self.steps * BATCH_SIZE
+        self._orders = np.zeros((num_envs, self._length), dtype=np.int32)
+        self._place, self._width, self.context, self.taken = np.zeros((4, num_envs), dtype=np.int64)
+        self._scale, self.accuracy, self._entropy, self._imbalance, self._spread, self._cost = np.zeros((6, num_envs))
+        self._losses = np.zeros((num_envs, 2, 3))  # logs of training's and validation's, newest first
+        self._gradients, self._ratio, self._first_norms = np.ones((3, num_envs, 2))
+        self.ladder = np.zeros((num_envs, 2), dtype=np.int64)  # places in DECAYS
+        self._undone = np.zeros(num_envs, dtype=np.bool_)
+
+    def _begin(self, rows: np.ndarray) -> None:
+        contexts = self._draw(rows, CONTEXTS)
+        generators = [np.random.default_rng([SPLITS.index(self.split), context]) for context in contexts.tolist()]
+        rates = self.training.rates.copy()
+        for row, generator in zip(rows.tolist(), generators, strict=True):
+            subset = generator.permutation(len(self.task.labels))[: self.task.recipe.subset]
+            epochs = -(-self._length // len(subset))
+            order = generator.permuted(np.broadcast_to(subset, (epochs, len(subset))), axis=1)
+            self._orders[row] = order.reshape(-1)[: self._length]
+            rates[row] = np.exp(generator.uniform(*np.log(self.initial_rates)))
+            self._width[row] = generator.integers(len(self.widths))
+            self._scale[row] = np.exp(generator.uniform(*np.log(self.scales)))
+        self.context[rows], self._place[rows], self.taken[rows], self._cost[rows] = contexts, 0, 0, 0.0
+        self.ladder[rows], self._undone[rows] = self.initial_ladder, False
+        self.training.begin(rows, generators, self.widths[self._width[rows]])
+        self.training.set(rates, DECAYS[self.ladder])
+        self._first_norms[rows] = self.training.weight_norms()[rows]
+        # What an untrained model has, so that nothing need be run to begin an episode.
+        self._losses[rows] = np.log(np.log(self.task.num_classes))
+        self.accuracy[rows], self._entropy[rows], self._imbalance[rows] = 1 / self.task.num_classes, 1.0, 0.0
+        self._spread[rows], self._gradients[rows], self._ratio[rows] = 0.0, 1.0, RATIO_FLOOR
+
+    def _advance(self, actions: np.ndarray) -> Outcome:
+        training, before = self.training, self.training.state()
+        self.ladder = np.clip(self.ladder + actions[:, 2:] - 1, 0, len(DECAYS) - 1)
+        training.set(np.clip(training.rates * FACTORS[actions[:, :2]], *RATES), DECAYS[self.ladder])
+        with _threads().limit(limits=1, user_api="blas"), np.errstate(all="ignore"):
+            losses = np.stack([self._train() for _ in range(self.steps)], axis=1)
+            found = self._validate()
+            fine = (found.loss < DIVERGED) & np.isfinite(losses).all(1) & np.isfinite(training.weight_norms()).all(1)
+        dropped = self._see(fine, losses, found)
+        if not fine.all():
+            training.restore(before, ~fine)
+            rates = training.rates.copy()
+            rates[~fine] = np.clip(rates[~fine] / 2, *RATES)
+            training.set(rates, DECAYS[self.ladder])
+        self._undone = ~fine
+        self.taken += 1
+        arrived = fine & (self.accuracy >= self.target)
+        quality = dropped - STEP_PENALTY + ARRIVAL_BONUS * arrived - DIVERGENCE_PENALTY * ~fine
+        terms = self._terms(quality)
+        self._cost += terms[:, 0]
+        ended = arrived | (self.taken >= self.max_actions) | (~fine & (not self.undo))
+        return Outcome(terms, ended, self._details(arrived))
+
+    def _train(self) -> np.ndarray:
+        """One step of the optimiser in every training; losses `[n]`."""
+        places = (self._place % self._length)[:, None] + np.arange(BATCH_SIZE)
+        rows = np.take_along_axis(self._orders, places, axis=1)
+        self._place += BATCH_SIZE
+        return self.training.step(self._scaled(self.task.inputs[rows]), self.task.labels[rows]).loss
+
+    def _validate(self) -> Passed:
+        return self.training.evaluate(self._scaled(self.task.validation_inputs), self.task.validation_labels)
+
+    def _scaled(self, inputs: np.ndarray) -> np.ndarray:
+        return inputs if self.scales == (1.0, 1.0) else inputs * self._scale[:, None, None].astype(np.float32)
+
+    def _see(self, fine: np.ndarray, losses: np.ndarray, found: Passed) -> np.ndarray:
+        """Keep what the next observation needs of the trainings that are fine; drop of log validation loss `[n]`."""
+        weights = self.training.weight_norms()
+        logs = np.log(np.maximum(np.stack([losses.mean(1), found.loss], axis=1), LOSS_FLOOR))
+        dropped = np.where(fine, self._losses[:, 1, 0] - logs[:, 1], 0.0)
+        self._losses[fine] = np.concatenate([logs[:, :, None], self._losses[:, :, :2]], axis=2)[fine]
+        self.accuracy[fine] = found.accuracy[fine]
+        self._entropy[fine] = found.entropy[fine] / np.log(NUM_EXPERTS)
+        self._imbalance[fine] = (found.load.std(1) / found.load.mean(1))[fine]
+        self._spread[fine] = (losses.std(1) / losses.mean(1))[fine]
+        self._gradients[fine] = self.training.gradient_norms()[fine]
+        self._ratio[fine] = (self.training.update_norms() / weights)[fine]
+        return dropped
+
+    def _terms(self, quality: np.ndarray) -> np.ndarray:
+        paid, reference = self._paid[self._width], self.reward.relative.reference
+        terms = np.zeros((self.num_envs, 8))
+        terms[:, 1:4], terms[:, 4] = paid, quality
+        terms[:, 0] = self.reward.relative(*paid.T)
+        terms[:, 5:] = -paid / (reference.time, reference.memory, reference.energy)
+        return terms
+
+    def _details(self, arrived: np.ndarray) -> dict[str, np.ndarray]:
+        rates, decays = self.training.rates, self.training.decays
+        return {
+            "meta/arrived": arrived.astype(np.float64),
+            "meta/actions": self.taken.copy(),
+            "meta/accuracy": self.accuracy.copy(),
+            "meta/validation_loss": np.exp(self._losses[:, 1, 0]),
+            "meta/gate_rate": rates[:, 0].copy(),
+            "meta/experts_rate": rates[:, 1].copy(),
+            "meta/gate_decay": decays[:, 0].copy(),
+            "meta/experts_decay": decays[:, 1].copy(),
+        }
+
+    def _observe(self) -> np.ndarray:
+        training, losses = self.training, self._losses
+        changes = losses[:, :, :2] - losses[:, :, 1:]
+        norms = np.maximum(training.weight_norms(), RATIO_FLOOR)
+        columns = (
+            np.log10(training.rates) + 2.5, self.ladder - 2.0, losses[:, 1, :1], 5 * changes[:, 1], losses[:, 0, :1],
+            5 * changes[:, 0], losses[:, 1, :1] - losses[:, 0, :1], 5 * (self.target - self.accuracy[:, None]),
+            np.log(np.maximum(self._gradients, RATIO_FLOOR)), np.log(norms / self._first_norms),
+            np.log(np.maximum(self._ratio, RATIO_FLOOR)) / 2 + 2, self._entropy[:, None], self._imbalance[:, None],
+            5 * self._spread[:, None], self.taken[:, None] / self.max_actions, self._cost[:, None],
+            self._undone[:, None],
+        )  # fmt: skip
+        return np.concatenate(columns, axis=1).clip(-BOUND, BOUND).astype(np.float32)
+
+    def state(self) -> State:
+        """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""
+        return super().state() | {"training": self.training.state()}
+
+    def restore(self, state: State) -> np.ndarray:
+        """Go back to a `state()` of an environment with the same arguments; returns the observations there."""
+        if len(state["training"]["steps"]) != self.num_envs:
+            raise ValueError(f"not a state of {type(self).__name__} with {self.num_envs} rows")
+        self.training.restore(state["training"])
+        return super().restore({key: value for key, value in state.items() if key != "training"})
+
+
+class MoEMetaOptEnv(SingleEnv):
+    """
+    ## Description
+    A small Mixture of Experts is trained by AdamW on real data, from new weights; every few optimiser steps it is
+    validated, and the agent changes the learning rates and weight decays of gate and experts. It is to reach a target
+    accuracy in few decisions. Each episode is another training: other weights, order and choice of data, width, and a
+    learning rate to begin with that may be far too small or far too large. The same seed and actions replay a training
+    bit for bit.
+
+    Nothing is simulated: an episode is a training. The vector environment trains all its rows as one batched product.
+
+    ## Action Space
+    `MultiDiscrete([3, 3, 3, 3])`: learning rate of the gate and of the experts, times 0.5, 1 or 2, clamped to 1e-5 ..
+    0.3; weight decay of the gate and of the experts, a place down, kept or up on the ladder 0, 0.001, 0.01, 0.1, 0.3,
+    1.
+
+    ## Observation Space
+    A `Box` of float32 from -5 to 5; `env.unwrapped.observation_layout` maps each name to its slice, its bounds and its
+    meaning. Logs are natural unless said.
+
+    | part | size | meaning |
+    |---|---|---|
+    | `rates` | 2 | log10 of the learning rates of gate and experts, plus 2.5 |
+    | `decays` | 2 | places of their weight decays on the ladder, less 2 |
+    | `validation_loss` | 1 | its log |
+    | `validation_change` | 2 | its last two changes, newest first, times 5 |
+    | `training_loss` | 1 | log of the mean over the last optimiser steps |
+    | `training_change` | 2 | its last two changes, times 5 |
+    | `gap` | 1 | log validation loss less log training loss |
+    | `distance` | 1 | target less validation accuracy, times 5 |
+    | `gradients` | 2 | log of the gradients' norms |
+    | `weights` | 2 | log of the weights' norms over those at the start |
+    | `updates` | 2 | half the log of the norms of update over weights, plus 2 |
+    | `entropy` | 1 | the gate's, over its largest possible value |
+    | `imbalance` | 1 | deviation over mean of the experts' loads |
+    | `spread` | 1 | deviation over mean of the losses in the last optimiser steps, times 5 |
+    | `progress` | 1 | share of the decisions that are taken |
+    | `cost` | 1 | so far, relative to a training that takes all decisions |
+    | `undone` | 1 | 1 if the last optimiser steps diverged and were undone |
+
+    ## Rewards
+    R = quality - cost_weight * cost. Quality is the drop of log validation loss, less 0.1 for each decision, plus 1 on
+    arrival at the target, less 1 where the training diverged. Cost is that of the optimiser steps and the validation,
+    look-ups in a profile of the same model in torch, relative to a training that takes all decisions: 1.0 in all.
+
+    `info` has `reward/quality`, `reward/cost`, `cost/time` [s], `cost/memory` [B], `cost/energy` [J], `vector_reward`
+    (quality, -time, -memory, -energy, relative), and `meta/arrived`, `meta/actions` (decisions so far),
+    `meta/accuracy`, `meta/validation_loss`, `meta/gate_rate`, `meta/experts_rate`, `meta/gate_decay`,
+    `meta/experts_decay`.
+
+    ## Starting State
+    A context out of 2^20 of the split: seed of weights and data order, inputs to train on, width of the experts, scale
+    of the inputs, learning rate log-uniform from 3e-4 to 0.1 for both groups, weight decay 0.01. Losses and accuracy
+    are what an untrained model has, ln C and 1 / C.
+
+    ## Episode End
+    Terminated on arrival at the target and after `max_actions` decisions. Optimiser steps that diverge (validation loss
+    above 20 or not finite) are undone and the learning rates halved; with `undo=False` they end the episode.
+
+    ## Arguments
+    | argument | default | meaning |
+    |---|---|---|
+    | `task` | `"digits"` | `"digits"` (8 x 8), `"fashion-mnist"` (pooled to 7 x 7), `"fashion-mnist-14"` (14 x 14) |
+    | `split` | `"train"` | contexts of `"train"`, `"validation"` or `"test"`, which are disjoint |
+    | `cost_weight` | 0.0 | lambda of the reward |
+    | `costs` | `"reference"` | the shipped profile, or this `"machine"`'s |
+    | `steps_per_action` | 5, 10, 10 | optimiser steps between two decisions, with batches of 64 |
+    | `max_actions` | 30 | decisions in an episode |
+    | `target` | 0.97, 0.79, 0.81 | validation accuracy to reach |
+    | `initial_rate` | (3e-4, 0.1) | learning rate to begin with: a number, or (low, high), log-uniform |
+    | `initial_decay` | 0.01 | weight decay to begin with, the nearest on the ladder |
+    | `widths` | (12, 16, 24) | hidden units of each of the 4 experts, one of these |
+    | `scales` | (1, 1) | (low, high) of a factor of the inputs, log-uniform |
+    | `undo` | True | see Episode End |
+    | `time_weight`, `memory_weight`, `energy_weight` | 1/2, 0, 1/2 | weights of the terms; let them sum to 1 |
+    | `render_mode` | None | `"rgb_array"` or `"ansi"` |
+
+    ## Version History
+    * v0: initial version.
+    """
+
+    vector_class = MoEMetaOptVectorEnv
+    vector: MoEMetaOptVectorEnv
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._history: list[tuple[float, float, float]] = []
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin another training."""
+        self._history = []
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Change rates and decays, train, validate; raises `InvalidAction` before anything changes."""
+        result = super().step(action)
+        info = result[4]
+        self._history.append((info["meta/accuracy"], info["meta/gate_rate"], info["meta/experts_rate"]))
+        return result
+
+    def state(self) -> State:
+        """A copy of everything that the next steps depend on: a fork of the training."""
+        return super().state() | {"history": list(self._history)}
+
+    def restore(self, state: State) -> np.ndarray:
+        """Go back to a `state()` of an environment with the same arguments; returns the observation there."""
+        observation = super().restore({key: value for key, value in state.items() if key != "history"})
+        self._history = list(state["history"])
+        return observation
+
+    def render(self) -> Any:
+        """The training so far, as an RGB array or as text."""
+        if self.render_mode is None:
+            raise ResetNeeded("make the environment with render_mode='rgb_array' or 'ansi' to render it")
+        picture = rendering.TrainingPicture(self.vector.max_actions, self.vector.target, self._history)
+        return picture.rgb_array() if self.render_mode == "rgb_array" else picture.ansi()
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _check(steps: Any, max_actions: Any, widths: np.ndarray, rates: Any, scales: Any) -> None:
+    whole = {"steps_per_action": steps, "max_actions": max_actions}
+    for name, value in whole.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+    if not len(widths) or widths.min() < 1:
+        raise ValueError(f"widths={tuple(widths.tolist())}: must be whole numbers of at least 1")
+    for name, (low, high) in {"initial_rate": rates, "scales": scales}.items():
+        if not 0 < low <= high:
+            raise ValueError(f"{name}={(low, high)}: must be positive and in order")
+
+
+def _layout() -> Layout:
+    sizes = [
+        ("rates", 2, "log10 of the learning rates of gate and experts, plus 2.5"),
+        ("decays", 2, "places of their weight decays on the ladder 0, 0.001, 0.01, 0.1, 0.3, 1, less 2"),
+        ("validation_loss", 1, "its log"),
+        ("validation_change", 2, "its last two changes, newest first, times 5"),
+        ("training_loss", 1, "log of the mean over the last optimiser steps"),
+        ("training_change", 2, "its last two changes, times 5"),
+        ("gap", 1, "log validation loss less log training loss"),
+        ("distance", 1, "target less validation accuracy, times 5"),
+        ("gradients", 2, "log of the gradients' norms"),
+        ("weights", 2, "log of the weights' norms over those at the start"),
+        ("updates", 2, "half the log of the norms of update over weights, plus 2"),
+        ("entropy", 1, "the gate's, over its largest possible value"),
+        ("imbalance", 1, "deviation over mean of the experts' loads"),
+        ("spread", 1, "deviation over mean of the losses in the last optimiser steps, times 5"),
+        ("progress", 1, "share of the actions that are taken"),
+        ("cost", 1, "so far, relative to a training that takes all actions"),
+        ("undone", 1, "1 if the last steps diverged and were undone"),
+    ]
+    return layout((name, size, -BOUND, BOUND, meaning) for name, size, meaning in sizes)
