@@ -47,12 +47,13 @@ def make_rows(env_id: str, rows: int, **env_kwargs: Any) -> VectorEnv[Any, Any, 
     )
 
 
-def play(policy: Policy, env: VectorEnv[Any, Any, Any], episodes: int, seed: int) -> pd.DataFrame:
-    """What `evaluate` returns, in an environment of `make_rows` that several policies can share."""
+def play(policy: Policy, env: VectorEnv[Any, Any, Any], episodes: int, seed: int | list[int]) -> pd.DataFrame:
+    """What `evaluate` returns, in an environment of `make_rows` that several policies can share; one seed, or one a
+    row."""
     if hasattr(policy, "watch"):
         policy.watch(env.unwrapped)
     rows, finished, records = env.num_envs, 0, []
-    observation, _ = env.reset(seed=seed)
+    observation, _ = env.reset(seed=seed)  # type: ignore[arg-type]
     state, start, played = None, np.ones(rows, dtype=np.bool_), np.zeros(rows, dtype=np.int64)
     sums = {key: np.zeros(rows) for key in ("return", "reward/quality", "reward/cost")}
     wanted = episodes // rows + (np.arange(rows) < episodes % rows)

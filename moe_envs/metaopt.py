@@ -148,6 +148,11 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         ended = arrived | (self.taken >= self.max_actions) | (~fine & (not self.undo))
         return Outcome(terms, ended, self._details(arrived))
 
+    @property
+    def validation_loss(self) -> np.ndarray:
+        """The last ones, `[n]`."""
+        return np.exp(self._losses[:, 1, 0])
+
     def _train(self) -> np.ndarray:
         """One step of the optimiser in every training; losses `[n]`."""
         places = (self._place % self._length)[:, None] + np.arange(BATCH_SIZE)
@@ -189,7 +194,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
             "meta/arrived": arrived.astype(np.float64),
             "meta/actions": self.taken.copy(),
             "meta/accuracy": self.accuracy.copy(),
-            "meta/validation_loss": np.exp(self._losses[:, 1, 0]),
+            "meta/validation_loss": self.validation_loss,
             "meta/gate_rate": rates[:, 0].copy(),
             "meta/experts_rate": rates[:, 1].copy(),
             "meta/gate_decay": decays[:, 0].copy(),

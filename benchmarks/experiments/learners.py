@@ -120,10 +120,13 @@ def compare(frame: pd.DataFrame) -> list[Row]:
         return rows
     for env, group in frame.groupby("env", sort=False):
         own, sb3 = (group[group["backend"] == backend] for backend in ("own", "sb3"))
-        interval = ttest_ind(own["return"], sb3["return"], equal_var=False).confidence_interval()
         means = float(own["return"].mean()), float(sb3["return"].mean())
+        low = high = means[0] - means[1]
+        if own["return"].nunique() > 1 or sb3["return"].nunique() > 1:  # else there is nothing to estimate
+            interval = ttest_ind(own["return"], sb3["return"], equal_var=False).confidence_interval()
+            low, high = float(interval.low), float(interval.high)
         row: Row = {"env": env, "seeds": len(own), "own": means[0], "sb3": means[1], "difference": means[0] - means[1]}
-        row |= {"ci95": [float(interval.low), float(interval.high)]}
+        row |= {"ci95": [low, high]}
         rows.append(row | {"own_seconds": own["seconds"].median(), "sb3_seconds": sb3["seconds"].median()})
     return rows
 
