@@ -67,6 +67,20 @@ TUNED["MoERouting-v0"]["ppo_lstm"] = TUNED["MoERouting-v0"]["ppo"] | {
     "total_timesteps": 500_000,
     "policy_kwargs": {"net_arch": [128], "lstm_hidden_size": 64},
 }
+TUNED["MoEMetaOpt-v0"] = {
+    "ppo": {
+        "n_envs": 32,
+        "total_timesteps": 200_000,
+        "n_steps": 32,
+        "batch_size": 256,
+        "n_epochs": 5,
+        "learning_rate": "linear 1e-3",
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "ent_coef": 0.005,
+        "policy_kwargs": {"net_arch": [64, 64]},
+    },
+}
 TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 
 

@@ -319,6 +319,38 @@ def _learners(
     console.print(f"[green]saved[/] {out}/raw.jsonl, {out}/results.json")
 
 
+@benchmark_app.command("metaopt")
+def _metaopt(
+    task: Annotated[str, typer.Option(help="digits, fashion-mnist or fashion-mnist-14")] = "digits",
+    seeds: Annotated[int, typer.Option(min=2, help="Trainings of PPO.")] = 5,
+    contexts: Annotated[int, typer.Option(min=2, help="Held-out trainings that each policy is judged by.")] = 256,
+    timesteps: Annotated[int | None, typer.Option(min=1, help="Of PPO, instead of the tuned number.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    out: Path = Path("runs/metaopt"),
+) -> None:
+    """Decisions until the target accuracy: PPO beside schedules, from random and from tuned learning rates."""
+    from benchmarks import report
+    from benchmarks.experiments import metaopt
+
+    with _bar() as add:
+        result = metaopt.run(task, seeds, contexts, timesteps, jobs, out, add)
+    for start in dict.fromkeys(row["start"] for row in result["rows"]):
+        title = f"{task}, from the {start}, {contexts} test contexts"
+        table = report.plain_table(title, "policy", "steps", "95 %", "arrive", "PPO's less, 95 %")
+        for row in sorted(result["rows"], key=lambda row: row["steps"]):
+            if row["start"] == start:
+                low, high = row["ci95"]
+                less = ""
+                if "share" in row:
+                    bounds = [bound / row["steps"] for bound in row["ppo_less_ci95"]]
+                    less = f"{row['share']:+.0%} ({bounds[0]:+.0%} .. {bounds[1]:+.0%})"
+                figures = f"{row['steps']:.2f}", f"{low:.2f} .. {high:.2f}", f"{row['arrived']:.0%}", less
+                style = report.STYLES["learned" if row["policy"] == "PPO" else "yardstick"]
+                table.add_row(row["policy"], *figures, style=style)
+        console.print(table)
+    console.print(f"[green]saved[/] {out}/results.json, {out}/trainings.csv, {out}/steps.png")
+
+
 @benchmark_app.command("race")
 def _race(
     seeds: Annotated[int, typer.Option(min=2)] = 5,

@@ -16,8 +16,19 @@ from experts import tasks
 from experts.batched_training import BatchedTraining, Passed
 from moe_envs import profiles, rendering
 from moe_envs.batched import BatchedEnv, Outcome, SingleEnv, State
+from moe_envs.metaopt_signals import (
+    DECAYS,
+    DIVERGED,
+    LAYOUT,
+    LOSS_FLOOR,
+    RATES,
+    RATIO_FLOOR,
+    Signals,
+    apply,
+    observe,
+)
 from moe_envs.reward import Reward
-from moe_envs.spaces import Layout, choose, layout, reject_unknown
+from moe_envs.spaces import choose, reject_unknown
 
 SPLITS = ("train", "validation", "test")
 COSTS = ("reference", "machine")
@@ -27,14 +38,9 @@ ARGUMENTS = (
     "render_mode",
 )
 CONTEXTS = 2**20  # in each split
-FACTORS = np.array([0.5, 1.0, 2.0])
-RATES = 1e-5, 0.3  # clamps
-DECAYS = np.array([0.0, 1e-3, 1e-2, 0.1, 0.3, 1.0])
 INITIAL_RATES = 3e-4, 1e-1  # log-uniform
 BATCH_SIZE, NUM_EXPERTS, TOP_K = 64, 4, 2
-DIVERGED, LOSS_FLOOR, RATIO_FLOOR = 20.0, 1e-4, 1e-8  # nats of validation loss
 STEP_PENALTY, ARRIVAL_BONUS, DIVERGENCE_PENALTY = 0.1, 1.0, 1.0
-BOUND = 5.0  # of the observation
 
 
 class MoEMetaOptVectorEnv(BatchedEnv):
@@ -42,7 +48,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
 
     STATE = (
         *("_orders", "_place", "_scale", "_width", "context", "_losses", "accuracy", "_gradients", "_ratio"),
-        *("_first_norms", "_entropy", "_imbalance", "_spread", "ladder", "taken", "_cost", "_undone"),
+        *("_first_norms", "gate_entropy", "_imbalance", "_spread", "ladder", "taken", "_cost", "_undone"),
     )
 
     def __init__(
@@ -87,7 +93,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         whole = Cost(*(self._paid.max(0) * max_actions).tolist())
         relative = RelativeCost(whole, Cost(time_weight, memory_weight, energy_weight))
         super().__init__(
-            num_envs, _layout(), spaces.MultiDiscrete([3, 3, 3, 3]), Reward(cost_weight, relative), autoreset_mode,
+            num_envs, LAYOUT, spaces.MultiDiscrete([3, 3, 3, 3]), Reward(cost_weight, relative), autoreset_mode,
             max_episode_steps,
         )  # fmt: skip
         self.training = BatchedTraining(
@@ -97,7 +103,9 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         self._length = max_actions * self.steps * BATCH_SIZE
         self._orders = np.zeros((num_envs, self._length), dtype=np.int32)
         self._place, self._width, self.context, self.taken = np.zeros((4, num_envs), dtype=np.int64)
-        self._scale, self.accuracy, self._entropy, self._imbalance, self._spread, self._cost = np.zeros((6, num_envs))
+        self._scale, self.accuracy, self.gate_entropy, self._imbalance, self._spread, self._cost = np.zeros(
+            (6, num_envs)
+        )
         self._losses = np.zeros((num_envs, 2, 3))  # logs of training's and validation's, newest first
         self._gradients, self._ratio, self._first_norms = np.ones((3, num_envs, 2))
         self.ladder = np.zeros((num_envs, 2), dtype=np.int64)  # places in DECAYS
@@ -122,13 +130,13 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         self._first_norms[rows] = self.training.weight_norms()[rows]
         # What an untrained model has, so that nothing need be run to begin an episode.
         self._losses[rows] = np.log(np.log(self.task.num_classes))
-        self.accuracy[rows], self._entropy[rows], self._imbalance[rows] = 1 / self.task.num_classes, 1.0, 0.0
+        self.accuracy[rows], self.gate_entropy[rows], self._imbalance[rows] = 1 / self.task.num_classes, 1.0, 0.0
         self._spread[rows], self._gradients[rows], self._ratio[rows] = 0.0, 1.0, RATIO_FLOOR
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         training, before = self.training, self.training.state()
-        self.ladder = np.clip(self.ladder + actions[:, 2:] - 1, 0, len(DECAYS) - 1)
-        training.set(np.clip(training.rates * FACTORS[actions[:, :2]], *RATES), DECAYS[self.ladder])
+        rates, self.ladder = apply(actions, training.rates, self.ladder)
+        training.set(rates, DECAYS[self.ladder])
         with _threads().limit(limits=1, user_api="blas"), np.errstate(all="ignore"):
             losses = np.stack([self._train() for _ in range(self.steps)], axis=1)
             found = self._validate()
@@ -173,7 +181,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         dropped = np.where(fine, self._losses[:, 1, 0] - logs[:, 1], 0.0)
         self._losses[fine] = np.concatenate([logs[:, :, None], self._losses[:, :, :2]], axis=2)[fine]
         self.accuracy[fine] = found.accuracy[fine]
-        self._entropy[fine] = found.entropy[fine] / np.log(NUM_EXPERTS)
+        self.gate_entropy[fine] = found.entropy[fine] / np.log(NUM_EXPERTS)
         self._imbalance[fine] = (found.load.std(1) / found.load.mean(1))[fine]
         self._spread[fine] = (losses.std(1) / losses.mean(1))[fine]
         self._gradients[fine] = self.training.gradient_norms()[fine]
@@ -202,18 +210,12 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         }
 
     def _observe(self) -> np.ndarray:
-        training, losses = self.training, self._losses
-        changes = losses[:, :, :2] - losses[:, :, 1:]
-        norms = np.maximum(training.weight_norms(), RATIO_FLOOR)
-        columns = (
-            np.log10(training.rates) + 2.5, self.ladder - 2.0, losses[:, 1, :1], 5 * changes[:, 1], losses[:, 0, :1],
-            5 * changes[:, 0], losses[:, 1, :1] - losses[:, 0, :1], 5 * (self.target - self.accuracy[:, None]),
-            np.log(np.maximum(self._gradients, RATIO_FLOOR)), np.log(norms / self._first_norms),
-            np.log(np.maximum(self._ratio, RATIO_FLOOR)) / 2 + 2, self._entropy[:, None], self._imbalance[:, None],
-            5 * self._spread[:, None], self.taken[:, None] / self.max_actions, self._cost[:, None],
-            self._undone[:, None],
+        signals = Signals(
+            self.training.rates, self.ladder, self._losses, self.target - self.accuracy, self._gradients,
+            self.training.weight_norms() / self._first_norms, self._ratio, self.gate_entropy, self._imbalance,
+            self._spread, self.taken / self.max_actions, self._cost, self._undone,
         )  # fmt: skip
-        return np.concatenate(columns, axis=1).clip(-BOUND, BOUND).astype(np.float32)
+        return observe(signals)
 
     def state(self) -> State:
         """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""
@@ -362,26 +364,3 @@ def _check(steps: Any, max_actions: Any, widths: np.ndarray, rates: Any, scales:
     for name, (low, high) in {"initial_rate": rates, "scales": scales}.items():
         if not 0 < low <= high:
             raise ValueError(f"{name}={(low, high)}: must be positive and in order")
-
-
-def _layout() -> Layout:
-    sizes = [
-        ("rates", 2, "log10 of the learning rates of gate and experts, plus 2.5"),
-        ("decays", 2, "places of their weight decays on the ladder 0, 0.001, 0.01, 0.1, 0.3, 1, less 2"),
-        ("validation_loss", 1, "its log"),
-        ("validation_change", 2, "its last two changes, newest first, times 5"),
-        ("training_loss", 1, "log of the mean over the last optimiser steps"),
-        ("training_change", 2, "its last two changes, times 5"),
-        ("gap", 1, "log validation loss less log training loss"),
-        ("distance", 1, "target less validation accuracy, times 5"),
-        ("gradients", 2, "log of the gradients' norms"),
-        ("weights", 2, "log of the weights' norms over those at the start"),
-        ("updates", 2, "half the log of the norms of update over weights, plus 2"),
-        ("entropy", 1, "the gate's, over its largest possible value"),
-        ("imbalance", 1, "deviation over mean of the experts' loads"),
-        ("spread", 1, "deviation over mean of the losses in the last optimiser steps, times 5"),
-        ("progress", 1, "share of the actions that are taken"),
-        ("cost", 1, "so far, relative to a training that takes all actions"),
-        ("undone", 1, "1 if the last steps diverged and were undone"),
-    ]
-    return layout((name, size, -BOUND, BOUND, meaning) for name, size, meaning in sizes)

@@ -15,6 +15,7 @@ ALLOWED = {
     "cost": set(),
     "moe_envs": {"experts", "cost"},
     "agents": set(),
+    "agents.meta_optimizer.py": {"moe_envs"},
     "agents.yardsticks": {"moe_envs"},
     "agents.deploy": {"moe_envs", "experts"},
     "benchmarks": {"moe_envs", "agents", "cost", "experts"},

@@ -13,11 +13,11 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_it_runs(path: Path, tmp_path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 30
+    assert len(path.read_text().splitlines()) <= 40
     steps = "12000" if path.stem in ("dqn", "qrdqn") else "4096"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(path), steps], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "return" in done.stdout
+    assert "return" in done.stdout or "accuracy" in done.stdout

@@ -14,7 +14,9 @@ import pandas as pd
 from gymnasium.vector import AutoresetMode
 
 from agents.evaluate import play
-from moe_envs.metaopt import DECAYS, INITIAL_RATES, RATES, MoEMetaOptVectorEnv
+from agents.meta_optimizer import Rules
+from moe_envs.metaopt import INITIAL_RATES, MoEMetaOptVectorEnv
+from moe_envs.metaopt_signals import DECAYS, RATES
 
 ID = "moe_envs:MoEMetaOpt-v0"
 KEEP = np.array([1, 1, 1, 1])
@@ -104,6 +106,30 @@ class Plateau(Schedule):
         self._factor[plateau] /= 2
         self._waited[plateau] = 0
         return self._factor
+
+
+class Heuristic(Schedule):
+    """`agents.meta_optimizer.Rules` in every row, from the rates that its context drew."""
+
+    def watch(self, env: MoEMetaOptVectorEnv) -> None:
+        """Take hold of the trainings of an environment."""
+        super().watch(env)
+        self._rules = [Rules() for _ in range(env.num_envs)]
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Set the rates and decays; the action changes nothing more."""
+        env, norms = self.env, self.env.training.weight_norms()
+        rates, ladder = env.training.rates.copy(), env.ladder.copy()
+        for row, rules in enumerate(self._rules):
+            if env.taken[row] == 0:
+                rules = self._rules[row] = Rules()
+            metrics = {"validation_loss": env.validation_loss[row], "gate_entropy": env.gate_entropy[row]}
+            rates[row], ladder[row] = rules(metrics, rates[row], ladder[row], norms[row])
+        env.ladder = ladder
+        env.training.set(rates, DECAYS[ladder])
+        return np.tile(KEEP, (len(observation), 1)), state
 
 
 class RandomActions:

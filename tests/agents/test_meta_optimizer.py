@@ -1,0 +1,190 @@
+"""Meta-optimisers in a plain torch loop: rules to the epoch, state that goes on alike, a policy that sees the same."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from agents import PPO
+from agents.meta_optimizer import HeuristicMetaOptimizer, MetaOptimizer, PolicyMetaOptimizer, gate_metrics
+from experts import tasks
+from experts.model import MoEClassifier
+from moe_envs.metaopt_signals import apply, observe
+
+ID = "moe_envs:MoEMetaOpt-v0"
+
+
+def setup(
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW, lr: float = 0.01, decay: float = 0.01
+) -> tuple[MoEClassifier, torch.optim.Optimizer, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = MoEClassifier(64, 10, widths=(16,) * 4)
+    groups = {"gate": model.gate, "experts": model.experts}
+    parts: Any = [{"params": list(part.parameters())} for part in groups.values()]
+    return model, kind(parts, lr=lr, weight_decay=decay), groups  # type: ignore[call-arg]
+
+
+def epoch(model: MoEClassifier, optimizer: torch.optim.Optimizer, seed: int, steps: int = 5) -> dict[str, Any]:
+    """Some optimiser steps and a validation on the digits."""
+    task, losses = tasks.load("digits"), []
+    generator = np.random.default_rng(seed)
+    for _ in range(steps):
+        rows = generator.integers(len(task.labels), size=64)
+        loss = F.cross_entropy(model(torch.from_numpy(task.inputs[rows])), torch.from_numpy(task.labels[rows]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        x, y = torch.from_numpy(task.validation_inputs.copy()), torch.from_numpy(task.validation_labels.copy())
+        logits = model(x)
+        found = {"validation_loss": F.cross_entropy(logits, y).item(), "train_losses": losses}
+        found["validation_accuracy"] = (logits.argmax(1) == y).float().mean().item()
+        return found | gate_metrics(model.gate(x))
+
+
+def test_rates_are_halved_exactly_after_three_epochs_of_plateau() -> None:
+    _, optimizer, groups = setup(lr=0.08)
+    meta = HeuristicMetaOptimizer(optimizer, groups)
+    rates = []
+    for number, loss in enumerate([1.0, 0.9, 0.9, 0.95, 0.92, 0.8, 0.8, 0.8, 0.79, 0.8, 0.8, 0.8]):
+        rates.append(meta.update_hparams({"validation_loss": loss}, number)["experts/lr"])
+    assert rates == pytest.approx([0.08] * 4 + [0.04] * 7 + [0.02])
+    assert meta.hparams()["gate/lr"] == pytest.approx(0.01)  # half as fast
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(0.02)
+
+
+def test_other_rules_and_clamps() -> None:
+    model, optimizer, groups = setup(lr=0.2)
+    meta = HeuristicMetaOptimizer(optimizer, groups, norm_rise=0.5)
+    for number in range(3):
+        meta.update_hparams({"validation_loss": 1.0 - number / 10, "gate_entropy": 0.1}, number)
+    assert meta.hparams()["gate/lr"] == pytest.approx(0.05)  # of 0.1, after three of low entropy
+    with torch.no_grad():
+        for parameter in model.experts.parameters():
+            parameter *= 1.6
+    meta.update_hparams({"validation_loss": 0.1}, 3)
+    assert (meta.hparams()["experts/weight_decay"], meta.hparams()["gate/weight_decay"]) == (0.1, 0.01)
+    for number in range(200):
+        meta.update_hparams({"validation_loss": 1.0}, number)
+    assert meta.hparams()["experts/lr"] == 1e-5
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_that_diverges_is_undone(kind: type[torch.optim.Optimizer]) -> None:
+    model, optimizer, groups = setup(kind)
+    meta = HeuristicMetaOptimizer(optimizer, groups)
+    meta.update_hparams(epoch(model, optimizer, 0), 0)
+    weights, rates = [p.detach().clone() for p in model.parameters()], meta.rates
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    meta.update_hparams({"validation_loss": float("nan")}, 1)
+    assert all(torch.equal(p, saved) for p, saved in zip(model.parameters(), weights, strict=True))
+    np.testing.assert_allclose(meta.rates, rates / 2)
+    assert np.isfinite(epoch(model, optimizer, 1)["validation_loss"])
+
+
+@pytest.fixture(scope="module")
+def policy() -> PPO:
+    return PPO(ID, n_envs=8, n_steps=32, env_kwargs={"steps_per_action": 1}).learn(512)
+
+
+def make(kind: str, optimizer: torch.optim.Optimizer, groups: dict[str, Any], policy: PPO) -> MetaOptimizer:
+    if kind == "rules":
+        return HeuristicMetaOptimizer(optimizer, groups, patience=2)
+    return PolicyMetaOptimizer(optimizer, policy, groups, target=0.97, warm_up=2)
+
+
+@pytest.mark.parametrize("kind", ["rules", "policy"])
+def test_saved_and_loaded_it_goes_on_alike(kind: str, policy: PPO) -> None:
+    def play(cut: int | None) -> tuple[list[dict[str, float]], MetaOptimizer]:
+        model, optimizer, groups = setup()
+        meta = make(kind, optimizer, groups, policy)
+        for number in range(8):
+            meta.update_hparams(epoch(model, optimizer, number), number)
+            if number == cut:
+                file = io.BytesIO()
+                torch.save([each.state_dict() for each in (model, optimizer, meta)], file)
+                model, optimizer, groups = setup()
+                meta = make(kind, optimizer, groups, policy)
+                file.seek(0)
+                for each, state in zip((model, optimizer, meta), _load(file), strict=True):
+                    each.load_state_dict(state)
+        return meta.history, meta
+
+    whole, meta = play(None)
+    for cut in (0, 3, 6):
+        assert play(cut)[0] == whole
+    frame = meta.timeline()
+    assert list(frame["step"]) == list(range(8))
+    assert {"gate/lr", "experts/weight_decay", "gate/beta1"} <= set(frame.columns)
+
+
+def _load(file: io.BytesIO) -> Any:
+    return torch.load(file, weights_only=True)
+
+
+def test_a_policy_sees_in_a_loop_what_it_saw_in_the_environment(policy: PPO) -> None:
+    """The environment's own training, repeated in torch step by step."""
+    env: Any = gymnasium.make(ID, widths=(16,), initial_rate=0.01, steps_per_action=5).unwrapped
+    env.reset(seed=4)
+    vector, task = env.vector, tasks.load("digits")
+    model, optimizer, groups = setup()
+    with torch.no_grad():
+        of = {name: torch.from_numpy(values[0].copy()) for name, values in vector.training._of.items()}
+        model.gate.weight.copy_(of["into"][:, :4].T)
+        model.gate.bias.copy_(of["into_bias"][0, :4])
+        model.experts.hidden.weight.copy_(of["into"][:, 4:].T)
+        model.experts.hidden.bias.copy_(of["into_bias"][0, 4:])
+        model.experts.out_HC.copy_(of["out"])
+        model.experts.bias_EC.copy_(of["out_bias"])
+    meta = PolicyMetaOptimizer(optimizer, policy, groups, target=0.97)
+    meta._losses = np.full((2, 3), np.log(np.log(10)))
+    x, y = torch.from_numpy(task.validation_inputs.copy()), torch.from_numpy(task.validation_labels.copy())
+    chosen = np.array([1, 1, 1, 1])
+    for decision in range(6):
+        observation = env.step(chosen)[0]
+        losses = []
+        for step in range(5):
+            rows = vector._orders[0, (5 * decision + step) * 64 :][:64]
+            loss = F.cross_entropy(model(torch.from_numpy(task.inputs[rows])), torch.from_numpy(task.labels[rows]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        with torch.no_grad():
+            logits = model(x)
+            metrics = {"validation_loss": F.cross_entropy(logits, y).item(), "train_losses": losses}
+            metrics["validation_accuracy"] = (logits.argmax(1) == y).float().mean().item()
+            metrics |= gate_metrics(model.gate(x))
+        meta._note(metrics, metrics["validation_loss"])
+        seen = observe(meta.signals(metrics))[0]
+        meta.decisions += 1
+        np.testing.assert_allclose(seen, observation, atol=2e-3)
+        chosen, _ = policy.predict(observation)
+        meta._losses = meta._losses[:, :3]
+        rates, ladder = apply(chosen[None], meta.rates[None], meta.ladder[None])
+        meta._set(rates[0], ladder[0])
+
+
+def test_every_and_mistakes_and_plots(tmp_path: Path) -> None:
+    model, optimizer, groups = setup()
+    meta = HeuristicMetaOptimizer(optimizer, groups, every=2)
+    for number in range(4):
+        meta.update_hparams({"validation_loss": 1.0}, number)
+    assert [row["step"] for row in meta.history] == [1, 3]
+    meta.plot(tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="must have validation_loss"):
+        meta.update_hparams({"loss": 1.0}, 0)
+    whole = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="parameter groups of just the gate"):
+        HeuristicMetaOptimizer(whole, groups)
+    with pytest.raises(ValueError, match="gate and experts"):
+        HeuristicMetaOptimizer(optimizer, {"gate": model.gate})
