@@ -97,6 +97,16 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
     assert not np.array_equal(first.network.flat, other.network.flat)
 
 
+def test_exploration_is_independent_of_the_environment() -> None:
+    """A policy that draws from the stream that the environment was reset by learns worse than one that does not."""
+    agent = PPO("CartPole-v1", n_envs=2, seed=5)
+    rows = [gymnasium.utils.seeding.np_random(seed)[0] for seed in (5, 6)]
+    streams = [generator.bit_generator.state["state"]["inc"] for generator in (*rows, agent.generator)]
+    agent.rows.reset(5)
+    assert agent.rows.env.unwrapped.np_random.bit_generator.state["state"]["inc"] == streams[0]
+    assert len(set(streams)) == 3
+
+
 def test_all_autoreset_modes_teach_the_same() -> None:
     found = []
     for mode in (AutoresetMode.DISABLED, AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
