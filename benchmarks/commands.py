@@ -248,18 +248,23 @@ def _deploy(
 
 @benchmark_app.command("speed")
 def _speed(json_file: Json = None) -> None:
-    """Steps per second of CPU time beside CartPole's, in one run, on one thread."""
-    from benchmarks.speed import measure
+    """Steps per second of CPU time, on one thread: MoERouting-v0 beside CartPole-v1, trainings beside torch's."""
+    from benchmarks.speed import measure, measure_trainings
 
-    rows = measure()
-    write(json_file, rows)
+    rows, trainings = measure(), measure_trainings()
+    write(json_file, {"routing": rows, "trainings": trainings})
     table = Table("rows", "CartPole-v1", "MoERouting-v0", "ratio", "floor", title="steps/s of CPU time, medians")
     for row in rows:
         floor = "-" if row["floor"] is None else f"{row['floor']:.2f}"
         table.add_row(
             str(row["rows"]), f"{row['cartpole']:,.0f}", f"{row['routing']:,.0f}", f"{row['ratio']:.2f}", floor
         )
-    console.print(table)
+    title = "optimiser steps/s of trainings on the digits"
+    other = Table("side by side", "torch, one by one", "batched", "ratio", "MoEMetaOpt-v0", "slower by", title=title)
+    for row in trainings:
+        numbers = f"{row['torch']:,.0f}", f"{row['batched']:,.0f}", f"{row['ratio']:.1f}", f"{row['env']:,.0f}"
+        other.add_row(str(row["trainings"]), *numbers, f"{row['env_overhead']:.0%}")
+    console.print(table, other)
 
 
 def _compare(

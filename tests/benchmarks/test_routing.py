@@ -42,6 +42,10 @@ def test_speed_is_measured_for_every_number_of_rows(monkeypatch: pytest.MonkeyPa
     rows = speed.measure()
     assert [row["rows"] for row in rows] == [1, 8]
     assert all(row["cartpole"] > 0 and row["ratio"] > 0 for row in rows)
+    monkeypatch.setattr(speed, "TRAININGS", {2: 10})
+    (row,) = speed.measure_trainings()
+    assert row["ratio"] == pytest.approx(row["batched"] / row["torch"], rel=0.5)
+    assert row["env_overhead"] > -1
 
 
 def test_digits_are_rebuilt_from_their_data(tmp_path: Path) -> None:
