@@ -18,9 +18,8 @@ if __name__ == "__main__":
         ent_coef=0.005, env_kwargs={"task": "digits"},
     ).learn(STEPS, progress_bar=True)  # fmt: skip
     torch.manual_seed(0)
-    (x, y), (validation_x, validation_y) = (
-        map(torch.from_numpy, data.load("digits")[s]) for s in ("rl_train", "validation")
-    )
+    digits = data.load("digits")
+    (x, y), (validation_x, validation_y) = (map(torch.from_numpy, digits[s]) for s in ("rl_train", "validation"))
     model = MoEClassifier(64, 10, widths=(32,) * 8)
     parts = [{"params": part.parameters()} for part in (model.gate, model.experts)]
     optimizer = torch.optim.AdamW(parts, lr=0.05)
