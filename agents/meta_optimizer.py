@@ -24,8 +24,10 @@ Metrics = Mapping[str, Any]
 class MetaOptimizer:
     """Base of the meta-optimisers. `groups` maps "gate" and "experts" to a module, or to parameters.
 
-    Every `every`-th call of `update_hparams` decides. With `undo` the weights of the last decision are kept, and
-    restored, with half the learning rates, where the validation loss of the next is above 20 or not finite.
+    Every `every`-th call of `update_hparams` decides. Rates that are changed are clamped to 1e-5 .. 0.3. With `undo`
+    the weights, the buffers of modules in `groups`, and the optimiser of the last decision are kept, and restored, with
+    half the learning rates from before it, where the next validation loss is above 20 or not finite. Where a part has
+    several parameter groups their rates change by the same factor, and decays like the first group's move with it.
     """
 
     def __init__(
@@ -39,11 +41,14 @@ class MetaOptimizer:
             raise ValueError(f"groups must be of {' and '.join(GROUPS)}, every >= 1; got {sorted(groups)}, {every}")
         self.optimizer, self.every, self.undo = optimizer, every, undo
         self._places = [_find(optimizer, name, groups[name]) for name in GROUPS]
+        self._buffers = [b for part in groups.values() if isinstance(part, nn.Module) for b in part.buffers()]
         self.calls = self.decisions = 0
         self.history: list[dict[str, float]] = []
         self._first_norms, self._undone = self.weight_norms(), False
         self._losses = np.zeros((2, 0))  # logs of training's and validation's, newest first
-        self._kept: dict[str, Any] | None = None
+        self._kept: dict[str, Any] = {}
+        if undo:
+            self._keep()
 
     def update_hparams(self, metrics: Metrics, step: int) -> dict[str, float]:
         """Decide by what is known after `step` steps or epochs; returns the hyperparameters from now on.
@@ -63,15 +68,16 @@ class MetaOptimizer:
                 self._set(np.clip(self.rates / 2, *RATES), self.ladder)
             else:
                 self._note(metrics, loss)
-                if self.undo:
-                    self._keep()
-                self._set(*self._decide(metrics))
+            if self.undo:
+                self._keep()
+            if self._losses.size:
+                self._set(*self._decide())
             self.decisions += 1
             self.history.append({"step": float(step), "validation_loss": loss, **self.hparams()})
         return self.hparams()
 
-    def _decide(self, metrics: Metrics) -> tuple[np.ndarray, np.ndarray]:
-        """New learning rates and places of the weight decays, `[2]` each."""
+    def _decide(self) -> tuple[np.ndarray, np.ndarray]:
+        """New learning rates and places of the weight decays, `[2]` each, by what was last noted."""
         raise NotImplementedError
 
     @property
@@ -138,32 +144,42 @@ class MetaOptimizer:
         return np.array([_norm(_parameters(groups)) for groups in self._groups])
 
     def _note(self, metrics: Metrics, loss: float) -> None:
-        trained = float(np.mean(metrics.get("train_losses", metrics.get("train_loss", loss))))
+        """Keep what the next decisions need of metrics that are finite."""
+        trained = _train_losses(metrics).mean()
         logs = np.log(np.maximum([[trained], [loss]], LOSS_FLOOR))
         before = self._losses if self._losses.size else np.repeat(logs, 2, axis=1)
         self._losses = np.concatenate([logs, before[:, :2]], axis=1)
 
     def _set(self, rates: np.ndarray, ladder: np.ndarray) -> None:
-        now = self.ladder
+        now, before = self.ladder, self.rates
         for place, groups in enumerate(self._groups):
+            decay = groups[0]["weight_decay"]
             for group in groups:
-                group["lr"] = float(rates[place])
-                if ladder[place] != now[place]:  # a decay between two places stays what it is until it is moved
+                if rates[place] != before[place]:
+                    group["lr"] = float(group["lr"] * (rates[place] / before[place]))
+                if ladder[place] != now[place] and group["weight_decay"] == decay:
                     group["weight_decay"] = float(DECAYS[ladder[place]])
 
+    def _tensors(self) -> list[torch.Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]] + self._buffers
+
     def _keep(self) -> None:
-        weights = [p.detach().clone() for group in self.optimizer.param_groups for p in group["params"]]
-        self._kept = {"weights": weights, "optimizer": copy.deepcopy(self.optimizer.state_dict()["state"])}
+        self._kept = {
+            "tensors": [each.detach().clone() for each in self._tensors()],
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()["state"]),
+            "rates": [float(group["lr"]) for group in self.optimizer.param_groups],
+        }
 
     @torch.no_grad()
     def _restore(self) -> None:
-        if self._kept is None:
+        if not self._kept:
             return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for parameter, value in zip(parameters, self._kept["weights"], strict=True):
-            parameter.copy_(value)
+        for tensor, value in zip(self._tensors(), self._kept["tensors"], strict=True):
+            tensor.copy_(value)
         state = self.optimizer.state_dict() | {"state": copy.deepcopy(self._kept["optimizer"])}
         self.optimizer.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, self._kept["rates"], strict=True):
+            group["lr"] = rate
 
 
 class Rules:
@@ -181,7 +197,7 @@ class Rules:
         self, metrics: Metrics, rates: np.ndarray, ladder: np.ndarray, norms: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """New learning rates and places of the weight decays, `[2]` each."""
-        loss, rates, ladder = float(metrics["validation_loss"]), rates.copy(), ladder.copy()
+        loss, before, rates, ladder = float(metrics["validation_loss"]), rates, rates.copy(), ladder.copy()
         self.waited = 0 if loss < self.best else self.waited + 1
         self.best = min(self.best, loss)
         if self.waited >= self.patience:
@@ -195,7 +211,7 @@ class Rules:
                 ladder[place] = min(ladder[place] + 1, len(DECAYS) - 1)
                 self.norms[place] = norm
             self.norms[place] = min(self.norms[place], norm)
-        return np.clip(rates, *RATES), ladder
+        return np.where(rates == before, rates, np.clip(rates, *RATES)), ladder
 
 
 class HeuristicMetaOptimizer(MetaOptimizer):
@@ -211,18 +227,24 @@ class HeuristicMetaOptimizer(MetaOptimizer):
     ) -> None:
         super().__init__(optimizer, groups, every, undo)
         self.rules = Rules(**thresholds)  # type: ignore[arg-type]
+        self._noted: dict[str, float] = {}  # validation loss and the gate's entropy
 
-    def _decide(self, metrics: Metrics) -> tuple[np.ndarray, np.ndarray]:
-        return self.rules(metrics, self.rates, self.ladder, self.weight_norms())
+    def _note(self, metrics: Metrics, loss: float) -> None:
+        super()._note(metrics, loss)
+        self._noted = {"validation_loss": loss, "gate_entropy": float(metrics.get("gate_entropy", 1.0))}
+
+    def _decide(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.rules(self._noted, self.rates, self.ladder, self.weight_norms())
 
     def state_dict(self) -> dict[str, Any]:
         """All but the optimiser, as a scheduler's."""
-        return super().state_dict() | {"rules": copy.deepcopy(vars(self.rules))}
+        return super().state_dict() | {"rules": copy.deepcopy(vars(self.rules)), "noted": dict(self._noted)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         super().load_state_dict(state)
         vars(self.rules).update(copy.deepcopy(state["rules"]))
+        self._noted = dict(state["noted"])
 
 
 class PolicyMetaOptimizer(HeuristicMetaOptimizer):
@@ -248,33 +270,47 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
         super().__init__(optimizer, groups, every, undo, **thresholds)
         self.policy, self.target, self.max_actions, self.warm_up = policy, target, max_actions, warm_up
 
-    def _decide(self, metrics: Metrics) -> tuple[np.ndarray, np.ndarray]:
+    def update_hparams(self, metrics: Metrics, step: int) -> dict[str, float]:
+        """As `MetaOptimizer`'s; `metrics` must have `validation_accuracy` as well."""
+        if "validation_accuracy" not in metrics:
+            raise ValueError("metrics must have validation_accuracy: a policy goes by its distance to the target")
+        return super().update_hparams(metrics, step)
+
+    def _note(self, metrics: Metrics, loss: float) -> None:
+        super()._note(metrics, loss)
+        losses, load = _train_losses(metrics), np.asarray(metrics.get("load", (1.0,)), dtype=np.float64)
+        self._noted |= {
+            "distance": self.target - float(metrics["validation_accuracy"]),
+            "imbalance": float(load.std() / max(load.mean(), RATIO_FLOOR)),
+            "spread": float(losses.std() / max(losses.mean(), RATIO_FLOOR)),
+        }
+        for name, groups, norm in zip(GROUPS, self._groups, self.weight_norms(), strict=True):
+            gradients = [p.grad for p in _parameters(groups) if p.grad is not None]
+            self._noted[f"{name} gradient"] = _norm(gradients)
+            self._noted[f"{name} ratio"] = self._update_norm(groups) / max(float(norm), RATIO_FLOOR)
+
+    def _decide(self) -> tuple[np.ndarray, np.ndarray]:
         if self.decisions < self.warm_up:
-            return super()._decide(metrics)
-        actions, _ = self.policy.predict(observe(self.signals(metrics)), deterministic=True)
+            return super()._decide()
+        actions, _ = self.policy.predict(observe(self.signals()), deterministic=True)
         rates, ladder = apply(np.asarray(actions), self.rates[None], self.ladder[None])
         return rates[0], ladder[0]
 
-    def signals(self, metrics: Metrics) -> Signals:
-        """What the policy sees now."""
-        norms, losses = self.weight_norms(), np.asarray(metrics.get("train_losses", (1.0,)), dtype=np.float64)
-        load = np.asarray(metrics.get("load", (1.0,)), dtype=np.float64)
-        progress = min(1.0, (self.decisions + 1) / self.max_actions)
-        singles = (
-            metrics.get("gate_entropy", 1.0), load.std() / load.mean(), losses.std() / losses.mean(), progress,
-            progress, float(self._undone),
-        )  # fmt: skip
-        distance = self.target - metrics.get("validation_accuracy", self.target)
+    def signals(self) -> Signals:
+        """What the policy sees now: the last metrics that were finite, and rates and decays as they are."""
+        noted, progress = self._noted, min(1.0, (self.decisions + 1) / self.max_actions)
+        pairs = (np.array([[noted[f"{name} {what}"] for name in GROUPS]]) for what in ("gradient", "ratio"))
+        gradients, ratio = pairs
+        growth = self.weight_norms() / np.maximum(self._first_norms, RATIO_FLOOR)
+        singles = noted["gate_entropy"], noted["imbalance"], noted["spread"], progress, progress, float(self._undone)
         return Signals(
-            self.rates[None], self.ladder[None], self._losses[None], np.array([distance]),
-            np.array([[_norm([p.grad for p in _parameters(groups) if p.grad is not None]) for groups in self._groups]]),
-            (norms / np.maximum(self._first_norms, RATIO_FLOOR))[None],
-            np.array([[self._update_norm(groups) for groups in self._groups]]) / norms,
-            *(np.array([float(value)]) for value in singles),
+            self.rates[None], self.ladder[None], self._losses[None], np.array([noted["distance"]]), gradients,
+            growth[None], ratio, *(np.array([value]) for value in singles),
         )  # fmt: skip
 
     def _update_norm(self, groups: list[dict[str, Any]]) -> float:
-        """The norm of the last update, out of Adam's moments where the optimiser has them, else of the gradient's."""
+        """The norm of the last update: exact for Adam and AdamW, for SGD with or without momentum, else the gradient's
+        times the rate."""
         total = 0.0
         for group in groups:
             for parameter in group["params"]:
@@ -283,8 +319,9 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
                     first, second = (1 - beta ** float(state["step"]) for beta in group["betas"])
                     root = (state["exp_avg_sq"] / second).sqrt_().add_(group["eps"])
                     total += float((state["exp_avg"] / root / first).square().sum()) * group["lr"] ** 2
-                elif parameter.grad is not None:
-                    total += float(parameter.grad.square().sum()) * group["lr"] ** 2
+                else:
+                    moved = state.get("momentum_buffer", parameter.grad)
+                    total += 0.0 if moved is None else float(moved.square().sum()) * group["lr"] ** 2
         return float(total**0.5)
 
 
@@ -299,15 +336,26 @@ def gate_metrics(gate_logits: torch.Tensor, top_k: int = 2) -> dict[str, Any]:
 
 def _find(optimizer: torch.optim.Optimizer, name: str, part: nn.Module | Iterable[nn.Parameter]) -> list[int]:
     """The places of the optimiser's parameter groups that are of a part of the model and of nothing else."""
-    wanted = {id(p) for p in (part.parameters() if isinstance(part, nn.Module) else part)}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = list(part.parameters() if isinstance(part, nn.Module) else part)
+    wanted = {id(p) for p in parameters if p.requires_grad or id(p) in held}
     found = [i for i, group in enumerate(optimizer.param_groups) if {id(p) for p in group["params"]} <= wanted]
     covered = {id(p) for i in found for p in optimizer.param_groups[i]["params"]}
     if not wanted or covered != wanted:
         raise ValueError(
             f"the optimizer must have parameter groups of just the {name}: torch.optim.AdamW([{{'params': "
-            "model.gate.parameters()}}, {'params': model.experts.parameters()}])"
+            "model.gate.parameters()}, {'params': model.experts.parameters()}])"
         )
+    if any("weight_decay" not in optimizer.param_groups[place] for place in found):
+        raise ValueError(f"{type(optimizer).__name__} has no weight decay to decide; take AdamW, Adam or SGD")
     return found
+
+
+def _train_losses(metrics: Metrics) -> np.ndarray:
+    """The training losses that are finite; the validation loss where there is none."""
+    given = np.atleast_1d(metrics.get("train_losses", metrics.get("train_loss", ())))
+    losses = given[np.isfinite(given)].astype(np.float64)
+    return losses if len(losses) else np.array([float(metrics["validation_loss"])])
 
 
 def _parameters(groups: list[dict[str, Any]]) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -64,7 +65,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         target: float | None = None,
         initial_rate: float | tuple[float, float] | None = None,
         initial_decay: float = 1e-2,
-        widths: tuple[int, ...] = (12, 16, 24),
+        widths: Sequence[int] = (12, 16, 24),
         scales: tuple[float, float] = (1.0, 1.0),
         undo: bool = True,
         time_weight: float = 0.5,
@@ -89,6 +90,10 @@ class MoEMetaOptVectorEnv(BatchedEnv):
             int(np.abs(DECAYS - initial_decay).argmin()),
         )
         _check(self.steps, max_actions, self.widths, self.initial_rates, scales)
+        if not 0 < self.target < 2 or initial_decay not in DECAYS:
+            raise ValueError(
+                f"target={target!r}: must be positive; initial_decay={initial_decay!r}: must be of {DECAYS.tolist()}"
+            )
         self._paid = profiles.of_training(self.task, costs, self.widths, self.steps, BATCH_SIZE)  # [widths, 3]
         whole = Cost(*(self._paid.max(0) * max_actions).tolist())
         relative = RelativeCost(whole, Cost(time_weight, memory_weight, energy_weight))
@@ -223,7 +228,8 @@ class MoEMetaOptVectorEnv(BatchedEnv):
 
     def restore(self, state: State) -> np.ndarray:
         """Go back to a `state()` of an environment with the same arguments; returns the observations there."""
-        if len(state["training"]["steps"]) != self.num_envs:
+        orders = state["arrays"].get("_orders", np.zeros((0, 0)))
+        if orders.shape != self._orders.shape or "training" not in state:
             raise ValueError(f"not a state of {type(self).__name__} with {self.num_envs} rows")
         self.training.restore(state["training"])
         return super().restore({key: value for key, value in state.items() if key != "training"})
@@ -272,7 +278,8 @@ class MoEMetaOptEnv(SingleEnv):
     ## Rewards
     R = quality - cost_weight * cost. Quality is the drop of log validation loss, less 0.1 for each decision, plus 1 on
     arrival at the target, less 1 where the training diverged. Cost is that of the optimiser steps and the validation,
-    look-ups in a profile of the same model in torch, relative to a training that takes all decisions: 1.0 in all.
+    look-ups in a profile of the same model in torch, relative to a training of the widest model that takes all
+    decisions: its costs are 1.0 in all. Widths below 8 and above 128 cost what those do.
 
     `info` has `reward/quality`, `reward/cost`, `cost/time` [s], `cost/memory` [B], `cost/energy` [J], `vector_reward`
     (quality, -time, -memory, -energy, relative), and `meta/arrived`, `meta/actions` (decisions so far),
@@ -282,11 +289,13 @@ class MoEMetaOptEnv(SingleEnv):
     ## Starting State
     A context out of 2^20 of the split: seed of weights and data order, inputs to train on, width of the experts, scale
     of the inputs, learning rate log-uniform from 3e-4 to 0.1 for both groups, weight decay 0.01. Losses and accuracy
-    are what an untrained model has, ln C and 1 / C.
+    are what an untrained model has, ln C and 1 / C. The contexts of all splits train and validate on the same images;
+    what is held out are weights, orders, widths and rates.
 
     ## Episode End
     Terminated on arrival at the target and after `max_actions` decisions. Optimiser steps that diverge (validation loss
-    above 20 or not finite) are undone and the learning rates halved; with `undo=False` they end the episode.
+    above 20 or not finite) are undone, and the learning rates are half of those before the decision; the weight decays
+    stay as decided. With `undo=False` they end the episode.
 
     ## Arguments
     | argument | default | meaning |
@@ -294,7 +303,7 @@ class MoEMetaOptEnv(SingleEnv):
     | `task` | `"digits"` | `"digits"` (8 x 8), `"fashion-mnist"` (pooled to 7 x 7), `"fashion-mnist-14"` (14 x 14) |
     | `split` | `"train"` | contexts of `"train"`, `"validation"` or `"test"`, which are disjoint |
     | `cost_weight` | 0.0 | lambda of the reward |
-    | `costs` | `"reference"` | the shipped profile, or this `"machine"`'s |
+    | `costs` | `"reference"` | the shipped profile (`"fashion-mnist-14"` has none), or this `"machine"`'s |
     | `steps_per_action` | 5, 10, 10 | optimiser steps between two decisions, with batches of 64 |
     | `max_actions` | 30 | decisions in an episode |
     | `target` | 0.97, 0.79, 0.81 | validation accuracy to reach |

@@ -64,14 +64,16 @@ def observe(of: Signals) -> np.ndarray:
     ratios = np.log(np.maximum(np.stack([of.gradients, of.growth, of.ratio]), RATIO_FLOOR))
     single = (of.entropy, of.imbalance, 5 * of.spread, of.progress, of.cost, of.undone)
     columns = (
-        np.log10(of.rates) + 2.5, of.ladder - 2.0, validation, changes[:, 1], training, changes[:, 0],
-        validation - training, 5 * of.distance[:, None], ratios[0], ratios[1], ratios[2] / 2 + 2,
+        np.log10(np.maximum(of.rates, RATIO_FLOOR)) + 2.5, of.ladder - 2.0, validation, changes[:, 1], training,
+        changes[:, 0], validation - training, 5 * of.distance[:, None], ratios[0], ratios[1], ratios[2] / 2 + 2,
         np.stack(single, axis=1),
     )  # fmt: skip
     return np.concatenate(columns, axis=1).clip(-BOUND, BOUND).astype(np.float32)
 
 
 def apply(actions: np.ndarray, rates: np.ndarray, ladder: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Learning rates and places of the weight decays, `[n, 2]` each, after actions `[n, 4]`."""
-    after = np.clip(rates * FACTORS[actions[:, :2]], *RATES)
+    """Learning rates and places of the weight decays, `[n, 2]` each, after actions `[n, 4]`; what is changed is
+    clamped."""
+    factors = FACTORS[actions[:, :2]]
+    after = np.where(factors == 1, rates, np.clip(rates * factors, *RATES))
     return after, np.clip(ladder + actions[:, 2:] - 1, 0, len(DECAYS) - 1)

@@ -139,7 +139,7 @@ def _draw(frame: pd.DataFrame, path: Path) -> None:
     figure = Figure((12, 4.5), layout="constrained")
     for panel, (start, group) in zip(figure.subplots(1, 2), frame.groupby("start", sort=False), strict=True):
         for name, part in group.groupby("policy", sort=False):
-            steps = np.arange(1, int(frame["steps"].max()))
+            steps = np.arange(1, int(frame["steps"].max()) + 1)
             shares = [(part["steps"] <= step).mean() for step in steps]
             panel.plot(steps, shares, label=name, lw=3 if name == "PPO" else 1)
         panel.set(title=f"from the {start}", xlabel="decisions", ylabel="share at the target")

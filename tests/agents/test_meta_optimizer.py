@@ -78,16 +78,64 @@ def test_other_rules_and_clamps() -> None:
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_a_step_that_diverges_is_undone(kind: type[torch.optim.Optimizer]) -> None:
     model, optimizer, groups = setup(kind)
-    meta = HeuristicMetaOptimizer(optimizer, groups)
+    meta = HeuristicMetaOptimizer(optimizer, groups, gate_share=1.0)
+    for number in range(3):  # the first before any decision
+        weights, rates = [p.detach().clone() for p in model.parameters()], meta.rates
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        meta.update_hparams({"validation_loss": float("nan")}, number)
+        assert all(torch.equal(p, saved) for p, saved in zip(model.parameters(), weights, strict=True))
+        np.testing.assert_allclose(meta.rates, rates / 2)
+        meta.update_hparams(epoch(model, optimizer, number), number)
+        assert np.isfinite(epoch(model, optimizer, 1)["validation_loss"])
+        meta.update_hparams(epoch(model, optimizer, number), number)
+
+
+def test_undoing_in_a_loop_is_undoing_in_the_environment() -> None:
+    class Double:
+        def predict(self, observation: np.ndarray, deterministic: bool = True) -> tuple[np.ndarray, None]:
+            self.seen = observation[0]
+            return np.array([[2, 2, 1, 1]]), None
+
+    policy, (model, optimizer, groups) = Double(), setup(lr=0.02)
+    meta = PolicyMetaOptimizer(optimizer, policy, groups, target=0.97)
+    env: Any = gymnasium.make(ID, initial_rate=0.02, steps_per_action=1).unwrapped
+    env.reset(seed=0)
     meta.update_hparams(epoch(model, optimizer, 0), 0)
-    weights, rates = [p.detach().clone() for p in model.parameters()], meta.rates
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)
-    meta.update_hparams({"validation_loss": float("nan")}, 1)
-    assert all(torch.equal(p, saved) for p, saved in zip(model.parameters(), weights, strict=True))
-    np.testing.assert_allclose(meta.rates, rates / 2)
-    assert np.isfinite(epoch(model, optimizer, 1)["validation_loss"])
+    assert meta.rates[0] == pytest.approx(0.04)
+    meta.update_hparams({"validation_loss": float("inf"), "validation_accuracy": 0.1}, 1)
+    assert policy.seen[env.observation_layout["undone"].slice] == 1
+    assert policy.seen[env.observation_layout["rates"].slice] == pytest.approx(np.log10(0.01) + 2.5)  # half of 0.02
+    assert meta.rates[0] == pytest.approx(0.02)  # and doubled by the policy
+    meta.update_hparams(epoch(model, optimizer, 1) | {"train_losses": [float("nan"), 1.0]}, 2)
+    assert np.isfinite(policy.seen).all()
+    with pytest.raises(ValueError, match="validation_accuracy"):
+        meta.update_hparams({"validation_loss": 1.0}, 3)
+
+
+def test_groups_of_one_part_keep_their_proportions() -> None:
+    model, _, groups = setup()
+    weights = [p for p in model.experts.parameters() if p.ndim == 2]
+    biases = [p for p in model.experts.parameters() if p.ndim == 1]
+    parts: Any = [
+        {"params": list(model.gate.parameters()), "lr": 0.0},
+        {"params": weights, "lr": 1e-2},
+        {"params": biases, "lr": 1e-3, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(parts, weight_decay=0.01)
+    meta = HeuristicMetaOptimizer(optimizer, groups)
+    meta._set(np.array([0.0, 2e-2]), np.array([2, 3]))
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.0, 0.01), (2e-2, 0.1), (2e-3, 0.0),
+    ]  # fmt: skip
+    meta.update_hparams({"validation_loss": 1.0}, 0)
+    assert meta.rates[0] == 0  # frozen remains frozen
+    model.experts.bias_EC.requires_grad_(False)
+    wanted = [p for p in model.experts.parameters() if p.requires_grad]
+    HeuristicMetaOptimizer(torch.optim.SGD([{"params": list(model.gate.parameters())}, {"params": wanted}]), groups)
+    with pytest.raises(ValueError, match="Rprop has no weight decay"):
+        HeuristicMetaOptimizer(torch.optim.Rprop([{"params": list(p.parameters())} for p in groups.values()]), groups)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +212,7 @@ def test_a_policy_sees_in_a_loop_what_it_saw_in_the_environment(policy: PPO) -> 
             metrics["validation_accuracy"] = (logits.argmax(1) == y).float().mean().item()
             metrics |= gate_metrics(model.gate(x))
         meta._note(metrics, metrics["validation_loss"])
-        seen = observe(meta.signals(metrics))[0]
+        seen = observe(meta.signals())[0]
         meta.decisions += 1
         np.testing.assert_allclose(seen, observation, atol=2e-3)
         chosen, _ = policy.predict(observation)

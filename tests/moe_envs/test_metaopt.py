@@ -94,6 +94,8 @@ def test_a_fork_goes_on_by_itself() -> None:
     assert env.render().count("learning rate") == 4
     with pytest.raises(ValueError, match="not a state"):
         gymnasium.make_vec(ID, 2, "vector_entry_point").unwrapped.restore(state)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="not a state"):
+        make(max_actions=3).restore(state)
 
 
 def test_nothing_global_is_touched() -> None:
@@ -140,6 +142,8 @@ def test_pictures() -> None:
         ({"initial_rate": -1.0}, "initial_rate"),
         ({"scales": (2.0, 1.0)}, "scales"),
         ({"widths": ()}, "widths"),
+        ({"target": float("nan")}, "target=nan"),
+        ({"initial_decay": 0.05}, "initial_decay=0.05"),
     ],
 )
 def test_wrong_arguments_name_the_valid_ones(kwargs: dict[str, Any], message: str) -> None:
