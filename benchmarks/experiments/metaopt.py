@@ -84,7 +84,7 @@ def run(
         for number, future in enumerate(futures):
             frames.append(future.result())
             report((number + 1) / seeds)
-    frames += _yardsticks(found, contexts, starts, env_kwargs)
+    frames += _yardsticks(found, contexts, starts, env_kwargs, add_task("judging the schedules"))
     frame = pd.concat(frames, ignore_index=True)
     settings = {
         name: {"rates": best.rates.tolist(), "decays": DECAYS[best.ladder].tolist(), "validation_steps": steps}
@@ -99,21 +99,22 @@ def run(
 
 
 def _yardsticks(
-    found: dict[str, tuple[Settings, float]], contexts: int, starts: Any, env_kwargs: dict[str, Any]
+    found: dict[str, tuple[Settings, float]],
+    contexts: int,
+    starts: Any,
+    env_kwargs: dict[str, Any],
+    report: Callable[[float], object],
 ) -> list[pd.DataFrame]:
+    random, given = {"random rate": starts["random rate"]}, {"tuned rate": starts["tuned rate"]}
+    tuned_rate: dict[str, Any] = {"tuned rate": {}}  # the schedules set their own
+    todo: list[tuple[str, Any, dict[str, Any]]] = [(name, make(None), random) for name, make in SCHEDULES.items()]
+    todo += [("random actions", RandomActions(), random), ("rules", Heuristic(), random), ("rules", Heuristic(), given)]
+    todo += [(name, SCHEDULES[name.split(",")[0]](best), tuned_rate) for name, (best, _) in found.items()]
     frames = []
-    untuned: dict[str, Any] = {name: make(None) for name, make in SCHEDULES.items()}
-    untuned |= {"random actions": RandomActions(), "rules": Heuristic()}
-    for name, policy in untuned.items():
-        frames += [each.assign(policy=name) for each in judge(policy, contexts, {"random rate": {}}, **env_kwargs)]
-    for name, (settings, _) in found.items():
-        policy = SCHEDULES[name.split(",")[0]](settings)
-        frames += [each.assign(policy=name) for each in judge(policy, contexts, {"tuned rate": {}}, **env_kwargs)]
-    frames += [
-        each.assign(policy="rules")
-        for each in judge(Heuristic(), contexts, {"tuned rate": starts["tuned rate"]}, **env_kwargs)
-    ]
-    return [frame.assign(seed=0) for frame in frames]
+    for number, (name, policy, start) in enumerate(todo):
+        frames += [frame.assign(policy=name, seed=0) for frame in judge(policy, contexts, start, **env_kwargs)]
+        report((number + 1) / len(todo))
+    return frames
 
 
 def summarise(frame: pd.DataFrame) -> list[Result]:
