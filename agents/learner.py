@@ -96,9 +96,8 @@ class Learner:
         self._of_returns, self._discounted = Moments(1), np.zeros(self.rows.count)
         self.num_timesteps = self.goal = self.num_updates = 0
         self._temperature = np.float32(self.now("temperature"))
-        self._run: tuple[Path, str | None] | None = (
-            None  # this training's folder of checkpoints, and the newest of them
-        )
+        # The folder of this training's checkpoints, and what tells the newest of them.
+        self._run: tuple[Path, str | None] | None = None
         self._episodes_size = 0  # of its episodes.csv, in bytes
         self.logs: Logs = {}
         self._writer: Any = None

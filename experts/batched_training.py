@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-GROUPS = ("gate", "experts")
+from experts.model import MoEClassifier
 
 
 class Passed(NamedTuple):
@@ -138,6 +138,20 @@ class BatchedTraining:
     def update_norms(self) -> np.ndarray:
         """Of the last step, learning rates included, without weight decay; `[K, 2]`."""
         return self._norms(self._update)
+
+    def module(self, row: int) -> MoEClassifier:
+        """A copy of one training's model; where its experts are narrower than `width`, the units beyond are 0."""
+        experts = self.num_experts
+        model = MoEClassifier(self.num_inputs, self.num_classes, widths=(self.width,) * experts)
+        of = {name: torch.from_numpy(values[row].copy()) for name, values in self._of.items()}
+        with torch.no_grad():
+            model.gate.weight.copy_(of["into"][:, :experts].T)
+            model.gate.bias.copy_(of["into_bias"][0, :experts])
+            model.experts.hidden.weight.copy_(of["into"][:, experts:].T)
+            model.experts.hidden.bias.copy_(of["into_bias"][0, experts:])
+            model.experts.out_HC.copy_(of["out"])
+            model.experts.bias_EC.copy_(of["out_bias"])
+        return model
 
     def state(self) -> dict[str, np.ndarray]:
         """A copy of all that further steps depend on."""

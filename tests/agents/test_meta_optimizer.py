@@ -184,14 +184,7 @@ def test_a_policy_sees_in_a_loop_what_it_saw_in_the_environment(policy: PPO) -> 
     env.reset(seed=4)
     vector, task = env.vector, tasks.load("digits")
     model, optimizer, groups = setup()
-    with torch.no_grad():
-        of = {name: torch.from_numpy(values[0].copy()) for name, values in vector.training._of.items()}
-        model.gate.weight.copy_(of["into"][:, :4].T)
-        model.gate.bias.copy_(of["into_bias"][0, :4])
-        model.experts.hidden.weight.copy_(of["into"][:, 4:].T)
-        model.experts.hidden.bias.copy_(of["into_bias"][0, 4:])
-        model.experts.out_HC.copy_(of["out"])
-        model.experts.bias_EC.copy_(of["out_bias"])
+    model.load_state_dict(vector.training.module(0).state_dict())
     meta = PolicyMetaOptimizer(optimizer, policy, groups, target=0.97)
     meta._losses = np.full((2, 3), np.log(np.log(10)))
     x, y = torch.from_numpy(task.validation_inputs.copy()), torch.from_numpy(task.validation_labels.copy())

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from experts.batched_training import BatchedTraining
-from experts.model import MoEClassifier
 
 K, B, D, C = 5, 32, 20, 7
 
@@ -27,24 +26,10 @@ def make(rows: list[int], **kwargs: int) -> BatchedTraining:
     return training
 
 
-def in_torch(training: BatchedTraining, row: int) -> MoEClassifier:
-    experts = training.num_experts
-    model = MoEClassifier(D, C, widths=(training.width,) * experts)
-    of = {name: torch.from_numpy(values[row].copy()) for name, values in training._of.items()}
-    with torch.no_grad():
-        model.gate.weight.copy_(of["into"][:, :experts].T)
-        model.gate.bias.copy_(of["into_bias"][0, :experts])
-        model.experts.hidden.weight.copy_(of["into"][:, experts:].T)
-        model.experts.hidden.bias.copy_(of["into_bias"][0, experts:])
-        model.experts.out_HC.copy_(of["out"])
-        model.experts.bias_EC.copy_(of["out_bias"])
-    return model
-
-
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_a_training_is_torchs(top_k: int) -> None:
     training, (x, y) = make(list(range(K)), width=6, top_k=top_k), batches(40)
-    models, optimizers = [in_torch(training, row) for row in range(K)], []
+    models, optimizers = [training.module(row) for row in range(K)], []
     for row, model in enumerate(models):
         groups = (model.gate.parameters(), model.experts.parameters())
         settings = zip(groups, training.rates[row], training.decays[row], strict=True)
@@ -73,7 +58,7 @@ def test_a_training_is_torchs(top_k: int) -> None:
             optimizer.step()
             assert found.loss[row] == pytest.approx(loss.item(), abs=1e-5)
     for row, model in enumerate(models):
-        for ours, theirs in zip(in_torch(training, row).parameters(), model.parameters(), strict=True):
+        for ours, theirs in zip(training.module(row).parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
