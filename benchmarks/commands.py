@@ -211,12 +211,17 @@ def _hybrid(
     with bar() as add:
         result = hybrid.run(data, seeds, settings, out, add(f"{seeds} seeds of both gates"))
     table = report.plain_table(
-        f"{data}, test, cost weight {cost_weight:g}", "gate", "return", "95 %", "accuracy", "cost"
+        f"{data}, test, cost weight {cost_weight:g}", "gate", "return", "95 %", "accuracy", "cost", "experts a batch"
     )
     for row in hybrid.summary(result).to_dict("records"):
         interval = f"{row['low']:.4f} .. {row['high']:.4f}"
         table.add_row(
-            str(row["gate"]), f"{row['return']:.4f}", interval, f"{row['accuracy']:.4f}", f"{row['cost']:.4f}"
+            str(row["gate"]),
+            f"{row['return']:.4f}",
+            interval,
+            f"{row['accuracy']:.4f}",
+            f"{row['cost']:.4f}",
+            f"{row['experts']:.2f}",
         )
     console.print(table)
     for row in result["trends"]:

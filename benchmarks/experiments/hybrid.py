@@ -1,7 +1,9 @@
-"""Is a gate that learns by policy gradient on quality less cost better than one that learns by cross-entropy?
+"""Is a gate that learns by policy gradient on quality less cost better than one that learns by cross-entropy, and than
+none: one expert alone?
 
-Both start anew with the same experts, epochs and batch size; only the second knows of costs. Return, accuracy and
-cost are those of MoERouting-v0's batches, of the gate's first choice, on test inputs. The costs are the profile of the
+All start anew with the same experts, epochs and batch size; only the second gate knows of costs. The expert alone is
+trained by itself; of each width one, and the one of the best return on validation is taken. Return, accuracy and cost
+are those of MoERouting-v0's batches, of the gate's first choice, on test inputs. The costs are the profile of the
 bundle with the same experts.
 """
 
@@ -28,7 +30,7 @@ from experts import bundle as bundles
 from experts import data
 from experts.hybrid import HybridSettings, train_hybrid
 from experts.model import MoEClassifier
-from experts.training import train
+from experts.training import TrainingSettings, train
 from moe_envs.routing_tables import RoutingTables, deal
 
 BATCHES = 1000
@@ -38,7 +40,8 @@ Result = dict[str, Any]
 def run(name: str, seeds: int, settings: HybridSettings, out: Path, report: Callable[[float], object]) -> Result:
     """Train both gates for each seed; writes hybrid.json and hybrid.png."""
     source, loaded = data.load(name), bundles.load(name)
-    tables = RoutingTables(loaded, "test", parse(loaded.profile, name), Cost(1 / 3, 1 / 3, 1 / 3))
+    profile, equal = parse(loaded.profile, name), Cost(1 / 3, 1 / 3, 1 / 3)
+    tables = RoutingTables(loaded, "test", profile, equal)
     codes = 1 << np.arange(tables.num_experts)
     fixed, slope = (torch.from_numpy(part[codes, 0]) for part in (tables.fixed, tables.slope))
     per_batch = tables.batch_size
@@ -59,6 +62,7 @@ def run(name: str, seeds: int, settings: HybridSettings, out: Path, report: Call
             inputs, labels = source["train"]
             model = MoEClassifier(inputs.shape[1], int(labels.max()) + 1, widths=SETTINGS[name].widths)
         log = train_hybrid(model, inputs, labels, cost_of, values)
+        rows.append({"gate": "none, one expert", "seed": seed, **_alone(source, same, tables, settings.cost_weight)})
         rows.append({"gate": "policy gradient", "seed": seed, **judge(model, source, tables, settings.cost_weight)})
         logs += [{"seed": seed, **row} for row in log]
         report((seed + 1) / seeds)
@@ -70,16 +74,36 @@ def run(name: str, seeds: int, settings: HybridSettings, out: Path, report: Call
     return result
 
 
-def judge(model: MoEClassifier, source: data.Dataset, tables: RoutingTables, cost_weight: float) -> dict[str, float]:
-    """Return, accuracy and cost of the gate's first choice on test batches."""
-    x, y = source["test"]
+def _alone(
+    source: data.Dataset, settings: TrainingSettings, tables: RoutingTables, cost_weight: float
+) -> dict[str, float]:
+    """The best expert by itself, of one of each width, chosen on validation."""
+    judged = []
+    for width in dict.fromkeys(settings.widths):
+        model = train(*source["train"], replace(settings, widths=(width,)), progress=False)
+        place = list(settings.widths).index(width)
+        judged.append([judge(model, source, tables, cost_weight, split, place) for split in ("validation", "test")])
+    return max(judged, key=lambda pair: pair[0]["return"])[1]
+
+
+def judge(
+    model: MoEClassifier,
+    source: data.Dataset,
+    tables: RoutingTables,
+    cost_weight: float,
+    split: str = "test",
+    place: int = 0,
+) -> dict[str, float]:
+    """Return, accuracy and cost of the gate's first choice on a split's batches; `place` is that of the model's first
+    expert among those that are profiled."""
+    x, y = source[split]
     with torch.inference_mode():
         h = model.trunk(torch.from_numpy(x))
         chosen = model.gate(h).argmax(1)
         logits = model.experts(h)[torch.arange(len(x)), chosen]
     correct = (logits.argmax(1).numpy() == y).astype(float)
     batches = deal(y, tables.batch_size, "topical", count=BATCHES, seed=7)
-    loads = np.eye(tables.num_experts)[chosen.numpy()][batches].sum(1)
+    loads = np.eye(tables.num_experts)[chosen.numpy() + place][batches].sum(1)
     codes = 1 << np.arange(tables.num_experts)
     costs = (loads > 0) @ tables.fixed[codes, 0] + loads @ tables.slope[codes, 0]
     accuracy = correct[batches].mean(1)
@@ -87,6 +111,7 @@ def judge(model: MoEClassifier, source: data.Dataset, tables: RoutingTables, cos
         "return": float((accuracy - cost_weight * costs).mean()),
         "accuracy": float(accuracy.mean()),
         "cost": float(costs.mean()),
+        "experts": float((loads > 0).sum(1).mean()),
     }
 
 
@@ -96,7 +121,7 @@ def summary(result: Result) -> pd.DataFrame:
     for gate, group in pd.DataFrame(result["rows"]).groupby("gate"):
         half = group["return"].sem() * stats.t.ppf(0.975, len(group) - 1)
         row: Result = {"gate": gate, "seeds": len(group)}
-        row |= {name: float(group[name].mean()) for name in ("return", "accuracy", "cost")}
+        row |= {name: float(group[name].mean()) for name in ("return", "accuracy", "cost", "experts")}
         rows.append(row | {"low": row["return"] - half, "high": row["return"] + half})
     return pd.DataFrame(rows)
 
