@@ -85,6 +85,8 @@ class TrainingPicture:
             for x, y in points:
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
         draw.text((4, height + 6), self._caption(), fill=(0, 0, 0))
+        for place, (name, colour) in enumerate((("accuracy", GREEN), ("gate's rate", BLUE), ("experts' rate", RED))):
+            draw.text((MARGIN + 90 * place, 4), name, fill=colour)
         return np.asarray(image)
 
     def _caption(self) -> str:

@@ -14,8 +14,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from agents import tuned
 from agents.evaluate import evaluate
 from benchmarks import backends, runs
@@ -31,7 +29,9 @@ class Judge:
 
     def __init__(self, target: float, total: int) -> None:
         self.target, self.every, self.begun = target, total // CHECKS, time.process_time()
-        self.seconds = self.steps = self.best = float("nan")
+        self.seconds: float | None = None
+        self.steps: int | None = None
+        self.best = -float("inf")
         self._checked = 0
 
     def __call__(self, agent: Any) -> bool:
@@ -40,15 +40,15 @@ class Judge:
             return True
         self._checked, paused = agent.num_timesteps, time.process_time()
         mean = float(evaluate(agent, ROUTING, EPISODES, split="validation", cost_weight=COST_WEIGHT)["return"].mean())
-        self.best = float(np.fmax(self.best, mean))
+        self.best = max(self.best, mean)
         if mean > self.target:
-            self.seconds, self.steps = paused - self.begun, float(agent.num_timesteps)
+            self.seconds, self.steps = paused - self.begun, agent.num_timesteps
         self.begun += time.process_time() - paused
         return not mean > self.target
 
 
 def train(backend: str, seed: int, target: float) -> Row:
-    """One training, until it beats the target or ends; seconds and steps are NaN where it never did."""
+    """One training, until it beats the target or ends; seconds and steps are None where it never did."""
     import torch
 
     torch.set_num_threads(1)
