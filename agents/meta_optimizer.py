@@ -16,7 +16,18 @@ import pandas as pd
 import torch
 from torch import nn
 
-from moe_envs.metaopt_signals import DECAYS, DIVERGED, GROUPS, LOSS_FLOOR, RATES, RATIO_FLOOR, Signals, apply, observe
+from moe_envs.metaopt_signals import (
+    DECAYS,
+    DIVERGED,
+    GROUPS,
+    LOSS_FLOOR,
+    RATES,
+    RATIO_FLOOR,
+    Signals,
+    apply,
+    distance,
+    observe,
+)
 
 Metrics = Mapping[str, Any]
 
@@ -280,7 +291,7 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
         super()._note(metrics, loss)
         losses, load = _train_losses(metrics), np.asarray(metrics.get("load", (1.0,)), dtype=np.float64)
         self._noted |= {
-            "distance": self.target - float(metrics["validation_accuracy"]),
+            "distance": float(distance(np.array(metrics["validation_accuracy"], dtype=np.float64), self.target)),
             "imbalance": float(load.std() / max(load.mean(), RATIO_FLOOR)),
             "spread": float(losses.std() / max(losses.mean(), RATIO_FLOOR)),
         }
@@ -309,16 +320,18 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
         )  # fmt: skip
 
     def _update_norm(self, groups: list[dict[str, Any]]) -> float:
-        """The norm of the last update: exact for Adam and AdamW, for SGD with or without momentum, else the gradient's
-        times the rate."""
+        """The norm of the last update: exact for Adam and AdamW, for SGD with or without momentum, and for
+        pytorch_optimizer's LAMB; else the gradient's times the rate."""
         total = 0.0
         for group in groups:
             for parameter in group["params"]:
                 state = self.optimizer.state.get(parameter, {})
-                if "exp_avg_sq" in state:
-                    first, second = (1 - beta ** float(state["step"]) for beta in group["betas"])
+                step = float(state.get("step", group.get("step", 0.0)))  # LAMB counts for the group
+                if "exp_avg_sq" in state and step:
+                    first, second = (1 - beta**step for beta in group["betas"])
                     root = (state["exp_avg_sq"] / second).sqrt_().add_(group["eps"])
-                    total += float((state["exp_avg"] / root / first).square().sum()) * group["lr"] ** 2
+                    rate = group["lr"] * float(state.get("trust_ratio", 1.0))
+                    total += float((state["exp_avg"] / root / first).square().sum()) * rate**2
                 else:
                     moved = state.get("momentum_buffer", parameter.grad)
                     total += 0.0 if moved is None else float(moved.square().sum()) * group["lr"] ** 2

@@ -5,6 +5,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -37,6 +38,7 @@ FASHION_MNIST_FILES = {
     ),
 }
 DIGITS_SHA256 = "65e5b4619795efb40c1082f4c350c049e4ad552200d369b6ae99e21eef5e72c5"
+BREAST_CANCER_SHA256 = "25e2eb7b7a8745b1bde5ba18bc4969983d2e2f403291ecd5bde4a29ef30c3859"
 
 
 class DataError(RuntimeError):
@@ -60,8 +62,8 @@ class Dataset:
 
 
 def load(name: str) -> Dataset:
-    """The data set `digits` or `fashion-mnist`; raises `DataError` where it is absent or altered."""
-    loaders = {"digits": digits, "fashion-mnist": fashion_mnist}
+    """The data set `digits`, `fashion-mnist` or `breast-cancer`; raises `DataError` where it is absent or altered."""
+    loaders = {"digits": digits, "fashion-mnist": fashion_mnist, "breast-cancer": breast_cancer}
     if name not in loaders:
         raise ValueError(f"unknown data set {name!r}; there are {', '.join(loaders)}")
     return loaders[name]()
@@ -69,14 +71,23 @@ def load(name: str) -> Dataset:
 
 def digits() -> Dataset:
     """scikit-learn's 1,797 digits of 8 x 8 pixels: 400 train, 800 rl_train, 237 validation, 360 test."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError("the digits come with scikit-learn: pip install scikit-learn") from None
-    bunch = load_digits()
+    bunch = _of_sklearn("load_digits")
     inputs, labels = bunch.data.astype(np.float32) / 16, bunch.target.astype(np.int64)
     _check("scikit-learn's digits", (bunch.data.astype(np.uint8).tobytes() + labels.tobytes()), DIGITS_SHA256)
     return Dataset("digits", inputs, labels, split_indices(len(labels), (400, 800, 237, 360)), DIGITS_SHA256)
+
+
+def breast_cancer() -> Dataset:
+    """scikit-learn's 569 tumours of 30 measures (Wolberg et al. 1995), each scaled to 0..1, benign or not: 100 train,
+    250 rl_train, 100 validation, 119 test."""
+    bunch = _of_sklearn("load_breast_cancer")
+    labels = bunch.target.astype(np.int64)
+    _check("scikit-learn's breast cancer data", bunch.data.tobytes() + labels.tobytes(), BREAST_CANCER_SHA256)
+    low, high = bunch.data.min(0), bunch.data.max(0)
+    inputs = ((bunch.data - low) / (high - low)).astype(np.float32)
+    return Dataset(
+        "breast-cancer", inputs, labels, split_indices(len(labels), (100, 250, 100, 119)), BREAST_CANCER_SHA256
+    )
 
 
 def fashion_mnist() -> Dataset:
@@ -148,6 +159,14 @@ def _download(name: str) -> Path:
         )
     except (OSError, ValueError) as error:
         raise DataError(f"{name} not found and its download failed ({error}): {mend}") from error
+
+
+def _of_sklearn(loader: str) -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError:
+        raise DataError("the small data sets come with scikit-learn: pip install scikit-learn") from None
+    return getattr(datasets, loader)()
 
 
 def _check(what: str, raw: bytes, sha256: str) -> None:

@@ -25,7 +25,8 @@ FOLDER, SUMS = ASSETS / "_tasks", "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Recipe:
-    """From which data set, pooled over squares of `pool` pixels; how many inputs are there to train and validate on."""
+    """From which data set, images pooled over squares of `pool` pixels; how many inputs there are to train and validate
+    on."""
 
     source: str
     pool: int
@@ -45,6 +46,7 @@ RECIPES = {
     "fashion-mnist-14": Recipe(
         "fashion-mnist", 2, 255, train=12_000, validation=1_000, subset=4_000, target=0.81, steps=10
     ),
+    "breast-cancer": Recipe("breast-cancer", 1, 255, train=300, validation=150, subset=250, target=0.97, steps=2),
 }
 SHIPPED = ("digits", "fashion-mnist")
 
@@ -92,9 +94,11 @@ def make(name: str) -> dict[str, np.ndarray]:
     source = data.load(recipe.source)
     rows = np.concatenate([source.splits[split] for split in ("train", "rl_train", "validation")])
     rows = np.random.default_rng(0).permutation(rows)[: recipe.train + recipe.validation]
-    side = int(source.inputs.shape[1] ** 0.5)
-    squares = source.inputs[rows].reshape(len(rows), side // recipe.pool, recipe.pool, side // recipe.pool, recipe.pool)
-    pixels = np.round(squares.mean((2, 4)).reshape(len(rows), -1) * recipe.levels).astype(np.uint8)
+    inputs = source.inputs[rows]
+    if recipe.pool > 1:
+        places = int(inputs.shape[1] ** 0.5) // recipe.pool
+        inputs = inputs.reshape(len(rows), places, recipe.pool, places, recipe.pool).mean((2, 4))
+    pixels = np.round(inputs.reshape(len(rows), -1) * recipe.levels).astype(np.uint8)
     labels = source.labels[rows].astype(np.uint8)
     split = recipe.train
     return {

@@ -26,6 +26,7 @@ from moe_envs.metaopt_signals import (
     RATIO_FLOOR,
     Signals,
     apply,
+    distance,
     observe,
 )
 from moe_envs.reward import Reward
@@ -64,7 +65,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         max_actions: int = 30,
         target: float | None = None,
         initial_rate: float | tuple[float, float] | None = None,
-        initial_decay: float = 1e-2,
+        initial_decay: float | Sequence[float] | None = None,
         widths: Sequence[int] = (12, 16, 24),
         scales: tuple[float, float] = (1.0, 1.0),
         undo: bool = True,
@@ -85,12 +86,10 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         self.steps = recipe.steps if steps_per_action is None else steps_per_action
         self.target = recipe.target if target is None else target
         self.initial_rates = np.broadcast_to(INITIAL_RATES if initial_rate is None else initial_rate, 2)
-        self.widths, self.initial_ladder = (
-            np.array(widths, dtype=np.int64),
-            int(np.abs(DECAYS - initial_decay).argmin()),
-        )
+        decays = np.atleast_1d(DECAYS if initial_decay is None else initial_decay)
+        self.widths, self.initial_ladder = np.array(widths, dtype=np.int64), np.flatnonzero(np.isin(DECAYS, decays))
         _check(self.steps, max_actions, self.widths, self.initial_rates, scales)
-        if not 0 < self.target < 2 or initial_decay not in DECAYS:
+        if not 0 < self.target < 2 or not np.isin(decays, DECAYS).all():
             raise ValueError(
                 f"target={target!r}: must be positive; initial_decay={initial_decay!r}: must be of {DECAYS.tolist()}"
             )
@@ -128,8 +127,9 @@ class MoEMetaOptVectorEnv(BatchedEnv):
             rates[row] = np.exp(generator.uniform(*np.log(self.initial_rates)))
             self._width[row] = generator.integers(len(self.widths))
             self._scale[row] = np.exp(generator.uniform(*np.log(self.scales)))
+            self.ladder[row] = generator.choice(self.initial_ladder)
         self.context[rows], self._place[rows], self.taken[rows], self._cost[rows] = contexts, 0, 0, 0.0
-        self.ladder[rows], self._undone[rows] = self.initial_ladder, False
+        self._undone[rows] = False
         self.training.begin(rows, generators, self.widths[self._width[rows]])
         self.training.set(rates, DECAYS[self.ladder])
         self._first_norms[rows] = self.training.weight_norms()[rows]
@@ -216,7 +216,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
 
     def _observe(self) -> np.ndarray:
         signals = Signals(
-            self.training.rates, self.ladder, self._losses, self.target - self.accuracy, self._gradients,
+            self.training.rates, self.ladder, self._losses, distance(self.accuracy, self.target), self._gradients,
             self.training.weight_norms() / self._first_norms, self._ratio, self.gate_entropy, self._imbalance,
             self._spread, self.taken / self.max_actions, self._cost, self._undone,
         )  # fmt: skip
@@ -264,7 +264,7 @@ class MoEMetaOptEnv(SingleEnv):
     | `training_loss` | 1 | log of the mean over the last optimiser steps |
     | `training_change` | 2 | its last two changes, times 5 |
     | `gap` | 1 | log validation loss less log training loss |
-    | `distance` | 1 | target less validation accuracy, times 5 |
+    | `distance` | 1 | log of the validation error over the target's error |
     | `gradients` | 2 | log of the gradients' norms |
     | `weights` | 2 | log of the weights' norms over those at the start |
     | `updates` | 2 | half the log of the norms of update over weights, plus 2 |
@@ -288,9 +288,9 @@ class MoEMetaOptEnv(SingleEnv):
 
     ## Starting State
     A context out of 2^20 of the split: seed of weights and data order, inputs to train on, width of the experts, scale
-    of the inputs, learning rate log-uniform from 3e-4 to 0.1 for both groups, weight decay 0.01. Losses and accuracy
-    are what an untrained model has, ln C and 1 / C. The contexts of all splits train and validate on the same images;
-    what is held out are weights, orders, widths and rates.
+    of the inputs, learning rate log-uniform from 3e-4 to 0.1 and weight decay of the ladder, for both groups. Losses
+    and accuracy are what an untrained model has, ln C and 1 / C. The contexts of all splits train and validate on the
+    same images; what is held out are weights, orders, widths and rates.
 
     ## Episode End
     Terminated on arrival at the target and after `max_actions` decisions. Optimiser steps that diverge (validation loss
@@ -308,7 +308,7 @@ class MoEMetaOptEnv(SingleEnv):
     | `max_actions` | 30 | decisions in an episode |
     | `target` | 0.97, 0.79, 0.81 | validation accuracy to reach |
     | `initial_rate` | (3e-4, 0.1) | learning rate to begin with: a number, or (low, high), log-uniform |
-    | `initial_decay` | 0.01 | weight decay to begin with, the nearest on the ladder |
+    | `initial_decay` | the ladder | weight decay to begin with: one of the ladder, or several to draw from |
     | `widths` | (12, 16, 24) | hidden units of each of the 4 experts, one of these |
     | `scales` | (1, 1) | (low, high) of a factor of the inputs, log-uniform |
     | `undo` | True | see Episode End |

@@ -12,7 +12,7 @@ GROUPS = ("gate", "experts")
 FACTORS = np.array([0.5, 1.0, 2.0])
 RATES = 1e-5, 0.3  # clamps
 DECAYS = np.array([0.0, 1e-3, 1e-2, 0.1, 0.3, 1.0])
-DIVERGED, LOSS_FLOOR, RATIO_FLOOR = 20.0, 1e-4, 1e-8  # the first in nats of validation loss
+DIVERGED, LOSS_FLOOR, RATIO_FLOOR, ERROR_FLOOR = 20.0, 1e-4, 1e-8, 1e-3  # the first in nats of validation loss
 BOUND = 5.0  # of the observation
 
 LAYOUT = layout(
@@ -25,7 +25,7 @@ LAYOUT = layout(
         ("training_loss", 1, "log of the mean over the last optimiser steps"),
         ("training_change", 2, "its last two changes, times 5"),
         ("gap", 1, "log validation loss less log training loss"),
-        ("distance", 1, "target less validation accuracy, times 5"),
+        ("distance", 1, "log of the validation error over the target's error"),
         ("gradients", 2, "log of the gradients' norms"),
         ("weights", 2, "log of the weights' norms over those at the start"),
         ("updates", 2, "half the log of the norms of update over weights, plus 2"),
@@ -45,7 +45,7 @@ class Signals(NamedTuple):
     rates: np.ndarray  # `[n, 2]`, of gate and experts
     ladder: np.ndarray  # `[n, 2]`, places in DECAYS
     losses: np.ndarray  # `[n, 2, 3]`, logs of training's and validation's, newest first
-    distance: np.ndarray  # target less validation accuracy
+    distance: np.ndarray  # `distance` of them to the target
     gradients: np.ndarray  # `[n, 2]`, norms
     growth: np.ndarray  # `[n, 2]`, norms of the weights over those at the start
     ratio: np.ndarray  # `[n, 2]`, norms of the last update over those of the weights
@@ -57,6 +57,12 @@ class Signals(NamedTuple):
     undone: np.ndarray
 
 
+def distance(accuracy: np.ndarray, target: float) -> np.ndarray:
+    """Log of the errors at validation over the error at the target; 0 at the target."""
+    errors = np.maximum([1 - accuracy, np.full_like(accuracy, 1 - target)], ERROR_FLOOR)
+    return np.log(errors[0] / errors[1])
+
+
 def observe(of: Signals) -> np.ndarray:
     """Observations `[n, 24]` float32, laid out as `LAYOUT`."""
     changes = 5 * (of.losses[:, :, :2] - of.losses[:, :, 1:])
@@ -65,7 +71,7 @@ def observe(of: Signals) -> np.ndarray:
     single = (of.entropy, of.imbalance, 5 * of.spread, of.progress, of.cost, of.undone)
     columns = (
         np.log10(np.maximum(of.rates, RATIO_FLOOR)) + 2.5, of.ladder - 2.0, validation, changes[:, 1], training,
-        changes[:, 0], validation - training, 5 * of.distance[:, None], ratios[0], ratios[1], ratios[2] / 2 + 2,
+        changes[:, 0], validation - training, of.distance[:, None], ratios[0], ratios[1], ratios[2] / 2 + 2,
         np.stack(single, axis=1),
     )  # fmt: skip
     return np.concatenate(columns, axis=1).clip(-BOUND, BOUND).astype(np.float32)

@@ -7,32 +7,38 @@ which the policy gets as the rate it begins with. All are judged on the same tes
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from agents import tuned
+from agents.ppo import PPO
 from agents.yardsticks.metaopt import ID, SCHEDULES, Heuristic, RandomActions, Round, Settings, search, trainings
-from benchmarks import backends, runs
+from agents.yardsticks.metaopt_bound import beam_search
+from benchmarks import backends, jobs, runs
 from benchmarks.statistics import mean_interval, paired_difference
 from cost.files import write_text
+from experts import tasks
+from moe_envs import profiles
 from moe_envs.metaopt_signals import DECAYS
 
 FIRST_TEST_SEED = 10**6
 ROUNDS = (Round(48, 8), Round(12, 32), Round(4, 128))  # 1,280 trainings for each schedule
 GROUP_ROUNDS = (Round(300, 8), Round(40, 32), Round(8, 128))  # 4,704, for gate and experts apart
+BY_GROUP, DECAY = "constant, by group", 1e-2  # the weight decay that trainings begin with, AdamW's default
+SHOWN = 32  # contexts of the timelines
+BEAM, BOUND_CONTEXTS = 2, 16
 Result = dict[str, Any]
 
 
-def learn(env_kwargs: dict[str, Any], seed: int, timesteps: int | None) -> tuple[Any, float]:
-    """A policy trained on the split `train` with the tuned settings, and its CPU seconds."""
+def learn(env_kwargs: dict[str, Any], seed: int, timesteps: int | None, out: Path) -> tuple[str, float]:
+    """Train a policy on the split `train` with the tuned settings: its folder, and CPU seconds."""
     import torch
 
     torch.set_num_threads(1)
@@ -40,7 +46,10 @@ def learn(env_kwargs: dict[str, Any], seed: int, timesteps: int | None) -> tuple
     begun = time.process_time()
     agent = backends.make(ID, "ppo", "own", env_kwargs, seed, settings)
     agent.learn(settings["total_timesteps"])
-    return agent, time.process_time() - begun
+    seconds = time.process_time() - begun
+    path = out / "policies" / str(seed)
+    agent.save(path)
+    return str(path), seconds
 
 
 def judge(policy: Any, contexts: int, starts: dict[str, dict[str, Any]], **env_kwargs: Any) -> list[pd.DataFrame]:
@@ -51,10 +60,40 @@ def judge(policy: Any, contexts: int, starts: dict[str, dict[str, Any]], **env_k
     ]
 
 
-def learnt(env_kwargs: dict[str, Any], seed: int, timesteps: int | None, contexts: int, starts: Any) -> pd.DataFrame:
-    """One training of a policy, judged."""
-    agent, seconds = learn(env_kwargs, seed, timesteps)
-    return pd.concat(judge(agent, contexts, starts, **env_kwargs)).assign(policy="PPO", seed=seed, seconds=seconds)
+def timelines(policy: Any, contexts: int, starts: dict[str, dict[str, Any]], **env_kwargs: Any) -> pd.DataFrame:
+    """What becomes of rates, decays, loss and accuracy, decision by decision, on the first test contexts."""
+    found = []
+    for name, start in starts.items():
+        env = gymnasium.make_vec(ID, contexts, "vector_entry_point", split="test", **env_kwargs, **start)
+        if hasattr(policy, "watch"):
+            policy.watch(env.unwrapped)
+        observation, _ = env.reset(seed=FIRST_TEST_SEED)
+        going = np.ones(contexts, dtype=np.bool_)
+        while going.any():
+            action, _ = policy.predict(observation, deterministic=True)
+            observation, _, terminated, _, infos = env.step(action)
+            table = {key[5:]: values for key, values in infos.items() if key.startswith("meta/")}
+            found.append(pd.DataFrame(table | {"episode": range(contexts)})[going].assign(start=name))
+            going &= ~terminated
+    return pd.concat(found, ignore_index=True).drop(columns="arrived")
+
+
+def learnt(env_kwargs: dict[str, Any], seed: int, path: str, contexts: int, starts: Any) -> tuple[Any, Any]:
+    """A policy judged, and its timelines."""
+    agent = PPO.load(path)
+    frame = pd.concat(judge(agent, contexts, starts, **env_kwargs)).assign(policy="PPO", seed=seed)
+    return frame, timelines(agent, SHOWN, starts, **env_kwargs).assign(policy="PPO", seed=seed)
+
+
+def bound(env_kwargs: dict[str, Any], path: str, start: dict[str, Any], contexts: int) -> dict[str, float]:
+    """Mean decisions of the best that a search found which sees the future, and of the policy it set out from."""
+    agent = PPO.load(path)
+    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + contexts)
+    steps = trainings(agent, seeds, "test", **env_kwargs, **start)["steps"]
+    found = [beam_search(seed, "test", BEAM, agent, **env_kwargs, **start) for seed in seeds]
+    most = max(31, int(steps.max()))
+    best = [len(actions) if arrives else most for actions, arrives in found]
+    return {"contexts": contexts, "bound": float(np.mean(best)), "ppo": float(steps.mean())}
 
 
 def tune(name: str, groups: bool, rounds: Sequence[Round], env_kwargs: dict[str, Any]) -> tuple[Settings, float]:
@@ -63,58 +102,66 @@ def tune(name: str, groups: bool, rounds: Sequence[Round], env_kwargs: dict[str,
 
 
 def run(
-    task: str, seeds: int, contexts: int, timesteps: int | None, jobs: int, out: Path,
+    task: str, seeds: int, contexts: int, timesteps: int | None, processes: int, out: Path,
     add_task: Callable[[str], Callable[[float], object]],
 ) -> Result:  # fmt: skip
-    """Search, train, judge; writes results.json, trainings.csv and steps.png."""
-    env_kwargs = {"task": task}
-    found: dict[str, tuple[Settings, float]] = {}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        report = add_task("searching the schedules' settings")
-        searches = {name: pool.submit(tune, name, False, ROUNDS, env_kwargs) for name in SCHEDULES}
-        searches["constant, by group"] = pool.submit(tune, "constant", True, GROUP_ROUNDS, env_kwargs)
-        for number, (name, search_of) in enumerate(searches.items()):
-            found[name] = search_of.result()
-            report((number + 1) / len(searches))
+    """Search, train, judge; writes results.json, trainings.csv, timelines.csv, two pictures and the policies."""
+    env_kwargs: dict[str, Any] = {"task": task} | ({} if task in tasks.SHIPPED else {"costs": "machine"})
+    profiles.of_training(tasks.load(task), env_kwargs.get("costs", "reference"), np.array([8]), 1, 64)  # measured once
+    with jobs.pool(processes) as pool:
+        names = [*SCHEDULES, BY_GROUP]
+        searches = [pool.submit(tune, name, False, ROUNDS, env_kwargs) for name in SCHEDULES]
+        searches.append(pool.submit(tune, "constant", True, GROUP_ROUNDS, env_kwargs))
+        results = jobs.gather(searches, add_task("searching the schedules' settings"))
+        found = dict(zip(names, results, strict=True))
         rate = float(found["constant"][0].rates.mean())
-        starts: dict[str, Any] = {"random rate": {}, "tuned rate": {"initial_rate": rate}}
-        report = add_task(f"{seeds} trainings of PPO")
-        futures = [pool.submit(learnt, env_kwargs, seed, timesteps, contexts, starts) for seed in range(seeds)]
-        frames = []
-        for number, future in enumerate(futures):
-            frames.append(future.result())
-            report((number + 1) / seeds)
-    frames += _yardsticks(found, contexts, starts, env_kwargs, add_task("judging the schedules"))
-    frame = pd.concat(frames, ignore_index=True)
+        starts = {name: {"initial_decay": DECAY} for name in ("random rate", "tuned rate")}
+        starts["tuned rate"] |= {"initial_rate": rate}
+        learning = [pool.submit(learn, env_kwargs, seed, timesteps, out) for seed in range(seeds)]
+        learned = jobs.gather(learning, add_task(f"{seeds} trainings of PPO"))
+        judged = [
+            pool.submit(learnt, env_kwargs, seed, path, contexts, starts) for seed, (path, _) in enumerate(learned)
+        ]
+        judged += [pool.submit(_yardstick, *each, contexts, env_kwargs) for each in _yardsticks(found, starts)]
+        tables = jobs.gather(judged, add_task("judging them"))
+        few = min(contexts, BOUND_CONTEXTS)
+        searching = [pool.submit(bound, env_kwargs, learned[0][0], start, few) for start in starts.values()]
+        bounds = jobs.gather(searching, add_task("searching with the future known"))
+    frame, lines = (pd.concat(part, ignore_index=True) for part in zip(*tables, strict=True))
     settings = {
         name: {"rates": best.rates.tolist(), "decays": DECAYS[best.ladder].tolist(), "validation_steps": steps}
         for name, (best, steps) in found.items()
     }
-    result: Result = {"task": task, "rate": rate, "settings": settings, "rows": summarise(frame), **runs.provenance()}
-    out.mkdir(parents=True, exist_ok=True)
+    result: Result = {
+        "task": task, "rate": rate, "settings": settings, "rows": summarise(frame),
+        "bounds": dict(zip(starts, bounds, strict=True)), "training_seconds": [seconds for _, seconds in learned],
+        **runs.provenance(),
+    }  # fmt: skip
     frame.to_csv(out / "trainings.csv", index=False)
+    lines.to_csv(out / "timelines.csv", index=False)
     write_text(out / "results.json", json.dumps(result, indent=1))
     _draw(frame, out / "steps.png")
+    _draw_timelines(lines, out / "timelines.png")
     return result
 
 
-def _yardsticks(
-    found: dict[str, tuple[Settings, float]],
-    contexts: int,
-    starts: Any,
-    env_kwargs: dict[str, Any],
-    report: Callable[[float], object],
-) -> list[pd.DataFrame]:
+def _yardsticks(found: dict[str, tuple[Settings, float]], starts: Any) -> list[tuple[str, str, Settings | None, Any]]:
+    """Names, those of the policies, their settings, starts."""
     random, given = {"random rate": starts["random rate"]}, {"tuned rate": starts["tuned rate"]}
     tuned_rate: dict[str, Any] = {"tuned rate": {}}  # the schedules set their own
-    todo: list[tuple[str, Any, dict[str, Any]]] = [(name, make(None), random) for name, make in SCHEDULES.items()]
-    todo += [("random actions", RandomActions(), random), ("rules", Heuristic(), random), ("rules", Heuristic(), given)]
-    todo += [(name, SCHEDULES[name.split(",")[0]](best), tuned_rate) for name, (best, _) in found.items()]
-    frames = []
-    for number, (name, policy, start) in enumerate(todo):
-        frames += [frame.assign(policy=name, seed=0) for frame in judge(policy, contexts, start, **env_kwargs)]
-        report((number + 1) / len(todo))
-    return frames
+    todo: list[tuple[str, str, Settings | None, Any]] = [(name, name, None, random) for name in SCHEDULES]
+    todo += [("random actions", "random actions", None, random), ("rules", "rules", None, random)]
+    todo += [("rules", "rules", None, given)]
+    return todo + [(name, name.split(",")[0], best, tuned_rate) for name, (best, _) in found.items()]
+
+
+def _yardstick(
+    name: str, kind: str, settings: Settings | None, start: Any, contexts: int, env_kwargs: dict[str, Any]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    others: dict[str, Callable[[], Any]] = {"random actions": RandomActions, "rules": Heuristic}
+    policy = others[kind]() if kind in others else SCHEDULES[kind](settings)
+    frame = pd.concat(judge(policy, contexts, start, **env_kwargs)).assign(policy=name, seed=0)
+    return frame, timelines(policy, SHOWN, start, **env_kwargs).assign(policy=name, seed=0)
 
 
 def summarise(frame: pd.DataFrame) -> list[Result]:
@@ -147,3 +194,26 @@ def _draw(frame: pd.DataFrame, path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _draw_timelines(lines: pd.DataFrame, path: Path) -> None:
+    """Medians over contexts and seeds of rates, decays and validation loss, decision by decision."""
+    columns = {
+        "experts_rate": "learning rate, experts", "gate_rate": "learning rate, gate",
+        "experts_decay": "weight decay, experts", "gate_decay": "weight decay, gate",
+        "validation_loss": "validation loss",
+    }  # fmt: skip
+    figure = Figure((18, 6.4), layout="constrained")
+    groups = lines.groupby("start", sort=False)
+    for panels, (start, group) in zip(figure.subplots(2, len(columns)), groups, strict=True):
+        for panel, (column, title) in zip(panels, columns.items(), strict=True):
+            for name, part in group.groupby("policy", sort=False):
+                middle = part.groupby("actions")[column].median()
+                panel.plot(middle.index, middle, label=name, lw=3 if name == "PPO" else 1)
+            panel.set(title=f"{title}, from the {start}", xlabel="decisions")
+            panel.set_yscale(
+                "symlog" if "decay" in column else "log", **({"linthresh": 1e-3} if "decay" in column else {})
+            )
+            panel.grid(alpha=0.3)
+        panels[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)

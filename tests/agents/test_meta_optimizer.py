@@ -180,7 +180,7 @@ def _load(file: io.BytesIO) -> Any:
 
 def test_a_policy_sees_in_a_loop_what_it_saw_in_the_environment(policy: PPO) -> None:
     """The environment's own training, repeated in torch step by step."""
-    env: Any = gymnasium.make(ID, widths=(16,), initial_rate=0.01, steps_per_action=5).unwrapped
+    env: Any = gymnasium.make(ID, widths=(16,), initial_rate=0.01, initial_decay=0.01, steps_per_action=5).unwrapped
     env.reset(seed=4)
     vector, task = env.vector, tasks.load("digits")
     model, optimizer, groups = setup()

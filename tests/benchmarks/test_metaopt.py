@@ -1,6 +1,7 @@
 """The experiment on MoEMetaOpt-v0, small: searched, trained, judged on the same contexts, drawn."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,20 @@ from agents.yardsticks.metaopt import Round
 from benchmarks.experiments import metaopt
 
 
+class Here(ThreadPoolExecutor):
+    """Jobs in this process, where what is patched is seen."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__(1)
+
+
 def test_all_are_judged_on_the_same_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metaopt, "ROUNDS", (Round(2, 2),))
     monkeypatch.setattr(metaopt, "GROUP_ROUNDS", (Round(2, 2),))
+    monkeypatch.setattr(metaopt.jobs, "pool", Here)
+    monkeypatch.setattr(metaopt, "BOUND_CONTEXTS", 2)
+    monkeypatch.setattr(metaopt, "SHOWN", 3)
+    monkeypatch.setattr(metaopt, "BEAM", 1)
     result = metaopt.run("digits", 2, 3, 1024, 2, tmp_path, lambda name: lambda share: None)
     frame = pd.read_csv(tmp_path / "trainings.csv")
     assert set(frame["policy"]) == {
@@ -33,7 +45,14 @@ def test_all_are_judged_on_the_same_contexts(tmp_path: Path, monkeypatch: pytest
     assert len(frame[frame["policy"] == "PPO"]) == 2 * 2 * 3
     assert (frame["arrived"] == (frame["steps"] <= 30)).all()
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == json.loads(json.dumps(result["rows"]))
-    assert (tmp_path / "steps.png").exists()
+    for start in ("random rate", "tuned rate"):
+        assert result["bounds"][start]["bound"] <= result["bounds"][start]["ppo"]
+    lines = pd.read_csv(tmp_path / "timelines.csv")
+    shown = lines[(lines["policy"] == "constant") & (lines["start"] == "random rate")]
+    assert (shown.groupby("episode")["gate_rate"].nunique() == 1).all()
+    assert set(shown["episode"]) == {0, 1, 2}
+    assert lines[lines["policy"] == "linear"].groupby(["episode", "start"])["gate_rate"].is_monotonic_decreasing.all()
+    assert {"steps.png", "timelines.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_differences_by_hand() -> None:

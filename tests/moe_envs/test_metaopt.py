@@ -21,7 +21,7 @@ def make(**kwargs: Any) -> Any:
 
 
 def test_actions_change_rates_and_decays_and_are_clamped() -> None:
-    env = make(initial_rate=0.1, steps_per_action=1)
+    env = make(initial_rate=0.1, initial_decay=0.01, steps_per_action=1)
     env.reset(seed=0)
     info = env.step([2, 0, 0, 2])[4]
     assert (info["meta/gate_rate"], info["meta/experts_rate"]) == pytest.approx((0.2, 0.05))
@@ -30,6 +30,14 @@ def test_actions_change_rates_and_decays_and_are_clamped() -> None:
         info = env.step([2, 0, 0, 2])[4]
     assert (info["meta/gate_rate"], info["meta/experts_rate"]) == pytest.approx((RATES[1], RATES[0]))
     assert (info["meta/gate_decay"], info["meta/experts_decay"]) == (0, DECAYS[-1])
+
+
+def test_contexts_draw_the_first_decay() -> None:
+    for kwargs, places in (({}, set(range(len(DECAYS)))), ({"initial_decay": (0.0, 1.0)}, {0, len(DECAYS) - 1})):
+        env: Any = gymnasium.make_vec(ID, 64, "vector_entry_point", **kwargs).unwrapped
+        env.reset(seed=0)
+        assert set(env.ladder[:, 0].tolist()) == places
+        assert (env.ladder[:, 0] == env.ladder[:, 1]).all()
 
 
 def test_reward_is_the_drop_of_log_loss_and_arrival_ends() -> None:

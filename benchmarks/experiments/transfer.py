@@ -1,0 +1,156 @@
+"""A policy of MoEMetaOpt-v0 where it was not trained: on unseen data, wider models, under other optimisers.
+
+Each policy is trained on trainings of several data sets, widths and scales of the inputs side by side, one only on the
+digits as they are; the schedules' settings are searched where they are judged.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pandas as pd
+import torch
+
+from agents import tuned
+from agents.ppo import PPO
+from agents.yardsticks.metaopt import ID, SCHEDULES, Round
+from benchmarks import jobs, runs
+from benchmarks.experiments import metaopt, torch_loop
+from cost.files import write_text
+from experts import tasks
+from moe_envs.metaopt import INITIAL_RATES
+from moe_envs.mixed import MixedVectorEnv
+
+ROUNDS = (Round(32, 8), Round(8, 32), Round(2, 128))  # 768 trainings for each schedule
+MIXED = {"widths": (8, 12, 16, 24, 32), "scales": (0.25, 4.0)}
+TRAINED_ON: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "digits alone": (("digits",), {}),
+    "digits, fashion-mnist": (("digits", "fashion-mnist"), MIXED),
+    "digits, breast-cancer": (("digits", "breast-cancer"), MIXED),
+    "fashion-mnist, breast-cancer": (("fashion-mnist", "breast-cancer"), MIXED),
+}
+# Where each is judged.
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("digits alone", "unseen data", {"task": "fashion-mnist"}),
+    ("digits, breast-cancer", "unseen data", {"task": "fashion-mnist"}),
+    ("fashion-mnist, breast-cancer", "unseen data", {"task": "digits"}),
+    ("digits, fashion-mnist", "unseen data", {"task": "breast-cancer"}),
+    ("digits, fashion-mnist", "wider model", {"task": "digits", "widths": (64,)}),
+    ("digits, fashion-mnist", "wider model", {"task": "fashion-mnist", "widths": (64,)}),
+]
+
+
+def optimizers() -> dict[str, Callable[[float, Any], torch.optim.Optimizer]]:
+    """Makers of the other optimisers, of a learning rate and parameter groups; LAMB is pytorch_optimizer's."""
+    from pytorch_optimizer import Lamb
+
+    return {
+        "SGD, momentum 0.9": lambda rate, parts: torch.optim.SGD(parts, rate, momentum=0.9, weight_decay=0.0),
+        "LAMB": lambda rate, parts: Lamb(parts, rate, weight_decay=0.01),
+    }
+
+
+def learn(name: str, seed: int, timesteps: int | None, out: Path) -> Path:
+    """Train a policy on a mixture, with the tuned settings of MoEMetaOpt-v0; where it is saved."""
+    torch.set_num_threads(1)
+    of, kwargs = TRAINED_ON[name]
+    settings = tuned.settings("ppo", ID, "own", **({"total_timesteps": timesteps} if timesteps else {}))
+    rows, steps = settings.pop("n_envs"), settings.pop("total_timesteps")
+    path = out / "policies" / f"{name.replace(', ', '+').replace(' ', '-')}-{steps}-{seed}"
+    if path.exists():
+        return path
+    envs = [
+        gymnasium.make_vec(ID, rows // len(of), "vector_entry_point", task=task, **_costs(task), **kwargs)
+        for task in of
+    ]
+    agent = PPO(MixedVectorEnv(envs), seed=seed, **settings)
+    agent.learn(steps)
+    agent.save(path)
+    return path
+
+
+def _costs(task: str) -> dict[str, Any]:
+    return {} if task in tasks.SHIPPED else {"costs": "machine"}
+
+
+def judge(case: int, paths: Sequence[Path], contexts: int) -> pd.DataFrame:
+    """The policies of a case and the schedules on its test contexts, from random rates and from searched settings."""
+    torch.set_num_threads(1)
+    name, kind, kwargs = CASES[case]
+    kwargs = kwargs | _costs(kwargs["task"])
+    found = {each: metaopt.tune(each, False, ROUNDS, kwargs)[0] for each in SCHEDULES}
+    rate = float(found["constant"].rates.mean())
+    starts: dict[str, dict[str, Any]] = {
+        "random rate": {"initial_decay": 0.01},
+        "tuned rate": {"initial_decay": 0.01, "initial_rate": rate},
+    }
+    frames = []
+    for seed, path in enumerate(paths):
+        agent = PPO.load(path)
+        frames += [f.assign(policy="PPO", seed=seed) for f in metaopt.judge(agent, contexts, starts, **kwargs)]
+    first = {"random rate": starts["random rate"]}
+    for each, make in SCHEDULES.items():
+        frames += [f.assign(policy=each, seed=0) for f in metaopt.judge(make(None), contexts, first, **kwargs)]
+        searched = metaopt.judge(make(found[each]), contexts, {"tuned rate": {}}, **kwargs)
+        frames += [f.assign(policy=each, seed=0) for f in searched]
+    width = f", {kwargs['widths'][0]} units" if "widths" in kwargs else ""
+    return pd.concat(frames).assign(trained_on=name, kind=kind, judged_on=kwargs["task"] + width)
+
+
+def judge_optimizer(optimizer: str, task: str, paths: Sequence[Path], seeds: Sequence[int]) -> pd.DataFrame:
+    """Trainings in plain torch under another optimiser, from random rates: by the policies, and by torch's schedulers.
+
+    A seed draws the same rate for all.
+    """
+    torch.set_num_threads(1)
+    problem, make = torch_loop.small(task), optimizers()[optimizer]
+    drives = {name: [drive] for name, drive in torch_loop.SCHEDULERS.items()}
+    drives["PPO"] = [torch_loop.by_policy(PPO.load(path)) for path in paths]
+    rows = []
+    for name, each in drives.items():
+        for number, drive in enumerate(each):
+            for seed in seeds:
+                rate = float(np.exp(np.random.default_rng(seed).uniform(*np.log(INITIAL_RATES))))
+                found = torch_loop.train(problem, partial(make, rate), drive, seed)
+                kept = {key: found[key] for key in ("steps", "arrived", "seconds")}
+                rows.append(kept | {"policy": name, "seed": number, "episode": seed})
+    shared = {"start": "random rate", "kind": optimizer, "judged_on": task, "trained_on": "digits, fashion-mnist"}
+    return pd.DataFrame(rows).assign(**shared)
+
+
+def run(
+    seeds: int, contexts: int, timesteps: int | None, processes: int, out: Path,
+    add_task: Callable[[str], Callable[[float], object]],
+) -> dict[str, Any]:  # fmt: skip
+    """Train, judge; writes results.json, trainings.csv and the policies."""
+    begun = time.perf_counter()
+    with jobs.pool(processes) as pool:
+        names = [(name, seed) for name in TRAINED_ON for seed in range(seeds)]
+        report = add_task(f"{len(names)} trainings of PPO")
+        paths = dict(
+            zip(names, jobs.gather([pool.submit(learn, *each, timesteps, out) for each in names], report), strict=True)
+        )
+        of = {name: [paths[name, seed] for seed in range(seeds)] for name in TRAINED_ON}
+        futures = [pool.submit(judge, place, of[case[0]], contexts) for place, case in enumerate(CASES)]
+        both = of["digits, fashion-mnist"]
+        futures += [
+            pool.submit(judge_optimizer, optimizer, task, both, range(contexts // 8))
+            for optimizer in optimizers()
+            for task in ("digits", "fashion-mnist")
+        ]
+        frame = pd.concat(jobs.gather(futures, add_task("judging them")), ignore_index=True)
+    rows = []
+    for (kind, judged_on, trained_on), group in frame.groupby(["kind", "judged_on", "trained_on"], sort=False):
+        names_of = {"kind": kind, "judged_on": judged_on, "trained_on": trained_on}
+        rows += [names_of | row for row in metaopt.summarise(group)]
+    result = {"rows": rows, "seconds": time.perf_counter() - begun, **runs.provenance()}
+    frame.to_csv(out / "trainings.csv", index=False)
+    write_text(out / "results.json", json.dumps(result, indent=1))
+    return result

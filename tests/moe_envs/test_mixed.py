@@ -1,0 +1,61 @@
+"""Vector environments side by side: the same rows as apart, infos that only some have, errors."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from moe_envs.mixed import MixedVectorEnv
+
+ID = "moe_envs:MoEMetaOpt-v0"
+
+
+def make(task: str, rows: int, **kwargs: Any) -> Any:
+    return gymnasium.make_vec(ID, rows, "vector_entry_point", task=task, max_actions=3, steps_per_action=1, **kwargs)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_rows_are_those_of_the_environments_apart(mode: AutoresetMode) -> None:
+    kwargs = {"autoreset_mode": mode.value}
+    mixed = MixedVectorEnv([make("digits", 2, **kwargs), make("fashion-mnist", 3, **kwargs)])
+    apart = [make("digits", 2, **kwargs), make("fashion-mnist", 3, **kwargs)]
+    observation, _ = mixed.reset(seed=5)
+    of_apart = [env.reset(seed=seed)[0] for env, seed in zip(apart, (5, 7), strict=True)]
+    np.testing.assert_array_equal(observation, np.concatenate(of_apart))
+    generator = np.random.default_rng(0)
+    for _ in range(7):
+        actions = generator.integers(0, 3, (5, 4))
+        together = mixed.step(actions)
+        each = [env.step(part) for env, part in zip(apart, (actions[:2], actions[2:]), strict=True)]
+        for place in range(4):
+            np.testing.assert_array_equal(together[place], np.concatenate([found[place] for found in each]))
+        infos = together[4]
+        for key in each[0][4].keys() - {"final_info", "final_obs"}:
+            np.testing.assert_array_equal(infos[key], np.concatenate([found[4][key] for found in each]))
+        if "final_info" in each[0][4]:
+            found = infos["final_info"]["meta/actions"]
+            np.testing.assert_array_equal(found, [3] * 5)
+            assert all(final is not None for final in infos["final_obs"])
+    mixed.close()
+
+
+def test_an_entry_that_only_some_have_is_nought_in_the_others() -> None:
+    mixed = MixedVectorEnv([make("digits", 1), make("digits", 2)])
+    joined = mixed._joined([{"a": np.array([3]), "_a": np.array([True])}, {}])
+    np.testing.assert_array_equal(joined["a"], [3, 0, 0])
+    np.testing.assert_array_equal(joined["_a"], [True, False, False])
+
+
+def test_what_cannot_be_mixed_is_named() -> None:
+    other: Any = gymnasium.make_vec("CartPole-v1", 2, "sync")
+    with pytest.raises(ValueError, match="spaces differ"):
+        MixedVectorEnv([make("digits", 1), other])
+    modes = [
+        make("digits", 1, autoreset_mode=mode.value) for mode in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)
+    ]
+    with pytest.raises(ValueError, match="autoreset modes differ"):
+        MixedVectorEnv(modes)
+    with pytest.raises(ValueError, match="do not reset themselves"):
+        MixedVectorEnv([make("digits", 1, autoreset_mode=AutoresetMode.DISABLED.value)])
