@@ -11,10 +11,11 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
         "kwargs": {"costs": "live"},
         "nondeterministic": True,
     },
-    "MoEMetaOpt-v0": {"entry_point": "moe_envs.metaopt:MoEMetaOpt"},
+    "MoEMetaOpt-v0": {"entry_point": "moe_envs.metaopt:MoEMetaOpt", "vector_entry_point": "moe_envs.mixed:metaopt"},
 }
 
 for _id, _spec in ENVIRONMENTS.items():
     if _id not in registry:
-        _faces = {"entry_point": f"{_spec['entry_point']}Env", "vector_entry_point": f"{_spec['entry_point']}VectorEnv"}
-        register(_id, **(_spec | _faces))
+        _point = _spec["entry_point"]
+        _vector = _spec.get("vector_entry_point", f"{_point}VectorEnv")
+        register(_id, **(_spec | {"entry_point": f"{_point}Env", "vector_entry_point": _vector}))

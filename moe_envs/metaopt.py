@@ -244,7 +244,8 @@ class MoEMetaOptEnv(SingleEnv):
     learning rate to begin with that may be far too small or far too large. The same seed and actions replay a training
     bit for bit.
 
-    Nothing is simulated: an episode is a training. The vector environment trains all its rows as one batched product.
+    Nothing is simulated: an episode is a training. The vector environment trains all its rows as one batched product;
+    it takes several tasks too, `task=["digits", "fashion-mnist"]`, in equal shares of its rows.
 
     ## Action Space
     `MultiDiscrete([3, 3, 3, 3])`: learning rate of the gate and of the experts, times 0.5, 1 or 2, clamped to 1e-5 ..
@@ -300,13 +301,13 @@ class MoEMetaOptEnv(SingleEnv):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
-    | `task` | `"digits"` | `"digits"` (8 x 8), `"fashion-mnist"` (pooled to 7 x 7), `"fashion-mnist-14"` (14 x 14) |
+    | `task` | `"digits"` | `"digits"`, `"fashion-mnist"` (7 x 7), `"fashion-mnist-14"` (14 x 14), `"breast-cancer"` |
     | `split` | `"train"` | contexts of `"train"`, `"validation"` or `"test"`, which are disjoint |
     | `cost_weight` | 0.0 | lambda of the reward |
-    | `costs` | `"reference"` | the shipped profile (`"fashion-mnist-14"` has none), or this `"machine"`'s |
-    | `steps_per_action` | 5, 10, 10 | optimiser steps between two decisions, with batches of 64 |
+    | `costs` | `"reference"` | the shipped profile (only of the first two tasks), or this `"machine"`'s |
+    | `steps_per_action` | 5, 10, 10, 2 | optimiser steps between two decisions, with batches of 64 |
     | `max_actions` | 30 | decisions in an episode |
-    | `target` | 0.97, 0.79, 0.81 | validation accuracy to reach |
+    | `target` | 0.97, 0.79, 0.81, 0.97 | validation accuracy to reach |
     | `initial_rate` | (3e-4, 0.1) | learning rate to begin with: a number, or (low, high), log-uniform |
     | `initial_decay` | the ladder | weight decay to begin with: one of the ladder, or several to draw from |
     | `widths` | (12, 16, 24) | hidden units of each of the 4 experts, one of these |

@@ -12,23 +12,23 @@ from moe_envs.mixed import MixedVectorEnv
 ID = "moe_envs:MoEMetaOpt-v0"
 
 
-def make(task: str, rows: int, **kwargs: Any) -> Any:
+def make(task: Any, rows: int, **kwargs: Any) -> Any:
     return gymnasium.make_vec(ID, rows, "vector_entry_point", task=task, max_actions=3, steps_per_action=1, **kwargs)
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
 def test_rows_are_those_of_the_environments_apart(mode: AutoresetMode) -> None:
     kwargs = {"autoreset_mode": mode.value}
-    mixed = MixedVectorEnv([make("digits", 2, **kwargs), make("fashion-mnist", 3, **kwargs)])
-    apart = [make("digits", 2, **kwargs), make("fashion-mnist", 3, **kwargs)]
+    mixed = make(["digits", "fashion-mnist"], 5, **kwargs)
+    apart = [make("digits", 3, **kwargs), make("fashion-mnist", 2, **kwargs)]
     observation, _ = mixed.reset(seed=5)
-    of_apart = [env.reset(seed=seed)[0] for env, seed in zip(apart, (5, 7), strict=True)]
+    of_apart = [env.reset(seed=seed)[0] for env, seed in zip(apart, (5, 8), strict=True)]
     np.testing.assert_array_equal(observation, np.concatenate(of_apart))
     generator = np.random.default_rng(0)
     for _ in range(7):
         actions = generator.integers(0, 3, (5, 4))
         together = mixed.step(actions)
-        each = [env.step(part) for env, part in zip(apart, (actions[:2], actions[2:]), strict=True)]
+        each = [env.step(part) for env, part in zip(apart, (actions[:3], actions[3:]), strict=True)]
         for place in range(4):
             np.testing.assert_array_equal(together[place], np.concatenate([found[place] for found in each]))
         infos = together[4]
@@ -39,6 +39,20 @@ def test_rows_are_those_of_the_environments_apart(mode: AutoresetMode) -> None:
             np.testing.assert_array_equal(found, [3] * 5)
             assert all(final is not None for final in infos["final_obs"])
     mixed.close()
+
+
+def test_rows_begin_anew_by_a_mask() -> None:
+    env = make(["digits", "fashion-mnist"], 4, autoreset_mode=AutoresetMode.DISABLED.value)
+    env.reset(seed=0)
+    for _ in range(3):
+        before, _, terminated, _, _ = env.step(np.ones((4, 4), dtype=np.int64))
+    assert terminated.all()
+    for mask in ([False, True, False, False], [True, False, True, True]):
+        after, _ = env.reset(options={"reset_mask": np.array(mask)})
+        changed = (after != before).any(1)
+        np.testing.assert_array_equal(changed, mask)
+        before = after
+    env.step(np.ones((4, 4), dtype=np.int64))
 
 
 def test_an_entry_that_only_some_have_is_nought_in_the_others() -> None:
@@ -57,5 +71,5 @@ def test_what_cannot_be_mixed_is_named() -> None:
     ]
     with pytest.raises(ValueError, match="autoreset modes differ"):
         MixedVectorEnv(modes)
-    with pytest.raises(ValueError, match="do not reset themselves"):
-        MixedVectorEnv([make("digits", 1, autoreset_mode=AutoresetMode.DISABLED.value)])
+    with pytest.raises(ValueError, match="2 tasks for 1 rows"):
+        make(["digits", "fashion-mnist"], 1)

@@ -1,0 +1,120 @@
+"""Transfer and the plain torch loop, small: all judged on the same seeds, differences by hand, timelines."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from agents import PPO
+from agents.yardsticks.metaopt import Round
+from benchmarks.experiments import sgd_env, torch_loop, transfer
+
+SMALL: dict[str, Any] = {"n_envs": 4, "n_steps": 8, "batch_size": 32}
+
+
+class Here(ThreadPoolExecutor):
+    """Jobs in this process, where what is patched is seen."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__(1)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer.jobs, "pool", Here)
+
+
+@pytest.fixture
+def problem() -> torch_loop.Problem:
+    return torch_loop.small("digits")
+
+
+def policy(folder: Path) -> Path:
+    PPO("moe_envs:MoEMetaOpt-v0", seed=1, **SMALL).save(folder / "policy")
+    return folder / "policy"
+
+
+def test_policies_and_schedules_meet_the_same_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    monkeypatch.setattr(transfer, "ROUNDS", (Round(2, 2),))
+    monkeypatch.setattr(transfer, "CASES", transfer.CASES[2:3] + transfer.CASES[4:5])
+    monkeypatch.setattr(transfer, "SMALL", ("digits",))
+    mixed = {"digits, fashion-mnist": (("digits", "fashion-mnist"), transfer.MIXED)}
+    mixed["fashion-mnist, breast-cancer"] = (("fashion-mnist", "digits"), transfer.MIXED)
+    monkeypatch.setattr(transfer, "TRAINED_ON", mixed)
+    result = transfer.run(2, 16, 1024, 1, tmp_path, lambda name: lambda share: None)
+    frame = pd.read_csv(tmp_path / "trainings.csv")
+    assert set(frame["kind"]) == {"unseen data", "wider model", "SGD, momentum 0.9", "LAMB"}
+    sizes = frame.groupby(["kind", "judged_on", "start", "policy", "seed"]).size()
+    assert (sizes == 16).sum() == 2 * (7 + 7)
+    assert (sizes == 2).sum() == 2 * (3 + 2)
+    assert len(result["rows"]) == 2 * (6 + 6) + 2 * 4
+    saved = sorted(path.name for path in (tmp_path / "policies").iterdir())
+    assert saved == [
+        f"{name}-1024-{seed}" for name in ("digits+fashion-mnist", "fashion-mnist+breast-cancer") for seed in (0, 1)
+    ]
+    before = [path.stat().st_mtime_ns for path in (tmp_path / "policies").iterdir()]
+    again = transfer.learn("digits, fashion-mnist", 0, 1024, tmp_path)
+    assert again.exists()
+    assert before == [path.stat().st_mtime_ns for path in (tmp_path / "policies").iterdir()]
+
+
+def test_a_loop_is_the_same_for_the_same_seed_and_follows_its_scheduler(problem: torch_loop.Problem) -> None:
+    torch.set_num_threads(1)
+    few = problem._replace(max_actions=8, target=1.1)
+    first, second = (torch_loop.train(few, torch_loop.adamw(0.01, 0.1), torch_loop.by_cosine, 3) for _ in range(2))
+    rates = [row["gate_rate"] for row in first["timeline"]]
+    np.testing.assert_allclose(rates, [0.005 * (1 + np.cos(np.pi * step / 8)) for step in range(8)])
+    assert [row["validation_loss"] for row in first["timeline"]] == [
+        row["validation_loss"] for row in second["timeline"]
+    ]
+    assert (first["steps"], first["arrived"]) == (9, False)
+    easy = problem._replace(target=0.5)
+    arrived = torch_loop.train(easy, torch_loop.adamw(0.02, 0.0), torch_loop.constant, 3)
+    assert arrived["arrived"]
+    assert arrived["steps"] == len(arrived["timeline"]) < 30
+
+
+def test_the_loop_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: torch_loop.Problem) -> None:
+    monkeypatch.setattr(torch_loop, "fashion_images", lambda: problem._replace(max_actions=5, target=0.85))
+    monkeypatch.setattr(torch_loop, "SEARCH", ((2, 1),))
+    result = torch_loop.run([policy(tmp_path)], 2, 4, 1, tmp_path / "out", lambda name: lambda share: None)
+    rows = pd.read_csv(tmp_path / "out" / "trainings.csv")
+    assert len(rows) == 2 * (3 + 3 + 1 + 1)
+    tuned = [row for row in result["rows"] if row["start"] == "tuned rate"]
+    ours, others = tuned[-1], tuned[:-1]
+    assert (ours["policy"], len(others)) == ("PPO", 3)
+    for row in others:
+        assert row["ppo_less"] == pytest.approx(ours["steps"] - row["steps"])
+    assert result["overhead"]["pairs"] == 4
+    lines = pd.read_csv(tmp_path / "out" / "timelines.csv")
+    assert (lines["beta1"] == 0.9).all()
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["rows"] == json.loads(json.dumps(result["rows"]))
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+
+def test_a_policy_drives_lamb(tmp_path: Path, problem: torch_loop.Problem) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    make = transfer.optimizers()["LAMB"]
+    few = problem._replace(max_actions=6, target=1.1)
+    drive = torch_loop.by_policy(PPO.load(policy(tmp_path)))
+    found = torch_loop.train(few, lambda parts: make(0.02, parts), drive, 0)
+    rates = [row["experts_rate"] for row in found["timeline"]]
+    assert len(set(rates)) > 1
+    assert all(np.isfinite(row["validation_loss"]) for row in found["timeline"])
+
+
+def test_dacbench_is_asked_for_where_it_is_absent() -> None:
+    with pytest.raises(ValueError, match="does not run DACBench: .*dacbench"):
+        sgd_env.compare(sys.executable, lambda share: None)
+
+
+def test_ours_beside_dacbench_runs() -> None:
+    assert sgd_env.ours(1, 2) > 0
