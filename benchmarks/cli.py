@@ -50,7 +50,7 @@ def bundle() -> None:
 
 def benchmark() -> None:
     """Entry point of `moe-benchmark`."""
-    from benchmarks.commands import benchmark_app
+    from benchmarks.metaopt_commands import benchmark_app
 
     _guarded(benchmark_app)
 

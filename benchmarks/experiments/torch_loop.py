@@ -8,164 +8,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch.optim import lr_scheduler
 
-from agents.meta_optimizer import PolicyMetaOptimizer, gate_metrics
 from agents.ppo import PPO
-from agents.yardsticks.metaopt import PATIENCE, cosine
 from benchmarks import jobs, runs
 from benchmarks.statistics import mean_interval, median_interval, paired_difference
+from benchmarks.torch_training import SCHEDULERS, Driver, Problem, adamw, by_policy, fashion_images, train
 from cost.files import write_text
-from experts import data, tasks
 from experts.model import MoEClassifier
 from moe_envs.metaopt import INITIAL_RATES
 from moe_envs.metaopt_signals import DECAYS
 
-# Called after each validation with its metrics and the number of decisions so far.
-Driver = Callable[[dict[str, Any], int], object]
-Drive = Callable[[torch.optim.Optimizer, MoEClassifier, "Problem"], Driver]
 FIRST_JUDGED_SEED = 1000
 SEARCH = ((12, 2), (4, 6))  # candidates, seeds: 48 trainings for each scheduler
-
-
-class Problem(NamedTuple):
-    """What is trained, for how long, and how often a decision is taken."""
-
-    inputs: torch.Tensor
-    labels: torch.Tensor
-    validation_inputs: torch.Tensor
-    validation_labels: torch.Tensor
-    widths: tuple[int, ...]
-    batch_size: int
-    steps_per_action: int
-    max_actions: int
-    target: float
-
-
-@cache
-def fashion_images() -> Problem:
-    """Fashion-MNIST, 55,000 images of 28 x 28 and 5,000 to validate on; 8 experts of 64 hidden units."""
-    found = data.load("fashion-mnist")
-    rows = np.concatenate([found.splits["train"], found.splits["rl_train"]])
-    mean, deviation = float(found.inputs[rows].mean()), float(found.inputs[rows].std())
-    validation, labels = found["validation"]
-    arrays = (found.inputs[rows] - mean) / deviation, found.labels[rows], (validation - mean) / deviation, labels
-    inputs, given, others, wanted = map(torch.from_numpy, arrays)
-    return Problem(inputs, given, others, wanted, (64,) * 8, 128, steps_per_action=30, max_actions=30, target=0.87)
-
-
-@cache
-def small(name: str) -> Problem:
-    """A task of MoEMetaOpt-v0 as it is there."""
-    task = tasks.load(name)
-    arrays = task.inputs, task.labels, task.validation_inputs, task.validation_labels
-    inputs, given, others, wanted = (torch.from_numpy(array.copy()) for array in arrays)
-    steps, target = task.recipe.steps, task.recipe.target
-    return Problem(inputs, given, others, wanted, (16,) * 4, 64, steps_per_action=steps, max_actions=30, target=target)
-
-
-def train(
-    problem: Problem, optimizer: Callable[[Any], torch.optim.Optimizer], drive: Drive, seed: int
-) -> dict[str, Any]:
-    """A training until the target or the last decision: decisions, epochs, CPU seconds, and a timeline."""
-    begun = time.process_time()
-    torch.manual_seed(seed)
-    model = MoEClassifier(problem.inputs.shape[1], int(problem.labels.max()) + 1, widths=problem.widths)
-    made = optimizer([{"params": part.parameters()} for part in (model.gate, model.experts)])
-    driver, timeline, losses = drive(made, model, problem), [], []
-    batches = _batches(problem, seed)
-    for action in range(1, problem.max_actions + 1):
-        losses = [_step(problem, model, made, next(batches)) for _ in range(problem.steps_per_action)]
-        metrics = validate(problem, model) | {"train_losses": losses}
-        rates = [float(group["lr"]) for group in made.param_groups]
-        decays = [float(group["weight_decay"]) for group in made.param_groups]
-        timeline.append({
-            "action": action, "epochs": action * problem.steps_per_action * problem.batch_size / len(problem.labels),
-            "seconds": time.process_time() - begun, "accuracy": metrics["validation_accuracy"],
-            "validation_loss": metrics["validation_loss"], "gate_rate": rates[0], "experts_rate": rates[1],
-            "gate_decay": decays[0], "experts_decay": decays[1],
-            "beta1": float(made.param_groups[0].get("betas", (np.nan,))[0]),
-        })  # fmt: skip
-        if metrics["validation_accuracy"] >= problem.target:
-            break
-        driver(metrics, action)
-    arrived = metrics["validation_accuracy"] >= problem.target
-    last = timeline[-1]
-    return {
-        "seed": seed, "arrived": arrived, "steps": action if arrived else problem.max_actions + 1,
-        "epochs": last["epochs"], "seconds": last["seconds"], "loss": last["validation_loss"],
-        "accuracy": last["accuracy"], "timeline": timeline,
-    }  # fmt: skip
-
-
-def _batches(problem: Problem, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(problem.labels), generator=generator)
-        yield from order.split(problem.batch_size)[: len(order) // problem.batch_size]
-
-
-def _step(problem: Problem, model: MoEClassifier, optimizer: torch.optim.Optimizer, rows: torch.Tensor) -> float:
-    loss = F.cross_entropy(model(problem.inputs[rows]), problem.labels[rows])
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
-
-
-@torch.no_grad()
-def validate(problem: Problem, model: MoEClassifier) -> dict[str, Any]:
-    """Loss, accuracy and the gate's metrics on the validation data."""
-    logits = model(problem.validation_inputs)
-    return gate_metrics(model.gate(problem.validation_inputs)) | {
-        "validation_loss": float(F.cross_entropy(logits, problem.validation_labels)),
-        "validation_accuracy": float((logits.argmax(1) == problem.validation_labels).float().mean()),
-    }
-
-
-def by_policy(policy: Any) -> Drive:
-    """A learned policy drives."""
-
-    def drive(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
-        groups = {"gate": model.gate, "experts": model.experts}
-        meta = PolicyMetaOptimizer(optimizer, policy, groups, target=problem.target, max_actions=problem.max_actions)
-        return meta.update_hparams
-
-    return drive
-
-
-def constant(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
-    """Nothing changes."""
-    return lambda metrics, action: None
-
-
-def by_cosine(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
-    """torch's LambdaLR with half a cosine over all decisions."""
-    scheduler = lr_scheduler.LambdaLR(optimizer, lambda action: float(cosine(np.array(action / problem.max_actions))))
-    return lambda metrics, action: scheduler.step()
-
-
-def by_plateau(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
-    """torch's ReduceLROnPlateau, with the patience and factor of our rules."""
-    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=PATIENCE - 1)
-    return lambda metrics, action: scheduler.step(metrics["validation_loss"])
-
-
-SCHEDULERS: dict[str, Drive] = {"constant": constant, "cosine": by_cosine, "plateau": by_plateau}
-
-
-def adamw(rate: float, decay: float) -> Callable[[Any], torch.optim.Optimizer]:
-    """AdamW with a learning rate and weight decay."""
-    return lambda parts: torch.optim.AdamW(parts, lr=rate, weight_decay=decay, fused=True)
 
 
 def search(name: str) -> tuple[float, float]:
@@ -199,28 +59,20 @@ def overhead(policy: Any, pairs: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     problem = fashion_images()._replace(target=1.1, max_actions=2 * pairs)
     windows: list[float] = []
-    begun = 0.0
 
     def drive(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
-        meta = by_policy(policy)(optimizer, model, problem)
+        meta, ends = by_policy(policy)(optimizer, model, problem), [time.process_time()]
 
         def driver(metrics: dict[str, Any], action: int) -> None:
-            nonlocal begun
-            if (action % 4) in (1, 0):  # with, without, without, with
+            if action % 4 in (0, 1):  # with, without; without, with
                 meta(metrics, action)
-            windows.append(time.process_time() - begun)
-            begun = time.process_time()
+            ends.append(time.process_time())
+            windows.append(ends[-1] - ends[-2])
 
-        begin()
         return driver
 
-    def begin() -> None:
-        nonlocal begun
-        begun = time.process_time()
-
     train(problem, adamw(0.003, 0.01), drive, 0)
-    table = np.array(windows[1:]) if len(windows) % 2 else np.array(windows)
-    first, second = table.reshape(-1, 2).T
+    first, second = np.array(windows).reshape(-1, 2).T
     even = np.arange(len(first)) % 2 == 0
     ratios = np.where(even, first / second, second / first) - 1
     return {"pairs": len(ratios), "overhead": float(np.median(ratios)), "ci95": median_interval(ratios)}

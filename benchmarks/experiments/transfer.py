@@ -20,8 +20,8 @@ import torch
 from agents import tuned
 from agents.ppo import PPO
 from agents.yardsticks.metaopt import ID, SCHEDULES, Round
-from benchmarks import jobs, runs
-from benchmarks.experiments import metaopt, torch_loop
+from benchmarks import jobs, runs, torch_training
+from benchmarks.experiments import metaopt
 from cost.files import write_text
 from experts import tasks
 from moe_envs.metaopt import INITIAL_RATES
@@ -109,15 +109,15 @@ def judge_optimizer(optimizer: str, task: str, paths: Sequence[Path], seeds: Seq
     A seed draws the same rate for all.
     """
     torch.set_num_threads(1)
-    problem, make = torch_loop.small(task), optimizers()[optimizer]
-    drives = {name: [drive] for name, drive in torch_loop.SCHEDULERS.items()}
-    drives["PPO"] = [torch_loop.by_policy(PPO.load(path)) for path in paths]
+    problem, make = torch_training.small(task), optimizers()[optimizer]
+    drives = {name: [drive] for name, drive in torch_training.SCHEDULERS.items()}
+    drives["PPO"] = [torch_training.by_policy(PPO.load(path)) for path in paths]
     rows = []
     for name, each in drives.items():
         for number, drive in enumerate(each):
             for seed in seeds:
                 rate = float(np.exp(np.random.default_rng(seed).uniform(*np.log(INITIAL_RATES))))
-                found = torch_loop.train(problem, partial(make, rate), drive, seed)
+                found = torch_training.train(problem, partial(make, rate), drive, seed)
                 kept = {key: found[key] for key in ("steps", "arrived", "seconds")}
                 rows.append(kept | {"policy": name, "seed": number, "episode": seed})
     shared = {"start": "random rate", "kind": optimizer, "judged_on": task, "trained_on": "digits, fashion-mnist"}

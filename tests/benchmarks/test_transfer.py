@@ -13,6 +13,7 @@ import torch
 
 from agents import PPO
 from agents.yardsticks.metaopt import Round
+from benchmarks import torch_training
 from benchmarks.experiments import sgd_env, torch_loop, transfer
 
 SMALL: dict[str, Any] = {"n_envs": 4, "n_steps": 8, "batch_size": 32}
@@ -31,8 +32,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def problem() -> torch_loop.Problem:
-    return torch_loop.small("digits")
+def problem() -> torch_training.Problem:
+    return torch_training.small("digits")
 
 
 def policy(folder: Path) -> Path:
@@ -65,10 +66,12 @@ def test_policies_and_schedules_meet_the_same_trainings(tmp_path: Path, monkeypa
     assert before == [path.stat().st_mtime_ns for path in (tmp_path / "policies").iterdir()]
 
 
-def test_a_loop_is_the_same_for_the_same_seed_and_follows_its_scheduler(problem: torch_loop.Problem) -> None:
+def test_a_loop_is_the_same_for_the_same_seed_and_follows_its_scheduler(problem: torch_training.Problem) -> None:
     torch.set_num_threads(1)
     few = problem._replace(max_actions=8, target=1.1)
-    first, second = (torch_loop.train(few, torch_loop.adamw(0.01, 0.1), torch_loop.by_cosine, 3) for _ in range(2))
+    first, second = (
+        torch_training.train(few, torch_training.adamw(0.01, 0.1), torch_training.by_cosine, 3) for _ in range(2)
+    )
     rates = [row["gate_rate"] for row in first["timeline"]]
     np.testing.assert_allclose(rates, [0.005 * (1 + np.cos(np.pi * step / 8)) for step in range(8)])
     assert [row["validation_loss"] for row in first["timeline"]] == [
@@ -76,12 +79,12 @@ def test_a_loop_is_the_same_for_the_same_seed_and_follows_its_scheduler(problem:
     ]
     assert (first["steps"], first["arrived"]) == (9, False)
     easy = problem._replace(target=0.5)
-    arrived = torch_loop.train(easy, torch_loop.adamw(0.02, 0.0), torch_loop.constant, 3)
+    arrived = torch_training.train(easy, torch_training.adamw(0.02, 0.0), torch_training.constant, 3)
     assert arrived["arrived"]
     assert arrived["steps"] == len(arrived["timeline"]) < 30
 
 
-def test_the_loop_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: torch_loop.Problem) -> None:
+def test_the_loop_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: torch_training.Problem) -> None:
     monkeypatch.setattr(torch_loop, "fashion_images", lambda: problem._replace(max_actions=5, target=0.85))
     monkeypatch.setattr(torch_loop, "SEARCH", ((2, 1),))
     result = torch_loop.run([policy(tmp_path)], 2, 4, 1, tmp_path / "out", lambda name: lambda share: None)
@@ -100,12 +103,12 @@ def test_the_loop_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pr
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
 
 
-def test_a_policy_drives_lamb(tmp_path: Path, problem: torch_loop.Problem) -> None:
+def test_a_policy_drives_lamb(tmp_path: Path, problem: torch_training.Problem) -> None:
     pytest.importorskip("pytorch_optimizer")
     make = transfer.optimizers()["LAMB"]
     few = problem._replace(max_actions=6, target=1.1)
-    drive = torch_loop.by_policy(PPO.load(policy(tmp_path)))
-    found = torch_loop.train(few, lambda parts: make(0.02, parts), drive, 0)
+    drive = torch_training.by_policy(PPO.load(policy(tmp_path)))
+    found = torch_training.train(few, lambda parts: make(0.02, parts), drive, 0)
     rates = [row["experts_rate"] for row in found["timeline"]]
     assert len(set(rates)) > 1
     assert all(np.isfinite(row["validation_loss"]) for row in found["timeline"])
