@@ -7,8 +7,6 @@ ones are made when they are asked for.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 
 from experts import data
 from experts.data import DataError
+from experts.files import write_bytes
 from experts.zoo import ASSETS
 
 SOFTENING = 0.05  # added to deviations, for pixels that hardly ever change
@@ -113,13 +112,8 @@ def ship(folder: Path = FOLDER) -> list[Path]:
 
     raw = {f"{name}.safetensors": save(make(name)) for name in SHIPPED}
     raw[SUMS] = "".join(f"{hashlib.sha256(each).hexdigest()}  {name}\n" for name, each in raw.items()).encode()
-    folder.mkdir(parents=True, exist_ok=True)
     for name, each in raw.items():
-        descriptor, partial = tempfile.mkstemp(dir=folder)
-        with open(descriptor, "wb") as file:
-            file.write(each)
-        os.chmod(partial, 0o644)
-        os.replace(partial, folder / name)
+        write_bytes(folder / name, each)
     return [folder / name for name in raw]
 
 

@@ -188,7 +188,7 @@ def _draw(frame: pd.DataFrame, path: Path) -> None:
     for panel, (start, group) in zip(figure.subplots(1, 2), frame.groupby("start", sort=False), strict=True):
         for name, part in group.groupby("policy", sort=False):
             steps = np.arange(1, int(frame["steps"].max()) + 1)
-            shares = [(part["steps"] <= step).mean() for step in steps]
+            shares = [(part["arrived"] & (part["steps"] <= step)).mean() for step in steps]
             panel.plot(steps, shares, label=name, lw=3 if name == "PPO" else 1)
         panel.set(title=f"from the {start}", xlabel="decisions", ylabel="share at the target")
         panel.grid(alpha=0.3)
@@ -210,10 +210,11 @@ def _draw_timelines(lines: pd.DataFrame, path: Path) -> None:
             for name, part in group.groupby("policy", sort=False):
                 middle = part.groupby("actions")[column].median()
                 panel.plot(middle.index, middle, label=name, lw=3 if name == "PPO" else 1)
-            panel.set(title=f"{title}, from the {start}", xlabel="decisions")
+            panel.set(title=title, xlabel="decisions")
             panel.set_yscale(
                 "symlog" if "decay" in column else "log", **({"linthresh": 1e-3} if "decay" in column else {})
             )
             panel.grid(alpha=0.3)
+        panels[0].set_ylabel(f"from the {start}")
         panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)

@@ -1,0 +1,47 @@
+"""Bits in bytes: small integers packed without a gap, and the layers that are made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """A matrix `[rows, columns]` as the bytes that lie on disk, and what they decompress to, float32."""
+
+    level: int
+    payload: bytes
+    weights: np.ndarray
+
+    @property
+    def bytes(self) -> int:
+        """Exactly what it takes on disk."""
+        return len(self.payload)
+
+
+def pack(codes: np.ndarray, bits: int) -> bytes:
+    """Codes from 0 to 2^bits - 1, `bits` of 1, 2, 4 or 8 each, the last byte filled with zeros."""
+    flat = np.ascontiguousarray(codes, dtype=np.uint8).ravel()
+    if bits == 8:
+        return flat.tobytes()
+    each = 8 // bits
+    padded = np.zeros(-(-flat.size // each) * each, dtype=np.uint8)
+    padded[: flat.size] = flat
+    shifts = np.arange(each, dtype=np.uint8) * np.uint8(bits)
+    return np.bitwise_or.reduce(padded.reshape(-1, each) << shifts, axis=1).astype(np.uint8).tobytes()
+
+
+def unpack(raw: bytes, bits: int, count: int) -> np.ndarray:
+    """The `count` codes of `pack`, uint8."""
+    packed = np.frombuffer(raw, dtype=np.uint8)
+    if bits == 8:
+        return packed[:count]
+    shifts = np.arange(8 // bits, dtype=np.uint8) * np.uint8(bits)
+    return ((packed[:, None] >> shifts) & np.uint8(2**bits - 1)).ravel()[:count]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """The length of what `pack` gives for `count` codes."""
+    return -(-count * bits // 8)

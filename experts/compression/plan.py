@@ -1,0 +1,160 @@
+"""A plan says at which level each matrix of a model is stored; applied to a model it gives real bytes.
+
+A compressed model is one safetensors file: a single tensor of bytes, matrix after matrix and then everything else as
+float32, with the levels and a SHA-256 in its metadata. Its length follows from the model's shapes and the plan alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+from torch import nn
+
+from experts.compression import LEVELS, compress, decompress, size_of
+from experts.compression.pieces import other_parameters, pieces
+from experts.files import write_bytes
+
+DIGITS = string.digits + string.ascii_lowercase  # a level in the metadata is one character, whatever it is
+FORMAT = "moe-envs compressed model 1"
+
+
+Raw = bytes
+
+
+class PlanError(ValueError):
+    """A plan or a compressed model is not what it claims to be, or not of this model; the message says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Levels by the name of the matrix, with the matrices' shapes and the number of parameters that are in none."""
+
+    levels: dict[str, int]
+    shapes: dict[str, tuple[int, int]]
+    others: int
+
+    @classmethod
+    def of(cls, model: nn.Module, levels: int | Iterable[int] | Mapping[str, int] = 0) -> Plan:
+        """A plan for a model: one level for all matrices, one for each in order, or by name (0 where none is named)."""
+        shapes = {name: piece.shape for name, piece in pieces(model).items()}
+        if isinstance(levels, Mapping):
+            if unknown := levels.keys() - shapes.keys():
+                raise PlanError(f"the model has no {', '.join(sorted(unknown))}; it has {', '.join(shapes)}")
+            chosen = {name: int(levels.get(name, 0)) for name in shapes}
+        else:
+            each = [levels] * len(shapes) if isinstance(levels, int) else [int(level) for level in levels]
+            if len(each) != len(shapes):
+                raise PlanError(f"{len(each)} levels for the {len(shapes)} matrices of the model")
+            chosen = dict(zip(shapes, each, strict=True))
+        if wrong := {name: level for name, level in chosen.items() if not 0 <= level < len(LEVELS)}:
+            raise PlanError(f"levels must be from 0 to {len(LEVELS) - 1}, got {wrong}")
+        return cls(chosen, shapes, sum(tensor.numel() for tensor in other_parameters(model).values()))
+
+    @property
+    def bytes(self) -> int:
+        """Exactly what the compressed model takes on disk."""
+        return self.overhead + sum(size_of(self.shapes[name], level) for name, level in self.levels.items())
+
+    @property
+    def overhead(self) -> int:
+        """The bytes of the file that no level changes: its header, and the parameters outside the matrices."""
+        payload = sum(size_of(self.shapes[name], level) for name, level in self.levels.items()) + 4 * self.others
+        return len(_file(b"", self.levels.values(), payload)) + 4 * self.others
+
+    def apply(self, model: nn.Module, importance: Mapping[str, np.ndarray] | None = None) -> nn.Module:
+        """A copy of the model with the weights that its compressed form decompresses to."""
+        return self.compress(model, importance)[1]
+
+    def compress(self, model: nn.Module, importance: Mapping[str, np.ndarray] | None = None) -> tuple[Raw, nn.Module]:
+        """The file of the compressed model, and the model it decompresses to; `importance` as of `pieces`."""
+        self._check(model)
+        restored, payloads = copy.deepcopy(model), []
+        for name, piece in pieces(restored).items():
+            layer = compress(piece.read(), self.levels[name], None if importance is None else importance[name])
+            piece.write(layer.weights)
+            payloads.append(layer.payload)
+        others = [tensor.detach().float().numpy(force=True) for tensor in other_parameters(restored).values()]
+        payloads += [np.ascontiguousarray(tensor, dtype="<f4").tobytes() for tensor in others]
+        return _file(b"".join(payloads), self.levels.values()), restored
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        content = {"format": 1, "others": self.others, "matrices": [
+            {"name": name, "shape": list(self.shapes[name]), "level": level, "form": LEVELS[level].name}
+            for name, level in self.levels.items()
+        ]}  # fmt: skip
+        write_bytes(Path(path), json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """A plan of `save`; raises `PlanError` where it is none."""
+        try:
+            content: dict[str, Any] = json.loads(Path(path).read_bytes())
+            rows = content["matrices"]
+            levels = {str(row["name"]): int(row["level"]) for row in rows}
+            shapes = {str(row["name"]): (int(row["shape"][0]), int(row["shape"][1])) for row in rows}
+            others, forms = int(content["others"]), [LEVELS[level].name for level in levels.values()]
+        except OSError as error:
+            raise PlanError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise PlanError(f"{path} is not a plan: {type(error).__name__} {error}") from error
+        if forms != [row.get("form") for row in rows] or min(levels.values(), default=0) < 0:
+            raise PlanError(f"{path} has levels of another table than this version's")
+        return cls(levels, shapes, others)
+
+    def _check(self, model: nn.Module) -> None:
+        shapes = {name: piece.shape for name, piece in pieces(model).items()}
+        if shapes != self.shapes:
+            different = sorted(name for name in shapes | self.shapes if shapes.get(name) != self.shapes.get(name))
+            raise PlanError(f"the plan is of another model: they differ in {', '.join(different[:5])}")
+
+
+def load_compressed(path: str | Path, model: nn.Module) -> nn.Module:
+    """Fill a module with the weights of a compressed model's file, bit for bit those that `Plan.compress` gave.
+
+    Raises `PlanError` where the file is damaged, foreign, or of another model.
+    """
+    try:
+        with safe_open(Path(path), "numpy") as file:
+            metadata, raw = file.metadata() or {}, file.get_tensor("payload").tobytes()
+    except (SafetensorError, OSError) as error:
+        raise PlanError(f"{path} is not a compressed model: {error}") from error
+    if metadata.get("format") != FORMAT or hashlib.sha256(raw).hexdigest() != metadata.get("sha256"):
+        raise PlanError(f"{path} is damaged or of another format: its SHA-256 is not the one it names")
+    plan = Plan.of(model, [DIGITS.index(digit) for digit in metadata["levels"]])
+    if len(raw) != plan.bytes - plan.overhead + 4 * plan.others:
+        raise PlanError(f"{path} is of another model: {len(raw)} bytes of weights")
+    place = 0
+    for name, piece in pieces(model).items():
+        size = size_of(piece.shape, plan.levels[name])
+        piece.write(decompress(raw[place : place + size], piece.shape, plan.levels[name]))
+        place += size
+    with torch.no_grad():
+        for tensor in other_parameters(model).values():
+            values = np.frombuffer(raw, dtype="<f4", count=tensor.numel(), offset=place)
+            tensor.copy_(torch.from_numpy(values.reshape(tuple(tensor.shape)).copy()))
+            place += values.nbytes
+    return model
+
+
+def _file(payload: bytes, levels: Iterable[int], pretend: int = 0) -> bytes:
+    """The file of a payload; with `pretend` what such a file has before a payload of that many bytes."""
+    metadata = {
+        "format": FORMAT, "levels": "".join(DIGITS[level] for level in levels),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+    }  # fmt: skip
+    if not pretend:
+        return to_bytes({"payload": np.frombuffer(payload, dtype=np.uint8)}, metadata)
+    whole = to_bytes({"payload": np.zeros(pretend, dtype=np.uint8)}, metadata)
+    return whole[: len(whole) - pretend]
