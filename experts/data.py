@@ -78,16 +78,16 @@ def digits() -> Dataset:
 
 
 def breast_cancer() -> Dataset:
-    """scikit-learn's 569 tumours of 30 measures (Wolberg et al. 1995), each scaled to 0..1, benign or not: 100 train,
-    250 rl_train, 100 validation, 119 test."""
+    """scikit-learn's 569 tumours of 30 measures (Wolberg et al. 1995), benign or not: 100 train, 250 rl_train,
+    100 validation, 119 test. Each measure is scaled to 0..1 by what the first three splits have, and clipped."""
     bunch = _of_sklearn("load_breast_cancer")
     labels = bunch.target.astype(np.int64)
     _check("scikit-learn's breast cancer data", bunch.data.tobytes() + labels.tobytes(), BREAST_CANCER_SHA256)
-    low, high = bunch.data.min(0), bunch.data.max(0)
-    inputs = ((bunch.data - low) / (high - low)).astype(np.float32)
-    return Dataset(
-        "breast-cancer", inputs, labels, split_indices(len(labels), (100, 250, 100, 119)), BREAST_CANCER_SHA256
-    )
+    splits = split_indices(len(labels), (100, 250, 100, 119))
+    known = bunch.data[np.concatenate([splits[name] for name in SPLITS[:3]])]
+    low, high = known.min(0), known.max(0)
+    inputs = ((bunch.data - low) / (high - low)).clip(0, 1).astype(np.float32)
+    return Dataset("breast-cancer", inputs, labels, splits, BREAST_CANCER_SHA256)
 
 
 def fashion_mnist() -> Dataset:

@@ -92,6 +92,40 @@ class MoEClassifier(nn.Module):
         return mix(gate_BE, self.experts(h_BD), top_k(gate_BE, k))
 
 
+class ConvMoEClassifier(nn.Module):
+    """Two convolutions, each with a maximum over 2 x 2 places, and a layer of `trunk` units in front of a Mixture of
+    Experts, for square images of one channel that come flat."""
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_classes: int,
+        *,
+        channels: Sequence[int] = (16, 32),
+        widths: Sequence[int] = (256,) * 8,
+        trunk: int = 192,
+    ) -> None:
+        super().__init__()
+        side = int(num_inputs**0.5)
+        if side**2 != num_inputs or side % 4:
+            raise ValueError(f"{num_inputs} inputs: must be a square image whose side is a multiple of 4")
+        self.settings = {
+            "num_inputs": num_inputs, "num_classes": num_classes, "channels": list(channels), "widths": list(widths),
+            "trunk": trunk,
+        }  # fmt: skip
+        first, second = channels
+        self.trunk = nn.Sequential(
+            nn.Unflatten(1, (1, side, side)),
+            nn.Conv2d(1, first, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(first, second, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(second * (side // 4) ** 2, trunk), nn.ReLU(),
+        )  # fmt: skip
+        self.gate = nn.Linear(trunk, len(widths))
+        self.experts = ExpertStack(trunk, num_classes, widths)
+
+    forward = MoEClassifier.forward
+
+
 def mix(gate_logits_BE: torch.Tensor, outputs_BEC: torch.Tensor, members_BE: torch.Tensor) -> torch.Tensor:
     """The chosen experts' logits, weighted by the gate's softmax over them, `[B, C]`."""
     return (mixing_weights(gate_logits_BE, members_BE).unsqueeze(-1) * outputs_BEC).sum(1)

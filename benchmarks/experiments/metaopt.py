@@ -7,7 +7,6 @@ which the policy gets as the rate it begins with. All are judged on the same tes
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from agents import tuned
 from agents.ppo import PPO
 from agents.yardsticks.metaopt import ID, SCHEDULES, Heuristic, RandomActions, Round, Settings, search, trainings
 from agents.yardsticks.metaopt_bound import beam_search
-from benchmarks import backends, jobs, runs
+from benchmarks import jobs, policies, runs
 from benchmarks.statistics import mean_interval, paired_difference
 from cost.files import write_text
 from experts import tasks
@@ -35,21 +33,6 @@ BY_GROUP, DECAY = "constant, by group", 1e-2  # the weight decay that trainings 
 SHOWN = 32  # contexts of the timelines
 BEAM, BOUND_CONTEXTS = 2, 16
 Result = dict[str, Any]
-
-
-def learn(env_kwargs: dict[str, Any], seed: int, timesteps: int | None, out: Path) -> tuple[str, float]:
-    """Train a policy on the split `train` with the tuned settings: its folder, and CPU seconds."""
-    import torch
-
-    torch.set_num_threads(1)
-    settings = tuned.settings("ppo", ID, "own", **({"total_timesteps": timesteps} if timesteps else {}))
-    begun = time.process_time()
-    agent = backends.make(ID, "ppo", "own", env_kwargs, seed, settings)
-    agent.learn(settings["total_timesteps"])
-    seconds = time.process_time() - begun
-    path = out / "policies" / str(seed)
-    agent.save(path)
-    return str(path), seconds
 
 
 def judge(policy: Any, contexts: int, starts: dict[str, dict[str, Any]], **env_kwargs: Any) -> list[pd.DataFrame]:
@@ -117,15 +100,18 @@ def run(
         rate = float(found["constant"][0].rates.mean())
         starts = {name: {"initial_decay": DECAY} for name in ("random rate", "tuned rate")}
         starts["tuned rate"] |= {"initial_rate": rate}
-        learning = [pool.submit(learn, env_kwargs, seed, timesteps, out) for seed in range(seeds)]
+        learning = [
+            pool.submit(policies.learn, env_kwargs, seed, timesteps, out / "policies" / f"{task}-{seed}")
+            for seed in range(seeds)
+        ]
         learned = jobs.gather(learning, add_task(f"{seeds} trainings of PPO"))
         judged = [
-            pool.submit(learnt, env_kwargs, seed, path, contexts, starts) for seed, (path, _) in enumerate(learned)
+            pool.submit(learnt, env_kwargs, seed, each["path"], contexts, starts) for seed, each in enumerate(learned)
         ]
         judged += [pool.submit(_yardstick, *each, contexts, env_kwargs) for each in _yardsticks(found, starts)]
         tables = jobs.gather(judged, add_task("judging them"))
         few = min(contexts, BOUND_CONTEXTS)
-        searching = [pool.submit(bound, env_kwargs, learned[0][0], start, few) for start in starts.values()]
+        searching = [pool.submit(bound, env_kwargs, learned[0]["path"], start, few) for start in starts.values()]
         bounds = jobs.gather(searching, add_task("searching with the future known"))
     frame, lines = (pd.concat(part, ignore_index=True) for part in zip(*tables, strict=True))
     settings = {
@@ -134,7 +120,7 @@ def run(
     }
     result: Result = {
         "task": task, "rate": rate, "settings": settings, "rows": summarise(frame),
-        "bounds": dict(zip(starts, bounds, strict=True)), "training_seconds": [seconds for _, seconds in learned],
+        "bounds": dict(zip(starts, bounds, strict=True)), "policies": learned,
         **runs.provenance(),
     }  # fmt: skip
     frame.to_csv(out / "trainings.csv", index=False)

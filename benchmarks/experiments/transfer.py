@@ -17,10 +17,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from agents import tuned
 from agents.ppo import PPO
-from agents.yardsticks.metaopt import ID, SCHEDULES, Round
-from benchmarks import jobs, runs, torch_training
+from agents.yardsticks.metaopt import SCHEDULES, Round
+from benchmarks import jobs, policies, runs, torch_training
 from benchmarks.experiments import metaopt
 from cost.files import write_text
 from experts import tasks
@@ -58,20 +57,11 @@ def optimizers() -> dict[str, Callable[[float, Any], torch.optim.Optimizer]]:
     }
 
 
-def learn(name: str, seed: int, timesteps: int | None, out: Path) -> Path:
-    """Train a policy on a mixture, with the tuned settings of MoEMetaOpt-v0; where it is saved."""
-    torch.set_num_threads(1)
+def learn(name: str, seed: int, timesteps: int | None, out: Path) -> policies.Record:
+    """Train a policy on a mixture."""
     of, kwargs = TRAINED_ON[name]
-    settings = tuned.settings("ppo", ID, "own", **({"total_timesteps": timesteps} if timesteps else {}))
-    rows, steps = settings.pop("n_envs"), settings.pop("total_timesteps")
-    path = out / "policies" / f"{name.replace(', ', '+').replace(' ', '-')}-{steps}-{seed}"
-    if path.exists():
-        return path
-    arguments = {"task": list(of), **kwargs, **_costs(of)}
-    agent = PPO(ID, n_envs=rows, env_kwargs=arguments, seed=seed, **settings)
-    agent.learn(steps)
-    agent.save(path)
-    return path
+    path = out / "policies" / f"{name.replace(', ', '+').replace(' ', '-')}-{seed}"
+    return policies.learn({"task": list(of), **kwargs, **_costs(of)}, seed, timesteps, path)
 
 
 def _costs(of: Iterable[str]) -> dict[str, str]:
@@ -136,7 +126,7 @@ def run(
         paths = dict(
             zip(names, jobs.gather([pool.submit(learn, *each, timesteps, out) for each in names], report), strict=True)
         )
-        of = {name: [paths[name, seed] for seed in range(seeds)] for name in TRAINED_ON}
+        of = {name: [Path(paths[name, seed]["path"]) for seed in range(seeds)] for name in TRAINED_ON}
         futures = [pool.submit(judge, place, of[case[0]], contexts) for place, case in enumerate(CASES)]
         both = of["digits, fashion-mnist"]
         futures += [
@@ -149,7 +139,12 @@ def run(
     for (kind, judged_on, trained_on), group in frame.groupby(["kind", "judged_on", "trained_on"], sort=False):
         names_of = {"kind": kind, "judged_on": judged_on, "trained_on": trained_on}
         rows += [names_of | row for row in metaopt.summarise(group)]
-    result = {"rows": rows, "seconds": time.perf_counter() - begun, **runs.provenance()}
+    result = {
+        "rows": rows,
+        "policies": list(paths.values()),
+        "seconds": time.perf_counter() - begun,
+        **runs.provenance(),
+    }
     frame.to_csv(out / "trainings.csv", index=False)
     write_text(out / "results.json", json.dumps(result, indent=1))
     return result
