@@ -30,6 +30,7 @@ from moe_envs.metaopt_signals import (
 )
 
 Metrics = Mapping[str, Any]
+KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # whose last update is known from their state
 
 
 class MetaOptimizer:
@@ -262,7 +263,9 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
     """A `MetaOptimizer` that goes by a policy trained in MoEMetaOpt-v0, ours or SB3's, after `warm_up` decisions by
     rules.
 
-    `target` is the validation accuracy to reach, `max_actions` the number of decisions the training is to have.
+    `target` is the validation accuracy to reach, `max_actions` the number of decisions the training is to have. What
+    the policy sees of the last update is exact for torch's Adam, AdamW and SGD; of other optimisers the first step
+    after each decision is measured.
     """
 
     def __init__(
@@ -280,12 +283,39 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
     ) -> None:
         super().__init__(optimizer, groups, every, undo, **thresholds)
         self.policy, self.target, self.max_actions, self.warm_up = policy, target, max_actions, warm_up
+        self._before: list[list[torch.Tensor]] = []  # weights before a step that is watched
+        self._updates, self._watching = [0.0, 0.0], not isinstance(optimizer, KNOWN)
+        if self._watching:
+            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_step_post_hook(self._after_step)
 
     def update_hparams(self, metrics: Metrics, step: int) -> dict[str, float]:
         """As `MetaOptimizer`'s; `metrics` must have `validation_accuracy` as well."""
         if "validation_accuracy" not in metrics:
             raise ValueError("metrics must have validation_accuracy: a policy goes by its distance to the target")
-        return super().update_hparams(metrics, step)
+        decisions, found = self.decisions, super().update_hparams(metrics, step)
+        self._watching = self._watching or (self.decisions > decisions and not isinstance(self.optimizer, KNOWN))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the optimiser, as a scheduler's."""
+        return super().state_dict() | {"updates": list(self._updates), "watching": self._watching}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        super().load_state_dict(state)
+        self._updates, self._watching = list(state["updates"]), state["watching"]
+
+    def _before_step(self, *_: Any) -> None:
+        if self._watching:
+            self._before = [[p.detach().clone() for p in _parameters(groups)] for groups in self._groups]
+
+    def _after_step(self, *_: Any) -> None:
+        if self._watching:
+            for place, (groups, before) in enumerate(zip(self._groups, self._before, strict=True)):
+                moved = [p.detach() - old for p, old in zip(_parameters(groups), before, strict=True)]
+                self._updates[place] = _norm(moved)
+            self._before, self._watching = [], False
 
     def _note(self, metrics: Metrics, loss: float) -> None:
         super()._note(metrics, loss)
@@ -295,10 +325,11 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
             "imbalance": float(load.std() / max(load.mean(), RATIO_FLOOR)),
             "spread": float(losses.std() / max(losses.mean(), RATIO_FLOOR)),
         }
-        for name, groups, norm in zip(GROUPS, self._groups, self.weight_norms(), strict=True):
+        for place, (name, groups, norm) in enumerate(zip(GROUPS, self._groups, self.weight_norms(), strict=True)):
             gradients = [p.grad for p in _parameters(groups) if p.grad is not None]
             self._noted[f"{name} gradient"] = _norm(gradients)
-            self._noted[f"{name} ratio"] = self._update_norm(groups) / max(float(norm), RATIO_FLOOR)
+            moved = self._update_norm(groups) if isinstance(self.optimizer, KNOWN) else self._updates[place]
+            self._noted[f"{name} ratio"] = moved / max(float(norm), RATIO_FLOOR)
 
     def _decide(self) -> tuple[np.ndarray, np.ndarray]:
         if self.decisions < self.warm_up:
@@ -320,18 +351,15 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
         )  # fmt: skip
 
     def _update_norm(self, groups: list[dict[str, Any]]) -> float:
-        """The norm of the last update: exact for Adam and AdamW, for SGD with or without momentum, and for
-        pytorch_optimizer's LAMB; else the gradient's times the rate."""
+        """The norm of the last update of Adam, AdamW or SGD, without weight decay."""
         total = 0.0
         for group in groups:
             for parameter in group["params"]:
                 state = self.optimizer.state.get(parameter, {})
-                step = float(state.get("step", group.get("step", 0.0)))  # LAMB counts for the group
-                if "exp_avg_sq" in state and step:
-                    first, second = (1 - beta**step for beta in group["betas"])
+                if "exp_avg_sq" in state:
+                    first, second = (1 - beta ** float(state["step"]) for beta in group["betas"])
                     root = (state["exp_avg_sq"] / second).sqrt_().add_(group["eps"])
-                    rate = group["lr"] * float(state.get("trust_ratio", 1.0))
-                    total += float((state["exp_avg"] / root / first).square().sum()) * rate**2
+                    total += float((state["exp_avg"] / root / first).square().sum()) * group["lr"] ** 2
                 else:
                     moved = state.get("momentum_buffer", parameter.grad)
                     total += 0.0 if moved is None else float(moved.square().sum()) * group["lr"] ** 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Any
 
 
@@ -14,9 +14,12 @@ def pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def gather(futures: Iterable[Future[Any]], report: Callable[[float], object]) -> list[Any]:
-    """The results in order; `report` gets the share that is there."""
-    waiting, found = list(futures), []
-    for future in waiting:
-        found.append(future.result())
-        report(len(found) / len(waiting))
-    return found
+    """The results in order; `report` gets the share that is there. The first error ends what has not begun yet."""
+    waiting = list(futures)
+    for number, future in enumerate(as_completed(waiting)):
+        if future.exception():
+            for each in waiting:
+                each.cancel()
+            future.result()
+        report((number + 1) / len(waiting))
+    return [future.result() for future in waiting]

@@ -17,10 +17,11 @@ __all__ = ["benchmark_app"]
 
 @benchmark_app.command("metaopt")
 def _metaopt(
-    task: Annotated[str, typer.Option(help="digits, fashion-mnist or fashion-mnist-14")] = "digits",
+    task: Annotated[str, typer.Option(help="digits, fashion-mnist, fashion-mnist-14 or breast-cancer")] = "digits",
     seeds: Annotated[int, typer.Option(min=2, help="Trainings of PPO.")] = 5,
     contexts: Annotated[int, typer.Option(min=2, help="Held-out trainings that each policy is judged by.")] = 256,
     timesteps: Annotated[int | None, typer.Option(min=1, help="Of PPO, instead of the tuned number.")] = None,
+    by_group: Annotated[bool, typer.Option(help="Search rates and decays of gate and experts apart as well.")] = True,
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
     out: Path = Path("runs/metaopt"),
 ) -> None:
@@ -29,7 +30,7 @@ def _metaopt(
     from benchmarks.experiments import metaopt
 
     with bar() as add:
-        result = metaopt.run(task, seeds, contexts, timesteps, jobs, out, add)
+        result = metaopt.run(task, seeds, contexts, timesteps, by_group, jobs, out, add)
     for start in dict.fromkeys(row["start"] for row in result["rows"]):
         title = f"{task}, from the {start}, {contexts} test contexts"
         table = report.plain_table(title, "policy", "steps", "95 %", "arrive", "PPO's less, 95 %")
@@ -44,10 +45,10 @@ def _metaopt(
                 style = report.STYLES["learned" if row["policy"] == "PPO" else "yardstick"]
                 table.add_row(row["policy"], *figures, style=style)
         console.print(table)
-    for start, row in result["bounds"].items():
+    for start, row in result["searched"].items():
         console.print(
             f"from the {start}, {row['contexts']} contexts: PPO {row['ppo']:.2f}, searched with the future known "
-            f"{row['bound']:.2f}"
+            f"{row['searched']:.2f}"
         )
     console.print(f"[green]saved[/] {out}/results.json, trainings.csv, timelines.csv, steps.png, timelines.png")
 
@@ -85,7 +86,7 @@ def _transfer(
 
 @benchmark_app.command("loop")
 def _loop(
-    policies: Annotated[list[Path], typer.Argument(help="Folders of PPO trained on MoEMetaOpt-v0, as of transfer.")],
+    policies: Annotated[list[Path], typer.Argument(exists=True, help="Folders of PPO trained on MoEMetaOpt-v0.")],
     seeds: Annotated[int, typer.Option(min=2)] = 10,
     pairs: Annotated[int, typer.Option(min=2, help="Windows with a decision and without, for its overhead.")] = 100,
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
@@ -121,7 +122,7 @@ def _loop(
 
 @benchmark_app.command("dacbench")
 def _dacbench(
-    python: Annotated[Path, typer.Argument(help="An interpreter that has dacbench, torch and torchvision.")],
+    python: Annotated[Path, typer.Argument(exists=True, help="An interpreter with dacbench and torchvision.")],
     json_file: Json = None,
 ) -> None:
     """Our trainings beside DACBench's SGDEnv, which runs in an environment of its own."""
@@ -140,5 +141,5 @@ def _dacbench(
         ratios = f"{row['ratio_single']:.1f}", f"{row['ratio']:.1f}"
         table.add_row(str(row["steps"]), "images" if row["images"] else "tensors", *numbers, *ratios)
     console.print(table)
-    first, second = result["losses_of_one_seed"]
-    console.print(f"SGDEnv's last validation loss, twice from seed 0: {first:.6f}, {second:.6f}")
+    first, second = result["weights_of_one_seed"]
+    console.print(f"norm of SGDEnv's last weights, twice from seed 0: {first:.6f}, {second:.6f}")

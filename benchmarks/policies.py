@@ -16,10 +16,10 @@ Record = dict[str, Any]
 
 
 def learn(env_kwargs: dict[str, Any], seed: int, timesteps: int | None, path: Path) -> Record:
-    """Train PPO on the split `train` with the tuned settings, save it into the folder `path`, and its record beside it.
+    """Train PPO on the split `train` with the tuned settings, save it into the folder `path`, its record beside it.
 
-    The record has the policy's folder, its arguments and settings, CPU seconds, commit and machine. A policy of the same
-    arguments and settings that is there already is taken; raises `ValueError` for one of others.
+    The record has the policy's folder, its arguments and settings, CPU seconds, commit and machine. A policy of the
+    same arguments and settings that is there already is taken; raises `ValueError` for one of others.
     """
     import torch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from agents.meta_optimizer import PolicyMetaOptimizer, gate_metrics
 from agents.yardsticks.metaopt import PATIENCE, cosine
 from experts import data, tasks
 from experts.model import MoEClassifier
+from moe_envs.metaopt import INITIAL_RATES
+from moe_envs.metaopt_signals import DECAYS, RATES
 
 # Called after each validation with its metrics and the number of decisions so far.
 Driver = Callable[[dict[str, Any], int], object]
@@ -50,7 +52,7 @@ def fashion_images() -> Problem:
 
 @cache
 def small(name: str) -> Problem:
-    """A task of MoEMetaOpt-v0 as it is there."""
+    """The data, model, batches and target of a task of MoEMetaOpt-v0, trained on all inputs."""
     task = tasks.load(name)
     arrays = task.inputs, task.labels, task.validation_inputs, task.validation_labels
     inputs, given, others, wanted = (torch.from_numpy(array.copy()) for array in arrays)
@@ -61,7 +63,10 @@ def small(name: str) -> Problem:
 def train(
     problem: Problem, optimizer: Callable[[Any], torch.optim.Optimizer], drive: Drive, seed: int
 ) -> dict[str, Any]:
-    """A training until the target or the last decision: decisions, epochs, CPU seconds, and a timeline."""
+    """A training until the target or the last decision: steps, epochs and CPU seconds to the target, and a timeline.
+
+    One that does not get there counts as if one more decision had taken it there.
+    """
     begun = time.process_time()
     torch.manual_seed(seed)
     model = MoEClassifier(problem.inputs.shape[1], int(problem.labels.max()) + 1, widths=problem.widths)
@@ -84,10 +89,10 @@ def train(
             break
         driver(metrics, action)
     arrived = metrics["validation_accuracy"] >= problem.target
-    last = timeline[-1]
+    last, more = timeline[-1], 1 if arrived else 1 + 1 / problem.max_actions
     return {
         "seed": seed, "arrived": arrived, "steps": action if arrived else problem.max_actions + 1,
-        "epochs": last["epochs"], "seconds": last["seconds"], "loss": last["validation_loss"],
+        "epochs": more * last["epochs"], "seconds": more * last["seconds"], "loss": last["validation_loss"],
         "accuracy": last["accuracy"], "timeline": timeline,
     }  # fmt: skip
 
@@ -109,21 +114,27 @@ def _step(problem: Problem, model: MoEClassifier, optimizer: torch.optim.Optimiz
 
 @torch.no_grad()
 def validate(problem: Problem, model: MoEClassifier) -> dict[str, Any]:
-    """Loss, accuracy and the gate's metrics on the validation data."""
+    """Loss and accuracy on the validation data."""
     logits = model(problem.validation_inputs)
-    return gate_metrics(model.gate(problem.validation_inputs)) | {
+    return {
         "validation_loss": float(F.cross_entropy(logits, problem.validation_labels)),
         "validation_accuracy": float((logits.argmax(1) == problem.validation_labels).float().mean()),
     }
 
 
 def by_policy(policy: Any) -> Drive:
-    """A learned policy drives."""
+    """A learned policy drives; what it asks of the gate is a part of its decision."""
 
     def drive(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
         groups = {"gate": model.gate, "experts": model.experts}
         meta = PolicyMetaOptimizer(optimizer, policy, groups, target=problem.target, max_actions=problem.max_actions)
-        return meta.update_hparams
+
+        def decide(metrics: dict[str, Any], action: int) -> None:
+            with torch.no_grad():
+                gate = model.gate(problem.validation_inputs)
+            meta.update_hparams(metrics | gate_metrics(gate), action)
+
+        return decide
 
     return drive
 
@@ -146,6 +157,30 @@ def by_plateau(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: 
 
 
 SCHEDULERS: dict[str, Drive] = {"constant": constant, "cosine": by_cosine, "plateau": by_plateau}
+
+
+def drawn_rate(seed: int) -> float:
+    """A learning rate to begin with, log-uniform as in MoEMetaOpt-v0."""
+    return float(np.exp(np.random.default_rng(seed).uniform(*np.log(INITIAL_RATES))))
+
+
+def search(
+    problem: Problem, make: Callable[[float, float], Callable[[Any], torch.optim.Optimizer]], drive: Drive,
+    rounds: Sequence[tuple[int, int]],
+) -> tuple[float, float]:  # fmt: skip
+    """The learning rate and weight decay with the fewest mean steps: random candidates, of which so many meet so many
+    seeds in each round."""
+    generator, count = np.random.default_rng(0), rounds[0][0]
+    low, high = np.log([INITIAL_RATES[0], RATES[1]])
+    rates, decays = np.exp(generator.uniform(low, high, count)), generator.choice(DECAYS, count)
+    candidates: list[tuple[float, float]] = list(zip(rates.tolist(), decays.tolist(), strict=True))
+    for kept, seeds in rounds:
+        scores = [
+            np.mean([train(problem, make(*each), drive, seed)["steps"] for seed in range(seeds)])
+            for each in candidates[:kept]
+        ]
+        candidates = [candidates[place] for place in np.argsort(scores, kind="stable")]
+    return candidates[0]
 
 
 def adamw(rate: float, decay: float) -> Callable[[Any], torch.optim.Optimizer]:

@@ -11,7 +11,10 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
         "kwargs": {"costs": "live"},
         "nondeterministic": True,
     },
-    "MoEMetaOpt-v0": {"entry_point": "moe_envs.metaopt:MoEMetaOpt", "vector_entry_point": "moe_envs.mixed:metaopt"},
+    "MoEMetaOpt-v0": {
+        "entry_point": "moe_envs.metaopt:MoEMetaOpt",
+        "vector_entry_point": "moe_envs.mixed:make_metaopt",
+    },
 }
 
 for _id, _spec in ENVIRONMENTS.items():

@@ -171,16 +171,16 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _reset_rows(self, mask: np.ndarray | None) -> np.ndarray:
         if mask is None:
             return np.arange(self.num_envs)
-        if (
-            not isinstance(mask, np.ndarray)
-            or mask.dtype != np.bool_
-            or mask.shape != (self.num_envs,)
-            or not mask.any()
-        ):
-            raise ValueError(f"reset_mask must be a boolean array [{self.num_envs}] with a True, got {mask!r}")
+        self.check_mask(mask, self.num_envs)
         if not self.generators:
             raise ResetNeeded("the first reset must be of all rows, without a reset_mask")
         return mask.nonzero()[0]
+
+    @staticmethod
+    def check_mask(mask: Any, rows: int) -> None:
+        """Raise `ValueError` for what is no `reset_mask` of so many rows."""
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (rows,) or not mask.any():
+            raise ValueError(f"reset_mask must be a boolean array [{rows}] with a True, got {mask!r}")
 
     def _seed(self, rows: np.ndarray, seed: int | Sequence[int | None] | None) -> None:
         if isinstance(seed, (int, np.integer)):

@@ -9,36 +9,32 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from moe_envs.batched import BatchedEnv, State
 from moe_envs.metaopt import MoEMetaOptVectorEnv
-
-Vector = VectorEnv[np.ndarray, np.ndarray, np.ndarray]
+from moe_envs.spaces import check_actions
 
 
 class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """The rows of several vector environments, whose spaces and autoreset modes must be equal, one after the other.
+    """The rows of several of our environments, whose spaces and autoreset modes must be equal, one after the other.
 
     `reset(seed=s)` seeds row i with s + i. An entry of `info` that only some environments have is 0 in the others'
     rows.
     """
 
-    def __init__(self, envs: Sequence[Vector]) -> None:
+    def __init__(self, envs: Sequence[BatchedEnv]) -> None:
         first = envs[0]
-        for env in envs:
-            if (env.single_observation_space, env.single_action_space) != (
-                first.single_observation_space,
-                first.single_action_space,
-            ):
-                raise ValueError("the environments' spaces differ")
-            if env.metadata["autoreset_mode"] is not first.metadata["autoreset_mode"]:
-                raise ValueError("the environments' autoreset modes differ")
+        spaces = [(env.single_observation_space, env.single_action_space) for env in envs]
+        if any(each != spaces[0] for each in spaces):
+            raise ValueError("the environments' spaces differ")
+        if any(env.autoreset_mode is not first.autoreset_mode for env in envs):
+            raise ValueError("the environments' autoreset modes differ")
         self.envs, self.metadata = list(envs), first.metadata
+        self.observation_layout, self.reward = first.observation_layout, first.reward
         self.num_envs = sum(env.num_envs for env in envs)
+        self._ends = np.cumsum([env.num_envs for env in envs]).tolist()
+        self._rows = [slice(end - env.num_envs, end) for env, end in zip(envs, self._ends, strict=True)]
         self._observations: list[np.ndarray] = [np.zeros(0)] * len(envs)
-        self._ends = np.cumsum([env.num_envs for env in envs])
-        self.single_observation_space, self.single_action_space = (
-            first.single_observation_space,
-            first.single_action_space,
-        )
+        self.single_observation_space, self.single_action_space = spaces[0]
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
@@ -46,30 +42,40 @@ class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start episodes in all rows, or in those of `options["reset_mask"]`."""
-        seeds = list(seed) if isinstance(seed, Sequence) else self._seeds(seed)
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds: list[int | None] = [None if seed is None else int(seed) + row for row in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} rows")
         mask = (options or {}).get("reset_mask")
-        infos: list[dict[str, Any]] = []
-        for place, (env, end) in enumerate(zip(self.envs, self._ends, strict=True)):
-            rows = slice(end - env.num_envs, end)
-            if mask is not None and not mask[rows].any():
-                infos.append({})
-                continue
-            given = options if mask is None else {**(options or {}), "reset_mask": mask[rows]}
-            observation, info = env.reset(seed=seeds[rows], options=given)  # type: ignore[arg-type]
-            self._observations[place] = observation
-            infos.append(info)
+        if mask is not None:
+            self.envs[0].check_mask(mask, self.num_envs)
+        infos: list[dict[str, Any]] = [{} for _ in self.envs]
+        for place, (env, rows) in enumerate(zip(self.envs, self._rows, strict=True)):
+            if mask is None or mask[rows].any():
+                given = options if mask is None else {**(options or {}), "reset_mask": mask[rows]}
+                self._observations[place], infos[place] = env.reset(seed=seeds[rows], options=given)
         return np.concatenate(self._observations), self._joined(infos)
 
-    def _seeds(self, seed: int | None) -> list[int | None]:
-        return [None if seed is None else seed + row for row in range(self.num_envs)]
-
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One step in every row."""
-        parts = np.split(np.asarray(actions), self._ends[:-1])
+        """One step in every row; raises `InvalidAction`, and changes nothing, where an action is outside the space."""
+        parts = np.split(check_actions(self.action_space, actions), self._ends[:-1])
         found = [env.step(part) for env, part in zip(self.envs, parts, strict=True)]
         self._observations = [each[0] for each in found]
         arrays = [np.concatenate(part) for part in zip(*(each[:4] for each in found), strict=True)]
         return arrays[0], arrays[1], arrays[2], arrays[3], self._joined([each[4] for each in found])
+
+    def state(self) -> State:
+        """A copy of everything that the next steps depend on."""
+        return {"mixed": [env.state() for env in self.envs]}
+
+    def restore(self, state: State) -> np.ndarray:
+        """Go back to a `state()` of an environment with the same arguments; returns the observations there."""
+        if len(state.get("mixed", ())) != len(self.envs):
+            raise ValueError(f"not a state of {len(self.envs)} environments side by side")
+        self._observations = [env.restore(each) for env, each in zip(self.envs, state["mixed"], strict=True)]
+        return np.concatenate(self._observations)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close them all."""
@@ -80,10 +86,10 @@ class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         joined: dict[str, Any] = {}
         for key in {key: None for info in infos for key in info}:
             present = [info.get(key) for info in infos]
-            if any(isinstance(each, dict) for each in present):
+            like = next(each for each in present if each is not None)
+            if isinstance(like, dict):
                 joined[key] = self._joined([each or {} for each in present])
                 continue
-            like = next(each for each in present if each is not None)
             joined[key] = np.concatenate([
                 np.zeros((env.num_envs, *like.shape[1:]), like.dtype) if each is None else each
                 for env, each in zip(self.envs, present, strict=True)
@@ -91,10 +97,10 @@ class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return joined
 
 
-def metaopt(num_envs: int = 1, *, task: str | Sequence[str] = "digits", **arguments: Any) -> Vector:
+def make_metaopt(num_envs: int = 1, *, task: str | Sequence[str] = "digits", **arguments: Any) -> Any:
     """MoEMetaOpt-v0's vector face: `num_envs` trainings of a task, or of several tasks in equal shares."""
-    if isinstance(task, str):
-        return MoEMetaOptVectorEnv(num_envs, task=task, **arguments)
+    if not isinstance(task, list | tuple):
+        return MoEMetaOptVectorEnv(num_envs, task=task, **arguments)  # type: ignore[arg-type]
     if not 0 < len(task) <= num_envs:
         raise ValueError(f"task={task!r}: {len(task)} tasks for {num_envs} rows")
     shares = [len(part) for part in np.array_split(np.arange(num_envs), len(task))]

@@ -159,6 +159,8 @@ SCHEDULES: dict[str, Callable[[Settings | None], Schedule]] = {
 def trainings(policy: Any, seeds: Iterable[int], split: str, **env_kwargs: Any) -> pd.DataFrame:
     """One training for each seed, in this order; columns of `agents.evaluate` and `steps`: decisions until the target,
     one more than the largest number where it was not reached."""
+    if not isinstance(env_kwargs.get("task", ""), str):
+        raise ValueError(f"task={env_kwargs['task']!r}: yardsticks judge one task at a time")
     seeds = list(seeds)
     env = gymnasium.make_vec(
         ID, len(seeds), "vector_entry_point", autoreset_mode=AutoresetMode.SAME_STEP.value, split=split, **env_kwargs
@@ -166,6 +168,15 @@ def trainings(policy: Any, seeds: Iterable[int], split: str, **env_kwargs: Any) 
     frame = play(policy, env, len(seeds), seeds)
     arrived, most = frame["meta/arrived"] == 1, env.unwrapped.max_actions  # type: ignore[attr-defined]
     return frame.assign(arrived=arrived, steps=frame["meta/actions"].where(arrived, most + 1))
+
+
+class Found(NamedTuple):
+    """The best settings of a search, their mean steps in its last round, and the decisions that all its trainings
+    took."""
+
+    settings: Settings
+    steps: float
+    decisions: int
 
 
 class Round(NamedTuple):
@@ -177,9 +188,9 @@ class Round(NamedTuple):
 
 def search(
     make: Callable[[Settings | None], Schedule], groups: bool, rounds: Iterable[Round], seed: int = 0, **env_kwargs: Any
-) -> tuple[Settings, float]:
-    """Settings with the fewest mean steps on validation contexts, and these steps: random candidates, of which the best
-    go on to the next round.
+) -> Found:
+    """Settings with the fewest mean steps on validation contexts: random candidates, of which the best go on to the
+    next round.
 
     With `groups` gate and experts have settings of their own.
     """
@@ -189,12 +200,13 @@ def search(
     low, high = np.log([INITIAL_RATES[0], RATES[1]])
     rates = np.exp(generator.uniform(low, high, size)) * np.ones(2)
     ladder = generator.integers(len(DECAYS), size=size) * np.ones(2, dtype=np.int64)
-    steps = np.zeros(count)
+    steps, decisions = np.zeros(count), 0
     for candidates, contexts in rounds:
         best = np.argsort(steps, kind="stable")[:candidates]
         rates, ladder = rates[best], ladder[best]
         settings = Settings(np.repeat(rates, contexts, 0), np.repeat(ladder, contexts, 0))
         frame = trainings(make(settings), list(range(contexts)) * candidates, "validation", **env_kwargs)
         steps = frame["steps"].to_numpy().reshape(candidates, contexts).mean(1)
+        decisions += int(frame["meta/actions"].sum())
     best_one = int(steps.argmin())
-    return Settings(rates[best_one], ladder[best_one]), float(steps[best_one])
+    return Found(Settings(rates[best_one], ladder[best_one]), float(steps[best_one]), decisions)

@@ -1,7 +1,7 @@
-"""How few decisions MoEMetaOpt-v0 could take: a search that sees what becomes of every action, for single contexts.
+"""How few decisions are enough in MoEMetaOpt-v0: a search that sees what becomes of every action, for single contexts.
 
-No policy could do as well, since it would have to know the validation losses to come, their noise included. What is
-found is a sequence of actions that really arrives; a beam that keeps every child would find the shortest there is.
+It knows the validation losses to come, their noise included, which no policy does. What is found is a sequence of
+actions that really arrives; only a beam that keeps every child finds the shortest there is.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ ACTIONS = np.array(list(product(range(3), repeat=4)))
 
 class Node(NamedTuple):
     """A training that can be forked, and the decisions up to it `[n, 4]`. The lower `worth` the more it promises: the
-    decisions that a policy takes from here, then the validation loss."""
+    decisions that a policy takes from here, then the validation loss. It is a row of the state."""
 
     worth: tuple[float, float]
     actions: np.ndarray
+    row: int
     state: State
 
 
@@ -42,36 +43,42 @@ def beam_search(
     best, arrives, beam = (
         np.tile(1, (env.max_actions, 4)),
         False,
-        [Node((0, 0), np.zeros((0, 4), dtype=np.int64), root)],
+        [Node((0, 0), np.zeros((0, 4), dtype=np.int64), 0, root)],
     )
     while beam and len(beam[0].actions) < len(best) - arrives:
-        children: dict[float, Node] = {}  # by loss, as clamped actions come to the same training
+        children: dict[bytes, Node] = {}  # by what they are, as clamped actions come to the same training
         for node in beam:
             env.restore(_repeated(node.state, len(ACTIONS)))
-            observation, _, _, _, infos = env.step(ACTIONS)
+            observation, _, ended, _, infos = env.step(ACTIONS)
             losses, state = infos["meta/validation_loss"].copy(), env.state()
+            identities = np.concatenate([losses[:, None], env.training.rates, env.ladder], axis=1)
             paths = np.concatenate([np.tile(node.actions, (len(ACTIONS), 1, 1)), ACTIONS[:, None]], axis=1)
-            arrived = infos["meta/arrived"] == 1
             left = len(best) - paths.shape[1]
-            steps, more = _play(env, policy, observation, arrived, left if policy else 0)
+            steps, more = _play(env, policy, observation, infos["meta/arrived"] == 1, ended, left if policy else 0)
             quickest = int(steps.argmin())
             if steps[quickest] <= left - arrives:
                 taken = more[quickest, : int(steps[quickest])]
                 best, arrives = np.concatenate([paths[quickest], taken]), True
-            for row in np.lexsort((losses, steps))[:width].tolist():
+            for row in (~ended).nonzero()[0].tolist():
                 worth = float(steps[row]), float(losses[row])
-                children.setdefault(worth[1], Node(worth, paths[row], _row(state, row)))
-        beam = sorted(children.values(), key=lambda node: node.worth)[:width]
+                children.setdefault(identities[row].tobytes(), Node(worth, paths[row], row, state))
+        kept = sorted(children.values(), key=lambda node: node.worth)[:width]
+        beam = [node._replace(state=_row(node.state, node.row)) for node in kept]
     return best, arrives
 
 
 def _play(
-    env: MoEMetaOptVectorEnv, policy: Policy | None, observation: np.ndarray, arrived: np.ndarray, most: int
+    env: MoEMetaOptVectorEnv,
+    policy: Policy | None,
+    observation: np.ndarray,
+    arrived: np.ndarray,
+    over: np.ndarray,
+    most: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """How many decisions of the policy each row takes to arrive, more than the environment allows where it does not
     within `most`; the decisions `[rows, most, 4]`."""
     steps, taken = np.where(arrived, 0, env.max_actions + 1), np.ones((env.num_envs, most, 4), dtype=np.int64)
-    ended = arrived.copy()
+    ended = over.copy()
     for step in range(most):
         assert policy is not None
         taken[:, step], _ = policy.predict(observation, deterministic=True)

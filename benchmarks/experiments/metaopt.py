@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from agents.ppo import PPO
-from agents.yardsticks.metaopt import ID, SCHEDULES, Heuristic, RandomActions, Round, Settings, search, trainings
+from agents.yardsticks.metaopt import ID, SCHEDULES, Found, Heuristic, RandomActions, Round, Settings, search, trainings
 from agents.yardsticks.metaopt_bound import beam_search
 from benchmarks import jobs, policies, runs
 from benchmarks.statistics import mean_interval, paired_difference
@@ -28,10 +28,11 @@ from moe_envs.metaopt_signals import DECAYS
 
 FIRST_TEST_SEED = 10**6
 ROUNDS = (Round(48, 8), Round(12, 32), Round(4, 128))  # 1,280 trainings for each schedule
-GROUP_ROUNDS = (Round(300, 8), Round(40, 32), Round(8, 128))  # 4,704, for gate and experts apart
+# 11,648 for gate and experts apart, about as many decisions as a training of PPO takes.
+GROUP_ROUNDS = (Round(800, 8), Round(100, 32), Round(16, 128))
 BY_GROUP, DECAY = "constant, by group", 1e-2  # the weight decay that trainings begin with, AdamW's default
 SHOWN = 32  # contexts of the timelines
-BEAM, BOUND_CONTEXTS = 2, 16
+BEAM, SEARCHED_CONTEXTS, MISSED = 2, 16, 31
 Result = dict[str, Any]
 
 
@@ -68,36 +69,34 @@ def learnt(env_kwargs: dict[str, Any], seed: int, path: str, contexts: int, star
     return frame, timelines(agent, SHOWN, starts, **env_kwargs).assign(policy="PPO", seed=seed)
 
 
-def bound(env_kwargs: dict[str, Any], path: str, start: dict[str, Any], contexts: int) -> dict[str, float]:
-    """Mean decisions of the best that a search found which sees the future, and of the policy it set out from."""
+def look_ahead(env_kwargs: dict[str, Any], path: str, start: dict[str, Any], contexts: int) -> dict[str, float]:
+    """Mean decisions of what a search finds that sees the future, and of the policy it sets out from."""
     agent = PPO.load(path)
     seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + contexts)
     steps = trainings(agent, seeds, "test", **env_kwargs, **start)["steps"]
     found = [beam_search(seed, "test", BEAM, agent, **env_kwargs, **start) for seed in seeds]
-    most = max(31, int(steps.max()))
-    best = [len(actions) if arrives else most for actions, arrives in found]
-    return {"contexts": contexts, "bound": float(np.mean(best)), "ppo": float(steps.mean())}
+    best = [len(actions) if arrives else MISSED for actions, arrives in found]
+    return {"contexts": contexts, "searched": float(np.mean(best)), "ppo": float(steps.mean())}
 
 
-def tune(name: str, groups: bool, rounds: Sequence[Round], env_kwargs: dict[str, Any]) -> tuple[Settings, float]:
-    """A schedule's settings, and its mean steps on the last round's validation contexts."""
+def tune(name: str, groups: bool, rounds: Sequence[Round], env_kwargs: dict[str, Any]) -> Found:
+    """A schedule's settings, searched on validation contexts."""
     return search(SCHEDULES[name], groups, rounds, **env_kwargs)
 
 
 def run(
-    task: str, seeds: int, contexts: int, timesteps: int | None, processes: int, out: Path,
+    task: str, seeds: int, contexts: int, timesteps: int | None, by_group: bool, processes: int, out: Path,
     add_task: Callable[[str], Callable[[float], object]],
 ) -> Result:  # fmt: skip
     """Search, train, judge; writes results.json, trainings.csv, timelines.csv, two pictures and the policies."""
     env_kwargs: dict[str, Any] = {"task": task} | ({} if task in tasks.SHIPPED else {"costs": "machine"})
     profiles.of_training(tasks.load(task), env_kwargs.get("costs", "reference"), np.array([8]), 1, 64)  # measured once
     with jobs.pool(processes) as pool:
-        names = [*SCHEDULES, BY_GROUP]
-        searches = [pool.submit(tune, name, False, ROUNDS, env_kwargs) for name in SCHEDULES]
-        searches.append(pool.submit(tune, "constant", True, GROUP_ROUNDS, env_kwargs))
-        results = jobs.gather(searches, add_task("searching the schedules' settings"))
-        found = dict(zip(names, results, strict=True))
-        rate = float(found["constant"][0].rates.mean())
+        searches = {BY_GROUP: pool.submit(tune, "constant", True, GROUP_ROUNDS, env_kwargs)} if by_group else {}
+        searches |= {name: pool.submit(tune, name, False, ROUNDS, env_kwargs) for name in SCHEDULES}
+        results = jobs.gather(searches.values(), add_task("searching the schedules' settings"))
+        found: dict[str, Found] = dict(zip(searches, results, strict=True))
+        rate = float(found["constant"].settings.rates.mean())
         starts = {name: {"initial_decay": DECAY} for name in ("random rate", "tuned rate")}
         starts["tuned rate"] |= {"initial_rate": rate}
         learning = [
@@ -110,17 +109,22 @@ def run(
         ]
         judged += [pool.submit(_yardstick, *each, contexts, env_kwargs) for each in _yardsticks(found, starts)]
         tables = jobs.gather(judged, add_task("judging them"))
-        few = min(contexts, BOUND_CONTEXTS)
-        searching = [pool.submit(bound, env_kwargs, learned[0]["path"], start, few) for start in starts.values()]
-        bounds = jobs.gather(searching, add_task("searching with the future known"))
+        few = min(contexts, SEARCHED_CONTEXTS)
+        searching = [pool.submit(look_ahead, env_kwargs, learned[0]["path"], start, few) for start in starts.values()]
+        searched = jobs.gather(searching, add_task("searching with the future known"))
     frame, lines = (pd.concat(part, ignore_index=True) for part in zip(*tables, strict=True))
     settings = {
-        name: {"rates": best.rates.tolist(), "decays": DECAYS[best.ladder].tolist(), "validation_steps": steps}
-        for name, (best, steps) in found.items()
+        name: {
+            "rates": each.settings.rates.tolist(),
+            "decays": DECAYS[each.settings.ladder].tolist(),
+            "validation_steps": each.steps,
+            "decisions": each.decisions,
+        }
+        for name, each in found.items()
     }
     result: Result = {
         "task": task, "rate": rate, "settings": settings, "rows": summarise(frame),
-        "bounds": dict(zip(starts, bounds, strict=True)), "policies": learned,
+        "searched": dict(zip(starts, searched, strict=True)), "policies": learned,
         **runs.provenance(),
     }  # fmt: skip
     frame.to_csv(out / "trainings.csv", index=False)
@@ -131,14 +135,13 @@ def run(
     return result
 
 
-def _yardsticks(found: dict[str, tuple[Settings, float]], starts: Any) -> list[tuple[str, str, Settings | None, Any]]:
+def _yardsticks(found: dict[str, Found], starts: Any) -> list[tuple[str, str, Settings | None, Any]]:
     """Names, those of the policies, their settings, starts."""
-    random, given = {"random rate": starts["random rate"]}, {"tuned rate": starts["tuned rate"]}
-    tuned_rate: dict[str, Any] = {"tuned rate": {}}  # the schedules set their own
+    random, given = ({name: starts[name]} for name in ("random rate", "tuned rate"))
     todo: list[tuple[str, str, Settings | None, Any]] = [(name, name, None, random) for name in SCHEDULES]
     todo += [("random actions", "random actions", None, random), ("rules", "rules", None, random)]
     todo += [("rules", "rules", None, given)]
-    return todo + [(name, name.split(",")[0], best, tuned_rate) for name, (best, _) in found.items()]
+    return todo + [(name, name.split(",")[0], each.settings, given) for name, each in found.items()]
 
 
 def _yardstick(
@@ -182,19 +185,21 @@ def _draw(frame: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw_timelines(lines: pd.DataFrame, path: Path) -> None:
-    """Medians over contexts and seeds of rates, decays and validation loss, decision by decision."""
+def _draw_timelines(timelines: pd.DataFrame, path: Path) -> None:
+    """Medians over contexts and seeds of rates, decays and validation loss, decision by decision; a training that has
+    arrived keeps its last values."""
     columns = {
         "experts_rate": "learning rate, experts", "gate_rate": "learning rate, gate",
         "experts_decay": "weight decay, experts", "gate_decay": "weight decay, gate",
         "validation_loss": "validation loss",
     }  # fmt: skip
     figure = Figure((18, 6.4), layout="constrained")
-    groups = lines.groupby("start", sort=False)
+    groups = timelines.groupby("start", sort=False)
     for panels, (start, group) in zip(figure.subplots(2, len(columns)), groups, strict=True):
         for panel, (column, title) in zip(panels, columns.items(), strict=True):
             for name, part in group.groupby("policy", sort=False):
-                middle = part.groupby("actions")[column].median()
+                lines = part.pivot_table(index=["seed", "episode"], columns="actions", values=column)
+                middle = lines.ffill(axis=1).median()
                 panel.plot(middle.index, middle, label=name, lw=3 if name == "PPO" else 1)
             panel.set(title=title, xlabel="decisions")
             panel.set_yscale(

@@ -27,8 +27,7 @@ EPOCH = 15  # optimiser steps
 SECONDS = 0.5  # of a round, about
 TRAININGS = 64
 # Optimiser steps between two validations, and whether DACBench gets images for the transforms of its own data sets to
-# turn into tensors, or tensors. Its environment validates after an epoch on everything; after a single step on a tenth,
-# where ours validates on everything too.
+# turn into tensors, or tensors. Both validate on everything.
 CASES = [(EPOCH, False), (EPOCH, True), (1, False), (1, True)]
 
 
@@ -39,12 +38,13 @@ def compare(python: str, report: Any) -> dict[str, Any]:
     Raises `ValueError` where DACBench does not run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        script = _pack(Path(folder))
-        with subprocess.Popen(
-            [python, script], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        script, complaints = _pack(Path(folder)), Path(folder) / "stderr"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+        with complaints.open("w") as stderr, subprocess.Popen(
+            [str(Path(python).absolute()), script], cwd=folder, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
         ) as process:  # fmt: skip
-            ask = partial(_ask, python, process)
+            ask = partial(_ask, process, complaints)
             versions, rows = ask({"ask": "versions"}), []
             for number, (steps, images) in enumerate(CASES):
                 case = {"steps": steps, "images": images}
@@ -56,9 +56,9 @@ def compare(python: str, report: Any) -> dict[str, Any]:
                     "ratio_single": statistics.median(run[1] / run[2] for run in runs),
                 })  # fmt: skip
                 report((number + 1) / len(CASES))
-            losses = ask({"steps": EPOCH, "images": False})["losses"]
+            weights = ask({"steps": EPOCH, "images": False})["weights"]
             process.communicate("\n")
-    return {"rows": rows, "versions": versions, "losses_of_one_seed": losses[:2]}
+    return {"rows": rows, "versions": versions, "weights_of_one_seed": weights[:2]}
 
 
 def _pack(folder: Path) -> str:
@@ -98,17 +98,17 @@ def ours(steps: int, count: int) -> float:
     return done / (time.process_time() - begun)
 
 
-def _ask(python: str, process: subprocess.Popen[str], question: dict[str, Any]) -> dict[str, Any]:
+def _ask(process: subprocess.Popen[str], complaints: Path, question: dict[str, Any]) -> dict[str, Any]:
     assert process.stdin is not None
     assert process.stdout is not None
-    assert process.stderr is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(json.dumps(question) + "\n")
         process.stdin.flush()
     line = process.stdout.readline()
     if not line:
-        last = process.stderr.read().strip().splitlines()[-1:]
-        raise ValueError(f"{python} does not run DACBench: {' '.join(last)}")
+        process.wait()
+        last = complaints.read_text().strip().splitlines()[-1:]
+        raise ValueError(f"this Python does not run DACBench: {' '.join(last)}")
     found: dict[str, Any] = json.loads(line)
     return found
 
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def theirs(steps: int, images: bool) -> dict[str, Any]:
-    """Optimiser steps per second of CPU time of DACBench's SGDEnv, resets included, and each episode's last loss."""
+    """Optimiser steps per second of CPU time of DACBench's SGDEnv, resets included, and each last weights' norm."""
     from dacbench.abstract_benchmark import objdict
     from dacbench.benchmarks.sgd_benchmark import SGD_DEFAULTS
     from dacbench.envs.env_utils.sgd_utils import DATASETS
@@ -171,16 +171,17 @@ def theirs(steps: int, images: bool) -> dict[str, Any]:
     config = objdict(SGD_DEFAULTS.copy())
     config.update(
         loss_function=torch.nn.CrossEntropyLoss, loss_function_kwargs={"reduction": "none"}, epoch_mode=steps > 1,
-        dataset_config={"Ours": transforms}, instance_set={0: instance}, cutoff=2 * actions,
+        dataset_config={"Ours": transforms}, instance_set={0: instance}, cutoff=actions * EPOCH,
     )  # fmt: skip
+    # SGDEnv validates on everything where its cutoff is a multiple of an epoch's batches, else on a tenth.
     env, begun = SGDEnv(config), time.process_time()
-    losses: list[float] = []
-    while time.process_time() - begun < SECONDS or len(losses) < 2:
+    weights: list[float] = []
+    while time.process_time() - begun < SECONDS or len(weights) < 2:
         env.reset(seed=0)
         for _ in range(actions):
             env.step(RATE)
-        losses.append(float(env.validation_loss))
-    return {"rate": len(losses) * actions * steps / (time.process_time() - begun), "losses": losses}
+        weights.append(float(torch.nn.utils.parameters_to_vector(env.model.parameters()).norm().detach()))
+    return {"rate": len(weights) * actions * steps / (time.process_time() - begun), "weights": weights}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A learned policy as the `MetaOptimizer` of a plain torch training, beside torch's own schedulers.
 
-The model, a Mixture of Experts on the whole images of Fashion-MNIST, and the data are none that the policy has met. The
-schedulers' rates and decays are searched on other seeds than all are judged by.
+The model is a Mixture of Experts on the whole images of Fashion-MNIST, larger than any the policy has met. The data are
+new to it as well, unless it was trained on tasks of Fashion-MNIST pooled: its name says on which. The schedulers' rates
+and decays are searched on other seeds than all are judged by.
 """
 
 from __future__ import annotations
@@ -18,38 +19,35 @@ import torch
 from agents.ppo import PPO
 from benchmarks import jobs, runs
 from benchmarks.statistics import mean_interval, median_interval, paired_difference
-from benchmarks.torch_training import SCHEDULERS, Driver, Problem, adamw, by_policy, fashion_images, train
+from benchmarks.torch_training import (
+    SCHEDULERS,
+    Driver,
+    Problem,
+    adamw,
+    by_policy,
+    drawn_rate,
+    fashion_images,
+    search,
+    train,
+)
 from cost.files import write_text
 from experts.model import MoEClassifier
-from moe_envs.metaopt import INITIAL_RATES
-from moe_envs.metaopt_signals import DECAYS
 
 FIRST_JUDGED_SEED = 1000
-SEARCH = ((12, 2), (4, 6))  # candidates, seeds: 48 trainings for each scheduler
+SEARCH = ((24, 1), (6, 4))  # candidates, seeds: 48 trainings for each scheduler
 
 
-def search(name: str) -> tuple[float, float]:
-    """A scheduler's learning rate and weight decay: random candidates, the best of which meet more seeds."""
+def tune(name: str) -> tuple[float, float]:
+    """A scheduler's learning rate and weight decay."""
     torch.set_num_threads(1)
-    problem, generator = fashion_images(), np.random.default_rng(0)
-    low, high = np.log(INITIAL_RATES)
-    rates, decays = np.exp(generator.uniform(low, high, SEARCH[0][0])), generator.choice(DECAYS, SEARCH[0][0])
-    candidates = list(zip(rates.tolist(), decays.tolist(), strict=True))
-    for kept, seeds in SEARCH:
-        scores = [
-            np.mean([train(problem, adamw(*each), SCHEDULERS[name], seed)["steps"] for seed in range(seeds)])
-            for each in candidates[:kept]
-        ]
-        candidates = [candidates[place] for place in np.argsort(scores, kind="stable")]
-    return candidates[0]
+    return search(fashion_images(), adamw, SCHEDULERS[name], SEARCH)
 
 
 def judge(name: str, start: str, settings: tuple[float, float] | None, policy: str | None, seed: int) -> dict[str, Any]:
     """A training from the given rate and decay, or from a random rate that the seed draws."""
     torch.set_num_threads(1)
-    drawn = float(np.exp(np.random.default_rng(seed).uniform(*np.log(INITIAL_RATES))))
     drive = by_policy(PPO.load(policy)) if policy else SCHEDULERS[name]
-    found = train(fashion_images(), adamw(*(settings or (drawn, 0.01))), drive, seed)
+    found = train(fashion_images(), adamw(*(settings or (drawn_rate(seed), 0.01))), drive, seed)
     return found | {"policy": name, "start": start, "by": policy or name}
 
 
@@ -79,12 +77,18 @@ def overhead(policy: Any, pairs: int) -> dict[str, Any]:
 
 
 def run(policies: list[Path], seeds: int, pairs: int, processes: int, out: Path, add_task: Any) -> dict[str, Any]:
-    """Search, judge, measure; writes results.json, trainings.csv, timelines.csv and curves.png."""
+    """Search, judge, measure; writes results.json, trainings.csv, timelines.csv and curves.png.
+
+    Raises `ValueError` where the policies are not all of the same tasks and different from each other.
+    """
+    agents = [PPO.load(path) for path in policies]
+    trained_on = {json.dumps(agent.arguments["env_kwargs"].get("task", "digits")) for agent in agents}
+    if len(trained_on) != 1 or len({path.resolve() for path in policies}) != len(policies):
+        raise ValueError(f"the policies must be different ones, trained on the same tasks; got {sorted(trained_on)}")
     with jobs.pool(processes) as pool:
         report = add_task("searching the schedulers' settings")
-        settings = dict(
-            zip(SCHEDULERS, jobs.gather([pool.submit(search, name) for name in SCHEDULERS], report), strict=True)
-        )
+        tuned = jobs.gather([pool.submit(tune, name) for name in SCHEDULERS], report)
+        settings = dict(zip(SCHEDULERS, tuned, strict=True))
         judged = range(FIRST_JUDGED_SEED, FIRST_JUDGED_SEED + seeds)
         todo: list[tuple[Any, ...]] = [
             (name, "tuned rate", settings[name], None, seed) for name in SCHEDULERS for seed in judged
@@ -100,7 +104,8 @@ def run(policies: list[Path], seeds: int, pairs: int, processes: int, out: Path,
     add_task("pairs of windows with a decision and without")(0.0)
     result = {
         "settings": {name: {"rate": rate, "decay": decay} for name, (rate, decay) in settings.items()},
-        "rows": summarise(rows), "overhead": overhead(PPO.load(policies[0]), pairs), **runs.provenance(),
+        "policies": list(map(str, policies)), "trained_on": json.loads(trained_on.pop()), "rows": summarise(rows),
+        "overhead": overhead(agents[0], pairs), **runs.provenance(),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "trainings.csv", index=False)
@@ -140,9 +145,10 @@ def _draw(timelines: pd.DataFrame, path: Path) -> None:
     panels = figure.subplots(1, 5)
     columns = ("accuracy", "gate_rate", "experts_rate", "gate_decay", "experts_decay")
     for panel, column in zip(panels, columns, strict=True):
-        for number, (_, part) in enumerate(shown.groupby("by", sort=False)):
-            name = part["policy"].iloc[0]
-            panel.plot(part["epochs"], part[column], f"C{number}", lw=2 if name == "PPO" else 1, label=name)
+        for number, (name, several) in enumerate(shown.groupby("policy", sort=False)):
+            for first, (_, part) in enumerate(several.groupby("by", sort=False)):
+                label = None if first else name
+                panel.plot(part["epochs"], part[column], f"C{number}", lw=2 if name == "PPO" else 1, label=label)
         panel.set(xlabel="epochs", title=column.replace("_", ", "), yscale="log" if "_rate" in column else "linear")
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)

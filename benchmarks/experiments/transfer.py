@@ -7,13 +7,11 @@ digits as they are; the schedules' settings are searched where they are judged.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -23,7 +21,6 @@ from benchmarks import jobs, policies, runs, torch_training
 from benchmarks.experiments import metaopt
 from cost.files import write_text
 from experts import tasks
-from moe_envs.metaopt import INITIAL_RATES
 
 ROUNDS = (Round(32, 8), Round(8, 32), Round(2, 128))  # 768 trainings for each schedule
 MIXED = {"widths": (8, 12, 16, 24, 32), "scales": (0.25, 4.0)}
@@ -44,16 +41,21 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+SEARCH = ((48, 1), (12, 4), (4, 16))  # 160 trainings for each scheduler under another optimiser
+FIRST_JUDGED_SEED = 1000
 SMALL = ("digits", "fashion-mnist")  # what other optimisers are judged on
 
 
-def optimizers() -> dict[str, Callable[[float, Any], torch.optim.Optimizer]]:
-    """Makers of the other optimisers, of a learning rate and parameter groups; LAMB is pytorch_optimizer's."""
+Maker = Callable[[float, float], Callable[[Any], torch.optim.Optimizer]]
+
+
+def optimizers() -> dict[str, Maker]:
+    """Makers of the other optimisers, of a learning rate and a weight decay; LAMB is pytorch_optimizer's."""
     from pytorch_optimizer import Lamb
 
     return {
-        "SGD, momentum 0.9": lambda rate, parts: torch.optim.SGD(parts, rate, momentum=0.9, weight_decay=0.0),
-        "LAMB": lambda rate, parts: Lamb(parts, rate, weight_decay=0.01),
+        "SGD, momentum 0.9": lambda rate, decay: partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=decay),
+        "LAMB": lambda rate, decay: partial(Lamb, lr=rate, weight_decay=decay),
     }
 
 
@@ -74,11 +76,11 @@ def judge(case: int, paths: Sequence[Path], contexts: int) -> pd.DataFrame:
     torch.set_num_threads(1)
     name, kind, kwargs = CASES[case]
     kwargs = kwargs | _costs([kwargs["task"]])
-    found = {each: metaopt.tune(each, False, ROUNDS, kwargs)[0] for each in SCHEDULES}
+    found = {each: metaopt.tune(each, False, ROUNDS, kwargs).settings for each in SCHEDULES}
     rate = float(found["constant"].rates.mean())
     starts: dict[str, dict[str, Any]] = {
-        "random rate": {"initial_decay": 0.01},
-        "tuned rate": {"initial_decay": 0.01, "initial_rate": rate},
+        "random rate": {"initial_decay": metaopt.DECAY},
+        "tuned rate": {"initial_decay": metaopt.DECAY, "initial_rate": rate},
     }
     frames = []
     for seed, path in enumerate(paths):
@@ -87,31 +89,31 @@ def judge(case: int, paths: Sequence[Path], contexts: int) -> pd.DataFrame:
     first = {"random rate": starts["random rate"]}
     for each, make in SCHEDULES.items():
         frames += [f.assign(policy=each, seed=0) for f in metaopt.judge(make(None), contexts, first, **kwargs)]
-        searched = metaopt.judge(make(found[each]), contexts, {"tuned rate": {}}, **kwargs)
+        searched = metaopt.judge(make(found[each]), contexts, {"tuned rate": starts["tuned rate"]}, **kwargs)
         frames += [f.assign(policy=each, seed=0) for f in searched]
     width = f", {kwargs['widths'][0]} units" if "widths" in kwargs else ""
     return pd.concat(frames).assign(trained_on=name, kind=kind, judged_on=kwargs["task"] + width)
 
 
 def judge_optimizer(optimizer: str, task: str, paths: Sequence[Path], seeds: Sequence[int]) -> pd.DataFrame:
-    """Trainings in plain torch under another optimiser, from random rates: by the policies, and by torch's schedulers.
-
-    A seed draws the same rate for all.
-    """
+    """Trainings in plain torch under another optimiser by the policies and by torch's schedulers, from random rates and
+    from rates and decays that were searched, each scheduler's its own, the policies' the constant's."""
     torch.set_num_threads(1)
     problem, make = torch_training.small(task), optimizers()[optimizer]
     drives = {name: [drive] for name, drive in torch_training.SCHEDULERS.items()}
+    found = {name: torch_training.search(problem, make, drive, SEARCH) for name, (drive,) in drives.items()}
     drives["PPO"] = [torch_training.by_policy(PPO.load(path)) for path in paths]
     rows = []
     for name, each in drives.items():
         for number, drive in enumerate(each):
             for seed in seeds:
-                rate = float(np.exp(np.random.default_rng(seed).uniform(*np.log(INITIAL_RATES))))
-                found = torch_training.train(problem, partial(make, rate), drive, seed)
-                kept = {key: found[key] for key in ("steps", "arrived", "seconds")}
-                rows.append(kept | {"policy": name, "seed": number, "episode": seed})
-    shared = {"start": "random rate", "kind": optimizer, "judged_on": task, "trained_on": "digits, fashion-mnist"}
-    return pd.DataFrame(rows).assign(**shared)
+                starts = {"random rate": (torch_training.drawn_rate(seed), metaopt.DECAY)}
+                starts["tuned rate"] = found.get(name, found["constant"])
+                for start, settings in starts.items():
+                    trained = torch_training.train(problem, make(*settings), drive, seed)
+                    kept = {key: trained[key] for key in ("steps", "arrived", "seconds")}
+                    rows.append(kept | {"policy": name, "seed": number, "episode": seed, "start": start})
+    return pd.DataFrame(rows).assign(kind=optimizer, judged_on=task, trained_on="digits, fashion-mnist")
 
 
 def run(
@@ -119,7 +121,6 @@ def run(
     add_task: Callable[[str], Callable[[float], object]],
 ) -> dict[str, Any]:  # fmt: skip
     """Train, judge; writes results.json, trainings.csv and the policies."""
-    begun = time.perf_counter()
     with jobs.pool(processes) as pool:
         names = [(name, seed) for name in TRAINED_ON for seed in range(seeds)]
         report = add_task(f"{len(names)} trainings of PPO")
@@ -128,11 +129,9 @@ def run(
         )
         of = {name: [Path(paths[name, seed]["path"]) for seed in range(seeds)] for name in TRAINED_ON}
         futures = [pool.submit(judge, place, of[case[0]], contexts) for place, case in enumerate(CASES)]
-        both = of["digits, fashion-mnist"]
+        both, judged = of["digits, fashion-mnist"], range(FIRST_JUDGED_SEED, FIRST_JUDGED_SEED + contexts // 8)
         futures += [
-            pool.submit(judge_optimizer, optimizer, task, both, range(contexts // 8))
-            for optimizer in optimizers()
-            for task in SMALL
+            pool.submit(judge_optimizer, optimizer, task, both, judged) for optimizer in optimizers() for task in SMALL
         ]
         frame = pd.concat(jobs.gather(futures, add_task("judging them")), ignore_index=True)
     rows = []
@@ -142,7 +141,6 @@ def run(
     result = {
         "rows": rows,
         "policies": list(paths.values()),
-        "seconds": time.perf_counter() - begun,
         **runs.provenance(),
     }
     frame.to_csv(out / "trainings.csv", index=False)

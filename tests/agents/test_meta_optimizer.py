@@ -229,3 +229,32 @@ def test_every_and_mistakes_and_plots(tmp_path: Path) -> None:
         HeuristicMetaOptimizer(whole, groups)
     with pytest.raises(ValueError, match="gate and experts"):
         HeuristicMetaOptimizer(optimizer, {"gate": model.gate})
+
+
+def test_the_update_of_any_optimizer_is_measured(policy: PPO) -> None:
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    model, _, groups = setup()
+    parts = [{"params": part.parameters()} for part in groups.values()]
+    for optimizer in (pytorch_optimizer.Lamb(parts, lr=0.02, weight_decay=0.1), torch.optim.RMSprop(parts, lr=0.01)):
+        meta = PolicyMetaOptimizer(optimizer, policy, groups, target=0.97)
+        x, y = torch.randn(64, 64), torch.randint(10, (64,))
+        real = np.zeros(2)
+        for step in range(6):
+            before = [[p.detach().clone() for p in part.parameters()] for part in groups.values()]
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if step % 3 == 0:  # the first after a decision, and the first of all
+                moved = [
+                    [(p.detach() - old).square().sum().item() for p, old in zip(part.parameters(), olds, strict=True)]
+                    for part, olds in zip(groups.values(), before, strict=True)
+                ]
+                real = np.sqrt([sum(each) for each in moved])
+            if step % 3 == 2:
+                norms = meta.weight_norms()
+                meta.update_hparams({"validation_loss": 1.0, "validation_accuracy": 0.5}, step)
+                seen = [meta._noted[f"{name} ratio"] for name in ("gate", "experts")]
+                np.testing.assert_allclose(seen, real / norms, rtol=1e-4)
+        again = PolicyMetaOptimizer(optimizer, policy, groups, target=0.97)
+        again.load_state_dict(meta.state_dict())
+        assert again.state_dict()["updates"] == meta.state_dict()["updates"]

@@ -45,9 +45,15 @@ def test_a_beam_that_keeps_all_is_exhaustive() -> None:
     kwargs = EASY | {"max_actions": 2, "target": 0.8}
     found, arrives = beam_search(3, "test", 81, **kwargs)
     tried = [play(3, ACTIONS[list(pair)], **kwargs) for pair in product(range(0, 81, 8), repeat=2)]
-    shortest = min((steps for steps, arrived in tried if arrived), default=3)
-    assert len(found) <= shortest if arrives else shortest == 3
     assert arrives
+    assert len(found) <= min(steps for steps, arrived in tried if arrived)
+    assert play(3, found, **kwargs) == (len(found), True)
+
+
+def test_trainings_that_diverge_are_given_up() -> None:
+    actions, arrives = beam_search(1, "test", 2, Keep(), **(EASY | {"undo": False, "initial_rate": 0.3}))
+    if arrives:
+        assert play(1, actions, undo=False, **(EASY | {"initial_rate": 0.3})) == (len(actions), True)
 
 
 def test_a_target_out_of_reach_is_not_reached() -> None:

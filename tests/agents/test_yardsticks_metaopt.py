@@ -69,7 +69,8 @@ def test_trainings_are_one_a_seed_and_the_same_for_all() -> None:
 def test_a_search_finds_what_is_better_than_the_first(groups: bool) -> None:
     kwargs: dict[str, Any] = {"max_actions": 12, "target": 0.9}
     make = metaopt.SCHEDULES["constant"]
-    best, steps = search(make, groups, [Round(12, 2), Round(3, 4)], **kwargs)
+    best, steps, decisions = search(make, groups, [Round(12, 2), Round(3, 4)], **kwargs)
+    assert 12 * 2 + 3 * 4 <= decisions <= 12 * (12 * 2 + 3 * 4)
     assert groups or best.rates[0] == best.rates[1]
     assert best.rates.shape == (2,)
     judged = trainings(make(best), range(4), "validation", **kwargs)

@@ -24,10 +24,10 @@ def test_all_are_judged_on_the_same_contexts(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(metaopt, "ROUNDS", (Round(2, 2),))
     monkeypatch.setattr(metaopt, "GROUP_ROUNDS", (Round(2, 2),))
     monkeypatch.setattr(metaopt.jobs, "pool", Here)
-    monkeypatch.setattr(metaopt, "BOUND_CONTEXTS", 2)
+    monkeypatch.setattr(metaopt, "SEARCHED_CONTEXTS", 2)
     monkeypatch.setattr(metaopt, "SHOWN", 3)
     monkeypatch.setattr(metaopt, "BEAM", 1)
-    result = metaopt.run("digits", 2, 3, 1024, 2, tmp_path, lambda name: lambda share: None)
+    result = metaopt.run("digits", 2, 3, 1024, True, 2, tmp_path, lambda name: lambda share: None)
     frame = pd.read_csv(tmp_path / "trainings.csv")
     assert set(frame["policy"]) == {
         *(
@@ -46,7 +46,7 @@ def test_all_are_judged_on_the_same_contexts(tmp_path: Path, monkeypatch: pytest
     assert (frame["arrived"] == (frame["steps"] <= 30)).all()
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == json.loads(json.dumps(result["rows"]))
     for start in ("random rate", "tuned rate"):
-        assert result["bounds"][start]["bound"] <= result["bounds"][start]["ppo"]
+        assert result["searched"][start]["searched"] <= result["searched"][start]["ppo"]
     lines = pd.read_csv(tmp_path / "timelines.csv")
     shown = lines[(lines["policy"] == "constant") & (lines["start"] == "random rate")]
     assert (shown.groupby("episode")["gate_rate"].nunique() == 1).all()

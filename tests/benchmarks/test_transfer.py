@@ -13,7 +13,7 @@ import torch
 
 from agents import PPO
 from agents.yardsticks.metaopt import Round
-from benchmarks import torch_training
+from benchmarks import jobs, torch_training
 from benchmarks.experiments import sgd_env, torch_loop, transfer
 
 SMALL: dict[str, Any] = {"n_envs": 4, "n_steps": 8, "batch_size": 32}
@@ -46,6 +46,7 @@ def test_policies_and_schedules_meet_the_same_trainings(tmp_path: Path, monkeypa
     monkeypatch.setattr(transfer, "ROUNDS", (Round(2, 2),))
     monkeypatch.setattr(transfer, "CASES", transfer.CASES[2:3] + transfer.CASES[4:5])
     monkeypatch.setattr(transfer, "SMALL", ("digits",))
+    monkeypatch.setattr(transfer, "SEARCH", ((2, 1),))
     mixed = {"digits, fashion-mnist": (("digits", "fashion-mnist"), transfer.MIXED)}
     mixed["fashion-mnist, breast-cancer"] = (("fashion-mnist", "digits"), transfer.MIXED)
     monkeypatch.setattr(transfer, "TRAINED_ON", mixed)
@@ -54,16 +55,18 @@ def test_policies_and_schedules_meet_the_same_trainings(tmp_path: Path, monkeypa
     assert set(frame["kind"]) == {"unseen data", "wider model", "SGD, momentum 0.9", "LAMB"}
     sizes = frame.groupby(["kind", "judged_on", "start", "policy", "seed"]).size()
     assert (sizes == 16).sum() == 2 * (7 + 7)
-    assert (sizes == 2).sum() == 2 * (3 + 2)
-    assert len(result["rows"]) == 2 * (6 + 6) + 2 * 4
-    saved = sorted(path.name for path in (tmp_path / "policies").iterdir())
+    assert (sizes == 2).sum() == 2 * 2 * (3 + 2)
+    assert len(result["rows"]) == 2 * (6 + 6) + 2 * 2 * 4
+    saved = sorted(path.name for path in (tmp_path / "policies").iterdir() if path.is_dir())
     assert saved == [
-        f"{name}-1024-{seed}" for name in ("digits+fashion-mnist", "fashion-mnist+breast-cancer") for seed in (0, 1)
+        f"{name}-{seed}" for name in ("digits+fashion-mnist", "fashion-mnist+breast-cancer") for seed in (0, 1)
     ]
     before = [path.stat().st_mtime_ns for path in (tmp_path / "policies").iterdir()]
     again = transfer.learn("digits, fashion-mnist", 0, 1024, tmp_path)
-    assert again.exists()
+    assert again == result["policies"][0]
     assert before == [path.stat().st_mtime_ns for path in (tmp_path / "policies").iterdir()]
+    with pytest.raises(ValueError, match="holds a policy of other settings"):
+        transfer.learn("digits, fashion-mnist", 0, 2048, tmp_path)
 
 
 def test_a_loop_is_the_same_for_the_same_seed_and_follows_its_scheduler(problem: torch_training.Problem) -> None:
@@ -108,7 +111,7 @@ def test_a_policy_drives_lamb(tmp_path: Path, problem: torch_training.Problem) -
     make = transfer.optimizers()["LAMB"]
     few = problem._replace(max_actions=6, target=1.1)
     drive = torch_training.by_policy(PPO.load(policy(tmp_path)))
-    found = torch_training.train(few, lambda parts: make(0.02, parts), drive, 0)
+    found = torch_training.train(few, make(0.02, 0.01), drive, 0)
     rates = [row["experts_rate"] for row in found["timeline"]]
     assert len(set(rates)) > 1
     assert all(np.isfinite(row["validation_loss"]) for row in found["timeline"])
@@ -119,5 +122,22 @@ def test_dacbench_is_asked_for_where_it_is_absent() -> None:
         sgd_env.compare(sys.executable, lambda share: None)
 
 
-def test_ours_beside_dacbench_runs() -> None:
-    assert sgd_env.ours(1, 2) > 0
+def test_policies_of_different_tasks_are_refused(tmp_path: Path) -> None:
+    one = policy(tmp_path)
+    PPO("moe_envs:MoEMetaOpt-v0", env_kwargs={"task": "fashion-mnist"}, **SMALL).save(tmp_path / "other")
+    for several in ([one, one], [one, tmp_path / "other"]):
+        with pytest.raises(ValueError, match="different ones, trained on the same tasks"):
+            torch_loop.run(several, 2, 4, 1, tmp_path / "out", lambda name: lambda share: None)
+
+
+def test_the_first_error_ends_what_waits() -> None:
+    done = []
+    with Here(1) as pool:
+        futures = [pool.submit(lambda: 1 // 0), *(pool.submit(done.append, number) for number in range(1000))]
+        with pytest.raises(ZeroDivisionError):
+            jobs.gather(futures, lambda share: None)
+        assert futures[-1].cancelled() or len(done) == 1000
+
+
+def test_many_trainings_make_more_steps_than_one() -> None:
+    assert sgd_env.ours(5, 32) > 1.5 * sgd_env.ours(5, 1)

@@ -91,3 +91,17 @@ def test_an_absent_data_set_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, 
 def test_splits_need_enough_rows() -> None:
     with pytest.raises(ValueError, match="there are 5"):
         data.split_indices(5, (3, 3))
+
+
+def test_the_breast_cancer_data_are_scaled_without_the_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = data.load("breast-cancer")
+    assert found.inputs.shape == (569, 30)
+    assert [len(found.splits[split]) for split in data.SPLITS] == [100, 250, 100, 119]
+    known = np.concatenate([found[split][0] for split in data.SPLITS[:3]])
+    np.testing.assert_array_equal(known.min(0), 0)
+    np.testing.assert_array_equal(known.max(0), 1)
+    assert found["test"][0].min() >= 0
+    assert found["test"][0].max() <= 1
+    monkeypatch.setattr(data, "BREAST_CANCER_SHA256", "0" * 64)
+    with pytest.raises(DataError, match="breast cancer data is altered"):
+        data.load("breast-cancer")

@@ -40,6 +40,16 @@ def test_contexts_draw_the_first_decay() -> None:
         assert (env.ladder[:, 0] == env.ladder[:, 1]).all()
 
 
+def test_a_context_is_the_same_whatever_it_begins_with() -> None:
+    weights = []
+    for kwargs in ({}, {"initial_decay": 0.01}, {"initial_decay": (0.0, 0.1, 1.0), "initial_rate": 0.02}):
+        env: Any = gymnasium.make_vec(ID, 8, "vector_entry_point", split="test", **kwargs).unwrapped
+        env.reset(seed=3)
+        weights.append(np.concatenate([env.training.weights, env._orders], axis=1))
+    np.testing.assert_array_equal(weights[0], weights[1])
+    np.testing.assert_array_equal(weights[0], weights[2])
+
+
 def test_reward_is_the_drop_of_log_loss_and_arrival_ends() -> None:
     env = make(initial_rate=0.02, target=0.9)
     env.reset(seed=1)

@@ -5,6 +5,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.error import InvalidAction
 from gymnasium.vector import AutoresetMode
 
 from moe_envs.mixed import MixedVectorEnv
@@ -55,6 +56,36 @@ def test_rows_begin_anew_by_a_mask() -> None:
     env.step(np.ones((4, 4), dtype=np.int64))
 
 
+def test_what_is_wrong_changes_nothing() -> None:
+    env = make(["digits", "fashion-mnist"], 4, autoreset_mode=AutoresetMode.DISABLED.value)
+    env.reset(seed=np.int64(3))
+    wrong = np.ones((4, 4), dtype=np.int64)
+    wrong[3, 0] = 7
+    with pytest.raises(InvalidAction):
+        env.step(wrong)
+    assert [each.taken.tolist() for each in env.envs] == [[0, 0], [0, 0]]
+    for seed in ([1, 2, 3], range(7)):
+        with pytest.raises(ValueError, match=f"{len(seed)} seeds for 4 rows"):
+            env.reset(seed=seed)
+    for mask in (np.ones(2, dtype=np.bool_), np.zeros(4, dtype=np.bool_), [True] * 4):
+        with pytest.raises(ValueError, match=r"reset_mask must be a boolean array \[4\]"):
+            env.reset(options={"reset_mask": mask})
+
+
+def test_a_state_is_gone_back_to() -> None:
+    env = make(["digits", "fashion-mnist"], 4)
+    env.reset(seed=0)
+    env.step(np.full((4, 4), 2))
+    state = env.state()
+    first = env.step(np.ones((4, 4), dtype=np.int64))
+    env.restore(state)
+    second = env.step(np.ones((4, 4), dtype=np.int64))
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+    with pytest.raises(ValueError, match="not a state of 2 environments"):
+        env.restore({"mixed": [state["mixed"][0]]})
+
+
 def test_an_entry_that_only_some_have_is_nought_in_the_others() -> None:
     mixed = MixedVectorEnv([make("digits", 1), make("digits", 2)])
     joined = mixed._joined([{"a": np.array([3]), "_a": np.array([True])}, {}])
@@ -63,7 +94,7 @@ def test_an_entry_that_only_some_have_is_nought_in_the_others() -> None:
 
 
 def test_what_cannot_be_mixed_is_named() -> None:
-    other: Any = gymnasium.make_vec("CartPole-v1", 2, "sync")
+    other: Any = gymnasium.make_vec("moe_envs:MoERouting-v0", 2, "vector_entry_point", bundle="digits").unwrapped
     with pytest.raises(ValueError, match="spaces differ"):
         MixedVectorEnv([make("digits", 1), other])
     modes = [
