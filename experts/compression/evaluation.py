@@ -1,0 +1,144 @@
+"""What a plan does to a model, many plans a second: every matrix at every level is decompressed once, and of a new plan
+only what differs from plans before is computed.
+
+Shape legend: n inputs, E experts, C classes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from experts.compression import LEVELS, compress
+from experts.compression.pieces import pieces
+from experts.routers import mixing_weights, top_k
+
+
+class Score(NamedTuple):
+    """On the evaluator's inputs: the share that is right, and the mean cross-entropy in nats."""
+
+    accuracy: float
+    loss: float
+
+
+class PlanEvaluator:
+    """Scores plans of a model of `trunk` (a Sequential), `gate` and `experts` (an `ExpertStack`) on inputs `[n, d]`.
+
+    What comes after each matrix of the trunk is kept, as far as `cache_bytes` go, under the levels that it depends on.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        inputs: np.ndarray,
+        labels: np.ndarray,
+        importance: Mapping[str, np.ndarray] | None = None,
+        top: int = 2,
+        cache_bytes: int = 2**30,
+    ) -> None:
+        self.model, self.top = model.eval(), top
+        self.inputs, self.labels = torch.from_numpy(inputs), torch.from_numpy(labels)
+        self.names = list(pieces(model))
+        self.weights = variants(model, importance)
+        self._stages = _stages(model.trunk)
+        self._cache: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()
+        self._cache_bytes, self._held = cache_bytes, 0
+        self._scores: dict[tuple[int, ...], Score] = {}
+        self.evaluations = 0  # of plans that were not known yet
+
+    def __call__(self, levels: Sequence[int]) -> Score:
+        """The score of a plan, its levels in the order of `pieces`."""
+        plan = tuple(int(level) for level in levels)
+        if len(plan) != len(self.names) or not all(0 <= level < len(LEVELS) for level in plan):
+            raise ValueError(f"{len(plan)} levels for {len(self.names)} matrices, or none of 0 to {len(LEVELS) - 1}")
+        if plan not in self._scores:
+            self.evaluations += 1
+            self._scores[plan] = self._evaluate(plan)
+        return self._scores[plan]
+
+    @torch.inference_mode()
+    def _evaluate(self, plan: tuple[int, ...]) -> Score:
+        logits = self.logits(plan)
+        loss = F.cross_entropy(logits, self.labels)
+        return Score(float((logits.argmax(1) == self.labels).float().mean()), float(loss))
+
+    @torch.inference_mode()
+    def logits(self, plan: tuple[int, ...]) -> torch.Tensor:
+        """Class logits `[n, C]` under a plan."""
+        inside = len(self._stages) - 1
+        h = self._trunk(plan[:inside])
+        gate = F.linear(h, self.weights[inside][plan[inside]], self.model.gate.bias)
+        chosen = top_k(gate, min(self.top, gate.shape[1]))
+        weights, stack = mixing_weights(gate, chosen), self.model.experts
+        logits = weights @ stack.bias_EC
+        ends = np.cumsum(stack.widths).tolist()
+        for expert, end in enumerate(ends):  # a loop over experts, each of which has many rows
+            rows = chosen[:, expert].nonzero()[:, 0]
+            place = inside + 1 + 2 * expert
+            into, out = (self.weights[place + part][plan[place + part]] for part in (0, 1))
+            hidden = F.linear(h[rows], into, stack.hidden.bias[end - stack.widths[expert] : end]).relu()
+            logits.index_add_(0, rows, weights[rows, expert, None] * F.linear(hidden, out))
+        return logits
+
+    def _trunk(self, levels: tuple[int, ...]) -> torch.Tensor:
+        """What the trunk gives, from the longest prefix that is known."""
+        known = next((size for size in range(len(levels), 0, -1) if levels[:size] in self._cache), 0)
+        if known:
+            self._cache.move_to_end(levels[:known])
+            found = self._cache[levels[:known]]
+        else:
+            found = self._stages[0](self.inputs)
+        for size in range(known + 1, len(levels) + 1):
+            found = self._stages[size](found, self.weights[size - 1][levels[size - 1]])
+            self._keep(levels[:size], found)
+        return found
+
+    def _keep(self, key: tuple[int, ...], found: torch.Tensor) -> None:
+        self._cache[key] = found
+        self._held += found.nbytes
+        while self._held > self._cache_bytes and len(self._cache) > 1:
+            self._held -= self._cache.popitem(last=False)[1].nbytes
+
+
+def variants(model: nn.Module, importance: Mapping[str, np.ndarray] | None = None) -> list[list[torch.Tensor]]:
+    """Every matrix of a model as it is at every level, `[matrices][levels]`."""
+    found = []
+    for name, piece in pieces(model).items():
+        weights, known = piece.read(), None if importance is None else importance[name]
+        found.append([torch.from_numpy(compress(weights, level, known).weights) for level in range(len(LEVELS))])
+    return found
+
+
+def _stages(trunk: nn.Sequential) -> list[Any]:
+    """Functions of the trunk: what comes before the first matrix, then for each matrix it and what follows up to the
+    next, of an input and the matrix."""
+    stages: list[Any] = [[]]
+    for module in trunk:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            stages.append([module])
+        else:
+            stages[-1].append(module)
+    return [partial(_plain, stages[0]), *(partial(_with_matrix, each[0], each[1:]) for each in stages[1:])]
+
+
+def _plain(modules: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _with_matrix(first: nn.Module, others: list[nn.Module], x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    if isinstance(first, nn.Conv2d):
+        kernel = weights.reshape(first.weight.shape)
+        x = F.conv2d(x, kernel, first.bias, first.stride, first.padding, first.dilation, first.groups)
+    else:
+        assert isinstance(first, nn.Linear)
+        x = F.linear(x, weights, first.bias)
+    return _plain(others, x)
