@@ -1,0 +1,155 @@
+"""Reference models to compress: a convolutional Mixture of Experts on Fashion-MNIST, a plain one on the digits.
+
+Of each there are several, from different seeds: "fashion-mnist-conv" is seed 0, "fashion-mnist-conv-2" seed 2. Some
+come with the package; others are trained when they are first asked for, and kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from experts import data, zoo
+from experts.data import DataError
+from experts.files import write_bytes
+from experts.model import ConvMoEClassifier, MoEClassifier, mix
+from experts.routers import load_balancing_loss, top_k
+
+FOLDER = zoo.ASSETS / "_models"
+log = logging.getLogger("moe_envs")
+Model = ConvMoEClassifier | MoEClassifier
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Data set and model, and how it is trained: AdamW, one cycle of the rate up to `rate`, label smoothing, load
+    balancing; images mirrored and moved by up to `shift` pixels."""
+
+    source: str
+    convolutional: bool
+    settings: dict[str, Any]
+    epochs: int
+    rate: float = 2e-3
+    decay: float = 0.05
+    batch_size: int = 128
+    smoothing: float = 0.05
+    balancing: float = 0.02
+    shift: int = 0
+    mirror: bool = False
+
+
+RECIPES = {
+    "fashion-mnist-conv": Recipe("fashion-mnist", True, {}, epochs=12, shift=2, mirror=True),
+    "digits-mlp": Recipe(
+        "digits", False, {"widths": (64,) * 8, "trunk": 96}, epochs=150, rate=5e-3, decay=0.1, batch_size=64
+    ),
+}
+
+
+def load(name: str) -> Model:
+    """A reference model in evaluation mode, by name; raises `DataError` where its file is damaged."""
+    recipe, seed = _parse(name)
+    shipped, cached = (folder / f"{recipe}-{seed}.safetensors" for folder in (FOLDER, zoo.cache_folder() / "models"))
+    path = shipped if shipped.exists() else cached
+    if not path.exists():
+        log.warning("training %s, seed %d, into %s: minutes for images", recipe, seed, path)
+        save(train(name), name, path)
+    return _read(path, recipe, seed)
+
+
+def train(name: str, progress: bool = True) -> Model:
+    """Train a reference model anew, on the splits `train` and `rl_train`; the same bits for the same machine."""
+    kind, seed = _parse(name)
+    recipe, found = RECIPES[kind], data.load(RECIPES[kind].source)
+    rows = np.concatenate([found.splits["train"], found.splits["rl_train"]])
+    x, y = torch.from_numpy(found.inputs[rows]), torch.from_numpy(found.labels[rows])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return _train(_make(recipe), x, y, recipe, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(model: Model, x: torch.Tensor, y: torch.Tensor, recipe: Recipe, progress: bool) -> Model:
+    steps = len(x) // recipe.batch_size
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.rate, weight_decay=recipe.decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=recipe.epochs * steps)
+    with Progress(disable=not progress) as bar:
+        for _ in bar.track(range(recipe.epochs), description="training a reference model"):
+            for rows in torch.randperm(len(x)).split(recipe.batch_size)[:steps]:
+                h = model.trunk(_augmented(x[rows], recipe))
+                gate = model.gate(h)
+                chosen = top_k(gate, 2)
+                loss = F.cross_entropy(mix(gate, model.experts(h), chosen), y[rows], label_smoothing=recipe.smoothing)
+                loss = loss + recipe.balancing * load_balancing_loss(gate, chosen)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return model.eval()
+
+
+def _augmented(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    side, shift = int(x.shape[1] ** 0.5), recipe.shift
+    images = x.reshape(-1, side, side)
+    if recipe.mirror:
+        images = torch.where(torch.rand(len(images), 1, 1) < 0.5, images.flip(2), images)
+    down, right = torch.randint(0, 2 * shift + 1, (2,)).tolist()
+    return F.pad(images, (shift,) * 4)[:, down : down + side, right : right + side].reshape(len(x), -1)
+
+
+def save(model: Model, name: str, path: Path) -> None:
+    """Write a model's weights, with its name and their SHA-256."""
+    kind, seed = _parse(name)
+    weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    metadata = {"model": kind, "seed": str(seed), "sha256": _digest(weights)}
+    write_bytes(path, to_bytes(weights, metadata))
+
+
+def _read(path: Path, kind: str, seed: int) -> Model:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, weights = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is not a model's file ({error}): delete it, and it is made anew") from error
+    if metadata != {"model": kind, "seed": str(seed), "sha256": _digest(weights)}:
+        raise DataError(f"{path} is damaged or of another model: delete it, and it is made anew")
+    model = _make(RECIPES[kind])
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _make(recipe: Recipe) -> Model:
+    side = {"fashion-mnist": 28, "digits": 8}[recipe.source]
+    return (ConvMoEClassifier if recipe.convolutional else MoEClassifier)(side**2, 10, **recipe.settings)
+
+
+def _parse(name: str) -> tuple[str, int]:
+    found = re.fullmatch(r"(.*?)(?:-(\d+))?", name)
+    assert found is not None
+    kind, seed = found.groups()
+    if kind not in RECIPES:
+        raise ValueError(f"model={name!r} is not one of {', '.join(RECIPES)}, with -1, -2 and so on for other seeds")
+    return kind, int(seed or 0)
+
+
+def _digest(weights: dict[str, torch.Tensor]) -> str:
+    shapes = json.dumps({key: list(weights[key].shape) for key in sorted(weights)})
+    return hashlib.sha256(
+        shapes.encode() + b"".join(weights[key].numpy().tobytes() for key in sorted(weights))
+    ).hexdigest()
