@@ -18,12 +18,13 @@ Shape = tuple[int, int]
 
 class Level(NamedTuple):
     """A name, and three functions: weights `[O, I]` and the columns' importance to bytes; bytes and shape to weights;
-    the shape to the number of bytes."""
+    the shape to the number of bytes. `project` takes weights next to those that the form can have, but for rounding."""
 
     name: str
     store: Callable[[np.ndarray, np.ndarray | None], bytes]
     load: Callable[[bytes, Shape], np.ndarray]
     size: Callable[[Shape], int]
+    project: Callable[[np.ndarray, np.ndarray | None], np.ndarray] | None = None
 
 
 def _exact() -> Level:
@@ -59,6 +60,7 @@ def _low_rank(share: float, bits: int) -> Level:
         lambda weights, importance: lowrank.decompose(weights, share, bits, importance),
         lambda raw, shape: lowrank.compose(raw, shape, share, bits),
         lambda shape: lowrank.decomposed_bytes(shape, share, bits),
+        lambda weights, importance: lowrank.truncate(weights, share, importance),
     )
 
 

@@ -19,9 +19,23 @@ def factors(weights: np.ndarray, rank: int, importance: np.ndarray | None = None
     """`[O, R]` and `[R, I]` with the least squared error, columns weighted by `importance [I]` (Eckart & Young 1936);
     the singular values are shared between both."""
     root = np.ones(weights.shape[1]) if importance is None else np.sqrt(np.maximum(importance, 1e-8))
-    left, values, right = np.linalg.svd(weights * root, full_matrices=False)
-    share = np.sqrt(values[:rank])
-    return (left[:, :rank] * share).astype(np.float32), (share[:, None] * right[:rank] / root).astype(np.float32)
+    weighed = weights * root
+    wide = weighed.shape[0] <= weighed.shape[1]
+    small = weighed if wide else weighed.T
+    # By the eigenvectors of the smaller Gram matrix, in float64: the largest are exact, and it is many times faster.
+    _, vectors = np.linalg.eigh(small.astype(np.float64) @ small.T)
+    basis = vectors[:, : -rank - 1 : -1]
+    other = basis.T @ small
+    norm = np.sqrt(np.maximum(np.linalg.norm(other, axis=1, keepdims=True), 1e-12))
+    basis, other = basis * norm.T, other / norm
+    left, right = (basis, other) if wide else (other.T, basis.T)
+    return left.astype(np.float32), (right / root).astype(np.float32)
+
+
+def truncate(weights: np.ndarray, share: float, importance: np.ndarray | None = None) -> np.ndarray:
+    """The matrix of that rank next to weights `[O, I]`."""
+    left, right = factors(weights, rank_of(weights.shape, share), importance)
+    return left @ right
 
 
 def decompose(weights: np.ndarray, share: float, bits: int, importance: np.ndarray | None = None) -> bytes:

@@ -1,0 +1,119 @@
+"""Experts as one core that each of them bends: W_e = (I + U_out V_out^T) C (I + U_in V_in^T).
+
+The core starts as the mean of the experts and the bends at zero; Adam lowers the summed squared error (Frobenius).
+
+Shape legend: E experts, O rows (outputs), I columns (inputs), R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from experts.files import write_bytes
+
+
+@dataclass(frozen=True)
+class SharedCore:
+    """`core [O, I]`, and of each expert `u_out, v_out [E, O, R]` and `u_in, v_in [E, I, R]`; float32."""
+
+    core: np.ndarray
+    u_out: np.ndarray
+    v_out: np.ndarray
+    u_in: np.ndarray
+    v_in: np.ndarray
+
+    def weights(self) -> np.ndarray:
+        """The experts' matrices, `[E, O, I]`."""
+        tensors = {field.name: torch.from_numpy(getattr(self, field.name)) for field in fields(self)}
+        return _weights(**tensors).numpy()
+
+    @property
+    def total_parameters(self) -> int:
+        """Of the core and all bends."""
+        return sum(getattr(self, field.name).size for field in fields(self))
+
+    def active_parameters(self, experts: int) -> int:
+        """Of the core and the bends of so many experts."""
+        of_one = sum(getattr(self, field.name)[0].size for field in fields(self)[1:])
+        return int(self.core.size + experts * of_one)
+
+    def to_bytes(self) -> bytes:
+        """As safetensors, bit for bit."""
+        return save({field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> SharedCore:
+        """What `to_bytes` gave; raises `ValueError` for anything else."""
+        try:
+            return cls(**load(raw))
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(f"not a shared core: {error}") from error
+
+
+def fit(weights: np.ndarray, rank: int, steps: int = 500, rate: float = 3e-3, seed: int = 0) -> SharedCore:
+    """The core and bends of experts' matrices `[E, O, I]`; with 0 steps the mean, unbent."""
+    experts, rows, columns = weights.shape
+    if not 1 <= rank <= min(rows, columns):
+        raise ValueError(f"rank={rank!r}: must be from 1 to {min(rows, columns)}")
+    generator, wanted = torch.Generator().manual_seed(seed), torch.from_numpy(weights)
+    parts = {
+        "core": wanted.mean(0), "u_out": torch.zeros(experts, rows, rank),
+        "v_out": torch.randn(experts, rows, rank, generator=generator) / rows**0.5,
+        "u_in": torch.zeros(experts, columns, rank),
+        "v_in": torch.randn(experts, columns, rank, generator=generator) / columns**0.5,
+    }  # fmt: skip
+    for tensor in parts.values():
+        tensor.requires_grad_(True)
+    optimizer = torch.optim.Adam(parts.values(), rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ((_weights(**parts) - wanted).square().sum() / wanted.square().sum()).backward()
+        optimizer.step()
+        schedule.step()
+    return SharedCore(**{name: tensor.detach().numpy() for name, tensor in parts.items()})
+
+
+def relative_error(found: np.ndarray, weights: np.ndarray) -> float:
+    """The norm of the difference over that of the weights."""
+    return float(np.linalg.norm(found - weights) / np.linalg.norm(weights))
+
+
+def fit_layers(
+    layers: Mapping[str, np.ndarray], rank: int, folder: Path, steps: int = 500, processes: int = 1,
+    progress: bool = True,
+) -> dict[str, SharedCore]:  # fmt: skip
+    """Fit several layers, each kept in `folder` as soon as it is done; those that are there already are read."""
+    paths = {name: _path(folder, name, rank) for name in layers}
+    todo = [name for name, path in paths.items() if not path.exists()]
+    with Progress(disable=not progress) as bar, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        waiting = [pool.submit(_fit_one, layers[name], rank, steps, paths[name]) for name in todo]
+        for future in bar.track(waiting, description="fitting shared cores"):
+            future.result()
+    return {name: SharedCore.from_bytes(path.read_bytes()) for name, path in paths.items()}
+
+
+def _fit_one(weights: np.ndarray, rank: int, steps: int, path: Path) -> None:
+    torch.set_num_threads(1)
+    write_bytes(path, fit(weights, rank, steps).to_bytes())
+
+
+def _path(folder: Path, name: str, rank: int) -> Path:
+    return folder / f"{name}-rank{rank}.safetensors"
+
+
+def _weights(
+    core: torch.Tensor, u_out: torch.Tensor, v_out: torch.Tensor, u_in: torch.Tensor, v_in: torch.Tensor
+) -> torch.Tensor:
+    bent = core + u_out @ (v_out.mT @ core)
+    return bent + (bent @ u_in) @ v_in.mT
