@@ -6,56 +6,56 @@ from pathlib import Path
 import pytest
 import torch
 
-from experts import references
+from experts import reference_models
 from experts.data import DataError
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MOE_ENVS_CACHE", str(tmp_path))
-    monkeypatch.setattr(references, "FOLDER", tmp_path / "none")
-    recipe = references.RECIPES["digits-mlp"]
-    monkeypatch.setitem(references.RECIPES, "digits-mlp", dataclasses.replace(recipe, epochs=3))
+    monkeypatch.setattr(reference_models, "FOLDER", tmp_path / "none")
+    recipe = reference_models.RECIPES["digits-mlp"]
+    monkeypatch.setitem(reference_models.RECIPES, "digits-mlp", dataclasses.replace(recipe, epochs=3))
 
 
 def test_a_model_is_trained_once_and_kept(tmp_path: Path) -> None:
-    first = references.load("digits-mlp-1")
+    first = reference_models.load("digits-mlp-1")
     path = tmp_path / "models" / "digits-mlp-1.safetensors"
     before = path.stat().st_mtime_ns
-    second, third = references.load("digits-mlp-1"), references.train("digits-mlp-1", progress=False)
-    other = references.train("digits-mlp-2", progress=False)
+    second, third = reference_models.load("digits-mlp-1"), reference_models.train("digits-mlp-1", progress=False)
+    other = reference_models.train("digits-mlp-2", progress=False)
     assert path.stat().st_mtime_ns == before
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
         assert torch.equal(tensor, third.state_dict()[name])
     assert not torch.equal(first.gate.weight, other.gate.weight)
-    found = references.data.load("digits")
+    found = reference_models.data.load("digits")
     x, y = (torch.from_numpy(each) for each in found["validation"])
     assert (first(x).argmax(1) == y).float().mean() > 0.5
 
 
 def test_damage_and_foreign_names_are_named(tmp_path: Path) -> None:
-    references.load("digits-mlp")
+    reference_models.load("digits-mlp")
     path = tmp_path / "models" / "digits-mlp-0.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
     for content in (bytes(raw), bytes(raw[:50])):
         path.write_bytes(content)
         with pytest.raises(DataError, match="delete it, and it is made anew"):
-            references.load("digits-mlp")
+            reference_models.load("digits-mlp")
         assert path.read_bytes() == content
     with pytest.raises(ValueError, match="model='vgg' is not one of fashion-mnist-conv, digits-mlp"):
-        references.load("vgg")
+        reference_models.load("vgg")
 
 
 def test_images_are_mirrored_and_moved() -> None:
     torch.manual_seed(0)
-    recipe = references.RECIPES["fashion-mnist-conv"]
+    recipe = reference_models.RECIPES["fashion-mnist-conv"]
     image = torch.zeros(1, 28, 28)
     image[0, 10, 4] = 1
     places = set()
     for _ in range(200):
-        found = references._augmented(image.reshape(1, -1), recipe).reshape(28, 28).nonzero()
+        found = reference_models._augmented(image.reshape(1, -1), recipe).reshape(28, 28).nonzero()
         assert len(found) == 1
         places.add(tuple(found[0].tolist()))
     rows, columns = ({place[axis] for place in places} for axis in (0, 1))
