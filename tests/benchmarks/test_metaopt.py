@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from agents.yardsticks.metaopt import Round
 from benchmarks.experiments import metaopt
+from benchmarks.metaopt_commands import benchmark_app
 
 
 class Here(ThreadPoolExecutor):
@@ -53,6 +55,11 @@ def test_all_are_judged_on_the_same_contexts(tmp_path: Path, monkeypatch: pytest
     assert set(shown["episode"]) == {0, 1, 2}
     assert lines[lines["policy"] == "linear"].groupby(["episode", "start"])["gate_rate"].is_monotonic_decreasing.all()
     assert {"steps.png", "timelines.png"} <= {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr(metaopt, "run", lambda *arguments: result)
+    printed = CliRunner().invoke(benchmark_app, ["metaopt", "--out", str(tmp_path)], env={"COLUMNS": "200"}).stdout
+    for row in result["rows"]:
+        assert f"{row['steps']:.2f}" in printed
+    assert "searched with the future known" in printed
 
 
 def test_differences_by_hand() -> None:

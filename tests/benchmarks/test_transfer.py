@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from agents import PPO
 from agents.yardsticks.metaopt import Round
 from benchmarks import jobs, torch_training
 from benchmarks.experiments import sgd_env, torch_loop, transfer
+from benchmarks.metaopt_commands import benchmark_app
 
 SMALL: dict[str, Any] = {"n_envs": 4, "n_steps": 8, "batch_size": 32}
 
@@ -70,6 +72,11 @@ def test_policies_and_schedules_meet_the_same_trainings(tmp_path: Path, monkeypa
     assert before == [path.stat().st_mtime_ns for path in (tmp_path / "policies").iterdir()]
     with pytest.raises(ValueError, match="holds a policy of other settings"):
         transfer.learn("digits, fashion-mnist", 0, 2048, tmp_path)
+    monkeypatch.setattr(transfer, "run", lambda *arguments: result)
+    printed = CliRunner().invoke(benchmark_app, ["transfer", "--out", str(tmp_path)], env={"COLUMNS": "200"}).stdout
+    for row in result["rows"]:
+        assert row["policy"] != "PPO" or f"{row['steps']:.2f}" in printed
+    assert "LAMB" in printed
 
 
 def test_a_loop_is_the_same_for_the_same_seed_and_follows_its_scheduler(problem: torch_training.Problem) -> None:
@@ -107,6 +114,11 @@ def test_the_loop_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pr
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["rows"] == json.loads(json.dumps(result["rows"]))
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    monkeypatch.setattr(torch_loop, "run", lambda *arguments: result)
+    printed = CliRunner().invoke(benchmark_app, ["loop", str(tmp_path / "policy")], env={"COLUMNS": "200"}).stdout
+    for row in result["rows"]:
+        assert f"{row['epochs']:.2f}" in printed
+    assert f"{result['overhead']['overhead']:+.2%}" in printed
 
 
 def test_a_policy_drives_lamb(tmp_path: Path, problem: torch_training.Problem) -> None:
