@@ -22,6 +22,7 @@ ID = "moe_envs:MoEMetaOpt-v0"
 KEEP = np.array([1, 1, 1, 1])
 WARM_UP, START_SHARE, END_SHARE = 0.3, 1 / 25, 1e-4  # of one-cycle (Smith & Topin 2018), as torch's OneCycleLR
 PATIENCE = 3
+ROWS = 256  # trainings that a search has side by side
 
 
 class Settings(NamedTuple):
@@ -204,8 +205,13 @@ def search(
     for candidates, contexts in rounds:
         best = np.argsort(steps, kind="stable")[:candidates]
         rates, ladder = rates[best], ladder[best]
-        settings = Settings(np.repeat(rates, contexts, 0), np.repeat(ladder, contexts, 0))
-        frame = trainings(make(settings), list(range(contexts)) * candidates, "validation", **env_kwargs)
+        frames = []
+        for first in range(0, candidates, max(1, ROWS // contexts)):  # more rows at once would leave the caches
+            chunk = slice(first, first + max(1, ROWS // contexts))
+            settings = Settings(np.repeat(rates[chunk], contexts, 0), np.repeat(ladder[chunk], contexts, 0))
+            seeds = list(range(contexts)) * len(rates[chunk])
+            frames.append(trainings(make(settings), seeds, "validation", **env_kwargs))
+        frame = pd.concat(frames, ignore_index=True)
         steps = frame["steps"].to_numpy().reshape(candidates, contexts).mean(1)
         decisions += int(frame["meta/actions"].sum())
     best_one = int(steps.argmin())

@@ -28,8 +28,8 @@ from moe_envs.metaopt_signals import DECAYS
 
 FIRST_TEST_SEED = 10**6
 ROUNDS = (Round(48, 8), Round(12, 32), Round(4, 128))  # 1,280 trainings for each schedule
-# 11,648 for gate and experts apart, about as many decisions as a training of PPO takes.
-GROUP_ROUNDS = (Round(800, 8), Round(100, 32), Round(16, 128))
+# 6,784 trainings of 30 decisions for gate and experts apart: as many decisions as a training of PPO has.
+GROUP_ROUNDS = (Round(480, 8), Round(60, 32), Round(8, 128))
 BY_GROUP, DECAY = "constant, by group", 1e-2  # the weight decay that trainings begin with, AdamW's default
 SHOWN = 32  # contexts of the timelines
 BEAM, SEARCHED_CONTEXTS, MISSED = 2, 16, 31
