@@ -143,7 +143,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         training, before = self.training, self.training.state()
         rates, self.ladder = apply(actions, training.rates, self.ladder)
         training.set(rates, DECAYS[self.ladder])
-        with _threads().limit(limits=1, user_api="blas"), np.errstate(all="ignore"):
+        with _threads().limit(limits=1), np.errstate(all="ignore"):
             losses = np.stack([self._train() for _ in range(self.steps)], axis=1)
             found = self._validate()
             fine = (found.loss < DIVERGED) & np.isfinite(losses).all(1) & np.isfinite(training.weight_norms()).all(1)

@@ -22,7 +22,7 @@ from benchmarks.experiments import metaopt
 from cost.files import write_text
 from experts import tasks
 
-ROUNDS = (Round(32, 8), Round(8, 32), Round(2, 128))  # 768 trainings for each schedule
+ROUNDS = (Round(16, 8), Round(4, 32), Round(2, 64))  # 384 trainings for each schedule
 MIXED = {"widths": (8, 12, 16, 24, 32), "scales": (0.25, 4.0)}
 TRAINED_ON: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "digits alone": (("digits",), {}),
@@ -39,13 +39,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("digits, fashion-mnist", "wider model", {"task": "digits", "widths": (64,)}),
     ("digits, fashion-mnist", "wider model", {"task": "fashion-mnist", "widths": (64,)}),
 ]
-
-
-SEARCH = ((48, 1), (12, 4), (4, 16))  # 160 trainings for each scheduler under another optimiser
+SEARCH = ((24, 1), (6, 4), (3, 8))  # 72 trainings for each scheduler under another optimiser
 FIRST_JUDGED_SEED = 1000
 SMALL = ("digits", "fashion-mnist")  # what other optimisers are judged on
-
-
 Maker = Callable[[float, float], Callable[[Any], torch.optim.Optimizer]]
 
 
