@@ -189,9 +189,9 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         self.accuracy[fine] = found.accuracy[fine]
         self.gate_entropy[fine] = found.entropy[fine] / np.log(NUM_EXPERTS)
         self._imbalance[fine] = (found.load.std(1) / found.load.mean(1))[fine]
-        self._spread[fine] = (losses.std(1) / losses.mean(1))[fine]
+        self._spread[fine] = (losses.std(1) / np.maximum(losses.mean(1), RATIO_FLOOR))[fine]  # losses may be 0
         self._gradients[fine] = self.training.gradient_norms()[fine]
-        self._ratio[fine] = (self.training.update_norms() / weights)[fine]
+        self._ratio[fine] = (self.training.update_norms() / np.maximum(weights, RATIO_FLOOR))[fine]
         return dropped
 
     def _terms(self, quality: np.ndarray) -> np.ndarray:

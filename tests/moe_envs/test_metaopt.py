@@ -50,6 +50,14 @@ def test_a_context_is_the_same_whatever_it_begins_with() -> None:
     np.testing.assert_array_equal(weights[0], weights[2])
 
 
+def test_a_training_loss_of_nought_is_seen_as_a_number() -> None:
+    env: Any = gymnasium.make_vec(ID, 2, "vector_entry_point").unwrapped
+    env.reset(seed=0)
+    env.step(np.tile(KEEP, (2, 1)))
+    env._see(np.array([True, True]), np.zeros((2, 5)), env._validate())  # as easy data give after many decisions
+    assert np.isfinite(env._observe()).all()
+
+
 def test_reward_is_the_drop_of_log_loss_and_arrival_ends() -> None:
     env = make(initial_rate=0.02, target=0.9)
     env.reset(seed=1)
