@@ -32,7 +32,7 @@ ROUNDS = (Round(48, 8), Round(12, 32), Round(4, 128))  # 1,280 trainings for eac
 GROUP_ROUNDS = (Round(480, 8), Round(60, 32), Round(8, 128))
 BY_GROUP, DECAY = "constant, by group", 1e-2  # the weight decay that trainings begin with, AdamW's default
 SHOWN = 32  # contexts of the timelines
-BEAM, SEARCHED_CONTEXTS, MISSED = 2, 16, 31
+BEAM, SEARCHED_CONTEXTS = 2, 16
 Result = dict[str, Any]
 
 
@@ -75,7 +75,7 @@ def look_ahead(env_kwargs: dict[str, Any], path: str, start: dict[str, Any], con
     seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + contexts)
     steps = trainings(agent, seeds, "test", **env_kwargs, **start)["steps"]
     found = [beam_search(seed, "test", BEAM, agent, **env_kwargs, **start) for seed in seeds]
-    best = [len(actions) if arrives else MISSED for actions, arrives in found]
+    best = [len(actions) + (not arrives) for actions, arrives in found]
     return {"contexts": contexts, "searched": float(np.mean(best)), "ppo": float(steps.mean())}
 
 
