@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import pytorch_optimizer
 import torch
 import torch.nn.functional as F
 
@@ -232,7 +233,6 @@ def test_every_and_mistakes_and_plots(tmp_path: Path) -> None:
 
 
 def test_the_update_of_any_optimizer_is_measured(policy: PPO) -> None:
-    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
     model, _, groups = setup()
     parts = [{"params": part.parameters()} for part in groups.values()]
     for optimizer in (pytorch_optimizer.Lamb(parts, lr=0.02, weight_decay=0.1), torch.optim.RMSprop(parts, lr=0.01)):

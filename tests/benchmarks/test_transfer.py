@@ -17,6 +17,7 @@ from agents.yardsticks.metaopt import Round
 from benchmarks import jobs, torch_training
 from benchmarks.experiments import sgd_env, torch_loop, transfer
 from benchmarks.metaopt_commands import benchmark_app
+from experts import tasks
 
 SMALL: dict[str, Any] = {"n_envs": 4, "n_steps": 8, "batch_size": 32}
 
@@ -44,7 +45,6 @@ def policy(folder: Path) -> Path:
 
 
 def test_policies_and_schedules_meet_the_same_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pytorch_optimizer")
     monkeypatch.setattr(transfer, "ROUNDS", (Round(2, 2),))
     cases = [(*case[:2], case[2] | {"max_actions": 5}) for case in (transfer.CASES[2], transfer.CASES[4])]
     monkeypatch.setattr(transfer, "CASES", cases)
@@ -122,7 +122,6 @@ def test_the_loop_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pr
 
 
 def test_a_policy_drives_lamb(tmp_path: Path, problem: torch_training.Problem) -> None:
-    pytest.importorskip("pytorch_optimizer")
     make = transfer.optimizers()["LAMB"]
     few = problem._replace(max_actions=6, target=1.1)
     drive = torch_training.by_policy(PPO.load(policy(tmp_path)))
@@ -154,5 +153,14 @@ def test_the_first_error_ends_what_waits() -> None:
         assert futures[-1].cancelled() or len(done) == 1000
 
 
-def test_many_trainings_make_more_steps_than_one() -> None:
-    assert sgd_env.ours(5, 32) > 1.5 * sgd_env.ours(5, 1)
+def test_dacbench_gets_our_data_as_tensors_and_as_images(tmp_path: Path) -> None:
+    sgd_env._pack(tmp_path)
+    tensors = sgd_env.Inputs(str(tmp_path), train=True)
+    images = sgd_env.Inputs(str(tmp_path), train=True, transform=np.asarray)
+    task = tasks.load("digits")
+    assert len(tensors) == len(images) == sgd_env.EPOCH * sgd_env.BATCH + len(task.validation_labels)
+    for place, of in ((3, task.inputs[3]), (sgd_env.EPOCH * sgd_env.BATCH, task.validation_inputs[0])):
+        np.testing.assert_array_equal(tensors[place][0], of)
+        pixels = (images[place][0].astype(np.float32).ravel() - 128) / 63
+        np.testing.assert_allclose(pixels, of.clip(-2, 2), atol=1 / 63)
+        assert tensors[place][1] == images[place][1]
