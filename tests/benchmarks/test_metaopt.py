@@ -60,6 +60,10 @@ def test_all_are_judged_on_the_same_contexts(tmp_path: Path, monkeypatch: pytest
     for row in result["rows"]:
         assert f"{row['steps']:.2f}" in printed
     assert "searched with the future known" in printed
+    assert "judged at" not in printed
+    result["policies"][0]["commit"] = "of yesterday"
+    printed = CliRunner().invoke(benchmark_app, ["metaopt", "--out", str(tmp_path)], env={"COLUMNS": "200"}).stdout
+    assert "policies trained at of yesterday, judged at" in printed
 
 
 def test_differences_by_hand() -> None:
