@@ -1,10 +1,13 @@
-"""The shipped bundles: what they are trained on and how, and their rebuilding from the data."""
+"""What is shipped, bundles and models to compress, and how it is made from the data."""
 
 from pathlib import Path
 
 from cost.profile import measure_experts
-from experts import bundle, data
+from experts import bundle, data, reference_models
 from experts.bundle import Bundle
+from experts.compression import sensitivity
+from experts.compression.execution import products
+from experts.compression.sensitivity import GRANULARITIES, SHIPPED
 from experts.training import TrainingSettings
 
 SETTINGS = {
@@ -29,3 +32,29 @@ def rebuild(name: str, folder: Path) -> Bundle:
         folder=folder,
         overwrite=True,
     )
+
+
+def ship_models() -> dict[str, float]:
+    """Train seed 0 of each recipe into the package, with its examples, profile and sensitivities; test accuracies."""
+    import torch
+
+    from moe_envs import profiles
+    from moe_envs.compression_tables import ModelTables
+
+    for path in SHIPPED.glob("sensitivity-*"):
+        path.unlink()
+    accuracies = {}
+    for name, recipe in reference_models.RECIPES.items():
+        model = reference_models.train(name)
+        reference_models.save(model, name, SHIPPED / f"{name}-0.safetensors")
+        reference_models.ship_examples(name)
+        examples = torch.from_numpy(reference_models.examples(name).calibration[:64])
+        profiles.measure_products(products(model, examples), progress=True).save(profiles.products_profile(name))
+        for granularity in GRANULARITIES:
+            tables = ModelTables(name, "train", granularity, "reference")
+            sensitivity.write(tables.sensitivity, SHIPPED, tables.evaluator, tables.parts)
+        inputs, labels = data.load(recipe.source)["test"]
+        with torch.inference_mode():
+            right = model(torch.from_numpy(inputs)).argmax(1) == torch.from_numpy(labels)
+        accuracies[name] = float(right.float().mean())
+    return accuracies

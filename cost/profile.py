@@ -73,8 +73,9 @@ class Profile(Record):
     noise: Noise | None = None
     units: dict[str, str] = {"time": "s", "memory": "B", "energy": "J", "flops": "FLOP"}
 
-    def cost(self, operation: str, n: int) -> Cost:
-        """The cost of an operation on n inputs, nothing for n = 0; raises `ValueError` for an unknown operation."""
+    def cost(self, operation: str, n: float) -> Cost:
+        """The cost of an operation on n inputs (a mean number, too), nothing for n = 0; raises `ValueError` where there
+        is no such operation."""
         if operation not in self._fits:
             raise ValueError(f"no operation {operation!r} in the profile; there are {', '.join(self.operations)}")
         time, more_time, memory, more_memory, energy, more_energy = self._fits[operation]

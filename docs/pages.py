@@ -9,10 +9,11 @@ FOLDER = Path(__file__).parent / "environments"
 
 def page(name: str) -> str:
     """The Markdown page of a registered environment."""
-    import gymnasium
+    from gymnasium.envs.registration import load_env_creator
 
-    arguments = {} if "Routing" not in name else {"bundle": "digits"}
-    doc = gymnasium.make(f"moe_envs:{name}", **arguments).unwrapped.__doc__
+    from moe_envs import ENVIRONMENTS
+
+    doc = load_env_creator(ENVIRONMENTS[name]["entry_point"] + "Env").__doc__
     make = f'```python\ngymnasium.make("moe_envs:{name}")\n```'
     return f"# {name}\n\n{make}\n\n{inspect.cleandoc(str(doc))}\n"
 

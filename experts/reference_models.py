@@ -10,15 +10,17 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as numpy_bytes
 from safetensors.torch import save as to_bytes
 
 from experts import data, zoo
@@ -28,16 +30,18 @@ from experts.model import ConvMoEClassifier, MoEClassifier, mix
 from experts.routers import load_balancing_loss, top_k
 
 FOLDER = zoo.ASSETS / "_models"
+CALIBRATION = 512
 log = logging.getLogger("moe_envs")
 Model = ConvMoEClassifier | MoEClassifier
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Data set and model, and how it is trained: AdamW, one cycle of the rate up to `rate`, label smoothing, load
-    balancing; images mirrored and moved by up to `shift` pixels."""
+    """Data set, the largest value of a pixel, and model; how it is trained: AdamW, one cycle of the rate up to `rate`,
+    label smoothing, load balancing; images mirrored and moved by up to `shift` pixels."""
 
     source: str
+    levels: int
     convolutional: bool
     settings: dict[str, Any]
     epochs: int
@@ -51,11 +55,61 @@ class Recipe:
 
 
 RECIPES = {
-    "fashion-mnist-conv": Recipe("fashion-mnist", True, {}, epochs=12, shift=2, mirror=True),
+    "fashion-mnist-conv": Recipe("fashion-mnist", 255, True, {}, epochs=12, shift=2, mirror=True),
     "digits-mlp": Recipe(
-        "digits", False, {"widths": (64,) * 8, "trunk": 96}, epochs=150, rate=5e-3, decay=0.1, batch_size=64
+        "digits", 16, False, {"widths": (64,) * 8, "trunk": 96}, epochs=150, rate=5e-3, decay=0.1, batch_size=64
     ),
 }
+
+
+class Examples(NamedTuple):
+    """Inputs to calibrate with, from the split `train`, and the split `validation`; `[n, d]` float32, `[n]` int64."""
+
+    calibration: np.ndarray
+    inputs: np.ndarray
+    labels: np.ndarray
+
+
+def examples(name: str) -> Examples:
+    """What a reference model is compressed by; shipped ones need no data set."""
+    kind, recipe = recipe_of(name)
+    path = FOLDER / f"{kind}.examples.safetensors"
+    arrays = _verified(path) if path.exists() else _examples(recipe)
+    scale = np.float32(recipe.levels)
+    return Examples(arrays["calibration"] / scale, arrays["inputs"] / scale, arrays["labels"].astype(np.int64))
+
+
+def _examples(recipe: Recipe) -> dict[str, np.ndarray]:
+    found = data.load(recipe.source)
+    inputs, labels = found["validation"]
+    given = {"calibration": found["train"][0][:CALIBRATION], "inputs": inputs}
+    return {key: np.rint(values * recipe.levels).astype(np.uint8) for key, values in given.items()} | {
+        "labels": labels.astype(np.uint8)
+    }
+
+
+def ship_examples(kind: str) -> None:
+    """Write a recipe's examples into the package; needs the data set."""
+    arrays = _examples(RECIPES[kind])
+    raw = numpy_bytes(arrays, {"sha256": _digest(arrays)})
+    write_bytes(FOLDER / f"{kind}.examples.safetensors", raw)
+
+
+def _verified(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata, arrays = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is damaged ({error}): install moe-envs anew") from error
+    if metadata.get("sha256") != _digest(arrays):
+        raise DataError(f"{path} is damaged: its SHA-256 is not the one it names; install moe-envs anew")
+    return arrays
+
+
+def recipe_of(name: str) -> tuple[str, Recipe]:
+    """The recipe of a reference model, and its name."""
+    kind, _ = _parse(name)
+    return kind, RECIPES[kind]
 
 
 def load(name: str) -> Model:
@@ -71,8 +125,8 @@ def load(name: str) -> Model:
 
 def train(name: str, progress: bool = True) -> Model:
     """Train a reference model anew, on the splits `train` and `rl_train`; the same bits for the same machine."""
-    kind, seed = _parse(name)
-    recipe, found = RECIPES[kind], data.load(RECIPES[kind].source)
+    (_, recipe), (_, seed) = recipe_of(name), _parse(name)
+    found = data.load(recipe.source)
     rows = np.concatenate([found.splits["train"], found.splits["rl_train"]])
     x, y = torch.from_numpy(found.inputs[rows]), torch.from_numpy(found.labels[rows])
     threads = torch.get_num_threads()
@@ -148,8 +202,8 @@ def _parse(name: str) -> tuple[str, int]:
     return kind, int(seed or 0)
 
 
-def _digest(weights: dict[str, torch.Tensor]) -> str:
-    shapes = json.dumps({key: list(weights[key].shape) for key in sorted(weights)})
+def _digest(arrays: Mapping[str, Any]) -> str:
+    shapes = json.dumps({key: list(arrays[key].shape) for key in sorted(arrays)})
     return hashlib.sha256(
-        shapes.encode() + b"".join(weights[key].numpy().tobytes() for key in sorted(weights))
+        shapes.encode() + b"".join(np.asarray(arrays[key]).tobytes() for key in sorted(arrays))
     ).hexdigest()

@@ -15,6 +15,7 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
         "entry_point": "moe_envs.metaopt:MoEMetaOpt",
         "vector_entry_point": "moe_envs.mixed:make_metaopt",
     },
+    "MoECompression-v0": {"entry_point": "moe_envs.compression:MoECompression"},
 }
 
 for _id, _spec in ENVIRONMENTS.items():

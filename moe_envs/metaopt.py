@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
-from threadpoolctl import ThreadpoolController
 
 from cost.model import Cost, RelativeCost
 from experts import tasks
@@ -31,6 +29,7 @@ from moe_envs.metaopt_signals import (
 )
 from moe_envs.reward import Reward
 from moe_envs.spaces import choose, reject_unknown
+from moe_envs.threads import one_thread
 
 SPLITS = ("train", "validation", "test")
 COSTS = ("reference", "machine")
@@ -143,7 +142,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         training, before = self.training, self.training.state()
         rates, self.ladder = apply(actions, training.rates, self.ladder)
         training.set(rates, DECAYS[self.ladder])
-        with _threads().limit(limits=1), np.errstate(all="ignore"):
+        with one_thread(), np.errstate(all="ignore"):
             losses = np.stack([self._train() for _ in range(self.steps)], axis=1)
             found = self._validate()
             fine = (found.loss < DIVERGED) & np.isfinite(losses).all(1) & np.isfinite(training.weight_norms()).all(1)
@@ -358,11 +357,6 @@ class MoEMetaOptEnv(SingleEnv):
             raise ResetNeeded("make the environment with render_mode='rgb_array' or 'ansi' to render it")
         picture = rendering.TrainingPicture(self.vector.max_actions, self.vector.target, self._history)
         return picture.rgb_array() if self.render_mode == "rgb_array" else picture.ansi()
-
-
-@cache
-def _threads() -> ThreadpoolController:
-    return ThreadpoolController()
 
 
 def _check(steps: Any, max_actions: Any, widths: np.ndarray, rates: Any, scales: Any) -> None:

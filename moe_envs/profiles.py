@@ -1,8 +1,11 @@
 """Which measured costs an environment is paid with: the reference shipped with a bundle, or this machine's own."""
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock
@@ -15,6 +18,9 @@ from experts import bundle as bundles
 from experts import tasks, zoo
 from experts.bundle import PROFILE, Bundle
 from experts.tasks import Task
+
+if TYPE_CHECKING:
+    from experts.compression.execution import Product
 
 TRAINED_WIDTHS = (8, 16, 32, 64, 128)
 log = logging.getLogger("moe_envs")
@@ -73,15 +79,46 @@ def of_training(task: Task, costs: str, widths: np.ndarray, steps: int, batch_si
 
 
 def _of_task(task: Task, costs: str) -> Profile:
-    if costs == "reference" and task.name in tasks.SHIPPED:
-        return Profile.load(task_profile(task.name), any_machine=True)
-    path = zoo.cache_folder() / "profiles" / f"task-{task.name}.json"
+    path = task_profile(task.name) if task.name in tasks.SHIPPED else None
+    return _shipped_or_measured(f"task-{task.name}", "trainings", path, costs, lambda: measure_training(task))
+
+
+def of_products(recipe: str, found: Mapping[str, Product], costs: str) -> Profile:
+    """The matrix products of a reference model, densely and at the ranks of the levels."""
+    path = products_profile(recipe)
+    return _shipped_or_measured(f"model-{recipe}", "matrix products", path, costs, lambda: measure_products(found))
+
+
+def _shipped_or_measured(
+    name: str, what: str, shipped: Path | None, costs: str, measured: Callable[[], Profile]
+) -> Profile:
+    if costs == "reference" and shipped is not None and shipped.exists():
+        return Profile.load(shipped, any_machine=True)
+    path = zoo.cache_folder() / "profiles" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            log.warning("measuring the costs of trainings of %r on this machine into %s", task.name, path)
-            measure_training(task).save(path)
+            log.warning("measuring the costs of %s of %r on this machine into %s", what, name.partition("-")[2], path)
+            measured().save(path)
     return Profile.load(path)
+
+
+def products_profile(recipe: str) -> Path:
+    """Where the reference profile of a reference model's products is."""
+    return zoo.ASSETS / "_models" / f"{recipe}.profile.json"
+
+
+def measure_products(found: Mapping[str, Product], repeats: int = 50, progress: bool = False) -> Profile:
+    """Measure a model's matrix products, of each shape once, densely and at every rank that a level has."""
+    from experts.compression import LEVELS
+    from experts.compression.execution import name_of, operation, rank
+
+    operations = {
+        name_of(product, way): operation(product, way)
+        for product in found.values()
+        for way in {rank(product.shape, level) for level in range(len(LEVELS))}
+    }
+    return profiles.measure(operations, sizes=(1, 4, 16, 64), repeats=repeats, progress=progress)
 
 
 def task_profile(name: str) -> Path:

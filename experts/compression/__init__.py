@@ -18,13 +18,15 @@ Shape = tuple[int, int]
 
 class Level(NamedTuple):
     """A name, and three functions: weights `[O, I]` and the columns' importance to bytes; bytes and shape to weights;
-    the shape to the number of bytes. `project` takes weights next to those that the form can have, but for rounding."""
+    the shape to the number of bytes. Where the form is a product of two thin matrices, `project` takes weights next to
+    those that it can have, but for rounding, and `rank` a shape to its rank."""
 
     name: str
     store: Callable[[np.ndarray, np.ndarray | None], bytes]
     load: Callable[[bytes, Shape], np.ndarray]
     size: Callable[[Shape], int]
     project: Callable[[np.ndarray, np.ndarray | None], np.ndarray] | None = None
+    rank: Callable[[Shape], int] | None = None
 
 
 def _exact() -> Level:
@@ -61,6 +63,7 @@ def _low_rank(share: float, bits: int) -> Level:
         lambda raw, shape: lowrank.compose(raw, shape, share, bits),
         lambda shape: lowrank.decomposed_bytes(shape, share, bits),
         lambda weights, importance: lowrank.truncate(weights, share, importance),
+        lambda shape: lowrank.rank_of(shape, share),
     )
 
 

@@ -31,20 +31,28 @@ SMALL: dict[str, dict[str, Any]] = {
     "moe_envs:MoERouting-v0": {"bundle": "digits"},
     "moe_envs:MoERoutingLive-v0": {"bundle": "digits"},
     "moe_envs:MoEMetaOpt-v0": {"task": "digits", "steps_per_action": 1},
+    "moe_envs:MoECompression-v0": {"model": "digits-mlp"},
 }
-SHORT: dict[str, dict[str, Any]] = {  # episodes of one step
-    "moe_envs:MoERouting-v0": {"batch_size": 1},
-    "moe_envs:MoERoutingLive-v0": {"batch_size": 1},
-    "moe_envs:MoEMetaOpt-v0": {"max_actions": 1},
+SHORT: dict[str, dict[str, Any]] = {  # episodes of four steps
+    "moe_envs:MoERouting-v0": {"batch_size": 4},
+    "moe_envs:MoERoutingLive-v0": {"batch_size": 4},
+    "moe_envs:MoEMetaOpt-v0": {"max_actions": 4},
+    "moe_envs:MoECompression-v0": {"granularity": "layer"},
 }
-LENGTHS = {"moe_envs:MoERouting-v0": 32, "moe_envs:MoERoutingLive-v0": 32, "moe_envs:MoEMetaOpt-v0": 30}
+LENGTHS = {
+    "moe_envs:MoERouting-v0": 32, "moe_envs:MoERoutingLive-v0": 32, "moe_envs:MoEMetaOpt-v0": 30,
+    "moe_envs:MoECompression-v0": 18,
+}  # fmt: skip
 VARIANTS = [
     ("moe_envs:MoERouting-v0", {"bundle": "digits", "batch_size": 8, "action": action})
     for action in ("expert", "subset", "top-m")
 ] + [
     ("moe_envs:MoEMetaOpt-v0", {"max_actions": 8, "steps_per_action": 2, **more})
     for more in ({}, {"scales": (0.2, 5.0), "undo": False, "initial_rate": (0.1, 0.3), "widths": (3, 8)})
-]
+] + [
+    ("moe_envs:MoECompression-v0", {"model": "digits-mlp", **more})
+    for more in ({}, {"shaped": True, "quality": "loss", "budget": 20_000}, {"evaluation": "additive"})
+]  # fmt: skip
 MODES = [mode.value for mode in AutoresetMode]
 
 each_variant = pytest.mark.parametrize(("env_id", "kwargs"), VARIANTS, ids=lambda value: str(value))
@@ -117,7 +125,7 @@ def test_vector_equals_single(
 def test_natural_episodes_of_the_vector_equal_the_single_one(
     env_id: str, assert_same: Callable[[Any, Any], None]
 ) -> None:
-    kwargs = SMALL[env_id] | ({"batch_size": 5} if "Routing" in env_id else {"max_actions": 2})
+    kwargs = SMALL[env_id] | SHORT[env_id]
     native = gymnasium.make_vec(env_id, 3, vectorization_mode="vector_entry_point", **kwargs)
     single = gymnasium.make_vec(env_id, 3, vectorization_mode="sync", **kwargs)
     assert_same(native.reset(seed=2), single.reset(seed=2))
@@ -144,7 +152,7 @@ def test_digest_does_not_depend_on_process_threads_or_hash_seed(env_id: str) -> 
 
 @each_id
 def test_spec_survives_json(env_id: str) -> None:
-    more = {"action": "subset"} if "Routing" in env_id else {"initial_rate": [0.001, 0.1]}
+    more: dict[str, Any] = {"initial_rate": [0.001, 0.1]} if "MetaOpt" in env_id else SHORT[env_id]
     env = make(env_id, cost_weight=0.3, **more)
     assert env.spec is not None
     again = gymnasium.make(EnvSpec.from_json(env.spec.to_json()))
@@ -199,7 +207,8 @@ def test_action_outside_the_space_changes_nothing(
     env, twin = make(env_id, **kwargs), make(env_id, **kwargs)
     for each in (env, twin):
         each.reset(seed=3)
-    for wrong in (-1, 8, 99, 1.5, None, "a", np.full(8, 2), np.zeros(3, dtype=np.int8), np.nan):
+    limit = int(getattr(env.action_space, "n", 3))  # the least that is too large, of our Discrete and MultiDiscrete
+    for wrong in (-1, limit, 99, 1.5, None, "a", np.full(8, 2), np.zeros(3, dtype=np.int8), np.nan):
         with pytest.raises(InvalidAction):
             env.step(wrong)
     action = env.action_space.sample()
@@ -208,7 +217,7 @@ def test_action_outside_the_space_changes_nothing(
     vector.reset(seed=0)
     before = vector.unwrapped.state()  # type: ignore[attr-defined]
     with pytest.raises(InvalidAction):
-        vector.step(np.full(vector.action_space.shape, 8))
+        vector.step(np.full(vector.action_space.shape, limit))
     with pytest.raises(InvalidAction):
         vector.step(np.full(vector.action_space.shape, -1))
     assert_same(vector.unwrapped.state(), before)  # type: ignore[attr-defined]
@@ -222,7 +231,8 @@ def test_steps_outside_an_episode_are_refused(env_id: str) -> None:
     with pytest.raises(ResetNeeded):
         env.unwrapped.state()  # type: ignore[attr-defined]
     env.reset()
-    env.step(zeros(env.action_space))
+    for _ in range(4):
+        env.step(zeros(env.action_space))
     with pytest.raises(ResetNeeded):
         env.step(zeros(env.action_space))
     vector = gymnasium.make_vec(
@@ -233,7 +243,8 @@ def test_steps_outside_an_episode_are_refused(env_id: str) -> None:
     with pytest.raises(ResetNeeded):
         vector.reset(options={"reset_mask": np.array([True, False])})
     vector.reset()
-    vector.step(zeros(vector.action_space))
+    for _ in range(4):
+        vector.step(zeros(vector.action_space))
     with pytest.raises(ResetNeeded, match=r"\[0, 1\]"):
         vector.step(zeros(vector.action_space))
 
@@ -252,7 +263,7 @@ def test_reward_is_recomputed_from_info(env_id: str) -> None:
 
 @each_id
 def test_observations_lie_in_bounds_and_are_new_arrays(env_id: str) -> None:
-    kwargs = SMALL[env_id] | ({"batch_size": 4} if "Routing" in env_id else {"max_actions": 4})
+    kwargs = SMALL[env_id] | SHORT[env_id]
     env = gymnasium.make_vec(env_id, 64, vectorization_mode="vector_entry_point", **kwargs)
     kept = [env.reset(seed=0)[0]]
     copies = [kept[0].copy()]

@@ -1,0 +1,85 @@
+"""How a matrix is run: densely, whatever its weights are rounded to, or as two thin products where its rank is low.
+
+Integers of a few bits are decompressed when the model is loaded; they save bytes, not time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from experts.compression import LEVELS, Shape, effective
+from experts.compression.pieces import pieces
+
+
+class Product(NamedTuple):
+    """A matrix product of a model: its shape, and for a convolution the module and the sides of its input."""
+
+    shape: Shape
+    conv: nn.Conv2d | None = None
+    sides: tuple[int, int] = (1, 1)
+
+
+def name_of(product: Product, rank: int) -> str:
+    """What a product is called in a profile, run densely or (`rank` > 0) as two thin ones."""
+    places = f" at {product.sides[0]}x{product.sides[1]}" if product.conv else ""
+    return f"{product.shape[0]}x{product.shape[1]}{places}, {f'rank {rank}' if rank else 'dense'}"
+
+
+def rank(shape: Shape, level: int) -> int:
+    """The rank of a matrix's form at a level, 0 where it is dense."""
+    form = LEVELS[effective(shape, level)]
+    return form.rank(shape) if form.rank else 0
+
+
+def products(model: nn.Module, inputs: torch.Tensor) -> dict[str, Product]:
+    """The products of a model's matrices by name; `inputs [n, ...]` tell the sizes of the images."""
+    sides: dict[int, tuple[int, int]] = {}
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    handles = [
+        module.register_forward_pre_hook(lambda module, given: sides.update({id(module): given[0].shape[-2:]}))
+        for module in convolutions.values()
+    ]
+    try:
+        with torch.inference_mode():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for name, piece in pieces(model).items():
+        conv = convolutions.get(name)
+        found[name] = Product(piece.shape, conv, sides[id(conv)]) if conv else Product(piece.shape)
+    return found
+
+
+def operation(product: Product, rank: int) -> Callable[[int], Callable[[], object]]:
+    """The product with n inputs, made ready: densely, or of a rank."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = product.shape
+    shapes = [(rank, columns), (rows, rank)] if rank else [(rows, columns)]
+    matrices = [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes]
+    conv = product.conv
+
+    def prepare(n: int) -> Callable[[], object]:
+        if conv is None:
+            x = torch.randn(n, columns, generator=generator)
+        else:
+            x = torch.randn(n, conv.in_channels, *product.sides, generator=generator)
+
+        def run() -> object:
+            with torch.inference_mode():
+                if conv is None:
+                    found = F.linear(x, matrices[0])
+                    return F.linear(found, matrices[1]) if rank else found
+                first = matrices[0].view(-1, *conv.weight.shape[1:])
+                found = F.conv2d(x, first, None, conv.stride, conv.padding, conv.dilation)
+                return F.conv2d(found, matrices[1][:, :, None, None]) if rank else found
+
+        return run
+
+    return prepare
