@@ -50,9 +50,17 @@ def bundle() -> None:
 
 def benchmark() -> None:
     """Entry point of `moe-benchmark`."""
-    from benchmarks.metaopt_commands import benchmark_app
+    from benchmarks import compression_commands, metaopt_commands  # noqa: F401
+    from benchmarks.commands import benchmark_app
 
     _guarded(benchmark_app)
+
+
+def compress() -> None:
+    """Entry point of `moe-compress`."""
+    from benchmarks.compression_commands import compress_app
+
+    _guarded(compress_app)
 
 
 def _train(

@@ -12,8 +12,6 @@ from rich.table import Table
 from benchmarks.commands import benchmark_app
 from benchmarks.terminal import Json, bar, console, write
 
-__all__ = ["benchmark_app"]
-
 
 def _say_reused(result: dict[str, Any]) -> None:
     """Policies that were there already may be of another commit than what judged them."""

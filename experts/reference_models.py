@@ -55,7 +55,7 @@ class Recipe:
 
 
 RECIPES = {
-    "fashion-mnist-conv": Recipe("fashion-mnist", 255, True, {}, epochs=12, shift=2, mirror=True),
+    "fashion-mnist-conv": Recipe("fashion-mnist", 255, True, {}, epochs=14, rate=4e-3, shift=1, mirror=True),
     "digits-mlp": Recipe(
         "digits", 16, False, {"widths": (64,) * 8, "trunk": 96}, epochs=150, rate=5e-3, decay=0.1, batch_size=64
     ),
@@ -146,7 +146,7 @@ def _train(model: Model, x: torch.Tensor, y: torch.Tensor, recipe: Recipe, progr
     with Progress(disable=not progress) as bar:
         for _ in bar.track(range(recipe.epochs), description="training a reference model"):
             for rows in torch.randperm(len(x)).split(recipe.batch_size)[:steps]:
-                h = model.trunk(_augmented(x[rows], recipe))
+                h = model.trunk(augmented(x[rows], recipe))
                 gate = model.gate(h)
                 chosen = top_k(gate, 2)
                 loss = F.cross_entropy(mix(gate, model.experts(h), chosen), y[rows], label_smoothing=recipe.smoothing)
@@ -158,7 +158,8 @@ def _train(model: Model, x: torch.Tensor, y: torch.Tensor, recipe: Recipe, progr
     return model.eval()
 
 
-def _augmented(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+def augmented(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Inputs `[n, d]` mirrored and moved as the recipe says, from torch's global generator."""
     side, shift = int(x.shape[1] ** 0.5), recipe.shift
     images = x.reshape(-1, side, side)
     if recipe.mirror:
@@ -175,17 +176,33 @@ def save(model: Model, name: str, path: Path) -> None:
     write_bytes(path, to_bytes(weights, metadata))
 
 
+def read(path: Path) -> tuple[Model, str]:
+    """A model of `save`, and its name; raises `DataError` where the file is damaged or foreign."""
+    metadata, weights = _content(path)
+    if set(metadata) != {"model", "seed", "sha256"} or metadata["sha256"] != _digest(weights):
+        raise DataError(f"{path} is damaged or not of a reference model")
+    name = f"{metadata['model']}-{metadata['seed']}"
+    model = _make(recipe_of(name)[1])
+    model.load_state_dict(weights)
+    return model.eval(), name
+
+
 def _read(path: Path, kind: str, seed: int) -> Model:
     try:
+        model, name = read(path)
+    except DataError as error:
+        raise DataError(f"{error}: delete it, and it is made anew") from error
+    if name != f"{kind}-{seed}":
+        raise DataError(f"{path} is of {name}: delete it, and it is made anew")
+    return model
+
+
+def _content(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    try:
         with safe_open(path, "pt") as file:
-            metadata, weights = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a model's file ({error}): delete it, and it is made anew") from error
-    if metadata != {"model": kind, "seed": str(seed), "sha256": _digest(weights)}:
-        raise DataError(f"{path} is damaged or of another model: delete it, and it is made anew")
-    model = _make(RECIPES[kind])
-    model.load_state_dict(weights)
-    return model.eval()
+        raise DataError(f"{path} is not a model's file ({error})") from error
 
 
 def _make(recipe: Recipe) -> Model:

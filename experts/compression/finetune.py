@@ -45,10 +45,14 @@ def finetune(
     importance: Mapping[str, np.ndarray] | None = None,
     augment: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     progress: bool = True,
+    teacher: nn.Module | None = None,
 ) -> nn.Module:
-    """A copy of the model whose compressed form under the plan is better; compress it by `plan.compress`."""
+    """A copy of the model whose compressed form under the plan is better; compress it by `plan.compress`.
+
+    The targets are those of `teacher`, of the model itself where there is none.
+    """
     settings = settings or FinetuneSettings()
-    student, teacher = copy.deepcopy(model).train(), model.eval()
+    student, teacher = copy.deepcopy(model).train(), (teacher or model).eval()
     x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
     optimizer = torch.optim.AdamW(student.parameters(), settings.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=settings.steps)

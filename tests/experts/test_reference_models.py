@@ -55,9 +55,9 @@ def test_images_are_mirrored_and_moved() -> None:
     image[0, 10, 4] = 1
     places = set()
     for _ in range(200):
-        found = reference_models._augmented(image.reshape(1, -1), recipe).reshape(28, 28).nonzero()
+        found = reference_models.augmented(image.reshape(1, -1), recipe).reshape(28, 28).nonzero()
         assert len(found) == 1
         places.add(tuple(found[0].tolist()))
     rows, columns = ({place[axis] for place in places} for axis in (0, 1))
-    assert rows == set(range(8, 13))
-    assert columns == set(range(2, 7)) | set(range(21, 26))
+    assert rows == set(range(9, 12))
+    assert columns == set(range(3, 6)) | set(range(22, 25))

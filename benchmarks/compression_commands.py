@@ -1,0 +1,135 @@
+"""`moe-compress`, and the subcommand of `moe-benchmark` about MoECompression-v0."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from benchmarks.commands import benchmark_app
+from benchmarks.terminal import bar, console
+
+LIMIT = 2**20
+compress_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Compress Mixture-of-Experts models.")
+Model = Annotated[str, typer.Option(help="fashion-mnist-conv or digits-mlp; -1, -2, ... for other seeds")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else on standard output.")]
+Limit = Annotated[int, typer.Option(min=1, help="Bytes that the file may have.")]
+ROW = ("method", "bytes", "accuracy", "time_s", "finetuned")
+
+
+@compress_app.command("run")
+def _run(
+    model: Model = "fashion-mnist-conv",
+    out: Path = Path("runs/compress"),
+    steps: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 430,
+    evaluations: Annotated[int, typer.Option(min=1, help="Of the local search.")] = 400,
+    limit: Limit = LIMIT,
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """All methods in turn: bytes on disk, test accuracy and time of each; a report, pictures, plans, the best file.
+
+    Fails where no compressed form is within the limit.
+    """
+    from benchmarks.experiments import compression_methods
+
+    with bar() as add:
+        result = compression_methods.run(model, out, steps, evaluations, limit, seed, add)
+    _show(result["rows"], model, as_json)
+    if result["best"] is None:
+        raise ValueError(f"no method brings {model} under {limit:,} bytes; see {out}/report.md")
+    if not as_json:
+        console.print(f"smallest within half a point on validation, and the limit: [bold]{result['best']}[/]")
+        console.print(
+            f"[green]saved[/] {out}/report.md, results.json, pareto.png, heatmap.png, plans/, best.safetensors"
+        )
+
+
+@compress_app.command("apply")
+def _apply(
+    plan: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A plan of `run`, `plan` or `Plan.save`.")],
+    checkpoint: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A reference model's safetensors.")],
+    out: Annotated[Path, typer.Option(help="The compressed model.")] = Path("compressed.safetensors"),
+    steps: Annotated[int, typer.Option(min=0, help="Of fine-tuning under the plan, 0 for none.")] = 0,
+    limit: Limit = LIMIT,
+    as_json: AsJson = False,
+) -> None:
+    """Apply a plan to a checkpoint; fails where the file would be larger than the limit."""
+    from benchmarks.experiments import compression_methods
+
+    result = compression_methods.apply(plan, checkpoint, out, steps, limit)
+    _show(result["rows"], str(checkpoint), as_json)
+    if not as_json:
+        console.print(f"[green]saved[/] {out}")
+
+
+@compress_app.command("plan")
+def _plan(
+    policy: Annotated[Path, typer.Argument(exists=True, help="A folder of PPO trained on MoECompression-v0.")],
+    model: Model = "fashion-mnist-conv",
+    budget: Annotated[int, typer.Option(min=1, help="Bytes of the compressed file.")] = 200_000,
+    out: Annotated[Path, typer.Option(help="The plan, for `moe-compress apply`.")] = Path("plan.json"),
+) -> None:
+    """The plan that a learned policy gives a model, without any evaluation."""
+    from agents.deploy.compression import plan_of
+    from agents.ppo import PPO
+
+    found = plan_of(PPO.load(policy), model, budget)
+    found.save(out)
+    console.print(f"[green]saved[/] {out}: {found.bytes:,} bytes of {budget:,}")
+
+
+@compress_app.command("export")
+def _export(model: Model = "fashion-mnist-conv", out: Path = Path("model.safetensors")) -> None:
+    """Write a reference model as a checkpoint, for `moe-compress apply`."""
+    from experts import reference_models
+
+    reference_models.save(reference_models.load(model), model, out)
+    console.print(f"[green]saved[/] {out}")
+
+
+@benchmark_app.command("compression")
+def _compression(
+    model: Annotated[list[str] | None, typer.Option(help="That PPO trains on; three by default.")] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="That it never sees; two by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Trainings of PPO, and of each search.")] = 5,
+    timesteps: Annotated[int | None, typer.Option(min=1, help="Of PPO, instead of the tuned number.")] = None,
+    evaluations: Annotated[int, typer.Option(min=2, help="Of each search, for each model and budget.")] = 400,
+    ablations: Annotated[bool, typer.Option(help="Train without warm start and without masks as well.")] = True,
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    out: Path = Path("runs/compression"),
+) -> None:
+    """PPO beside searches at equal bytes: points of test accuracy lost, on known and on held-out models."""
+    from benchmarks.experiments import compression
+
+    kind = "fashion-mnist-conv"
+    known = model or [f"{kind}-{seed}" for seed in (0, 1, 2)]
+    unseen = held_out or [f"{kind}-{seed}" for seed in (3, 4)]
+    with bar() as add:
+        result = compression.run(known, unseen, seeds, timesteps, evaluations, ablations, jobs, out, add)
+    for kind in ("known", "held out"):
+        for budget in sorted({row["budget"] for row in result["rows"]}):
+            table = Table("", "points", "95 %", "plans", "evaluations", title=f"models {kind}, {budget:,} bytes")
+            rows = [row for row in result["rows"] if (row["kind"], row["budget"]) == (kind, budget)]
+            for row in sorted(rows, key=lambda row: -row["points"]):
+                interval = "" if row["ci95"] is None else "{:+.2f} .. {:+.2f}".format(*row["ci95"])
+                figures = f"{row['points']:+.2f}", interval, str(row["plans"]), str(row["evaluations"])
+                table.add_row(row["policy"], *figures, style="bold red" if row["policy"].startswith("PPO") else "")
+            console.print(table)
+    console.print(f"differences below {result['tie']} points are ties")
+    console.print(f"[green]saved[/] {out}/results.json, plans.csv, points.png, policies/")
+
+
+def _show(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"rows": [{key: row[key] for key in ROW} for row in rows]}))
+        return
+    table = Table("method", "bytes", "accuracy", "points", "us", "trained", title=f"{title}, test images")
+    for row in rows:
+        points = 100 * (row["accuracy"] - rows[0]["accuracy"])
+        figures = f"{row['bytes']:,}", f"{row['accuracy']:.2%}", f"{points:+.2f}", f"{1e6 * row['time_s']:.0f}"
+        table.add_row(row["method"], *figures, "yes" if row["finetuned"] else "")
+    console.print(table)

@@ -1,0 +1,204 @@
+"""Does a learned policy choose better plans for a byte budget than searches do, on models it knows and on others?
+
+Everything is chosen on one half of the validation images and judged on the test images. PPO is one policy for all
+budgets and models; searches run for each. "PPO" is its plan without any evaluation; "PPO, best of N" draws N plans and
+keeps the best, as many evaluations as the searches have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from agents.deploy.compression import levels_of
+from agents.ppo import PPO
+from agents.yardsticks import compression as yardsticks
+from benchmarks import jobs, policies, runs
+from benchmarks.statistics import mean_interval
+from cost.files import write_text
+from experts import reference_models
+from moe_envs.compression_tables import CompressionTables
+
+ID = "moe_envs:MoECompression-v0"
+SHARES = {"fashion-mnist-conv": (0.062, 0.069, 0.086, 0.104, 0.173), "digits-mlp": (0.07, 0.09, 0.12, 0.16)}
+TIE = 0.2  # points of accuracy; the standard error of a test accuracy is larger
+VARIANTS: dict[str, dict[str, Any]] = {
+    "PPO": {},
+    "PPO, no warm start": {"warm": 0.0},
+    "PPO, no masks": {"masks": False},
+}
+Result = dict[str, Any]
+
+
+def budgets_of(model: str) -> list[int]:
+    """The budgets in bytes that plans are compared at: 180 to 500 kB of the convolutional model."""
+    kind, _ = reference_models.recipe_of(model)
+    whole = CompressionTables((model,), "train", "expert", "accuracy", "reference").bytes
+    return [round(share * whole) for share in SHARES[kind]]
+
+
+def prepare(agent: Any, total: int, warm: float, masks: bool) -> Callable[[Any], object]:
+    """Let an agent train the share `warm` of its steps on the sum of sensitivities, with or without action masks."""
+    env: Any = agent.rows.env.unwrapped
+    agent.rows.has_masks &= masks
+    env.additive = warm > 0
+
+    def after(agent: Any) -> None:
+        env.additive = agent.num_timesteps < warm * total
+
+    return after
+
+
+def judge_policy(path: str, name: str, seed: int, model: str, evaluations: int) -> pd.DataFrame:
+    """A policy's plans for each budget, with and without evaluations."""
+    policy, budgets = PPO.load(path), budgets_of(model)
+    plain = levels_of(policy, model, budgets)[:, 0]
+    found = [_judged(model, budgets, list(plain), name, seed, 0)]
+    if name == "PPO":
+        drawn = levels_of(policy, model, budgets, deterministic=False, repeats=evaluations - 1)
+        tables = _tables(model)
+        best = []
+        for first, others in zip(plain, drawn, strict=True):
+            plans = np.concatenate([first[None], others])
+            best.append(plans[tables.quality(np.zeros(len(plans), dtype=np.int64), plans)[0].argmax()])
+        found.append(_judged(model, budgets, best, f"PPO, best of {evaluations}", seed, evaluations))
+    return pd.concat(found)
+
+
+def judge_yardstick(name: str, model: str, evaluations: int, seed: int) -> pd.DataFrame:
+    """A yardstick's plans for each budget."""
+    tables, budgets = _tables(model), budgets_of(model)
+    sizes, gains = tables.sizes, tables.gains[0]
+
+    def score(levels: np.ndarray) -> float:
+        return float(tables.quality(np.zeros(1, dtype=np.int64), levels[None])[0][0])
+
+    plans, used = [], 0
+    for budget in budgets:
+        room = budget - tables.overhead
+        if name == "uniform":
+            plans.append(yardsticks.uniform(sizes, room))
+        elif name == "greedy":
+            plans.append(yardsticks.greedy(sizes, gains, room))
+        elif name == "exact on sensitivities":
+            plans.append(yardsticks.exact(sizes, gains, room))
+        elif name == "random search":
+            plans.append(yardsticks.random_search(score, sizes, room, evaluations, seed).levels)
+            used = evaluations
+        else:
+            start = yardsticks.exact(sizes, gains, room)
+            plans.append(yardsticks.local_search(score, start, sizes, room, evaluations, seed).levels)
+            used = evaluations
+    return _judged(model, budgets, plans, name, seed, used)
+
+
+YARDSTICKS = ("uniform", "greedy", "exact on sensitivities", "random search", "exact, then local search")
+SEARCHES = YARDSTICKS[3:]
+
+
+def run(
+    models: list[str], held_out: list[str], seeds: int, timesteps: int | None, evaluations: int, ablations: bool,
+    processes: int, out: Path, add_task: Callable[[str], Callable[[float], object]],
+) -> Result:  # fmt: skip
+    """Train, search, judge; writes results.json, plans.csv, a picture and the policies."""
+    out.mkdir(parents=True, exist_ok=True)
+    for model in (*models, *held_out):
+        _tables(model)  # trained and measured once, before several processes ask for it
+    with jobs.pool(processes) as pool:
+        todo = [(name, seed) for name in (VARIANTS if ablations else ["PPO"]) for seed in range(seeds)]
+        learning = [
+            pool.submit(
+                policies.learn, {"model": models}, seed, timesteps, out / "policies" / f"{_file(name)}-{seed}", ID,
+                prepare, **VARIANTS[name],
+            )
+            for name, seed in todo
+        ]  # fmt: skip
+        learned = jobs.gather(learning, add_task(f"{len(todo)} trainings of PPO"))
+        every = [(model, "known") for model in models] + [(model, "held out") for model in held_out]
+        judging = []
+        for model, kind in every:
+            for (name, seed), each in zip(todo, learned, strict=True):
+                judging.append((kind, pool.submit(judge_policy, each["path"], name, seed, model, evaluations)))
+            for name in YARDSTICKS:
+                for seed in range(seeds if name in SEARCHES else 1):
+                    judging.append((kind, pool.submit(judge_yardstick, name, model, evaluations, seed)))
+        found = jobs.gather([each for _, each in judging], add_task("searching and judging"))
+    frame = pd.concat(
+        [each.assign(kind=kind) for (kind, _), each in zip(judging, found, strict=True)], ignore_index=True
+    )
+    result: Result = {
+        "models": models, "held_out": held_out, "evaluations": evaluations, "tie": TIE, "rows": summarise(frame),
+        "policies": [each | {"variant": name, "evaluations": _evaluations(each)} for (name, _), each in zip(todo, learned, strict=True)],
+        **runs.provenance(),
+    }  # fmt: skip
+    frame.to_csv(out / "plans.csv", index=False)
+    write_text(out / "results.json", json.dumps(result, indent=1))
+    _draw(frame, out / "points.png")
+    return result
+
+
+def summarise(frame: pd.DataFrame) -> list[Result]:
+    """Mean points lost on test for each kind of model, budget and policy, over models and seeds, with a 95 % interval;
+    `ahead` is by how much less than exact allocation with local search loses."""
+    rows = []
+    for _, group in frame.groupby(["kind", "budget"], sort=True):
+        kind, budget = group["kind"].iloc[0], int(group["budget"].iloc[0])
+        base = group[group["policy"] == SEARCHES[1]]["points"].mean()
+        for name, part in group.groupby("policy", sort=False):
+            points = part["points"].to_numpy()
+            row: Result = {"kind": kind, "budget": budget, "policy": name, "points": float(points.mean())}
+            row |= {"plans": len(points), "evaluations": int(part["evaluations"].max())}
+            row |= {"ci95": mean_interval(points) if len(points) > 1 else None, "ahead": float(points.mean() - base)}
+            rows.append(row)
+    return rows
+
+
+def _tables(model: str, split: str = "train") -> CompressionTables:
+    return CompressionTables((model,), split, "expert", "accuracy and loss", "reference")
+
+
+def _judged(
+    model: str, budgets: list[int], plans: list[np.ndarray], name: str, seed: int, evaluations: int
+) -> pd.DataFrame:
+    """Changes of accuracy in points, and of loss, on the test images."""
+    tables = _tables(model, "test")
+    _, accuracy, loss = tables.quality(np.zeros(len(plans), dtype=np.int64), np.stack(plans))
+    sizes = [yardsticks.size(plan, tables.sizes) + tables.overhead for plan in plans]
+    assert all(size <= budget for size, budget in zip(sizes, budgets, strict=True))
+    return pd.DataFrame({
+        "model": model, "policy": name, "seed": seed, "evaluations": evaluations, "budget": budgets, "bytes": sizes,
+        "points": 100 * accuracy, "loss": loss, "levels": [" ".join(map(str, plan)) for plan in plans],
+    })  # fmt: skip
+
+
+def _evaluations(policy: Result) -> int:
+    """How many plans a policy's training ran a model for, at most: repeated ones are looked up."""
+    steps = policy["settings"]["total_timesteps"] * (1 - policy["warm"])
+    return int(steps / len(_tables(policy["env_kwargs"]["model"][0]).units))
+
+
+def _file(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-").lower()
+
+
+def _draw(frame: pd.DataFrame, path: Path) -> None:
+    """Points lost at each budget, means over models and seeds."""
+    kinds = list(dict.fromkeys(frame["kind"]))
+    figure = Figure((6.5 * len(kinds), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for panel, kind in zip(panels, kinds, strict=True):
+        part = frame[frame["kind"] == kind]
+        for name, each in part.groupby("policy", sort=False):
+            means = each.groupby("budget")["points"].mean()
+            panel.plot(means.index / 1000, means, marker="o", ms=3, lw=3 if name == "PPO" else 1, label=name)
+        panel.set(title=f"models {kind}", xlabel="budget [kB]", ylabel="change of test accuracy [points]", xscale="log")
+        panel.set_yscale("symlog", linthresh=0.5)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
