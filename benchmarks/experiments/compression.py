@@ -29,9 +29,9 @@ ID = "moe_envs:MoECompression-v0"
 SHARES = {"fashion-mnist-conv": (0.062, 0.069, 0.086, 0.104, 0.173), "digits-mlp": (0.07, 0.09, 0.12, 0.16)}
 TIE = 0.2  # points of accuracy; the standard error of a test accuracy is larger
 VARIANTS: dict[str, dict[str, Any]] = {
-    "PPO": {},
-    "PPO, no warm start": {"warm": 0.0},
-    "PPO, no masks": {"masks": False},
+    "PPO": {"warm": 1 / 3, "masks": True},
+    "PPO, no warm start": {"warm": 0.0, "masks": True},
+    "PPO, no masks": {"warm": 1 / 3, "masks": False},
 }
 Result = dict[str, Any]
 
@@ -132,10 +132,13 @@ def run(
     frame = pd.concat(
         [each.assign(kind=kind) for (kind, _), each in zip(judging, found, strict=True)], ignore_index=True
     )
+    kept = [
+        each | {"variant": name, "evaluations": _evaluations(each)}
+        for (name, _), each in zip(todo, learned, strict=True)
+    ]
     result: Result = {
         "models": models, "held_out": held_out, "evaluations": evaluations, "tie": TIE, "rows": summarise(frame),
-        "policies": [each | {"variant": name, "evaluations": _evaluations(each)} for (name, _), each in zip(todo, learned, strict=True)],
-        **runs.provenance(),
+        "policies": kept, **runs.provenance(),
     }  # fmt: skip
     frame.to_csv(out / "plans.csv", index=False)
     write_text(out / "results.json", json.dumps(result, indent=1))

@@ -1,0 +1,122 @@
+"""The commands about compression, on the digits and with few steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from benchmarks.commands import benchmark_app
+from benchmarks.compression_commands import compress_app
+from benchmarks.experiments import compression, compression_methods
+from experts import data, reference_models
+from experts.compression.pieces import pieces
+from experts.compression.plan import Plan, load_compressed
+
+MODEL = "digits-mlp"
+runner = CliRunner()
+
+
+def bench() -> compression_methods.Bench:
+    return compression_methods.Bench(reference_models.load(MODEL), MODEL, steps=3, evaluations=3)
+
+
+def accuracy(model: Any) -> float:
+    inputs, labels = (torch.from_numpy(each) for each in data.load("digits")["test"])
+    with torch.no_grad():
+        return float((model(inputs).argmax(1) == labels).float().mean())
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("run")
+    arguments = ["run", "--model", MODEL, "--out", str(out), "--steps", "3", "--evaluations", "3", "--json"]
+    done = runner.invoke(compress_app, arguments)
+    assert done.exit_code == 0, done.output
+    return out, json.loads(done.stdout)["rows"]
+
+
+def test_rows_say_what_the_files_have(result: tuple[Path, list[dict[str, Any]]]) -> None:
+    out, rows = result
+    assert rows[0]["method"] == "float32"
+    assert rows[0]["accuracy"] == pytest.approx(accuracy(reference_models.load(MODEL)))
+    assert set(rows[0]) == {"method", "bytes", "accuracy", "time_s", "finetuned"}
+    content = json.loads((out / "results.json").read_text())
+    best = next(row for row in rows if row["method"] == content["best"])
+    assert (out / "best.safetensors").stat().st_size == best["bytes"] < rows[0]["bytes"] / 4
+    if "neurons" not in content["best"]:
+        restored = load_compressed(out / "best.safetensors", reference_models.load(MODEL))
+        assert accuracy(restored) == pytest.approx(best["accuracy"])
+    plans = {path.stem: Plan.load(path).bytes for path in (out / "plans").iterdir()}
+    assert len(plans) == len(rows)
+    assert plans["int8"] == next(row["bytes"] for row in rows if row["method"] == "int8")
+    for name in ("pareto.png", "heatmap.png"):
+        assert np.asarray(Image.open(out / name)).std() > 10
+    assert all(row["method"] in (out / "report.md").read_text() for row in rows)
+
+
+def test_a_limit_that_nothing_fits_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression_methods, "methods", lambda bench: {"float32": lambda: bench.compress(0)})
+    arguments = ["run", "--model", MODEL, "--out", str(tmp_path), "--limit", "1000"]
+    done = runner.invoke(compress_app, arguments)
+    assert isinstance(done.exception, ValueError)
+    assert "under 1,000 bytes" in str(done.exception)
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_a_plan_is_applied_to_a_checkpoint(tmp_path: Path) -> None:
+    plan, checkpoint, out = (tmp_path / name for name in ("plan.json", "model.safetensors", "small.safetensors"))
+    Plan.of(reference_models.load(MODEL), 3).save(plan)
+    assert runner.invoke(compress_app, ["export", "--model", MODEL, "--out", str(checkpoint)]).exit_code == 0
+    for more, trained in ([], False), (["--steps", "2"], True):
+        done = runner.invoke(compress_app, ["apply", str(plan), str(checkpoint), "--out", str(out), "--json", *more])
+        assert done.exit_code == 0, done.output
+        rows = json.loads(done.stdout)["rows"]
+        assert [row["method"] for row in rows] == ["float32", "plan"]
+        assert rows[1]["bytes"] == out.stat().st_size == Plan.load(plan).bytes
+        assert rows[1]["finetuned"] is trained
+        assert accuracy(load_compressed(out, reference_models.load(MODEL))) == pytest.approx(rows[1]["accuracy"])
+    before = out.read_bytes()
+    done = runner.invoke(compress_app, ["apply", str(plan), str(checkpoint), "--out", str(out), "--limit", "9"])
+    assert "more than the limit of 9" in str(done.exception)
+    checkpoint.write_bytes(b"x" * 200)
+    done = runner.invoke(compress_app, ["apply", str(plan), str(checkpoint), "--out", str(out)])
+    assert isinstance(done.exception, data.DataError)
+    assert out.read_bytes() == before
+
+
+def test_one_threshold_over_all_matrices() -> None:
+    model = reference_models.load(MODEL)
+    levels = compression_methods.magnitude_plan(model, 0.5)
+    for name, piece in pieces(model).items():
+        piece.write(piece.read() * (100 if name == "gate" else 0.001 if name == "experts.0.in" else 1))
+    moved = compression_methods.magnitude_plan(model, 0.5)
+    assert set(levels.values()) <= {1, 2, 6, 10}
+    assert (moved["gate"], moved["experts.0.in"]) == (1, 10)
+
+
+def test_half_the_neurons_are_gone() -> None:
+    made = compression_methods.structured(bench())
+    assert made.model.experts.widths == (32,) * 8  # type: ignore[union-attr]
+    assert accuracy(made.model) > 0.95
+
+
+def test_a_learned_policy_beside_searches(tmp_path: Path) -> None:
+    arguments = ["--model", MODEL, "--held-out", f"{MODEL}-1", "--seeds", "2", "--timesteps", "400"]
+    arguments += ["--evaluations", "3", "--jobs", "1", "--out", str(tmp_path), "--no-ablations"]
+    done = runner.invoke(benchmark_app, ["compression", *arguments])
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["kind"], row["budget"], row["policy"]): row for row in content["rows"]}
+    budgets = compression.budgets_of(MODEL)
+    assert {key[2] for key in rows} == {"PPO", "PPO, best of 3", *compression.YARDSTICKS}
+    assert {key[:2] for key in rows} == {(kind, budget) for kind in ("known", "held out") for budget in budgets}
+    assert rows["known", budgets[0], "greedy"]["points"] > rows["known", budgets[0], "uniform"]["points"]
+    plan = tmp_path / "plan.json"
+    arguments = [str(tmp_path / "policies" / "ppo-0"), "--model", MODEL, "--budget", "20000", "--out", str(plan)]
+    assert runner.invoke(compress_app, ["plan", *arguments]).exit_code == 0
+    assert Plan.load(plan).bytes <= 20_000
