@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from benchmarks.commands import benchmark_app
-from benchmarks.terminal import bar, console
+from benchmarks.terminal import Json, bar, console, write
 
 LIMIT = 2**20
 compress_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Compress Mixture-of-Experts models.")
@@ -89,6 +89,57 @@ def _export(model: Model = "fashion-mnist-conv", out: Path = Path("model.safeten
 
     reference_models.save(reference_models.load(model), model, out)
     console.print(f"[green]saved[/] {out}")
+
+
+@compress_app.command("tau")
+def _tau(
+    model: Annotated[list[str] | None, typer.Option(help="digits-mlp and fashion-mnist-conv by default.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Weights below tau times the largest of their matrix left out: share kept, accuracy, bytes, time."""
+    from benchmarks.experiments import boundary_pruning
+
+    with bar() as add:
+        names = model or ["digits-mlp", "fashion-mnist-conv"]
+        result = boundary_pruning.run(names, add("cutting at tau"))
+    write(json_file, result)
+    title = "medians of 5 runs, 64 inputs, one thread"
+    table = Table("model", "tau", "kept", "accuracy", "bytes", "model", "linear", "sparse", title=title)
+    for row in result["rows"]:
+        times = (f"{1e6 * row[key]:.0f} us" for key in ("time_s", "linear_dense_s", "linear_sparse_s"))
+        figures = f"{row['tau']:.2f}", f"{row['kept']:.1%}", f"{row['accuracy']:.2%}", f"{row['bytes']:,}"
+        table.add_row(row["model"], *figures, *times)
+    console.print(table)
+
+
+@compress_app.command("experts")
+def _experts(
+    model: Model = "fashion-mnist-conv",
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    out: Path = Path("runs/experts"),
+    json_file: Json = None,
+) -> None:
+    """A shared core beside a low rank of each expert, for experts trained apart and for upcycled ones."""
+    from benchmarks.experiments import shared_core
+
+    with bar() as add:
+        result = shared_core.run(model, out, jobs, add("fitting cores"))
+    write(json_file, result)
+    for kind, accuracy in result["accuracy"].items():
+        table = Table(
+            "", "rank", "parameters", "active", "error", "accuracy", title=f"{kind}, as they are {accuracy:.2%}"
+        )
+        for row in result["rows"]:
+            if row["experts"] == kind:
+                figures = (
+                    f"{row['parameters']:,}",
+                    f"{row['active']:,}",
+                    f"{row['error']:.3f}",
+                    f"{row['accuracy']:.2%}",
+                )
+                table.add_row(row["way"], str(row["rank"]), *figures)
+        console.print(table)
+    console.print("parameters of the experts' first matrices; active: of two experts; accuracy on test")
 
 
 @benchmark_app.command("compression")

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,20 +127,55 @@ def load(name: str) -> Model:
 def train(name: str, progress: bool = True) -> Model:
     """Train a reference model anew, on the splits `train` and `rl_train`; the same bits for the same machine."""
     (_, recipe), (_, seed) = recipe_of(name), _parse(name)
-    found = data.load(recipe.source)
-    rows = np.concatenate([found.splits["train"], found.splits["rl_train"]])
-    x, y = torch.from_numpy(found.inputs[rows]), torch.from_numpy(found.labels[rows])
+    with _alone(seed):
+        return _trained(_make(recipe), recipe, progress)
+
+
+@contextmanager
+def _alone(seed: int) -> Iterator[None]:
+    """One thread and torch's generator from a seed, both as before afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _train(_make(recipe), x, y, recipe, progress)
+            yield
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(model: Model, x: torch.Tensor, y: torch.Tensor, recipe: Recipe, progress: bool) -> Model:
+def upcycle(name: str, progress: bool = True) -> Model:
+    """A model like a reference model whose experts were one (Komatsuzaki et al. 2023): a model with a single expert is
+    trained, its expert is copied, and all are trained on for as long. Kept in the user's cache."""
+    (kind, recipe), (_, seed) = recipe_of(name), _parse(name)
+    path = zoo.cache_folder() / "models" / f"{kind}-upcycled-{seed}.safetensors"
+    model = _make(recipe)
+    if path.exists():
+        metadata, weights = _content(path)
+        if metadata.get("sha256") != _digest(weights):
+            raise DataError(f"{path} is damaged: delete it, and it is made anew")
+        model.load_state_dict(weights)
+        return model.eval()
+    experts = len(model.experts)
+    with _alone(seed):
+        one = _trained(_make(recipe, widths=model.experts.widths[:1]), recipe, progress)
+        copies = {
+            "experts.hidden.weight": (experts, 1), "experts.hidden.bias": (experts,), "experts.out_HC": (experts, 1),
+            "experts.bias_EC": (experts, 1),
+        }  # fmt: skip
+        weights = {key: value.repeat(copies.get(key, (1,) * value.ndim)) for key, value in one.state_dict().items()}
+        weights |= {key: value for key, value in model.state_dict().items() if key.startswith("gate")}
+        model.load_state_dict(weights)
+        model = _trained(model.train(), recipe, progress)
+    weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    write_bytes(path, to_bytes(weights, {"sha256": _digest(weights)}))
+    return model
+
+
+def _trained(model: Model, recipe: Recipe, progress: bool) -> Model:
+    found = data.load(recipe.source)
+    split = np.concatenate([found.splits["train"], found.splits["rl_train"]])
+    x, y = torch.from_numpy(found.inputs[split]), torch.from_numpy(found.labels[split])
     steps = len(x) // recipe.batch_size
     optimizer = torch.optim.AdamW(model.parameters(), recipe.rate, weight_decay=recipe.decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=recipe.epochs * steps)
@@ -148,7 +184,7 @@ def _train(model: Model, x: torch.Tensor, y: torch.Tensor, recipe: Recipe, progr
             for rows in torch.randperm(len(x)).split(recipe.batch_size)[:steps]:
                 h = model.trunk(augmented(x[rows], recipe))
                 gate = model.gate(h)
-                chosen = top_k(gate, 2)
+                chosen = top_k(gate, min(2, gate.shape[1]))
                 loss = F.cross_entropy(mix(gate, model.experts(h), chosen), y[rows], label_smoothing=recipe.smoothing)
                 loss = loss + recipe.balancing * load_balancing_loss(gate, chosen)
                 optimizer.zero_grad()
@@ -205,9 +241,9 @@ def _content(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise DataError(f"{path} is not a model's file ({error})") from error
 
 
-def _make(recipe: Recipe) -> Model:
+def _make(recipe: Recipe, **others: Any) -> Model:
     side = {"fashion-mnist": 28, "digits": 8}[recipe.source]
-    return (ConvMoEClassifier if recipe.convolutional else MoEClassifier)(side**2, 10, **recipe.settings)
+    return (ConvMoEClassifier if recipe.convolutional else MoEClassifier)(side**2, 10, **recipe.settings | others)
 
 
 def _parse(name: str) -> tuple[str, int]:

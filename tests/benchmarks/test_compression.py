@@ -1,5 +1,6 @@
 """The commands about compression, on the digits and with few steps."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks.commands import benchmark_app
 from benchmarks.compression_commands import compress_app
-from benchmarks.experiments import compression, compression_methods
+from benchmarks.experiments import boundary_pruning, compression, compression_methods, shared_core
 from experts import data, reference_models
 from experts.compression.pieces import pieces
 from experts.compression.plan import Plan, load_compressed
@@ -120,3 +121,38 @@ def test_a_learned_policy_beside_searches(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "policies" / "ppo-0"), "--model", MODEL, "--budget", "20000", "--out", str(plan)]
     assert runner.invoke(compress_app, ["plan", *arguments]).exit_code == 0
     assert Plan.load(plan).bytes <= 20_000
+
+
+def test_small_weights_are_cut_by_tau() -> None:
+    done = runner.invoke(compress_app, ["tau", "--model", MODEL])
+    assert done.exit_code == 0, done.output
+    rows = boundary_pruning.run([MODEL], lambda share: None)["rows"]
+    model = reference_models.load(MODEL)
+    weights = [piece.read() for piece in pieces(model).values()]
+    assert rows[0]["kept"] == 1
+    assert rows[0]["accuracy"] == pytest.approx(accuracy(model))
+    total = sum(each.size for each in weights)
+    for row in rows[1:]:
+        kept = [int((np.abs(each) >= row["tau"] * np.abs(each).max()).sum()) for each in weights]
+        assert row["kept"] == sum(kept) / total
+        stored = sum(min(4 * each.size, -(-each.size // 8) + 4 * n) for each, n in zip(weights, kept, strict=True))
+        biases = sum(parameter.numel() for parameter in model.parameters()) - total
+        assert row["bytes"] == stored + 4 * biases
+    assert [row["accuracy"] for row in rows] == sorted((row["accuracy"] for row in rows), reverse=True)
+
+
+def test_cores_and_ranks_at_equal_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = reference_models.RECIPES[MODEL]
+    monkeypatch.setitem(reference_models.RECIPES, MODEL, dataclasses.replace(recipe, epochs=8))
+    monkeypatch.setattr(shared_core, "RANKS", (4,))
+    file = tmp_path / "result.json"
+    arguments = ["experts", "--model", MODEL, "--jobs", "1", "--out", str(tmp_path), "--json", str(file)]
+    assert runner.invoke(compress_app, arguments).exit_code == 0
+    rows = {(row["experts"], row["way"]): row for row in json.loads(file.read_text())["rows"]}
+    for kind in ("independent", "upcycled"):
+        core, low, mean = (rows[kind, way] for way in ("core", "SVD", "mean"))
+        assert 0.9 * core["parameters"] < low["parameters"] <= core["parameters"]
+        assert core["error"] < mean["error"]
+    assert rows["upcycled", "mean"]["error"] < rows["independent", "mean"]["error"]
+    again = reference_models.upcycle(MODEL)  # from the cache
+    assert torch.equal(again.experts.hidden.weight, reference_models.upcycle(MODEL).experts.hidden.weight)
