@@ -83,15 +83,15 @@ TUNED["MoEMetaOpt-v0"] = {
 }
 TUNED["MoECompression-v0"] = {
     "ppo": {
-        "n_envs": 16,
-        "total_timesteps": 120_000,
+        "n_envs": 32,
+        "total_timesteps": 1_200_000,
         "n_steps": 42,
         "batch_size": 168,
         "n_epochs": 5,
         "learning_rate": "linear 1e-3",
         "gamma": 1.0,
-        "gae_lambda": 0.95,
-        "ent_coef": 0.003,
+        "gae_lambda": 1.0,
+        "ent_coef": 0.001,
         "policy_kwargs": {"net_arch": [64, 64]},
     },
 }

@@ -221,11 +221,11 @@ def _deploy(
 
 @benchmark_app.command("speed")
 def _speed(json_file: Json = None) -> None:
-    """Steps per second of CPU time, on one thread: MoERouting-v0 beside CartPole-v1, trainings beside torch's."""
-    from benchmarks.speed import measure, measure_trainings
+    """CPU time, one thread: MoERouting-v0 beside CartPole-v1, trainings beside torch's, plans beside decompression."""
+    from benchmarks.speed import measure, measure_plans, measure_trainings
 
-    rows, trainings = measure(), measure_trainings()
-    write(json_file, {"routing": rows, "trainings": trainings})
+    rows, trainings, plans = measure(), measure_trainings(), measure_plans()
+    write(json_file, {"routing": rows, "trainings": trainings, "plans": plans})
     table = Table("rows", "CartPole-v1", "MoERouting-v0", "ratio", "floor", title="steps/s of CPU time, medians")
     for row in rows:
         floor = "-" if row["floor"] is None else f"{row['floor']:.2f}"
@@ -237,7 +237,12 @@ def _speed(json_file: Json = None) -> None:
     for row in trainings:
         numbers = f"{row['torch']:,.0f}", f"{row['batched']:,.0f}", f"{row['ratio']:.1f}", f"{row['env']:,.0f}"
         other.add_row(str(row["trainings"]), *numbers, f"{row['env_overhead']:.0%}")
-    console.print(table, other)
+    title = "evaluation of a plan of fashion-mnist-conv on 5,000 images"
+    third = Table("plans", "from caches", "decompress and run", "ratio", "losses differ by", title=title)
+    for row in plans:
+        both = f"{row['cached_s']:.3f} s", f"{row['decompressed_s']:.3f} s"
+        third.add_row(row["plans"], *both, f"{row['ratio']:.0f}", f"{row['difference']:.0e}")
+    console.print(table, other, third)
 
 
 def _compare(

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from benchmarks.commands import benchmark_app
-from benchmarks.terminal import Json, bar, console, write
+from benchmarks.terminal import Json, bar, console, say_reused, write
 
 LIMIT = 2**20
 compress_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Compress Mixture-of-Experts models.")
@@ -73,7 +73,7 @@ def _plan(
     budget: Annotated[int, typer.Option(min=1, help="Bytes of the compressed file.")] = 200_000,
     out: Annotated[Path, typer.Option(help="The plan, for `moe-compress apply`.")] = Path("plan.json"),
 ) -> None:
-    """The plan that a learned policy gives a model, without any evaluation."""
+    """The plan that a learned policy gives a model, from the sensitivities of its matrices alone."""
     from agents.deploy.compression import plan_of
     from agents.ppo import PPO
 
@@ -146,10 +146,11 @@ def _experts(
 def _compression(
     model: Annotated[list[str] | None, typer.Option(help="That PPO trains on; three by default.")] = None,
     held_out: Annotated[list[str] | None, typer.Option(help="That it never sees; two by default.")] = None,
-    seeds: Annotated[int, typer.Option(min=2, help="Trainings of PPO, and of each search.")] = 5,
+    seeds: Annotated[int, typer.Option(min=2, help="Trainings of PPO.")] = 5,
     timesteps: Annotated[int | None, typer.Option(min=1, help="Of PPO, instead of the tuned number.")] = None,
     evaluations: Annotated[int, typer.Option(min=2, help="Of each search, for each model and budget.")] = 400,
-    ablations: Annotated[bool, typer.Option(help="Train without warm start and without masks as well.")] = True,
+    searches: Annotated[int, typer.Option(min=1, help="Runs of each search, for each model and budget.")] = 3,
+    ablations: Annotated[int, typer.Option(min=0, help="Trainings without warm start, and without masks.")] = 2,
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
     out: Path = Path("runs/compression"),
 ) -> None:
@@ -160,17 +161,22 @@ def _compression(
     known = model or [f"{kind}-{seed}" for seed in (0, 1, 2)]
     unseen = held_out or [f"{kind}-{seed}" for seed in (3, 4)]
     with bar() as add:
-        result = compression.run(known, unseen, seeds, timesteps, evaluations, ablations, jobs, out, add)
+        result = compression.run(known, unseen, seeds, timesteps, evaluations, searches, ablations, jobs, out, add)
     for kind in ("known", "held out"):
         for budget in sorted({row["budget"] for row in result["rows"]}):
-            table = Table("", "points", "95 %", "plans", "evaluations", title=f"models {kind}, {budget:,} bytes")
+            columns = ("", "points", "95 %", "ahead of the search", "95 %", "evaluations")
+            table = Table(*columns, title=f"models {kind}, {budget:,} bytes")
             rows = [row for row in result["rows"] if (row["kind"], row["budget"]) == (kind, budget)]
             for row in sorted(rows, key=lambda row: -row["points"]):
-                interval = "" if row["ci95"] is None else "{:+.2f} .. {:+.2f}".format(*row["ci95"])
-                figures = f"{row['points']:+.2f}", interval, str(row["plans"]), str(row["evaluations"])
+                points, ahead = (
+                    "" if row[key] is None else "{:+.2f} .. {:+.2f}".format(*row[key]) for key in ("ci95", "ahead_ci95")
+                )
+                difference = f"{row['ahead']:+.2f}" + (" tie" if row["tie"] else "")
+                figures = f"{row['points']:+.2f}", points, difference, ahead, str(row["evaluations"])
                 table.add_row(row["policy"], *figures, style="bold red" if row["policy"].startswith("PPO") else "")
             console.print(table)
-    console.print(f"differences below {result['tie']} points are ties")
+    say_reused(result)
+    console.print(f"the search: exact allocation, then local search; differences below {result['tie']} points are ties")
     console.print(f"[green]saved[/] {out}/results.json, plans.csv, points.png, policies/")
 
 

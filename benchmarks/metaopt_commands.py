@@ -10,13 +10,7 @@ import typer
 from rich.table import Table
 
 from benchmarks.commands import benchmark_app
-from benchmarks.terminal import Json, bar, console, write
-
-
-def _say_reused(result: dict[str, Any]) -> None:
-    """Policies that were there already may be of another commit than what judged them."""
-    if older := sorted({str(each["commit"]) for each in result["policies"]} - {str(result["commit"])}):
-        console.print(f"[yellow]policies trained at {', '.join(older)}, judged at {result['commit']}[/]")
+from benchmarks.terminal import Json, bar, console, say_reused, write
 
 
 @benchmark_app.command("metaopt")
@@ -49,7 +43,7 @@ def _metaopt(
                 style = report.STYLES["learned" if row["policy"] == "PPO" else "yardstick"]
                 table.add_row(row["policy"], *figures, style=style)
         console.print(table)
-    _say_reused(result)
+    say_reused(result)
     for start, row in result["searched"].items():
         console.print(
             f"from the {start}, {row['contexts']} contexts: PPO {row['ppo']:.2f}, searched with the future known "
@@ -85,7 +79,7 @@ def _transfer(
         ours = f"{learned['steps']:.2f}", f"{learned['arrived']:.0%}"
         theirs = f"{best['policy']} {best['steps']:.2f} ({low:+.1f} .. {high:+.1f})", f"{best['arrived']:.0%}"
         table.add_row(*case, *ours, *theirs)
-    _say_reused(result)
+    say_reused(result)
     console.print(table, "in brackets: PPO's decisions less the schedule's, 95 %")
     console.print(f"[green]saved[/] {out}/results.json, trainings.csv, policies/")
 

@@ -35,7 +35,8 @@ def learn(
 
     torch.set_num_threads(1)
     settings = tuned.settings("ppo", env_id, "own", **({"total_timesteps": timesteps} if timesteps else {}))
-    wanted = json.loads(json.dumps({"env_kwargs": env_kwargs, "settings": settings, "seed": seed, **options}))
+    wanted = {"env_kwargs": env_kwargs, "settings": settings, "seed": seed, **options}
+    wanted = json.loads(json.dumps(wanted | ({"env_id": env_id} if env_id != ID else {})))
     beside = path.with_name(f"{path.name}.json")
     if beside.exists():
         found: Record = json.loads(beside.read_text())

@@ -7,7 +7,9 @@ from experts import bundle, data, reference_models
 from experts.bundle import Bundle
 from experts.compression import sensitivity
 from experts.compression.execution import products
+from experts.compression.pieces import importance
 from experts.compression.sensitivity import GRANULARITIES, SHIPPED
+from experts.compression.structured import smaller_experts
 from experts.training import TrainingSettings
 
 SETTINGS = {
@@ -48,11 +50,14 @@ def ship_models() -> dict[str, float]:
         model = reference_models.train(name)
         reference_models.save(model, name, SHIPPED / f"{name}-0.safetensors")
         reference_models.ship_examples(name)
-        examples = torch.from_numpy(reference_models.examples(name).calibration[:64])
-        profiles.measure_products(products(model, examples), progress=True).save(profiles.products_profile(name))
+        calibration = torch.from_numpy(reference_models.examples(name).calibration)
+        smaller = smaller_experts(model, 0.5, importance(model, calibration))  # what `moe-compress run` tries as well
+        found = products(model, calibration[:64]), products(smaller, calibration[:64])
+        both = {f"{number} {key}": product for number, each in enumerate(found) for key, product in each.items()}
+        profiles.measure_products(both, progress=True).save(profiles.products_profile(name))
         for granularity in GRANULARITIES:
             tables = ModelTables(name, "train", granularity, "reference")
-            sensitivity.write(tables.sensitivity, SHIPPED, tables.evaluator, tables.parts)
+            sensitivity.write(tables.sensitivity, SHIPPED, tables.evaluator, tables.parts, tables.importance)
         inputs, labels = data.load(recipe.source)["test"]
         with torch.inference_mode():
             right = model(torch.from_numpy(inputs)).argmax(1) == torch.from_numpy(labels)

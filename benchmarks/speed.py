@@ -1,5 +1,6 @@
 """Speed of the environments, CPU time, one thread, interleaved in one run, medians: MoERouting-v0 beside CartPole-v1,
-and the trainings of MoEMetaOpt-v0 beside the same ones one after another in torch."""
+the trainings of MoEMetaOpt-v0 beside the same ones one after another in torch, and MoECompression-v0's evaluation of a
+plan beside that of a decompressed model."""
 
 import statistics
 import time
@@ -50,6 +51,49 @@ def measure_trainings() -> list[dict[str, Any]]:
                 "env_overhead": statistics.median(row[1] / row[2] for row in rates) - 1,
             }
         )
+    return result
+
+
+def measure_plans(model: str = "fashion-mnist-conv", plans: int = 12) -> list[dict[str, Any]]:
+    """For plans at random, and for those that a local search meets, two matrices changed at a time: seconds of one
+    evaluation from caches, of decompressing the model and running it on the same validation inputs, their ratio, and
+    the largest difference of their losses."""
+    import torch
+    import torch.nn.functional as F
+
+    from experts import reference_models
+    from experts.compression import LEVELS
+    from experts.compression.evaluation import PlanEvaluator
+    from experts.compression.pieces import importance
+    from experts.compression.plan import Plan
+
+    torch.set_num_threads(1)
+    loaded, examples = reference_models.load(model), reference_models.examples(model)
+    known = importance(loaded, torch.from_numpy(examples.calibration))
+    inputs, labels = torch.from_numpy(examples.inputs), torch.from_numpy(examples.labels)
+    evaluator = PlanEvaluator(loaded, examples.inputs, examples.labels, known)
+    generator, result = np.random.default_rng(0), []
+    for kind in ("at random", "of a local search"):
+        plan, seconds, differences = generator.integers(len(LEVELS), size=len(evaluator.names)), [], []
+        evaluator(plan.tolist())
+        for _ in range(plans):
+            if kind == "at random":
+                plan = generator.integers(len(LEVELS), size=len(plan))
+            else:
+                plan[generator.choice(len(plan), 2, replace=False)] = generator.integers(len(LEVELS), size=2)
+            begun = time.process_time()
+            ours = evaluator(plan.tolist())
+            between = time.process_time()
+            with torch.inference_mode():
+                loss = F.cross_entropy(Plan.of(loaded, plan.tolist()).apply(loaded, known)(inputs), labels)
+            seconds.append((between - begun, time.process_time() - between))
+            differences.append(abs(ours.loss - float(loss)))
+        quick, slow = np.median(seconds, axis=0)
+        ratio = float(np.median([theirs / ours for ours, theirs in seconds]))
+        result.append({
+            "plans": kind, "cached_s": float(quick), "decompressed_s": float(slow), "ratio": ratio,
+            "difference": max(differences),
+        })  # fmt: skip
     return result
 
 

@@ -34,3 +34,9 @@ def write(path: Path | None, result: Any) -> None:
         from cost.files import write_text
 
         write_text(path, json.dumps(result, indent=1))
+
+
+def say_reused(result: dict[str, Any]) -> None:
+    """Policies that were there already may be of another commit than what judged them."""
+    if older := sorted({str(each["commit"]) for each in result["policies"]} - {str(result["commit"])}):
+        console.print(f"[yellow]policies trained at {', '.join(older)}, judged at {result['commit']}[/]")

@@ -25,7 +25,7 @@ ARGUMENTS = (
     *("time_weight", "memory_weight", "energy_weight", "render_mode"),
 )
 CONTEXTS = 2**20
-SHARES = 0.06, 0.19  # of the float32 file, between which budgets are drawn; where little fits, from 1.25 of the least
+SHARES = 0.03, 0.19  # of the float32 file, between which budgets are drawn; where little fits, from 1.25 of the least
 COUNT = len(LEVELS)
 LAYOUT: Layout = layout(
     (
@@ -64,7 +64,7 @@ LOWS, HIGHS = box(LAYOUT).low, box(LAYOUT).high
 class MoECompressionVectorEnv(BatchedEnv):
     """MoECompression-v0 over `num_envs` walks at once; see `MoECompressionEnv` for the problem and its arguments."""
 
-    STATE = ("_model", "budget", "_place", "levels", "_spent", "_cost", "_surrogate", "_ended_with")
+    STATE = ("_model", "budget", "_place", "levels", "_spent", "_surrogate", "_ended_with")
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class MoECompressionVectorEnv(BatchedEnv):
         )
         self._model, self.budget, self._place, self._spent = np.zeros((4, num_envs), dtype=np.int64)
         self.levels = np.zeros((num_envs, len(tables.units)), dtype=np.int64)
-        self._cost, self._surrogate = np.zeros((2, num_envs))
+        self._surrogate = np.zeros(num_envs)
         self._ended_with = np.zeros((num_envs, 2))  # change of accuracy and of loss
 
     def _begin(self, rows: np.ndarray) -> None:
@@ -114,7 +114,7 @@ class MoECompressionVectorEnv(BatchedEnv):
         self._model[rows] = contexts % count
         self.budget[rows] = np.floor(np.exp(low + (high - low) * share) + 1e-6)
         self._place[rows], self.levels[rows], self._spent[rows] = 0, 0, self.tables.overhead
-        self._cost[rows], self._surrogate[rows], self._ended_with[rows] = 0.0, 0.0, 0.0
+        self._surrogate[rows], self._ended_with[rows] = 0.0, 0.0
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         tables, place = self.tables, np.minimum(self._place, len(self.tables.units) - 1)
@@ -130,10 +130,9 @@ class MoECompressionVectorEnv(BatchedEnv):
             quality = quality.copy()
             quality[rows] = self._final(rows) - (self._surrogate[rows] - gain[rows] if self.shaped else 0.0)
         terms = self._terms(quality, tables.costs[self._model, place, taken], ended)
-        self._cost += terms[:, 0]
         details = {
             "compression/level": taken,
-            "compression/bytes": self._spent,
+            "compression/bytes": self._spent.copy(),
             "compression/accuracy": self._ended_with[:, 0].copy(),
             "compression/loss": self._ended_with[:, 1].copy(),
         }
@@ -245,7 +244,7 @@ class MoECompressionEnv(SingleEnv):
     (changes; 0 before, and with `evaluation="additive"`).
 
     ## Starting State
-    The first matrix; a model of `model` and a budget, log-uniform from 0.06 to 0.19 of the float32 file, at least 1.25
+    The first matrix; a model of `model` and a budget, log-uniform from 0.03 to 0.19 of the float32 file, at least 1.25
     times the smallest plan.
 
     ## Episode End

@@ -138,7 +138,7 @@ class CompressionTables:
         nothing = np.zeros((len(self.models), 1, STATIC), dtype=np.float32)
         self.features = np.concatenate([np.stack([model.features for model in self.models]), nothing], axis=1)
         self.costs = np.stack([model.costs for model in self.models])
-        choices = self.gains[..., None] - np.where(self.sizes[..., None] > 0, self.sizes[..., None], 0) * PRICES[:-1]
+        choices = self.gains[..., None] - self.sizes[..., None] * PRICES[:-1]
         cheapest = np.broadcast_to(self.sizes.argmin(1), (len(self.models), len(self.sizes)))
         # The level that each unit takes at each price of a byte, [M, U, prices], and what all from here on then take.
         self._choices = np.concatenate([choices.argmax(2), cheapest[..., None]], axis=2)

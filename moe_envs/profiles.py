@@ -13,7 +13,7 @@ from filelock import FileLock
 from cost import profile as profiles
 from cost.model import TERMS
 from cost.operations import Work
-from cost.profile import Profile
+from cost.profile import Profile, ProfileError
 from experts import bundle as bundles
 from experts import tasks, zoo
 from experts.bundle import PROFILE, Bundle
@@ -86,7 +86,10 @@ def _of_task(task: Task, costs: str) -> Profile:
 def of_products(recipe: str, found: Mapping[str, Product], costs: str) -> Profile:
     """The matrix products of a reference model, densely and at the ranks of the levels."""
     path = products_profile(recipe)
-    return _shipped_or_measured(f"model-{recipe}", "matrix products", path, costs, lambda: measure_products(found))
+    profile = _shipped_or_measured(f"model-{recipe}", "matrix products", path, costs, lambda: measure_products(found))
+    if all(name in profile.operations for name in _product_operations(found)):
+        return profile
+    return measure_products(found)  # of other shapes than the recipe's
 
 
 def _shipped_or_measured(
@@ -100,7 +103,10 @@ def _shipped_or_measured(
         if not path.exists():
             log.warning("measuring the costs of %s of %r on this machine into %s", what, name.partition("-")[2], path)
             measured().save(path)
-    return Profile.load(path)
+    try:
+        return Profile.load(path)
+    except ProfileError as error:
+        raise ProfileError(f"{error}; or delete {path}, and it is measured anew") from error
 
 
 def products_profile(recipe: str) -> Path:
@@ -110,15 +116,18 @@ def products_profile(recipe: str) -> Path:
 
 def measure_products(found: Mapping[str, Product], repeats: int = 50, progress: bool = False) -> Profile:
     """Measure a model's matrix products, of each shape once, densely and at every rank that a level has."""
+    return profiles.measure(_product_operations(found), sizes=(1, 4, 16, 64), repeats=repeats, progress=progress)
+
+
+def _product_operations(found: Mapping[str, Product]) -> dict[str, Work]:
     from experts.compression import LEVELS
     from experts.compression.execution import name_of, operation, rank
 
-    operations = {
+    return {
         name_of(product, way): operation(product, way)
         for product in found.values()
         for way in {rank(product.shape, level) for level in range(len(LEVELS))}
     }
-    return profiles.measure(operations, sizes=(1, 4, 16, 64), repeats=repeats, progress=progress)
 
 
 def task_profile(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -9,34 +10,55 @@ import numpy as np
 from experts.compression.plan import Plan
 from moe_envs.compression import MoECompressionVectorEnv
 
+OF_TRAINING = ("model", "budget", "split", "evaluation", "shaped")  # arguments that a plan's walk has its own of
+
 
 def levels_of(
-    policy: Any, model: str, budgets: list[int], deterministic: bool = True, repeats: int = 1, **env_kwargs: Any
+    policy: Any,
+    model: str,
+    budgets: list[int],
+    deterministic: bool = True,
+    repeats: int = 1,
+    masks: bool = True,
+    env_kwargs: dict[str, Any] | None = None,
 ) -> np.ndarray:
     """The levels `[budgets, repeats, U]` that a policy, ours or SB3's, gives the units of a reference model.
 
-    No model is run. `env_kwargs` are those of the environment that the policy was trained in.
+    What it sees are sensitivities, measured once for a model (U x 14 evaluations); nothing else is run. `env_kwargs`
+    are those of the environment that the policy was trained in, for ours as it was saved. With `masks` a policy whose
+    `predict` takes action masks gets them. Raises `ValueError` for a policy of another environment.
     """
-    arguments = {**env_kwargs, "model": model, "evaluation": "additive", "split": "train"}
-    found = []
-    for budget in budgets:
-        env = MoECompressionVectorEnv(repeats, **(arguments | {"budget": budget}))
-        observation, _ = env.reset(seed=0)
-        for _ in env.tables.units:
-            masks = {"action_masks": env.action_masks()} if _takes_masks(policy) else {}
-            actions, _ = policy.predict(observation, deterministic=deterministic, **masks)
-            observation, *_ = env.step(np.asarray(actions))
-        found.append(env.levels.copy())
-    return np.stack(found)
+    return np.stack([_walk(policy, _env(policy, model, budget, repeats, env_kwargs), deterministic, masks)
+                     for budget in budgets])  # fmt: skip
 
 
-def plan_of(policy: Any, model: str, budget: int, **env_kwargs: Any) -> Plan:
-    """The plan that a policy gives a reference model within a budget of bytes."""
-    levels = levels_of(policy, model, [budget], **env_kwargs)[0, 0]
-    env = MoECompressionVectorEnv(1, **(env_kwargs | {"model": model, "evaluation": "additive"}))
-    return env.tables.models[0].plan(levels)
+def plan_of(policy: Any, model: str, budget: int, masks: bool = True, env_kwargs: dict[str, Any] | None = None) -> Plan:
+    """The plan that a policy gives a reference model within a budget of bytes; arguments as of `levels_of`."""
+    env = _env(policy, model, budget, 1, env_kwargs)
+    return env.tables.models[0].plan(_walk(policy, env, True, masks)[0])
 
 
-def _takes_masks(policy: Any) -> bool:
-    """Whether `predict` knows `action_masks`: our learners' and MaskablePPO's do."""
-    return "action_masks" in policy.predict.__code__.co_varnames
+def _env(policy: Any, model: str, budget: int, rows: int, env_kwargs: dict[str, Any] | None) -> MoECompressionVectorEnv:
+    saved = getattr(policy, "arguments", {}).get("env_kwargs", {}) if env_kwargs is None else env_kwargs
+    arguments = {key: value for key, value in saved.items() if key not in OF_TRAINING}
+    env = MoECompressionVectorEnv(rows, model=model, budget=budget, evaluation="additive", **arguments)
+    spaces = env.single_observation_space, env.single_action_space
+    of_policy = getattr(policy, "rows", policy)
+    if (of_policy.observation_space, of_policy.action_space) != spaces:
+        raise ValueError(
+            f"the policy observes {of_policy.observation_space} and acts in {of_policy.action_space}: it is not of "
+            "MoECompression-v0"
+        )
+    return env
+
+
+def _walk(policy: Any, env: MoECompressionVectorEnv, deterministic: bool, masks: bool) -> np.ndarray:
+    takes_masks = masks and "action_masks" in inspect.signature(policy.predict).parameters
+    observation, _ = env.reset(seed=0)
+    state, start = None, np.ones(env.num_envs, dtype=np.bool_)
+    for _ in env.tables.units:
+        more = {"action_masks": env.action_masks()} if takes_masks else {}
+        actions, state = policy.predict(observation, state, start, deterministic=deterministic, **more)
+        observation, *_ = env.step(np.asarray(actions))
+        start = np.zeros_like(start)
+    return env.levels.copy()

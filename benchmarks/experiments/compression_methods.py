@@ -23,6 +23,7 @@ from benchmarks import runs
 from cost.files import write_text
 from experts import data, reference_models
 from experts.compression import LEVELS
+from experts.compression.activations import quantize_activations
 from experts.compression.execution import name_of, products, rank
 from experts.compression.finetune import FinetuneSettings, finetune
 from experts.compression.lowrank import automatic_rank
@@ -42,12 +43,14 @@ Result = dict[str, Any]
 
 
 class Compressed(NamedTuple):
-    """A plan, its file, the model it decompresses to, and whether it was trained for it."""
+    """A plan, its file, the model it decompresses to, whether it was trained for it, and whether the plan is for the
+    reference model itself: applied to it, it gives this."""
 
     plan: Plan
     file: bytes
     model: nn.Module
     finetuned: bool = False
+    applies: bool = True
 
 
 class Bench:
@@ -77,7 +80,7 @@ class Bench:
         model = model or self.model
         plan = Plan.of(model, levels)
         known = self.importance if model is self.model else importance(model, self.calibration)
-        return Compressed(plan, *plan.compress(model, known), finetuned)
+        return Compressed(plan, *plan.compress(model, known), finetuned, finetuned or model is self.model)
 
     def train(self, levels: Any, model: Model | None = None, steps: int | None = None) -> Compressed:
         """A plan applied to weights that were trained under it, the uncompressed model as their teacher."""
@@ -117,8 +120,7 @@ class Bench:
     def seconds(self, made: Compressed) -> float:
         """Of the products of a batch, each as quick as it runs: densely or as two thin ones."""
         found: Any = products(made.model, self.calibration[:BATCH])
-        same = made.plan.shapes == Plan.of(self.model).shapes
-        profile = profiles.of_products(self.kind, found, "reference") if same else profiles.measure_products(found)
+        profile = profiles.of_products(self.kind, found, "reference")
         loads = _loads(made.model, self.calibration)
         return sum(
             min(
@@ -138,6 +140,7 @@ def methods(bench: Bench) -> dict[str, Callable[[], Compressed]]:
     found: dict[str, Callable[[], Compressed]] = {
         "float32": lambda: bench.compress(EXACT),
         "int8": lambda: bench.compress(INT8),
+        "int8, activations too": lambda: bench.compress(INT8, quantize_activations(bench.model, bench.calibration)),
         "int8, trained": lambda: bench.train(INT8),
         "int4": lambda: bench.compress(INT4),
         "int2": lambda: bench.compress(INT2),
@@ -211,7 +214,7 @@ def run(
 ) -> Result:  # fmt: skip
     """Try all methods; writes results.json, report.md, pareto.png, heatmap.png, every plan, and the best file."""
     bench = Bench(reference_models.load(name), name, steps, evaluations, seed)
-    todo, rows, best = methods(bench), [], None
+    todo, rows, fitting = methods(bench), [], list[tuple[Result, Compressed]]()
     progress = add_task(f"{len(todo)} methods")
     for number, (method, make) in enumerate(todo.items()):
         made = make()
@@ -221,17 +224,20 @@ def run(
             "validation": validation_accuracy(bench, made.model),
         }  # fmt: skip
         rows.append(row)
-        made.plan.save(out / "plans" / f"{_file(method)}.json")
-        if row["fits"] and (best is None or _better(row, best[0])):
-            best = row, made
+        if made.applies:
+            made.plan.save(out / "plans" / f"{_file(method)}.json")
+        if row["fits"]:
+            fitting.append((row, made))
         progress((number + 1) / len(todo))
+    best = smallest(fitting)
     result: Result = {
         "model": name, "limit": limit, "steps": steps, "evaluations": evaluations, "seed": seed, "rows": rows,
         "best": best[0]["method"] if best else None, "levels": [level.name for level in LEVELS], **runs.provenance(),
     }  # fmt: skip
     if best:
         write_bytes(out / "best.safetensors", best[1].file)
-        best[1].plan.save(out / "best.plan.json")
+        if best[1].applies:
+            best[1].plan.save(out / "best.plan.json")
     write_text(out / "results.json", json.dumps(result, indent=1))
     write_text(out / "report.md", report(result))
     _draw(rows, limit, out / "pareto.png")
@@ -248,11 +254,11 @@ def validation_accuracy(bench: Bench, model: nn.Module) -> float:
     return float((found == examples.labels[half:]).mean())
 
 
-def _better(row: Result, best: Result) -> bool:
+def smallest(rows: list[tuple[Result, Compressed]]) -> tuple[Result, Compressed] | None:
     """The smallest of those that lose at most half a point of validation accuracy against the best of them."""
-    if row["validation"] < best["validation"] - 0.005:
-        return False
-    return row["validation"] > best["validation"] + 0.005 or row["bytes"] < best["bytes"]
+    top = max((row["validation"] for row, _ in rows), default=0.0)
+    near = [pair for pair in rows if pair[0]["validation"] >= top - 0.005]
+    return min(near, key=lambda pair: pair[0]["bytes"], default=None)
 
 
 def pareto(rows: list[Result]) -> list[Result]:
@@ -352,15 +358,16 @@ def _file(method: str) -> str:
     return "".join(character if character.isalnum() else "-" for character in method)
 
 
-def apply(plan: Path, checkpoint: Path, out: Path, steps: int, limit: int | None) -> Result:
+def apply(plan: Path, checkpoint: Path, out: Path, steps: int, limit: int) -> Result:
     """Compress the reference model in a file by a plan; trained under it first where `steps` > 0."""
     model, name = reference_models.read(checkpoint)
     loaded = Plan.load(plan)
-    if limit is not None and loaded.bytes > limit:
+    loaded.check(model)
+    if loaded.bytes > limit:
         raise ValueError(f"{plan} takes {loaded.bytes:,} bytes, more than the limit of {limit:,}")
     bench = Bench(model, name, steps)
-    levels = dict(loaded.levels)
-    before, made = bench.compress(EXACT), (bench.train(levels) if steps else bench.compress(levels))
+    before = bench.compress(EXACT)
+    made = bench.train(loaded.levels) if steps else bench.compress(loaded.levels)
     write_bytes(out, made.file)
     rows = [
         {"method": method, "bytes": len(each.file), "accuracy": bench.accuracy(each.model),

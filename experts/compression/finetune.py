@@ -58,7 +58,8 @@ def finetune(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=settings.steps)
     generator = torch.Generator().manual_seed(settings.seed)
     forms = _Forms(student, plan, importance)
-    with Progress(disable=not progress) as bar:
+    with Progress(disable=not progress) as bar, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # what `augment` draws by
         for step in bar.track(range(settings.steps), description="fine-tuning under the plan"):
             rows = torch.randint(len(x), (settings.batch_size,), generator=generator)
             seen = augment(x[rows])

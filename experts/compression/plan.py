@@ -27,6 +27,7 @@ from experts.files import write_bytes
 
 DIGITS = string.digits + string.ascii_lowercase  # a level in the metadata is one character, whatever it is
 FORMAT = "moe-envs compressed model 1"
+LENGTH = 12  # digits of the longest payload
 
 
 Raw = bytes
@@ -78,7 +79,7 @@ class Plan:
 
     def compress(self, model: nn.Module, importance: Mapping[str, np.ndarray] | None = None) -> tuple[Raw, nn.Module]:
         """The file of the compressed model, and the model it decompresses to; `importance` as of `pieces`."""
-        self._check(model)
+        self.check(model)
         restored, payloads = copy.deepcopy(model), []
         for name, piece in pieces(restored).items():
             layer = compress(piece.read(), self.levels[name], None if importance is None else importance[name])
@@ -113,7 +114,8 @@ class Plan:
             raise PlanError(f"{path} has levels of another table than this version's")
         return cls(levels, shapes, others)
 
-    def _check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:
+        """Raise `PlanError` unless the plan is of this model's matrices."""
         shapes = {name: piece.shape for name, piece in pieces(model).items()}
         if shapes != self.shapes:
             different = sorted(name for name in shapes | self.shapes if shapes.get(name) != self.shapes.get(name))
@@ -128,11 +130,13 @@ def load_compressed(path: str | Path, model: nn.Module) -> nn.Module:
     try:
         with safe_open(Path(path), "numpy") as file:
             metadata, raw = file.metadata() or {}, file.get_tensor("payload").tobytes()
-    except (SafetensorError, OSError) as error:
-        raise PlanError(f"{path} is not a compressed model: {error}") from error
-    if metadata.get("format") != FORMAT or hashlib.sha256(raw).hexdigest() != metadata.get("sha256"):
+        content = json.loads(metadata["plan"])
+        levels, sha256 = str(content["levels"]), content["sha256"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"{path} is not a compressed model: {type(error).__name__} {error}") from error
+    if content.get("format") != FORMAT or sha256 != _digest(levels, raw):
         raise PlanError(f"{path} is damaged or of another format: its SHA-256 is not the one it names")
-    plan = Plan.of(model, [DIGITS.index(digit) for digit in metadata["levels"]])
+    plan = Plan.of(model, [DIGITS.index(digit) for digit in levels])
     if len(raw) != plan.bytes - plan.overhead + 4 * plan.others:
         raise PlanError(f"{path} is of another model: {len(raw)} bytes of weights")
     place = 0
@@ -149,12 +153,15 @@ def load_compressed(path: str | Path, model: nn.Module) -> nn.Module:
 
 
 def _file(payload: bytes, levels: Iterable[int], pretend: int = 0) -> bytes:
-    """The file of a payload; with `pretend` what such a file has before a payload of that many bytes."""
-    metadata = {
-        "format": FORMAT, "levels": "".join(DIGITS[level] for level in levels),
-        "sha256": hashlib.sha256(payload).hexdigest(),
-    }  # fmt: skip
-    if not pretend:
-        return to_bytes({"payload": np.frombuffer(payload, dtype=np.uint8)}, metadata)
-    whole = to_bytes({"payload": np.zeros(pretend, dtype=np.uint8)}, metadata)
+    """The file of a payload; with `pretend` what such a file has before a payload of that many bytes. The header is as
+    long for a payload of any length: spaces make up for the digits that say it twice."""
+    digits = "".join(DIGITS[level] for level in levels)
+    content = {"format": FORMAT, "levels": digits, "sha256": _digest(digits, payload)}
+    size = pretend or len(payload)
+    metadata = {"plan": json.dumps(content) + " " * (2 * (LENGTH - len(str(size))))}
+    whole = to_bytes({"payload": np.frombuffer(payload or bytes(size), dtype=np.uint8)}, metadata)
     return whole[: len(whole) - pretend]
+
+
+def _digest(levels: str, payload: bytes) -> str:
+    return hashlib.sha256(levels.encode() + b" " + payload).hexdigest()

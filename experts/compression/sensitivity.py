@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as parse
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 from torch import nn
 
 from experts import zoo
-from experts.compression import LEVELS, size_of
+from experts.compression import LEVELS, quantize, size_of
 from experts.compression.evaluation import PlanEvaluator
 from experts.compression.pieces import pieces
 from experts.files import write_bytes
@@ -68,13 +67,13 @@ def expand(levels: Sequence[int], parts: Sequence[Sequence[int]]) -> tuple[int, 
 def sensitivity(
     evaluator: PlanEvaluator,
     parts: Sequence[Sequence[int]],
-    importance: dict[str, np.ndarray],
+    importance: Mapping[str, np.ndarray],
     progress: Callable[[float], object] = lambda share: None,
 ) -> Sensitivity:
     """Measure it on the inputs of the evaluator, or read what was before for the same weights and inputs."""
-    name, cached = _name(evaluator, parts), zoo.cache_folder() / "sensitivities"
+    name, cached = _name(evaluator, parts, importance), zoo.cache_folder() / "sensitivities"
     for path in (SHIPPED / name, cached / name):
-        if (found := _read(path)) is not None:
+        if (found := _read(path, len(parts))) is not None:
             return found
     none = (0,) * len(parts)
     before = evaluator(expand(none, parts))
@@ -85,16 +84,22 @@ def sensitivity(
             scores[:, unit, level] = score.accuracy - before.accuracy, score.loss - before.loss
         progress((unit + 1) / len(parts))
     found = Sensitivity(scores[0], scores[1], _errors(evaluator, parts, importance))
-    write(found, cached, evaluator, parts)
+    write(found, cached, evaluator, parts, importance)
     return found
 
 
-def write(found: Sensitivity, folder: Path, evaluator: PlanEvaluator, parts: Sequence[Sequence[int]]) -> None:
+def write(
+    found: Sensitivity, folder: Path, evaluator: PlanEvaluator, parts: Sequence[Sequence[int]],
+    importance: Mapping[str, np.ndarray],
+) -> None:  # fmt: skip
     """Keep what was measured in a folder."""
-    write_bytes(folder / _name(evaluator, parts), to_bytes(found._asdict()))
+    raw = to_bytes(found._asdict(), {"sha256": _digest(found)})
+    write_bytes(folder / _name(evaluator, parts, importance), raw)
 
 
-def _errors(evaluator: PlanEvaluator, parts: Sequence[Sequence[int]], importance: dict[str, np.ndarray]) -> np.ndarray:
+def _errors(
+    evaluator: PlanEvaluator, parts: Sequence[Sequence[int]], importance: Mapping[str, np.ndarray]
+) -> np.ndarray:
     roots = [np.sqrt(importance[name]) for name in evaluator.names]
     squares = np.array(
         [
@@ -107,18 +112,29 @@ def _errors(evaluator: PlanEvaluator, parts: Sequence[Sequence[int]], importance
     return np.asarray(np.sqrt(summed[:, :-1] / np.maximum(summed[:, -1:], 1e-12)))
 
 
-def _name(evaluator: PlanEvaluator, parts: Sequence[Sequence[int]]) -> str:
-    digest = hashlib.sha256(json.dumps([[level.name for level in LEVELS], list(map(list, parts))]).encode())
+def _name(evaluator: PlanEvaluator, parts: Sequence[Sequence[int]], importance: Mapping[str, np.ndarray]) -> str:
+    """A file of its own for other weights, inputs, units or forms. Of the importance, which was computed and may differ
+    in its last bits between machines, two digits of each matrix's mean."""
+    forms = [level.name for level in LEVELS], quantize.GROUP, quantize.CLIPS.tolist(), list(map(list, parts))
+    means = [f"{float(importance[name].mean()):.1e}" for name in evaluator.names]
+    digest = hashlib.sha256(json.dumps([forms, means, evaluator.top]).encode())
     for name, tensor in sorted(evaluator.model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     digest.update(evaluator.inputs.numpy().tobytes() + evaluator.labels.numpy().tobytes())
     return f"sensitivity-{digest.hexdigest()[:32]}.safetensors"
 
 
-def _read(path: Path) -> Sensitivity | None:
+def _read(path: Path, units: int) -> Sensitivity | None:
     """What is in a file of the cache; None where there is none, or where it is damaged: then it is made anew."""
     try:
-        found = Sensitivity(**parse(path.read_bytes()))
-    except (OSError, SafetensorError, TypeError):
+        with safe_open(path, "numpy") as file:
+            sha256 = (file.metadata() or {}).get("sha256")
+            found = Sensitivity(*(file.get_tensor(name) for name in Sensitivity._fields))
+    except (OSError, SafetensorError):
         return None
-    return found if all(array.shape[1:] == (len(LEVELS),) for array in found) else None
+    whole = all(array.shape == (units, len(LEVELS)) for array in found) and sha256 == _digest(found)
+    return found if whole else None
+
+
+def _digest(found: Sensitivity) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in found)).hexdigest()

@@ -7,6 +7,7 @@ Shape legend: E experts, O rows (outputs), I columns (inputs), R rank.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
@@ -94,13 +95,13 @@ def fit_layers(
     progress: bool = True,
 ) -> dict[str, SharedCore]:  # fmt: skip
     """Fit several layers, each kept in `folder` as soon as it is done; those that are there already are read."""
-    paths = {name: _path(folder, name, rank) for name in layers}
+    paths = {name: _path(folder, name, weights, rank, steps) for name, weights in layers.items()}
     todo = [name for name, path in paths.items() if not path.exists()]
     with Progress(disable=not progress) as bar, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         waiting = [pool.submit(_fit_one, layers[name], rank, steps, paths[name]) for name in todo]
         for future in bar.track(waiting, description="fitting shared cores"):
             future.result()
-    return {name: SharedCore.from_bytes(path.read_bytes()) for name, path in paths.items()}
+    return {name: _read(path) for name, path in paths.items()}
 
 
 def _fit_one(weights: np.ndarray, rank: int, steps: int, path: Path) -> None:
@@ -108,8 +109,17 @@ def _fit_one(weights: np.ndarray, rank: int, steps: int, path: Path) -> None:
     write_bytes(path, fit(weights, rank, steps).to_bytes())
 
 
-def _path(folder: Path, name: str, rank: int) -> Path:
-    return folder / f"{name}-rank{rank}.safetensors"
+def _read(path: Path) -> SharedCore:
+    try:
+        return SharedCore.from_bytes(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete it, and it is made anew") from error
+
+
+def _path(folder: Path, name: str, weights: np.ndarray, rank: int, steps: int) -> Path:
+    """A file of its own for other weights or steps."""
+    digest = hashlib.sha256(f"{weights.shape} {steps} ".encode() + np.ascontiguousarray(weights).tobytes()).hexdigest()
+    return folder / f"{name}-rank{rank}-{digest[:16]}.safetensors"
 
 
 def _weights(

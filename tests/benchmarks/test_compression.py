@@ -49,11 +49,9 @@ def test_rows_say_what_the_files_have(result: tuple[Path, list[dict[str, Any]]])
     content = json.loads((out / "results.json").read_text())
     best = next(row for row in rows if row["method"] == content["best"])
     assert (out / "best.safetensors").stat().st_size == best["bytes"] < rows[0]["bytes"] / 4
-    if "neurons" not in content["best"]:
-        restored = load_compressed(out / "best.safetensors", reference_models.load(MODEL))
-        assert accuracy(restored) == pytest.approx(best["accuracy"])
     plans = {path.stem: Plan.load(path).bytes for path in (out / "plans").iterdir()}
-    assert len(plans) == len(rows)
+    others = {"half the experts' neurons", "half pruned, then low rank", "low rank, then half pruned"}
+    assert len(plans) == len(rows) - len(others | {"int8, activations too"})
     assert plans["int8"] == next(row["bytes"] for row in rows if row["method"] == "int8")
     for name in ("pareto.png", "heatmap.png"):
         assert np.asarray(Image.open(out / name)).std() > 10
@@ -90,6 +88,24 @@ def test_a_plan_is_applied_to_a_checkpoint(tmp_path: Path) -> None:
     assert out.read_bytes() == before
 
 
+def test_the_smallest_near_the_best_is_chosen() -> None:
+    rows = [{"validation": v, "bytes": b} for v, b in ((0.920, 700), (0.916, 500), (0.912, 300), (0.908, 200))]
+    made = bench().compress(0)
+    found = compression_methods.smallest([(row, made) for row in rows])
+    assert found is not None
+    assert found[0]["bytes"] == 500
+    assert compression_methods.smallest([]) is None
+
+
+def test_a_plan_of_another_shape_is_not_applied(tmp_path: Path) -> None:
+    plan, checkpoint, out = (tmp_path / name for name in ("plan.json", "model.safetensors", "small.safetensors"))
+    compression_methods.structured(bench()).plan.save(plan)
+    reference_models.save(reference_models.load(MODEL), MODEL, checkpoint)
+    done = runner.invoke(compress_app, ["apply", str(plan), str(checkpoint), "--out", str(out)])
+    assert "of another model" in str(done.exception)
+    assert not out.exists()
+
+
 def test_one_threshold_over_all_matrices() -> None:
     model = reference_models.load(MODEL)
     levels = compression_methods.magnitude_plan(model, 0.5)
@@ -108,13 +124,13 @@ def test_half_the_neurons_are_gone() -> None:
 
 def test_a_learned_policy_beside_searches(tmp_path: Path) -> None:
     arguments = ["--model", MODEL, "--held-out", f"{MODEL}-1", "--seeds", "2", "--timesteps", "400"]
-    arguments += ["--evaluations", "3", "--jobs", "1", "--out", str(tmp_path), "--no-ablations"]
+    arguments += ["--evaluations", "3", "--jobs", "1", "--out", str(tmp_path), "--ablations", "1", "--searches", "2"]
     done = runner.invoke(benchmark_app, ["compression", *arguments])
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["kind"], row["budget"], row["policy"]): row for row in content["rows"]}
     budgets = compression.budgets_of(MODEL)
-    assert {key[2] for key in rows} == {"PPO", "PPO, best of 3", *compression.YARDSTICKS}
+    assert {key[2] for key in rows} == {*compression.VARIANTS, "PPO, best of 3", *compression.YARDSTICKS}
     assert {key[:2] for key in rows} == {(kind, budget) for kind in ("known", "held out") for budget in budgets}
     assert rows["known", budgets[0], "greedy"]["points"] > rows["known", budgets[0], "uniform"]["points"]
     plan = tmp_path / "plan.json"
@@ -154,5 +170,7 @@ def test_cores_and_ranks_at_equal_parameters(tmp_path: Path, monkeypatch: pytest
         assert 0.9 * core["parameters"] < low["parameters"] <= core["parameters"]
         assert core["error"] < mean["error"]
     assert rows["upcycled", "mean"]["error"] < rows["independent", "mean"]["error"]
-    again = reference_models.upcycle(MODEL)  # from the cache
-    assert torch.equal(again.experts.hidden.weight, reference_models.upcycle(MODEL).experts.hidden.weight)
+    again = shared_core.run(MODEL, tmp_path, 1, lambda share: None)  # all of it from files
+    assert again["rows"] == list(rows.values())
+    other = shared_core.run(f"{MODEL}-1", tmp_path, 1, lambda share: None)  # and none of them of another model
+    assert {(row["experts"], row["way"]): row["error"] for row in other["rows"]}["independent", "core"] < 0.9

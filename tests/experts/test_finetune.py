@@ -12,6 +12,10 @@ from experts.compression.plan import Plan
 from experts.model import MoEClassifier
 
 
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    return x + 0.05 * torch.randn_like(x)
+
+
 def trained() -> tuple[MoEClassifier, np.ndarray, np.ndarray]:
     torch.manual_seed(0)
     model, (inputs, labels) = MoEClassifier(64, 10, widths=(16,) * 3, trunk=24), data.load("digits")["rl_train"]
@@ -31,8 +35,9 @@ def test_a_compressed_model_gets_better() -> None:
     for level, share in ((7, 0.5), (9, 0.8), (11, 0.8)):
         plan = Plan.of(model, level)
         settings = FinetuneSettings(steps=80, batch_size=64, rate=3e-3, alpha=1.0, temperature=1.0)
-        student = finetune(model, plan, inputs, labels, settings, progress=False)
-        again = finetune(model, plan, inputs, labels, settings, progress=False)
+        student = finetune(model, plan, inputs, labels, settings, augment=noisy, progress=False)
+        torch.rand(level)
+        again = finetune(model, plan, inputs, labels, settings, augment=noisy, progress=False)
         with torch.no_grad():
             wanted = model(x).log_softmax(1)
             found = [plan.apply(each)(x).log_softmax(1) for each in (model, student, again)]

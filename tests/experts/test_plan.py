@@ -11,7 +11,7 @@ from torch import nn
 from experts.compression import LEVELS
 from experts.compression.pieces import importance, other_parameters, pieces
 from experts.compression.plan import Plan, PlanError, load_compressed
-from experts.model import MoEClassifier
+from experts.model import ConvMoEClassifier, MoEClassifier
 
 
 @pytest.fixture
@@ -119,3 +119,33 @@ def test_a_damaged_file_is_refused_and_stays(model: MoEClassifier, tmp_path: Pat
     path.write_bytes(raw)
     with pytest.raises(PlanError):
         load_compressed(path, MoEClassifier(64, 10, widths=(16, 8), trunk=32))
+
+
+def test_any_bit_of_the_header_matters(model: MoEClassifier, tmp_path: Path) -> None:
+    raw, restored = mixed(model).compress(model)
+    assert mixed(model).compress(model)[0] == raw
+    path, refused = tmp_path / "model", 0
+    bits = 8 * (8 + int.from_bytes(raw[:8], "little"))
+    for bit in range(bits):
+        content = bytearray(raw)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            loaded = load_compressed(path, copy.deepcopy(model))
+        except PlanError:
+            refused += 1
+            continue
+        for name, tensor in restored.state_dict().items():
+            assert torch.equal(tensor, loaded.state_dict()[name])
+    assert refused > 0.99 * bits
+
+
+def test_bytes_are_exact_whatever_the_number_of_their_digits() -> None:
+    torch.manual_seed(0)
+    large = ConvMoEClassifier(784, 10).eval()
+    overheads = set()
+    for level in (0, 1, 13):
+        plan = Plan.of(large, level)
+        overheads.add(plan.overhead)
+        assert len(plan.compress(large)[0]) == plan.bytes
+    assert len(overheads) == 1

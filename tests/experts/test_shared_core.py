@@ -42,14 +42,19 @@ def test_the_error_falls_from_that_of_the_mean() -> None:
 def test_work_is_kept_layer_by_layer(tmp_path: Path) -> None:
     layers = {"in": experts(1), "out": experts(2)}
     first = fit_layers(layers, 2, tmp_path, steps=20, progress=False)
-    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert set(times) == {"in-rank2.safetensors", "out-rank2.safetensors"}
-    (tmp_path / "out-rank2.safetensors").unlink()
+    kept, lost = sorted(tmp_path.iterdir())
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
     again = fit_layers(layers, 2, tmp_path, steps=20, processes=2, progress=False)
     for name, shared in first.items():
         assert again[name].to_bytes() == shared.to_bytes()
         np.testing.assert_array_equal(again[name].weights(), shared.weights())
-    assert (tmp_path / "in-rank2.safetensors").stat().st_mtime_ns == times["in-rank2.safetensors"]
+    assert kept.stat().st_mtime_ns == before
+    other = fit_layers({"in": 7 * layers["in"]}, 2, tmp_path, steps=20, progress=False)["in"]
+    assert other.to_bytes() != first["in"].to_bytes()
+    kept.write_bytes(kept.read_bytes()[:40])
+    with pytest.raises(ValueError, match=f"{kept.name}: not a shared core"):
+        fit_layers(layers, 2, tmp_path, steps=20, progress=False)
 
 
 def test_what_is_wrong_is_named() -> None:

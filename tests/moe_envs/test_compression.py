@@ -132,6 +132,28 @@ def test_costs_are_those_of_the_plan() -> None:
     assert infos[-1]["compression/accuracy"] == infos[-1]["compression/loss"] == 0
 
 
+def test_each_row_is_of_its_own_model(own_cache: Path) -> None:
+    names = [MODEL, f"{MODEL}-1"]
+    both: Any = gymnasium.make_vec(ID, 6, "vector_entry_point", model=names, cost_weight=0.3).unwrapped
+    observation, _ = both.reset(seed=0)
+    assert set(both._model.tolist()) == {0, 1}
+    alone = []
+    for row in range(6):
+        env = make(model=names[both._model[row]], budget=int(both.budget[row]), cost_weight=0.3)
+        alone.append((env, env.reset(seed=0)[0]))
+    for actions in np.random.default_rng(0).integers(len(LEVELS), size=(18, 6)):
+        np.testing.assert_array_equal(observation, [seen for _, seen in alone])
+        observation, rewards, _, _, infos = both.step(actions)
+        steps = [env.step(int(action)) for (env, _), action in zip(alone, actions, strict=True)]
+        alone = [(env, step[0]) for (env, _), step in zip(alone, steps, strict=True)]
+        np.testing.assert_allclose(infos["reward/quality"], [step[4]["reward/quality"] for step in steps], atol=1e-12)
+        np.testing.assert_allclose(rewards, [step[1] for step in steps], atol=0.01)  # paid relative to the first model
+    kept = {key: values.copy() for key, values in infos.items()}
+    both.step(actions)  # the rows begin anew
+    for key, values in kept.items():
+        np.testing.assert_array_equal(infos[key], values)
+
+
 def test_budgets_are_drawn_over_their_range_and_models_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     env: Any = gymnasium.make_vec(ID, 512, "vector_entry_point", model=[MODEL, MODEL]).unwrapped
     env.reset(seed=0)
