@@ -18,7 +18,8 @@ import torch
 
 from agents.ppo import PPO
 from benchmarks import jobs, runs
-from benchmarks.statistics import mean_interval, median_interval, paired_difference
+from benchmarks.experiments import metaopt
+from benchmarks.statistics import median_interval
 from benchmarks.torch_training import (
     SCHEDULERS,
     Driver,
@@ -116,23 +117,13 @@ def run(policies: list[Path], seeds: int, pairs: int, processes: int, out: Path,
 
 
 def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Of each start and policy: means with 95 % intervals over seeds, share that arrived, PPO's steps less its own."""
-    found = []
-    for start, group in rows.groupby("start", sort=False):
-        tables = {
-            name: part.pivot(index="by", columns="seed", values="steps").to_numpy()
-            for name, part in group.groupby("policy", sort=False)
-        }
-        for name, part in group.groupby("policy", sort=False):
-            table = tables[name]
-            row: dict[str, Any] = {"start": start, "policy": name, "steps": float(table.mean())}
-            row |= {"ci95": mean_interval(table), "arrived": float(part["arrived"].mean())}
-            row |= {key: float(part[key].mean()) for key in ("epochs", "seconds", "loss", "accuracy")}
-            if name != "PPO":
-                less, interval = paired_difference(tables["PPO"], table[0])
-                row |= {"ppo_less": less, "ppo_less_ci95": interval, "share": less / row["steps"]}
-            found.append(row)
-    return found
+    """As of the environment's trainings, a policy's folder being its seed, and means of what only these have."""
+    found = metaopt.summarise(rows.rename(columns={"seed": "episode", "by": "seed"}))
+    means = rows.groupby(["start", "policy"])[["epochs", "seconds", "loss", "accuracy"]].mean()
+    of_each = [means.loc[(row["start"], row["policy"])] for row in found]
+    return [
+        row | {str(key): float(value) for key, value in each.items()} for row, each in zip(found, of_each, strict=True)
+    ]
 
 
 def _draw(timelines: pd.DataFrame, path: Path) -> None:
