@@ -168,8 +168,8 @@ class MoEMetaOptVectorEnv(BatchedEnv):
 
     def _train(self) -> np.ndarray:
         """One step of the optimiser in every training; losses `[n]`."""
-        places = (self._place % self._length)[:, None] + np.arange(BATCH_SIZE)
-        rows = np.take_along_axis(self._orders, places, axis=1)
+        batches = self._orders.reshape(self.num_envs, -1, BATCH_SIZE)
+        rows = batches[self._rows, self._place % self._length // BATCH_SIZE]
         self._place += BATCH_SIZE
         return self.training.step(self._scaled(self.task.inputs[rows]), self.task.labels[rows]).loss
 
