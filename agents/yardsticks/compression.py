@@ -61,22 +61,22 @@ def exact(sizes: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray:
     return np.asarray(found.x.reshape(sizes.shape).argmax(1))
 
 
-def random_search(score: Score, sizes: np.ndarray, budget: float, evaluations: int, seed: int = 0) -> Found:
+def random_search(
+    scores: Callable[[np.ndarray], np.ndarray], sizes: np.ndarray, budget: float, evaluations: int, seed: int = 0
+) -> Found:
     """The best of random plans that fit: levels are drawn matrix by matrix, in random order, of those that leave enough
-    for the rest."""
+    for the rest. `scores` takes all plans `[n, P]` at once."""
     _check(sizes, budget)
-    generator, best = np.random.default_rng(seed), Found(uniform(sizes, budget), -np.inf, 0)
-    for number in range(evaluations):
-        levels = np.zeros(len(sizes), dtype=np.int64)
-        left, least = float(budget), sizes.min(1)
-        rest = float(least.sum())
+    generator, least = np.random.default_rng(seed), sizes.min(1)
+    plans = np.zeros((evaluations, len(sizes)), dtype=np.int64)
+    for levels in plans:
+        left, rest = float(budget), float(least.sum())
         for row in generator.permutation(len(sizes)):
             rest -= float(least[row])
             levels[row] = generator.choice((sizes[row] + rest <= left).nonzero()[0])
             left -= float(sizes[row, levels[row]])
-        if (quality := score(levels)) > best.quality:
-            best = Found(levels, quality, number + 1)
-    return best._replace(evaluations=evaluations)
+    found = scores(plans)
+    return Found(plans[found.argmax()], float(found.max()), evaluations)
 
 
 def local_search(

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from agents import tuned
 from agents.deploy.compression import levels_of
 from agents.ppo import PPO
 from agents.yardsticks import compression as yardsticks
@@ -34,7 +35,7 @@ SHARES = {
 TIE = 0.2  # points of accuracy; the standard error of a test accuracy is larger
 VARIANTS: dict[str, dict[str, Any]] = {
     "PPO": {"warm": 0.6, "masks": True},
-    "PPO, no warm start": {"warm": 0.0, "masks": True},
+    "PPO, no warm start": {"warm": 0.0, "masks": True},  # with as many evaluations: 0.4 of the steps
     "PPO, no masks": {"warm": 0.6, "masks": False},
 }
 Result = dict[str, Any]
@@ -82,8 +83,11 @@ def judge_yardstick(name: str, model: str, evaluations: int, seed: int) -> pd.Da
     tables, budgets = _tables(model), budgets_of(model)
     sizes, gains = tables.sizes, tables.gains[0]
 
+    def scores(plans: np.ndarray) -> np.ndarray:
+        return tables.quality(np.zeros(len(plans), dtype=np.int64), plans)[0]
+
     def score(levels: np.ndarray) -> float:
-        return float(tables.quality(np.zeros(1, dtype=np.int64), levels[None])[0][0])
+        return float(scores(levels[None])[0])
 
     plans, used = [], 0 if name == "uniform" else _sensitivities(model)
     for budget in budgets:
@@ -95,7 +99,7 @@ def judge_yardstick(name: str, model: str, evaluations: int, seed: int) -> pd.Da
         elif name == "exact on sensitivities":
             plans.append(yardsticks.exact(sizes, gains, room))
         elif name == "random search":
-            plans.append(yardsticks.random_search(score, sizes, room, evaluations, seed).levels)
+            plans.append(yardsticks.random_search(scores, sizes, room, evaluations, seed).levels)
             used = evaluations
         else:
             start = yardsticks.exact(sizes, gains, room)
@@ -118,9 +122,11 @@ def run(
         _tables(model)  # trained and measured once, before several processes ask for it
     with jobs.pool(processes) as pool:
         todo = [(name, seed) for name in VARIANTS for seed in range(seeds if name == "PPO" else ablations)]
+        total = timesteps or tuned.settings("ppo", ID, "own")["total_timesteps"]
+        steps = {name: round(total * (0.4 if variant["warm"] == 0 else 1)) for name, variant in VARIANTS.items()}
         learning = [
             pool.submit(
-                policies.learn, {"model": models}, seed, timesteps, out / "policies" / f"{_file(name)}-{seed}", ID,
+                policies.learn, {"model": models}, seed, steps[name], out / "policies" / f"{_file(name)}-{seed}", ID,
                 prepare, shares=SHARES_DRAWN, **VARIANTS[name],
             )
             for name, seed in todo

@@ -26,7 +26,10 @@ def test_all_fit_and_none_is_better_than_the_exact_one(seed: int) -> None:
     plans = [np.array(levels) for levels in product(range(4), repeat=4)]
     best = max(gain(levels, gains) for levels in plans if compression.size(levels, sizes) <= budget)
     assert gain(compression.exact(sizes, gains, budget), gains) == pytest.approx(best)
-    searched = compression.random_search(lambda levels: gain(levels, gains), sizes, budget, 60)
+    searched = compression.random_search(
+        lambda plans: np.array([gain(each, gains) for each in plans]), sizes, budget, 60
+    )
+    assert searched.quality == gain(searched.levels, gains)
     start = compression.greedy(sizes, gains, budget)
     climbed = compression.local_search(lambda levels: gain(levels, gains), start, sizes, budget, 60)
     assert climbed.quality >= gain(start, gains)
@@ -64,9 +67,13 @@ def test_searches_are_repeatable_and_count() -> None:
         calls.append(levels.tobytes())
         return gain(levels, gains)
 
-    first = compression.random_search(score, sizes, 250, 20, seed=1)
+    def scores(plans: np.ndarray) -> np.ndarray:
+        return np.array([score(levels) for levels in plans])
+
+    first = compression.random_search(scores, sizes, 250, 20, seed=1)
     assert first.evaluations == len(calls) == 20
-    second = compression.random_search(score, sizes, 250, 20, seed=1)
+    assert len(set(calls)) > 10
+    second = compression.random_search(scores, sizes, 250, 20, seed=1)
     np.testing.assert_array_equal(first.levels, second.levels)
     calls.clear()
     climbed = compression.local_search(score, compression.uniform(sizes, 250), sizes, 250, 15)
