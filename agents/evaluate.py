@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import gymnasium
@@ -55,10 +56,12 @@ def play(policy: Policy, env: VectorEnv[Any, Any, Any], episodes: int, seed: int
     rows, finished, records = env.num_envs, 0, []
     observation, _ = env.reset(seed=seed)  # type: ignore[arg-type]
     state, start, played = None, np.ones(rows, dtype=np.bool_), np.zeros(rows, dtype=np.int64)
+    masked = takes_masks(policy) and hasattr(env.unwrapped, "action_masks")
     sums = {key: np.zeros(rows) for key in ("return", "reward/quality", "reward/cost")}
     wanted = episodes // rows + (np.arange(rows) < episodes % rows)
     while finished < episodes:
-        action, state = policy.predict(observation, state=state, episode_start=start, deterministic=True)
+        more = {"action_masks": env.unwrapped.action_masks()} if masked else {}  # type: ignore[attr-defined]
+        action, state = policy.predict(observation, state=state, episode_start=start, deterministic=True, **more)
         observation, reward, terminated, truncated, infos = env.step(action)
         start = terminated | truncated
         scalars = _scalars(infos, start)
@@ -75,6 +78,11 @@ def play(policy: Policy, env: VectorEnv[Any, Any, Any], episodes: int, seed: int
         sums = {key: np.where(start, 0.0, value) for key, value in sums.items()}
     frame = pd.DataFrame(records).rename(columns={"reward/quality": "quality", "reward/cost": "cost"})
     return frame.sort_values("episode", ignore_index=True)
+
+
+def takes_masks(policy: Any) -> bool:
+    """Whether `predict` has the argument `action_masks`, as our learners' and MaskablePPO's have."""
+    return "action_masks" in inspect.signature(policy.predict).parameters
 
 
 def _scalars(infos: dict[str, Any], ended: np.ndarray) -> dict[str, np.ndarray]:

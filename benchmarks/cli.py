@@ -135,7 +135,7 @@ def _search(trials: int, folder: Path, **arguments: Any) -> dict[str, Any]:
 
 def _evaluate(
     run_dir: Annotated[Path, typer.Argument(help="A run folder of moe-train.")],
-    split: Annotated[str, typer.Option(help="rl_train, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="validation or test, or what it was trained on.")] = "test",
     episodes: Annotated[int, typer.Option(min=2)] = 1000,
     seed: int = 0,
     yardsticks: Annotated[bool, typer.Option("--yardsticks", help="Tune and show all yardsticks beside it.")] = False,
@@ -150,6 +150,10 @@ def _evaluate(
 
     model, config = runs.load(run_dir)
     policies: dict[str, Any] = {config["algo"]: model}
+    if yardsticks and "Routing" not in config["env"]:
+        raise ValueError(
+            f"--yardsticks is for MoERouting; {config['env']} has its own: moe-benchmark metaopt, compression"
+        )
     if yardsticks:
         from agents.yardsticks.routing import yardsticks as tune
 
@@ -250,7 +254,7 @@ def _parse(pairs: list[str]) -> dict[str, Any]:
         try:
             parsed[name] = json.loads(value)
         except ValueError:
-            parsed[name] = value
+            parsed[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return parsed
 
 

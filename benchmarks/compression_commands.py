@@ -23,7 +23,7 @@ ROW = ("method", "bytes", "accuracy", "time_s", "finetuned")
 @compress_app.command("run")
 def _run(
     model: Model = "fashion-mnist-conv",
-    out: Path = Path("runs/compress"),
+    out: Annotated[Path | None, typer.Option(help="Default: runs/compress-MODEL.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 430,
     evaluations: Annotated[int, typer.Option(min=1, help="Of the local search.")] = 400,
     limit: Limit = LIMIT,
@@ -36,6 +36,7 @@ def _run(
     """
     from benchmarks.experiments import compression_methods
 
+    out = out or Path("runs") / f"compress-{model}"
     with bar() as add:
         result = compression_methods.run(model, out, steps, evaluations, limit, seed, add)
     _show(result["rows"], model, as_json)
@@ -68,7 +69,9 @@ def _apply(
 
 @compress_app.command("plan")
 def _plan(
-    policy: Annotated[Path, typer.Argument(exists=True, help="A folder of PPO trained on MoECompression-v0.")],
+    policy: Annotated[
+        Path, typer.Argument(exists=True, help="Our PPO of MoECompression-v0: RUN_DIR/best of moe-train.")
+    ],
     model: Model = "fashion-mnist-conv",
     budget: Annotated[int, typer.Option(min=1, help="Bytes of the compressed file.")] = 200_000,
     out: Annotated[Path, typer.Option(help="The plan, for `moe-compress apply`.")] = Path("plan.json"),
@@ -78,6 +81,8 @@ def _plan(
     from agents.ppo import PPO
 
     found = plan_of(PPO.load(policy), model, budget)
+    if found.bytes > budget:
+        raise ValueError(f"the plan takes {found.bytes:,} bytes, more than the budget of {budget:,}")
     found.save(out)
     console.print(f"[green]saved[/] {out}: {found.bytes:,} bytes of {budget:,}")
 
@@ -156,10 +161,15 @@ def _compression(
 ) -> None:
     """PPO beside searches at equal bytes: points of test accuracy lost, on known and on held-out models."""
     from benchmarks.experiments import compression
+    from experts import reference_models
 
-    kind = "fashion-mnist-conv"
-    known = model or [f"{kind}-{seed}" for seed in (0, 1, 2)]
-    unseen = held_out or [f"{kind}-{seed}" for seed in (3, 4)]
+    kind = reference_models.recipe_of(model[0])[0] if model else "fashion-mnist-conv"
+    known = [reference_models.full_name(each) for each in model or [f"{kind}-{seed}" for seed in (0, 1, 2)]]
+    unseen = [reference_models.full_name(each) for each in held_out or [f"{kind}-{seed}" for seed in (3, 4)]]
+    if len({*known, *unseen}) < len(known) + len(unseen):
+        raise ValueError(f"a model is named twice among {', '.join(known + unseen)}")
+    if len({reference_models.recipe_of(each)[0] for each in known + unseen}) > 1:
+        raise ValueError(f"{', '.join(known + unseen)} are of several recipes; one policy is for one")
     with bar() as add:
         result = compression.run(known, unseen, seeds, timesteps, evaluations, searches, ablations, jobs, out, add)
     for kind in ("known", "held out"):

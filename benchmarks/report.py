@@ -36,7 +36,7 @@ def plain_table(title: str, *columns: str) -> Table:
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     """Rows by falling return; the learned ones and the bounds stand out."""
-    drawn = plain_table(title, "policy", "kind", "return", "95 %", "accuracy", "cost")
+    drawn = plain_table(title, "policy", "kind", "return", "95 %", "quality", "cost")
     for entry in sorted(rows, key=lambda entry: -entry["return"]):
         low, high = entry["ci95"]
         name = entry["policy"] + (" *" if entry.get("chosen") else "")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as numpy_bytes
@@ -113,15 +114,40 @@ def recipe_of(name: str) -> tuple[str, Recipe]:
     return kind, RECIPES[kind]
 
 
+def full_name(name: str) -> str:
+    """The name with its seed: the same for the same model."""
+    kind, seed = _parse(name)
+    return f"{kind}-{seed}"
+
+
 def load(name: str) -> Model:
     """A reference model in evaluation mode, by name; raises `DataError` where its file is damaged."""
     recipe, seed = _parse(name)
     shipped, cached = (folder / f"{recipe}-{seed}.safetensors" for folder in (FOLDER, zoo.cache_folder() / "models"))
     path = shipped if shipped.exists() else cached
     if not path.exists():
-        log.warning("training %s, seed %d, into %s: minutes for images", recipe, seed, path)
-        save(train(name), name, path)
+        with _locked(path):  # one process trains, the others wait and read
+            if not path.exists():
+                log.warning("training %s, seed %d, into %s: minutes for images", recipe, seed, path)
+                save(train(name), name, path)
     return _read(path, recipe, seed)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """A lock beside a file; raises `DataError` before anything is made where the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise DataError(
+            f"{path.parent} cannot be written ({error.strerror}): set MOE_ENVS_CACHE to a folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def train(name: str, progress: bool = True) -> Model:
@@ -218,8 +244,11 @@ def read(path: Path) -> tuple[Model, str]:
     if set(metadata) != {"model", "seed", "sha256"} or metadata["sha256"] != _digest(weights):
         raise DataError(f"{path} is damaged or not of a reference model")
     name = f"{metadata['model']}-{metadata['seed']}"
-    model = _make(recipe_of(name)[1])
-    model.load_state_dict(weights)
+    try:
+        model = _make(recipe_of(name)[1])
+        model.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
+        raise DataError(f"{path} holds other weights than those of {name}") from error
     return model.eval(), name
 
 
@@ -247,12 +276,10 @@ def _make(recipe: Recipe, **others: Any) -> Model:
 
 
 def _parse(name: str) -> tuple[str, int]:
-    found = re.fullmatch(r"(.*?)(?:-(\d+))?", name)
-    assert found is not None
-    kind, seed = found.groups()
-    if kind not in RECIPES:
+    found = re.fullmatch(r"([a-z-]+?)(?:-([0-9]{1,9}))?", name)
+    if found is None or found[1] not in RECIPES:
         raise ValueError(f"model={name!r} is not one of {', '.join(RECIPES)}, with -1, -2 and so on for other seeds")
-    return kind, int(seed or 0)
+    return found[1], int(found[2] or 0)
 
 
 def _digest(arrays: Mapping[str, Any]) -> str:

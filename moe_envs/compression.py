@@ -90,9 +90,11 @@ class MoECompressionVectorEnv(BatchedEnv):
         reject_unknown(unknown, ARGUMENTS)
         choose("costs", costs, COSTS)
         choose("evaluation", evaluation, EVALUATIONS)
-        names = (model,) if isinstance(model, str) else tuple(model)
-        if not names:
-            raise ValueError("model=[]: at least one is needed")
+        names = (model,) if isinstance(model, str) else tuple(model) if isinstance(model, list | tuple) else ()
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"model={model!r}: must be a name, or a list of at least one")
+        if not isinstance(shaped, bool):
+            raise ValueError(f"shaped={shaped!r}: must be True or False")
         self.tables = tables = CompressionTables(names, split, granularity, quality, costs)
         self.shaped, self.additive = shaped, evaluation == "additive"
         self.budgets = _budgets(tables, budget)
@@ -297,4 +299,5 @@ def _budgets(tables: CompressionTables, budget: int | None) -> tuple[float, floa
         return low, max(SHARES[1] * tables.bytes, 2 * low)
     if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < least:
         raise ValueError(f"budget={budget!r}: must be a whole number of bytes of at least {least:,}, the smallest plan")
-    return float(budget), float(budget)
+    enough = float(min(budget, tables.bytes))  # more is not used
+    return enough, enough

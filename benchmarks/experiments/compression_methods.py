@@ -214,6 +214,7 @@ def run(
 ) -> Result:  # fmt: skip
     """Try all methods; writes results.json, report.md, pareto.png, heatmap.png, every plan, and the best file."""
     bench = Bench(reference_models.load(name), name, steps, evaluations, seed)
+    _clear(out)
     todo, rows, fitting = methods(bench), [], list[tuple[Result, Compressed]]()
     progress = add_task(f"{len(todo)} methods")
     for number, (method, make) in enumerate(todo.items()):
@@ -226,7 +227,7 @@ def run(
         rows.append(row)
         if made.applies:
             made.plan.save(out / "plans" / f"{_file(method)}.json")
-        if row["fits"]:
+        if row["fits"] and made.applies:
             fitting.append((row, made))
         progress((number + 1) / len(todo))
     best = smallest(fitting)
@@ -236,13 +237,18 @@ def run(
     }  # fmt: skip
     if best:
         write_bytes(out / "best.safetensors", best[1].file)
-        if best[1].applies:
-            best[1].plan.save(out / "best.plan.json")
+        best[1].plan.save(out / "best.plan.json")
     write_text(out / "results.json", json.dumps(result, indent=1))
     write_text(out / "report.md", report(result))
     _draw(rows, limit, out / "pareto.png")
     heatmap(bench, out / "heatmap.png", add_task("combinations of levels"))
     return result
+
+
+def _clear(out: Path) -> None:
+    """Delete what an earlier run left, so that nothing of it is taken for this one's."""
+    for path in (*out.glob("plans/*.json"), out / "best.safetensors", out / "best.plan.json", out / "results.json"):
+        path.unlink(missing_ok=True)
 
 
 def validation_accuracy(bench: Bench, model: nn.Module) -> float:
@@ -274,11 +280,14 @@ def report(result: Result) -> str:
     """The rows as Markdown."""
     base = result["rows"][0]
     front = {row["method"] for row in pareto(result["rows"])}
+    best = (
+        f"of the plans that fit, **{result['best']}** is the smallest within half a point of the best on held-out "
+        "validation images: `best.safetensors`, `best.plan.json`." if result["best"] else "no plan fits."
+    )  # fmt: skip
     lines = [
         f"# {result['model']}: all methods", "",
         f"Test accuracy of the model as it is {base['accuracy']:.2%}, {base['bytes']:,} bytes. `*`: no other is as "
-        f"small and as right. Limit {result['limit']:,} bytes; of those that fit, **{result['best']}** is the smallest "
-        "within half a point on held-out validation images.", "",
+        f"small and as right. Limit {result['limit']:,} bytes; {best}", "",
         "| method | bytes | smaller | accuracy | points | time of a batch | trained | fits |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -289,7 +298,8 @@ def report(result: Result) -> str:
             f"| {100 * (row['accuracy'] - base['accuracy']):+.2f} | {1e6 * row['time_s']:.0f} us "
             f"| {'yes' if row['finetuned'] else ''} | {'yes' if row['fits'] else 'no'} |"
         )
-    lines += ["", f"Made by `moe-compress run --model {result['model']}` at commit {result['commit']}.", ""]
+    options = " ".join(f"--{key} {result[key]}" for key in ("model", "steps", "evaluations", "limit", "seed"))
+    lines += ["", f"Made by `moe-compress run {options}` at commit {result['commit']}.", ""]
     return "\n".join(lines) + "\n![accuracy and bytes](pareto.png)\n\n![combinations of levels](heatmap.png)\n"
 
 
@@ -323,12 +333,12 @@ def _draw(rows: list[Result], limit: int, path: Path) -> None:
     """Accuracy and bytes; the five best of the front are named."""
     figure = Figure((10, 5.5), layout="constrained")
     panel = figure.subplots()
-    front = pareto(rows)
+    front, times = pareto(rows), [1e6 * row["time_s"] for row in rows]
     for trained, marker in ((False, "o"), (True, "^")):
         part = [row for row in rows if row["finetuned"] is trained]
         drawn = panel.scatter(
             [row["bytes"] / 1000 for row in part], [100 * row["accuracy"] for row in part], marker=marker,
-            c=[1e6 * row["time_s"] for row in part], vmin=0, vmax=max(1e6 * row["time_s"] for row in rows),
+            c=[1e6 * row["time_s"] for row in part], vmin=min(times), vmax=max(times),
             cmap="plasma", label="trained under its plan" if trained else "as it is",
         )  # fmt: skip
     panel.plot([row["bytes"] / 1000 for row in front], [100 * row["accuracy"] for row in front], "k--", lw=0.8)
@@ -360,6 +370,8 @@ def _file(method: str) -> str:
 
 def apply(plan: Path, checkpoint: Path, out: Path, steps: int, limit: int) -> Result:
     """Compress the reference model in a file by a plan; trained under it first where `steps` > 0."""
+    if out.resolve() in (plan.resolve(), checkpoint.resolve()):
+        raise ValueError(f"--out {out} would replace what is read")
     model, name = reference_models.read(checkpoint)
     loaded = Plan.load(plan)
     loaded.check(model)
@@ -368,6 +380,7 @@ def apply(plan: Path, checkpoint: Path, out: Path, steps: int, limit: int) -> Re
     bench = Bench(model, name, steps)
     before = bench.compress(EXACT)
     made = bench.train(loaded.levels) if steps else bench.compress(loaded.levels)
+    assert len(made.file) == loaded.bytes
     write_bytes(out, made.file)
     rows = [
         {"method": method, "bytes": len(each.file), "accuracy": bench.accuracy(each.model),

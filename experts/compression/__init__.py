@@ -87,7 +87,12 @@ def size_of(shape: Shape, level: int) -> int:
 
 
 def compress(weights: np.ndarray, level: int, importance: np.ndarray | None = None) -> CompressedLayer:
-    """A matrix `[O, I]` at a level; `importance [I]`, mean squares of its inputs, weighs the errors of its columns."""
+    """A matrix `[O, I]` at a level; `importance [I]`, mean squares of its inputs, weighs the errors of its columns.
+
+    Raises `ValueError` for what is not finite.
+    """
+    if not np.isfinite(weights).all() or not (importance is None or np.isfinite(importance).all()):
+        raise ValueError("weights and their importance must be finite")
     form = LEVELS[effective(weights.shape, level)]
     raw = form.store(np.asarray(weights, dtype=np.float32), importance)
     return CompressedLayer(level, raw, form.load(raw, weights.shape))

@@ -12,6 +12,7 @@ import json
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,16 @@ class Plan:
         if isinstance(levels, Mapping):
             if unknown := levels.keys() - shapes.keys():
                 raise PlanError(f"the model has no {', '.join(sorted(unknown))}; it has {', '.join(shapes)}")
-            chosen = {name: int(levels.get(name, 0)) for name in shapes}
+            chosen = {name: index(levels.get(name, 0)) for name in shapes}
         else:
-            each = [levels] * len(shapes) if isinstance(levels, int) else [int(level) for level in levels]
+            given = [levels] * len(shapes) if isinstance(levels, int | np.integer) else levels
+            each = [index(level) for level in given]
             if len(each) != len(shapes):
                 raise PlanError(f"{len(each)} levels for the {len(shapes)} matrices of the model")
             chosen = dict(zip(shapes, each, strict=True))
         if wrong := {name: level for name, level in chosen.items() if not 0 <= level < len(LEVELS)}:
             raise PlanError(f"levels must be from 0 to {len(LEVELS) - 1}, got {wrong}")
-        return cls(chosen, shapes, sum(tensor.numel() for tensor in other_parameters(model).values()))
+        return cls(chosen, shapes, _others(model))
 
     @property
     def bytes(self) -> int:
@@ -82,7 +84,10 @@ class Plan:
         self.check(model)
         restored, payloads = copy.deepcopy(model), []
         for name, piece in pieces(restored).items():
-            layer = compress(piece.read(), self.levels[name], None if importance is None else importance[name])
+            try:
+                layer = compress(piece.read(), self.levels[name], None if importance is None else importance[name])
+            except ValueError as error:
+                raise PlanError(f"{name}: {error}") from error
             piece.write(layer.weights)
             payloads.append(layer.payload)
         others = [tensor.detach().float().numpy(force=True) for tensor in other_parameters(restored).values()]
@@ -103,14 +108,16 @@ class Plan:
         try:
             content: dict[str, Any] = json.loads(Path(path).read_bytes())
             rows = content["matrices"]
-            levels = {str(row["name"]): int(row["level"]) for row in rows}
-            shapes = {str(row["name"]): (int(row["shape"][0]), int(row["shape"][1])) for row in rows}
-            others, forms = int(content["others"]), [LEVELS[level].name for level in levels.values()]
+            if content["format"] != 1:
+                raise ValueError(f"format {content['format']!r}")
+            levels = {str(row["name"]): _whole(row["level"]) for row in rows}
+            shapes = {str(row["name"]): (_whole(row["shape"][0]), _whole(row["shape"][1])) for row in rows}
+            others, forms = _whole(content["others"]), [LEVELS[level].name for level in levels.values()]
         except OSError as error:
             raise PlanError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise PlanError(f"{path} is not a plan: {type(error).__name__} {error}") from error
-        if forms != [row.get("form") for row in rows] or min(levels.values(), default=0) < 0:
+        if forms != [row.get("form") for row in rows]:
             raise PlanError(f"{path} has levels of another table than this version's")
         return cls(levels, shapes, others)
 
@@ -120,6 +127,10 @@ class Plan:
         if shapes != self.shapes:
             different = sorted(name for name in shapes | self.shapes if shapes.get(name) != self.shapes.get(name))
             raise PlanError(f"the plan is of another model: they differ in {', '.join(different[:5])}")
+        if (others := _others(model)) != self.others:
+            raise PlanError(
+                f"the plan is of another model: {self.others} parameters outside the matrices, not {others}"
+            )
 
 
 def load_compressed(path: str | Path, model: nn.Module) -> nn.Module:
@@ -132,7 +143,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> nn.Module:
             metadata, raw = file.metadata() or {}, file.get_tensor("payload").tobytes()
         content = json.loads(metadata["plan"])
         levels, sha256 = str(content["levels"]), content["sha256"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PlanError(f"{path} is not a compressed model: {type(error).__name__} {error}") from error
     if content.get("format") != FORMAT or sha256 != _digest(levels, raw):
         raise PlanError(f"{path} is damaged or of another format: its SHA-256 is not the one it names")
@@ -150,6 +161,17 @@ def load_compressed(path: str | Path, model: nn.Module) -> nn.Module:
             tensor.copy_(torch.from_numpy(values.reshape(tuple(tensor.shape)).copy()))
             place += values.nbytes
     return model
+
+
+def _whole(value: object) -> int:
+    """A whole number >= 0 of a file; raises `ValueError` for anything else."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _others(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in other_parameters(model).values())
 
 
 def _file(payload: bytes, levels: Iterable[int], pretend: int = 0) -> bytes:

@@ -36,6 +36,23 @@ def test_it_equals_a_loop_over_single_environments() -> None:
         assert row["routing/experts_used"] == 1
 
 
+def test_a_policy_that_takes_masks_gets_them() -> None:
+    asked: list[np.ndarray] = []
+
+    class Masked(Constant):
+        def predict(self, *args: Any, action_masks: np.ndarray | None = None, **kwargs: Any) -> tuple[np.ndarray, Any]:
+            assert action_masks is not None
+            asked.append(action_masks)
+            return action_masks.argmax(1), None
+
+    kwargs = {"model": "digits-mlp", "evaluation": "additive"}
+    frame = evaluate(Masked(0), "moe_envs:MoECompression-v0", episodes=6, **kwargs)
+    plain = evaluate(Constant(0), "moe_envs:MoECompression-v0", episodes=6, **kwargs)
+    assert len(asked) == 18
+    assert not np.all(asked)
+    np.testing.assert_array_equal(frame["return"], plain["return"])  # what does not fit becomes the first that does
+
+
 def test_more_episodes_than_rows() -> None:
     frame = evaluate(Constant(1), ID, episodes=1003, bundle="digits", batch_size=2)
     assert list(frame["episode"]) == list(range(1003))

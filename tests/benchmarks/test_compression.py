@@ -50,6 +50,9 @@ def test_rows_say_what_the_files_have(result: tuple[Path, list[dict[str, Any]]])
     best = next(row for row in rows if row["method"] == content["best"])
     assert (out / "best.safetensors").stat().st_size == best["bytes"] < rows[0]["bytes"] / 4
     plans = {path.stem: Plan.load(path).bytes for path in (out / "plans").iterdir()}
+    restored = load_compressed(out / "best.safetensors", reference_models.load(MODEL))
+    assert accuracy(restored) == pytest.approx(best["accuracy"])
+    assert Plan.load(out / "best.plan.json").bytes == best["bytes"]
     others = {"half the experts' neurons", "half pruned, then low rank", "low rank, then half pruned"}
     assert len(plans) == len(rows) - len(others | {"int8, activations too"})
     assert plans["int8"] == next(row["bytes"] for row in rows if row["method"] == "int8")
@@ -60,6 +63,7 @@ def test_rows_say_what_the_files_have(result: tuple[Path, list[dict[str, Any]]])
 
 def test_a_limit_that_nothing_fits_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression_methods, "methods", lambda bench: {"float32": lambda: bench.compress(0)})
+    (tmp_path / "best.safetensors").write_bytes(b"of an earlier run")
     arguments = ["run", "--model", MODEL, "--out", str(tmp_path), "--limit", "1000"]
     done = runner.invoke(compress_app, arguments)
     assert isinstance(done.exception, ValueError)
@@ -82,6 +86,8 @@ def test_a_plan_is_applied_to_a_checkpoint(tmp_path: Path) -> None:
     before = out.read_bytes()
     done = runner.invoke(compress_app, ["apply", str(plan), str(checkpoint), "--out", str(out), "--limit", "9"])
     assert "more than the limit of 9" in str(done.exception)
+    done = runner.invoke(compress_app, ["apply", str(plan), str(checkpoint), "--out", str(checkpoint)])
+    assert "would replace what is read" in str(done.exception)
     checkpoint.write_bytes(b"x" * 200)
     done = runner.invoke(compress_app, ["apply", str(plan), str(checkpoint), "--out", str(out)])
     assert isinstance(done.exception, data.DataError)
@@ -137,6 +143,18 @@ def test_a_learned_policy_beside_searches(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "policies" / "ppo-0"), "--model", MODEL, "--budget", "20000", "--out", str(plan)]
     assert runner.invoke(compress_app, ["plan", *arguments]).exit_code == 0
     assert Plan.load(plan).bytes <= 20_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", MODEL, "--held-out", f"{MODEL}-0"], "named twice"),
+        (["--model", MODEL, "--held-out", "fashion-mnist-conv-3"], "several recipes"),
+    ],
+)
+def test_what_is_held_out_is_another_model_of_the_recipe(arguments: list[str], message: str) -> None:
+    done = runner.invoke(benchmark_app, ["compression", *arguments])
+    assert message in str(done.exception)
 
 
 def test_small_weights_are_cut_by_tau() -> None:

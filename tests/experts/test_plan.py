@@ -98,7 +98,19 @@ def test_what_is_no_plan_of_the_model_is_refused(model: MoEClassifier, tmp_path:
         with pytest.raises(PlanError, match=message):
             Plan.load(path)
     Plan.of(model, 3).save(path)
-    path.write_text(path.read_text().replace("int4", "int3"))
+    whole = path.read_text()
+    for old, new in (
+        ('"level": 3', '"level": 3.7'), ('"level": 3', '"level": "3"'), ('"level": 3', '"level": 99'),
+        ('"level": 3', '"level": -1'), ('"format": 1', '"format": 99'), ('"others": ', '"others": -'),
+        ('"others": ', '"others": 1e400, "more": '), (whole, "[" * 100_000),
+    ):  # fmt: skip
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(PlanError, match="not a plan"):
+            Plan.load(path)
+    path.write_text(whole.replace('"others": ', '"others": 1'))
+    with pytest.raises(PlanError, match="parameters outside the matrices"):
+        Plan.load(path).apply(model)
+    path.write_text(whole.replace("int4", "int3"))
     with pytest.raises(PlanError, match="another table"):
         Plan.load(path)
     with pytest.raises(PlanError, match="cannot be read"):
@@ -119,6 +131,20 @@ def test_a_damaged_file_is_refused_and_stays(model: MoEClassifier, tmp_path: Pat
     path.write_bytes(raw)
     with pytest.raises(PlanError):
         load_compressed(path, MoEClassifier(64, 10, widths=(16, 8), trunk=32))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("level", [1, 3, 6, 9])
+def test_what_is_not_finite_is_refused(model: MoEClassifier, wrong: float, level: int) -> None:
+    known = importance(model, torch.randn(20, 64))
+    with torch.no_grad():
+        model.gate.weight[0, 0] = wrong
+    with pytest.raises(PlanError, match="gate: weights and their importance must be finite"):
+        Plan.of(model, level).compress(model)
+    model.gate.weight.data.zero_()
+    known["experts.1.in"][3] = wrong
+    with pytest.raises(PlanError, match=r"experts\.1\.in: weights and"):
+        Plan.of(model, level).compress(model, known)
 
 
 def test_any_bit_of_the_header_matters(model: MoEClassifier, tmp_path: Path) -> None:

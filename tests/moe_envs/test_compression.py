@@ -171,6 +171,9 @@ def test_budgets_are_drawn_over_their_range_and_models_in_turn(monkeypatch: pyte
     [
         ({"model": "vgg"}, "fashion-mnist-conv, digits-mlp"),
         ({"model": []}, "at least one"),
+        ({"model": 3}, "must be a name"),
+        ({"model": f"{MODEL}\n"}, "fashion-mnist-conv, digits-mlp"),
+        ({"shaped": "False"}, "True or False"),
         ({"budget": 1000.5}, "whole number of bytes"),
         ({"split": "rl_train"}, "'train', 'validation', 'test'"),
         ({"quality": "acuracy"}, "did you mean 'accuracy'"),
