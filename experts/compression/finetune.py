@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.func import functional_call
 
@@ -49,7 +50,7 @@ def finetune(
 ) -> nn.Module:
     """A copy of the model whose compressed form under the plan is better; compress it by `plan.compress`.
 
-    The targets are those of `teacher`, of the model itself where there is none.
+    The targets are those of `teacher`, of the model itself where there is none. One thread: matrices are small.
     """
     settings = settings or FinetuneSettings()
     student, teacher = copy.deepcopy(model).train(), (teacher or model).eval()
@@ -58,7 +59,7 @@ def finetune(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=settings.steps)
     generator = torch.Generator().manual_seed(settings.seed)
     forms = _Forms(student, plan, importance)
-    with Progress(disable=not progress) as bar, torch.random.fork_rng(devices=[]):
+    with Progress(disable=not progress) as bar, torch.random.fork_rng(devices=[]), threadpool_limits(1):
         torch.manual_seed(settings.seed)  # what `augment` draws by
         for step in bar.track(range(settings.steps), description="fine-tuning under the plan"):
             rows = torch.randint(len(x), (settings.batch_size,), generator=generator)
