@@ -343,8 +343,9 @@ def _draw(rows: list[Result], limit: int, path: Path) -> None:
         )  # fmt: skip
     panel.plot([row["bytes"] / 1000 for row in front], [100 * row["accuracy"] for row in front], "k--", lw=0.8)
     for number, row in enumerate(sorted(front, key=lambda row: -row["accuracy"])[:5]):
-        panel.annotate(row["method"], (row["bytes"] / 1000, 100 * row["accuracy"]), (0.3, 0.6 - 0.06 * number),
-                       textcoords="axes fraction", fontsize=9, arrowprops={"arrowstyle": "-", "lw": 0.4, "relpos": (0, 0.5)})  # fmt: skip
+        place, line = (row["bytes"] / 1000, 100 * row["accuracy"]), {"arrowstyle": "-", "lw": 0.4, "relpos": (0, 0.5)}
+        beside = 0.3, 0.6 - 0.06 * number
+        panel.annotate(row["method"], place, beside, textcoords="axes fraction", fontsize=9, arrowprops=line)
     panel.axvline(limit / 1000, color="grey", lw=0.8, ls=":")
     best = max(100 * row["accuracy"] for row in rows)
     panel.set(xscale="log", xlabel="bytes of the file [kB]", ylabel="test accuracy [%]", ylim=(best - 6, best + 0.5))
