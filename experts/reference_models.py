@@ -175,15 +175,15 @@ def upcycle(name: str, progress: bool = True) -> Model:
     trained, its expert is copied, and all are trained on for as long. Kept in the user's cache."""
     (kind, recipe), (_, seed) = recipe_of(name), _parse(name)
     path = zoo.cache_folder() / "models" / f"{kind}-upcycled-{seed}.safetensors"
-    model = _make(recipe)
-    if path.exists():
-        metadata, weights = _content(path)
-        if metadata.get("sha256") != _digest(weights):
-            raise DataError(f"{path} is damaged: delete it, and it is made anew")
-        model.load_state_dict(weights)
-        return model.eval()
-    experts = len(model.experts)
     with _alone(seed):
+        model = _make(recipe)
+        if path.exists():
+            metadata, weights = _content(path)
+            if metadata.get("sha256") != _digest(weights):
+                raise DataError(f"{path} is damaged: delete it, and it is made anew")
+            model.load_state_dict(weights)
+            return model.eval()
+        experts = len(model.experts)
         one = _trained(_make(recipe, widths=model.experts.widths[:1]), recipe, progress)
         copies = {
             "experts.hidden.weight": (experts, 1), "experts.hidden.bias": (experts,), "experts.out_HC": (experts, 1),
@@ -245,7 +245,8 @@ def read(path: Path) -> tuple[Model, str]:
         raise DataError(f"{path} is damaged or not of a reference model")
     name = f"{metadata['model']}-{metadata['seed']}"
     try:
-        model = _make(recipe_of(name)[1])
+        with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and replaced
+            model = _make(recipe_of(name)[1])
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         raise DataError(f"{path} holds other weights than those of {name}") from error

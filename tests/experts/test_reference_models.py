@@ -34,6 +34,19 @@ def test_a_model_is_trained_once_and_kept(tmp_path: Path) -> None:
     assert (first(x).argmax(1) == y).float().mean() > 0.5
 
 
+def test_torchs_generator_stays_as_it_was_and_decides_nothing() -> None:
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(reference_models.upcycle("digits-mlp", progress=False))
+        reference_models.load("digits-mlp")
+        assert torch.equal(torch.get_rng_state(), before)
+        (reference_models.zoo.cache_folder() / "models" / "digits-mlp-upcycled-0.safetensors").unlink()
+    for name, tensor in found[0].state_dict().items():
+        assert torch.equal(tensor, found[1].state_dict()[name])
+
+
 def test_damage_and_foreign_names_are_named(tmp_path: Path) -> None:
     reference_models.load("digits-mlp")
     path = tmp_path / "models" / "digits-mlp-0.safetensors"
