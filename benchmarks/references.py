@@ -6,6 +6,7 @@ from cost.profile import measure_experts
 from experts import bundle, data, reference_models
 from experts.bundle import Bundle
 from experts.compression import sensitivity
+from experts.compression.evaluation import accuracy
 from experts.compression.execution import products
 from experts.compression.pieces import importance
 from experts.compression.sensitivity import GRANULARITIES, SHIPPED
@@ -58,8 +59,5 @@ def ship_models() -> dict[str, float]:
         for granularity in GRANULARITIES:
             tables = ModelTables(name, "train", granularity, "reference")
             sensitivity.write(tables.sensitivity, SHIPPED, tables.evaluator, tables.parts, tables.importance)
-        inputs, labels = data.load(recipe.source)["test"]
-        with torch.inference_mode():
-            right = model(torch.from_numpy(inputs)).argmax(1) == torch.from_numpy(labels)
-        accuracies[name] = float(right.float().mean())
+        accuracies[name] = accuracy(model, *data.load(recipe.source)["test"])
     return accuracies

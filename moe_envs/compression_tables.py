@@ -13,12 +13,11 @@ import torch
 
 from experts import data, reference_models
 from experts.compression import LEVELS, size_of
-from experts.compression.evaluation import PlanEvaluator
+from experts.compression.evaluation import PlanEvaluator, loads
 from experts.compression.execution import name_of, products, rank
 from experts.compression.pieces import importance, pieces
 from experts.compression.plan import Plan
 from experts.compression.sensitivity import GRANULARITIES, Sensitivity, expand, sensitivity, unit_sizes, units
-from experts.routers import top_k
 from moe_envs import profiles
 from moe_envs.spaces import choose
 from moe_envs.threads import one_thread
@@ -53,12 +52,12 @@ class ModelTables:
                     *(data.load(recipe.source)["test"] if test else halves(examples, split))
                 )
             self.float32 = self.evaluator((0,) * len(self.evaluator.names))
-            loads = self._loads(calibration)
+            shares = np.array(list(loads(self.model, calibration, self.evaluator.top).values()))
         self.sizes = unit_sizes(self.model, self.parts)
         whole = Plan.of(self.model)
         self.overhead, self.bytes = whole.overhead, whole.bytes
-        self.features = self._features(loads)
-        self.costs = self._costs(calibration[:BATCH], costs, loads)
+        self.features = self._features(shares)
+        self.costs = self._costs(calibration[:BATCH], costs, shares)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelTables:
         return self
@@ -79,15 +78,8 @@ class ModelTables:
     def _evaluator(self, inputs: np.ndarray, labels: np.ndarray) -> PlanEvaluator:
         return PlanEvaluator(self.model, inputs, labels, self.importance, cache_bytes=CACHE_BYTES)
 
-    def _loads(self, inputs: torch.Tensor) -> np.ndarray:
-        """The share of the inputs that each piece answers, `[pieces]`: 1 outside the experts."""
-        with torch.inference_mode():
-            gate = self.model.gate(self.model.trunk(inputs))
-        shares = top_k(gate, min(self.evaluator.top, gate.shape[1])).float().mean(0).tolist()
-        return np.array([1.0 if each.expert < 0 else shares[each.expert] for each in pieces(self.model).values()])
-
-    def _features(self, loads: np.ndarray) -> np.ndarray:
-        """`[U, F]`, see `STATIC` and the environment's observation."""
+    def _features(self, shares: np.ndarray) -> np.ndarray:
+        """`[U, F]`, of the shares of inputs that pieces answer; see `STATIC` and the environment's observation."""
         all_pieces = list(pieces(self.model).values())
         rows = []
         for places, size in zip(self.parts, self.sizes, strict=True):
@@ -96,14 +88,14 @@ class ModelTables:
             count = max(each.expert for each in all_pieces) + 1
             own = (piece.expert + 1) / count if len(places) == 1 else 0.0
             shape = [np.log2(side) / 16 for side in piece.shape]
-            rows.append([*kind, own, *shape, size[0] / self.sizes[:, 0].sum(), loads[places].mean()])
+            rows.append([*kind, own, *shape, size[0] / self.sizes[:, 0].sum(), shares[places].mean()])
         found = self.sensitivity
         errors = np.log10(np.clip(found.error, 1e-4, 1)) / 4 + 1
         return np.concatenate(
             [np.array(rows), errors, squeeze(100 * found.accuracy), squeeze(100 * found.loss)], axis=1
         ).astype(np.float32)
 
-    def _costs(self, inputs: torch.Tensor, costs: str, loads: np.ndarray) -> np.ndarray:
+    def _costs(self, inputs: torch.Tensor, costs: str, shares: np.ndarray) -> np.ndarray:
         """Seconds, bytes and joules `[U, L, 3]` of a batch: products of low rank run as such where that is quicker."""
         found = products(self.model, inputs)
         profile = profiles.of_products(self.recipe, found, costs)
@@ -113,7 +105,7 @@ class ModelTables:
                 product = found[self.evaluator.names[place]]
                 for level in range(len(LEVELS)):
                     ways = {0, rank(product.shape, level)}
-                    runs = [profile.cost(name_of(product, way), BATCH * loads[place]) for way in ways]
+                    runs = [profile.cost(name_of(product, way), BATCH * shares[place]) for way in ways]
                     quickest = min(runs, key=lambda run: run.time)
                     table[unit, level] += quickest.time, size_of(product.shape, level), quickest.energy
         return table

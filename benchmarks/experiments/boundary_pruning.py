@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from benchmarks import runs
 from cost.timing import torch_threads
 from experts import data, reference_models
+from experts.compression.evaluation import accuracy
 from experts.compression.pieces import other_parameters, pieces
 from experts.compression.prune import boundary
 
@@ -33,17 +34,13 @@ def run(names: list[str], progress: Callable[[float], object]) -> Result:
     rows: list[Result] = []
     for name in names:
         model = reference_models.load(name)
-        inputs, labels = (
-            torch.from_numpy(part) for part in data.load(reference_models.recipe_of(name)[1].source)["test"]
-        )
+        inputs, labels = data.load(reference_models.recipe_of(name)[1].source)["test"]
         cut = [_cut(model, tau) for tau in TAUS]
-        seconds = _seconds([made for made, _ in cut], inputs[:BATCH])
+        seconds = _seconds([made for made, _ in cut], torch.from_numpy(inputs[:BATCH]))
         for tau, (made, kept), (dense, sparse) in zip(TAUS, cut, seconds, strict=True):
-            with torch.inference_mode():
-                right = torch.cat([made(part).argmax(1) for part in inputs.split(1000)]) == labels
             rows.append(
                 {
-                    "model": name, "tau": tau, "kept": kept, "accuracy": float(right.float().mean()),
+                    "model": name, "tau": tau, "kept": kept, "accuracy": accuracy(made, inputs, labels),
                     "bytes": _bytes(made), "time_s": dense, "linear_dense_s": sparse[0], "linear_sparse_s": sparse[1],
                 }
             )  # fmt: skip

@@ -24,6 +24,7 @@ from cost.files import write_text
 from experts import data, reference_models
 from experts.compression import LEVELS
 from experts.compression.activations import quantize_activations
+from experts.compression.evaluation import accuracy, loads
 from experts.compression.execution import name_of, products, rank
 from experts.compression.finetune import FinetuneSettings, finetune
 from experts.compression.lowrank import automatic_rank
@@ -33,9 +34,9 @@ from experts.compression.structured import smaller_experts
 from experts.files import write_bytes
 from experts.reference_models import Model
 from moe_envs import profiles
-from moe_envs.compression_tables import BATCH, CompressionTables
+from moe_envs.compression_tables import BATCH, CompressionTables, halves
 
-EXACT, INT8, HALF, INT4, QUARTER, INT2, TENTH = 0, 1, 2, 3, 6, 7, 10
+EXACT, INT8, HALF, INT4, LOW_RANK, QUARTER, INT2, TENTH = 0, 1, 2, 3, 4, 6, 7, 10
 PRUNED = {1.0: INT8, 0.5: HALF, 0.25: QUARTER, 0.1: TENTH}  # share kept -> level
 SMALL = 0.052  # of the float32 file: the budget of the searched plans, about 150 kB of the convolutional model
 ENERGY_LOSSES = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02)
@@ -48,7 +49,7 @@ class Compressed(NamedTuple):
 
     plan: Plan
     file: bytes
-    model: nn.Module
+    model: Any
     finetuned: bool = False
     applies: bool = True
 
@@ -112,19 +113,25 @@ class Bench:
 
     def accuracy(self, model: nn.Module) -> float:
         """On the test images."""
-        inputs, labels = self.source["test"]
-        with torch.inference_mode():
-            found = torch.cat([model(part).argmax(1) for part in torch.from_numpy(inputs).split(1000)])
-        return float((found == torch.from_numpy(labels)).float().mean())
+        return accuracy(model, *self.source["test"])
+
+    def validation(self, model: nn.Module) -> float:
+        """On the second half of the validation images, which no plan was searched by."""
+        return accuracy(model, *halves(reference_models.examples(self.name), "validation"))
+
+    @cached_property
+    def tiny(self) -> dict[str, int]:
+        """Int8 for the matrices below 6,000 weights, which save next to nothing and bear little."""
+        return {name: INT8 for name, piece in pieces(self.model).items() if np.prod(piece.shape) < 6000}
 
     def seconds(self, made: Compressed) -> float:
         """Of the products of a batch, each as quick as it runs: densely or as two thin ones."""
         found: Any = products(made.model, self.calibration[:BATCH])
         profile = profiles.of_products(self.kind, found, "reference")
-        loads = _loads(made.model, self.calibration)
+        shares = loads(made.model, self.calibration)
         return sum(
             min(
-                profile.cost(name_of(product, way), BATCH * loads[name]).time
+                profile.cost(name_of(product, way), BATCH * shares[name]).time
                 for way in {0, rank(product.shape, made.plan.levels[name])}
             )
             for name, product in found.items()
@@ -136,7 +143,6 @@ def methods(bench: Bench) -> dict[str, Callable[[], Compressed]]:
     kinds = {name: piece.kind for name, piece in pieces(bench.model).items()}
     experts = [name for name, kind in kinds.items() if kind.startswith("expert")]
     gate = [name for name, kind in kinds.items() if kind == "gate"]
-    tiny = {name: INT8 for name, piece in pieces(bench.model).items() if np.prod(piece.shape) < 6000}
     found: dict[str, Callable[[], Compressed]] = {
         "float32": lambda: bench.compress(EXACT),
         "int8": lambda: bench.compress(INT8),
@@ -153,10 +159,10 @@ def methods(bench: Bench) -> dict[str, Callable[[], Compressed]]:
         "pruned to a tenth, 3 steps, trained": lambda: iterative(bench),
         "half the experts' neurons": lambda: structured(bench),
         "low rank, automatic": lambda: bench.compress(automatic_low_rank(bench)),
-        "half pruned, then low rank": lambda: bench.compress(4, bench.compress(HALF).model),  # type: ignore[arg-type]
-        "low rank, then half pruned": lambda: bench.compress(HALF, bench.compress(4).model),  # type: ignore[arg-type]
+        "half pruned, then low rank": lambda: bench.compress(LOW_RANK, bench.compress(HALF).model),
+        "low rank, then half pruned": lambda: bench.compress(HALF, bench.compress(LOW_RANK).model),
         "half pruned and low rank, trained": lambda: bench.train(
-            dict.fromkeys(kinds, 4) | dict.fromkeys(experts, HALF) | tiny
+            dict.fromkeys(kinds, LOW_RANK) | dict.fromkeys(experts, HALF) | bench.tiny
         ),
     }
     for kind in ("uniform", "greedy", "exact", "exact and local search"):
@@ -194,12 +200,9 @@ def automatic_low_rank(bench: Bench) -> dict[str, int]:
 
 def iterative(bench: Bench) -> Compressed:
     """Half, a quarter, a tenth of the weights kept, trained after each cut; small layers at int8."""
-    steps, model, made = max(1, bench.settings.steps // 3), bench.model, None
-    tiny = {name: INT8 for name, piece in pieces(bench.model).items() if np.prod(piece.shape) < 6000}
+    steps, made = max(1, bench.settings.steps // 3), bench.compress(EXACT)
     for level in (HALF, QUARTER, TENTH):
-        made = bench.train(dict.fromkeys(pieces(bench.model), level) | tiny, model, steps)
-        model = made.model  # type: ignore[assignment]
-    assert made is not None
+        made = bench.train(dict.fromkeys(pieces(bench.model), level) | bench.tiny, made.model, steps)
     return made
 
 
@@ -222,7 +225,7 @@ def run(
         row = {
             "method": method, "bytes": len(made.file), "accuracy": bench.accuracy(made.model),
             "time_s": bench.seconds(made), "finetuned": made.finetuned, "fits": len(made.file) <= limit,
-            "validation": validation_accuracy(bench, made.model),
+            "validation": bench.validation(made.model),
         }  # fmt: skip
         rows.append(row)
         if made.applies:
@@ -247,17 +250,14 @@ def run(
 
 def _clear(out: Path) -> None:
     """Delete what an earlier run left, so that nothing of it is taken for this one's."""
-    for path in (*out.glob("plans/*.json"), out / "best.safetensors", out / "best.plan.json", out / "results.json"):
+    for path in (
+        *out.glob("plans/*.json"),
+        out / "best.safetensors",
+        out / "best.plan.json",
+        out / "results.json",
+        out / "report.md",
+    ):
         path.unlink(missing_ok=True)
-
-
-def validation_accuracy(bench: Bench, model: nn.Module) -> float:
-    """On the second half of the validation images, which no plan was searched by."""
-    examples = reference_models.examples(bench.name)
-    half = len(examples.labels) // 2
-    with torch.inference_mode():
-        found = model(torch.from_numpy(examples.inputs[half:])).argmax(1).numpy()
-    return float((found == examples.labels[half:]).mean())
 
 
 def smallest(rows: list[tuple[Result, Compressed]]) -> tuple[Result, Compressed] | None:
@@ -353,15 +353,6 @@ def _draw(rows: list[Result], limit: int, path: Path) -> None:
     panel.legend(loc="lower right")
     figure.colorbar(drawn, label="time of the products of 64 inputs [us]")
     figure.savefig(path, dpi=120)
-
-
-def _loads(model: Any, inputs: torch.Tensor) -> dict[str, float]:
-    from experts.routers import top_k
-
-    with torch.inference_mode():
-        gate = model.gate(model.trunk(inputs))
-    shares = top_k(gate, 2).float().mean(0).tolist()
-    return {name: 1.0 if piece.expert < 0 else shares[piece.expert] for name, piece in pieces(model).items()}
 
 
 def _file(method: str) -> str:

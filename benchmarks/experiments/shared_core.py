@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks import runs
 from experts import data, reference_models
+from experts.compression.evaluation import accuracy
 from experts.compression.lowrank import factors
 from experts.compression.pieces import pieces
 from experts.compression.shared_core import fit, fit_layers, relative_error
@@ -27,7 +27,7 @@ Result = dict[str, Any]
 def run(name: str, out: Path, processes: int, progress: Callable[[float], object]) -> Result:
     """For both kinds of experts and each rank: parameters, errors and accuracies of core, unbent mean, and SVD."""
     models = {"independent": reference_models.load(name), "upcycled": reference_models.upcycle(name)}
-    inputs, labels = (torch.from_numpy(part) for part in data.load(reference_models.recipe_of(name)[1].source)["test"])
+    inputs, labels = data.load(reference_models.recipe_of(name)[1].source)["test"]
     stacks = {kind: _first_matrices(model) for kind, model in models.items()}
     rows: list[Result] = []
     for number, rank in enumerate(RANKS):
@@ -65,12 +65,10 @@ def _first_matrices(model: Any) -> np.ndarray:
     return np.stack([piece.read() for piece in pieces(model).values() if piece.kind == "expert in"])
 
 
-def _accuracy(model: Any, weights: np.ndarray, inputs: torch.Tensor, labels: torch.Tensor) -> float:
+def _accuracy(model: Any, weights: np.ndarray, inputs: np.ndarray, labels: np.ndarray) -> float:
     """On test, with other first matrices."""
     made = copy.deepcopy(model)
     places = [piece for piece in pieces(made).values() if piece.kind == "expert in"]
     for piece, each in zip(places, weights.astype(np.float32), strict=True):
         piece.write(each)
-    with torch.inference_mode():
-        found = torch.cat([made(part).argmax(1) for part in inputs.split(1000)])
-    return float((found == labels).float().mean())
+    return accuracy(made, inputs, labels)

@@ -107,6 +107,21 @@ class PlanEvaluator:
             self._held -= self._cache.popitem(last=False)[1].nbytes
 
 
+@torch.inference_mode()
+def accuracy(model: nn.Module, inputs: np.ndarray, labels: np.ndarray) -> float:
+    """The share that any classifier gets right of inputs `[n, ...]`, a thousand at a time."""
+    found = torch.cat([model(part).argmax(1) for part in torch.from_numpy(inputs).split(1000)])
+    return float((found == torch.from_numpy(labels)).float().mean())
+
+
+@torch.inference_mode()
+def loads(model: Any, inputs: torch.Tensor, top: int = 2) -> dict[str, float]:
+    """For each piece the share of the inputs that it answers: 1 outside the experts."""
+    gate = model.gate(model.trunk(inputs))
+    shares = top_k(gate, min(top, gate.shape[1])).float().mean(0).tolist()
+    return {name: 1.0 if piece.expert < 0 else shares[piece.expert] for name, piece in pieces(model).items()}
+
+
 def variants(model: nn.Module, importance: Mapping[str, np.ndarray] | None = None) -> list[list[torch.Tensor]]:
     """Every matrix of a model as it is at every level, `[matrices][levels]`."""
     found = []
