@@ -147,6 +147,31 @@ def _experts(
     console.print("parameters of the experts' first matrices; active: of two experts; accuracy on test")
 
 
+@compress_app.command("bound")
+def _bound(
+    model: Model = "digits-mlp",
+    seeds: Annotated[int, typer.Option(min=2, help="Trainings of PPO, and runs of each search.")] = 5,
+    timesteps: Annotated[int, typer.Option(min=1, help="Of PPO.")] = 150_000,
+    evaluations: Annotated[int, typer.Option(min=2, help="Of each search, for each budget.")] = 400,
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    out: Path = Path("runs/compression-bound"),
+) -> None:
+    """Searches and PPO beside the best of all plans, on a small model whose experts share their levels."""
+    from benchmarks.experiments import compression_bound
+
+    with bar() as add:
+        result = compression_bound.run(model, seeds, timesteps, evaluations, jobs, out, add)
+    table = Table("budget", "policy", "behind the best", "at most", "points on test", "runs",
+                  title=f"{model}, best of {result['plans']:,} plans")  # fmt: skip
+    for row in result["rows"]:
+        figures = f"{row['behind']:.3f}", f"{row['most']:.3f}", f"{row['points']:+.2f}", str(row["runs"])
+        table.add_row(f"{row['budget']:,}", row["policy"], *figures, style="bold red" if row["policy"] == "PPO" else "")
+    console.print(table)
+    say_reused(result)
+    console.print(f"behind: of 10 * accuracy - 3 * loss; searches evaluate {evaluations} plans")
+    console.print(f"[green]saved[/] {out}/results.json, bound.png, policies/")
+
+
 @benchmark_app.command("compression")
 def _compression(
     model: Annotated[list[str] | None, typer.Option(help="That PPO trains on; three by default.")] = None,

@@ -39,9 +39,6 @@ def rebuild(name: str, folder: Path) -> Bundle:
 
 def ship_models() -> dict[str, float]:
     """Train seed 0 of each recipe into the package, with its examples, profile and sensitivities; test accuracies."""
-    import torch
-
-    from moe_envs import profiles
     from moe_envs.compression_tables import ModelTables
 
     for path in SHIPPED.glob("sensitivity-*"):
@@ -51,13 +48,22 @@ def ship_models() -> dict[str, float]:
         model = reference_models.train(name)
         reference_models.save(model, name, SHIPPED / f"{name}-0.safetensors")
         reference_models.ship_examples(name)
-        calibration = torch.from_numpy(reference_models.examples(name).calibration)
-        smaller = smaller_experts(model, 0.5, importance(model, calibration))  # what `moe-compress run` tries as well
-        found = products(model, calibration[:64]), products(smaller, calibration[:64])
-        both = {f"{number} {key}": product for number, each in enumerate(found) for key, product in each.items()}
-        profiles.measure_products(both, progress=True).save(profiles.products_profile(name))
+        profile_products(name, model)
         for granularity in GRANULARITIES:
             tables = ModelTables(name, "train", granularity, "reference")
             sensitivity.write(tables.sensitivity, SHIPPED, tables.evaluator, tables.parts, tables.importance)
         accuracies[name] = accuracy(model, *data.load(recipe.source)["test"])
     return accuracies
+
+
+def profile_products(name: str, model: reference_models.Model) -> None:
+    """Measure the products of a reference model, and of it with half its experts' neurons, into the package."""
+    import torch
+
+    from moe_envs import profiles
+
+    calibration = torch.from_numpy(reference_models.examples(name).calibration)
+    smaller = smaller_experts(model, 0.5, importance(model, calibration))  # what `moe-compress run` tries as well
+    found = products(model, calibration[:64]), products(smaller, calibration[:64])
+    both = {f"{number} {key}": product for number, each in enumerate(found) for key, product in each.items()}
+    profiles.measure_products(both, progress=True).save(profiles.products_profile(name))

@@ -14,7 +14,7 @@ import torch
 from experts import data, reference_models
 from experts.compression import LEVELS, size_of
 from experts.compression.evaluation import PlanEvaluator, loads
-from experts.compression.execution import name_of, products, rank
+from experts.compression.execution import name_of, products, ways
 from experts.compression.pieces import importance, pieces
 from experts.compression.plan import Plan
 from experts.compression.sensitivity import GRANULARITIES, Sensitivity, expand, sensitivity, unit_sizes, units
@@ -104,8 +104,7 @@ class ModelTables:
             for place in places:
                 product = found[self.evaluator.names[place]]
                 for level in range(len(LEVELS)):
-                    ways = {0, rank(product.shape, level)}
-                    runs = [profile.cost(name_of(product, way), BATCH * shares[place]) for way in ways]
+                    runs = [profile.cost(name_of(product, way), BATCH * shares[place]) for way in ways(product, level)]
                     quickest = min(runs, key=lambda run: run.time)
                     table[unit, level] += quickest.time, size_of(product.shape, level), quickest.energy
         return table

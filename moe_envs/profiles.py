@@ -84,7 +84,7 @@ def _of_task(task: Task, costs: str) -> Profile:
 
 
 def of_products(recipe: str, found: Mapping[str, Product], costs: str) -> Profile:
-    """The matrix products of a reference model, densely and at the ranks of the levels."""
+    """The matrix products of a reference model, in every way that a level has."""
     path = products_profile(recipe)
     profile = _shipped_or_measured(f"model-{recipe}", "matrix products", path, costs, lambda: measure_products(found))
     if all(name in profile.operations for name in _product_operations(found)):
@@ -115,19 +115,14 @@ def products_profile(recipe: str) -> Path:
 
 
 def measure_products(found: Mapping[str, Product], repeats: int = 50, progress: bool = False) -> Profile:
-    """Measure a model's matrix products, of each shape once, densely and at every rank that a level has."""
+    """Measure a model's matrix products, of each shape once, in every way that a level has."""
     return profiles.measure(_product_operations(found), sizes=(1, 4, 16, 64), repeats=repeats, progress=progress)
 
 
 def _product_operations(found: Mapping[str, Product]) -> dict[str, Work]:
-    from experts.compression import LEVELS
-    from experts.compression.execution import name_of, operation, rank
+    from experts.compression.execution import all_ways, name_of, operation
 
-    return {
-        name_of(product, way): operation(product, way)
-        for product in found.values()
-        for way in {rank(product.shape, level) for level in range(len(LEVELS))}
-    }
+    return {name_of(product, way): operation(product, way) for product in found.values() for way in all_ways(product)}
 
 
 def task_profile(name: str) -> Path:

@@ -100,6 +100,12 @@ def local_search(
     return best._replace(evaluations=done)
 
 
+def all_plans(sizes: np.ndarray) -> np.ndarray:
+    """Every plan `[n, P]`, levels that take a matrix's bytes no further left out: they are the same form."""
+    distinct = [np.append(0, np.diff(row).nonzero()[0] + 1) for row in sizes]
+    return np.stack([each.ravel() for each in np.meshgrid(*distinct, indexing="ij")], axis=1)
+
+
 def _check(sizes: np.ndarray, budget: float) -> None:
     least = int(sizes.min(1).sum())
     if budget < least:

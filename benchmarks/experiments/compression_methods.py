@@ -25,7 +25,7 @@ from experts import data, reference_models
 from experts.compression import LEVELS
 from experts.compression.activations import quantize_activations
 from experts.compression.evaluation import accuracy, loads
-from experts.compression.execution import name_of, products, rank
+from experts.compression.execution import name_of, products, ways
 from experts.compression.finetune import FinetuneSettings, finetune
 from experts.compression.lowrank import automatic_rank
 from experts.compression.pieces import importance, pieces
@@ -44,14 +44,15 @@ Result = dict[str, Any]
 
 
 class Compressed(NamedTuple):
-    """A plan, its file, the model it decompresses to, whether it was trained for it, and whether the plan is for the
-    reference model itself: applied to it, it gives this."""
+    """A plan, its file, the model it decompresses to, whether it was trained for it, whether the plan is for the
+    reference model itself (applied to it, it gives this), and whether inputs of its matrices have 8 bits."""
 
     plan: Plan
     file: bytes
     model: Any
     finetuned: bool = False
     applies: bool = True
+    activations: bool = False
 
 
 class Bench:
@@ -125,14 +126,14 @@ class Bench:
         return {name: INT8 for name, piece in pieces(self.model).items() if np.prod(piece.shape) < 6000}
 
     def seconds(self, made: Compressed) -> float:
-        """Of the products of a batch, each as quick as it runs: densely or as two thin ones."""
+        """Of the products of a batch, each as quick as it runs: densely, on integers, or as two thin ones."""
         found: Any = products(made.model, self.calibration[:BATCH])
         profile = profiles.of_products(self.kind, found, "reference")
         shares = loads(made.model, self.calibration)
         return sum(
             min(
                 profile.cost(name_of(product, way), BATCH * shares[name]).time
-                for way in {0, rank(product.shape, made.plan.levels[name])}
+                for way in ways(product, made.plan.levels[name], made.activations)
             )
             for name, product in found.items()
         )
@@ -146,7 +147,9 @@ def methods(bench: Bench) -> dict[str, Callable[[], Compressed]]:
     found: dict[str, Callable[[], Compressed]] = {
         "float32": lambda: bench.compress(EXACT),
         "int8": lambda: bench.compress(INT8),
-        "int8, activations too": lambda: bench.compress(INT8, quantize_activations(bench.model, bench.calibration)),
+        "int8, activations too": lambda: bench.compress(
+            INT8, quantize_activations(bench.model, bench.calibration)
+        )._replace(activations=True),
         "int8, trained": lambda: bench.train(INT8),
         "int4": lambda: bench.compress(INT4),
         "int2": lambda: bench.compress(INT2),

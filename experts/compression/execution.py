@@ -1,6 +1,7 @@
 """How a matrix is run: densely, whatever its weights are rounded to, or as two thin products where its rank is low.
 
-Integers of a few bits are decompressed when the model is loaded; they save bytes, not time.
+Integers of a few bits are decompressed when the model is loaded: they save bytes, not time. Only where the inputs are
+integers of 8 bits too does a product run on integers (`torch._int_mm`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import nn
 from experts.compression import LEVELS, Shape, effective
 from experts.compression.pieces import pieces
 
+DENSE, INTEGERS = 0, -1  # ways to run a product; others are ranks
+
 
 class Product(NamedTuple):
     """A matrix product of a model: its shape, and for a convolution the module and the sides of its input."""
@@ -24,16 +27,28 @@ class Product(NamedTuple):
     sides: tuple[int, int] = (1, 1)
 
 
-def name_of(product: Product, rank: int) -> str:
-    """What a product is called in a profile, run densely or (`rank` > 0) as two thin ones."""
+def name_of(product: Product, way: int) -> str:
+    """What a product is called in a profile, run densely, on integers, or (`way` > 0) as two thin ones."""
     places = f" at {product.sides[0]}x{product.sides[1]}" if product.conv else ""
-    return f"{product.shape[0]}x{product.shape[1]}{places}, {f'rank {rank}' if rank else 'dense'}"
+    run = {DENSE: "dense", INTEGERS: "integers"}.get(way, f"rank {way}")
+    return f"{product.shape[0]}x{product.shape[1]}{places}, {run}"
+
+
+def ways(product: Product, level: int, activations: bool = False) -> set[int]:
+    """How a product can be run at a level; `activations` says whether its inputs are integers of 8 bits too."""
+    integers = activations and product.conv is None and LEVELS[effective(product.shape, level)].name == "int8"
+    return {DENSE, rank(product.shape, level)} | ({INTEGERS} if integers else set())
+
+
+def all_ways(product: Product) -> set[int]:
+    """How a product can be run at all levels."""
+    return {way for level in range(len(LEVELS)) for way in ways(product, level, activations=True)}
 
 
 def rank(shape: Shape, level: int) -> int:
-    """The rank of a matrix's form at a level, 0 where it is dense."""
+    """The rank of a matrix's form at a level, `DENSE` where it has none."""
     form = LEVELS[effective(shape, level)]
-    return form.rank(shape) if form.rank else 0
+    return form.rank(shape) if form.rank else DENSE
 
 
 def products(model: nn.Module, inputs: torch.Tensor) -> dict[str, Product]:
@@ -57,8 +72,32 @@ def products(model: nn.Module, inputs: torch.Tensor) -> dict[str, Product]:
     return found
 
 
-def operation(product: Product, rank: int) -> Callable[[int], Callable[[], object]]:
-    """The product with n inputs, made ready: densely, or of a rank."""
+def operation(product: Product, way: int) -> Callable[[int], Callable[[], object]]:
+    """The product with n inputs, made ready to run in a way."""
+    return _integers(product.shape) if way == INTEGERS else _floats(product, way)
+
+
+def _integers(shape: Shape) -> Callable[[int], Callable[[], object]]:
+    """Inputs rounded to one known scale, the product, and its scales of the outputs."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = shape
+    weights = torch.randint(-127, 128, (columns, rows), generator=generator, dtype=torch.int8)
+    scales = torch.rand(rows, generator=generator)
+
+    def prepare(n: int) -> Callable[[], object]:
+        x = torch.randn(n, columns, generator=generator)
+
+        def run() -> object:
+            with torch.inference_mode():
+                rounded = (x * 32).round_().clamp_(-127, 127).to(torch.int8)
+                return torch._int_mm(rounded, weights).float().mul_(scales)
+
+        return run
+
+    return prepare
+
+
+def _floats(product: Product, rank: int) -> Callable[[int], Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
     rows, columns = product.shape
     shapes = [(rank, columns), (rows, rank)] if rank else [(rows, columns)]

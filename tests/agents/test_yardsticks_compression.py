@@ -78,3 +78,8 @@ def test_searches_are_repeatable_and_count() -> None:
     calls.clear()
     climbed = compression.local_search(score, compression.uniform(sizes, 250), sizes, 250, 15)
     assert climbed.evaluations == len(calls) == len(set(calls)) == 15
+
+
+def test_all_plans_are_all_that_differ() -> None:
+    sizes = np.array([[9, 5, 5], [7, 6, 2]])
+    assert compression.all_plans(sizes).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]

@@ -192,3 +192,18 @@ def test_cores_and_ranks_at_equal_parameters(tmp_path: Path, monkeypatch: pytest
     assert again["rows"] == list(rows.values())
     other = shared_core.run(f"{MODEL}-1", tmp_path, 1, lambda share: None)  # and none of them of another model
     assert {(row["experts"], row["way"]): row["error"] for row in other["rows"]}["independent", "core"] < 0.9
+
+
+def test_nothing_is_ahead_of_the_best_of_all_plans(tmp_path: Path) -> None:
+    arguments = ["bound", "--seeds", "2", "--timesteps", "2000", "--evaluations", "20", "--out", str(tmp_path)]
+    done = runner.invoke(compress_app, arguments)
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "results.json").read_text())
+    rows = content["rows"]
+    assert content["plans"] == 14 * 10 * 14 * 11
+    assert len({row["budget"] for row in rows}) == 6
+    assert all(row["most"] >= row["behind"] > -1e-9 for row in rows)
+    assert all(row["behind"] == 0 for row in rows if row["policy"] == "best of all")
+    assert any(row["behind"] > 1 for row in rows if row["policy"] == "uniform")
+    refused = runner.invoke(compress_app, ["bound", "--model", "fashion-mnist-conv", "--out", str(tmp_path)])
+    assert "2,140,320 plans" in str(refused.exception)
