@@ -28,8 +28,9 @@ from safetensors.torch import save as to_bytes
 from experts import data, zoo
 from experts.data import DataError
 from experts.files import write_bytes
+from experts.losses import load_balancing_loss
 from experts.model import ConvMoEClassifier, MoEClassifier, mix
-from experts.routers import load_balancing_loss, top_k
+from experts.routers import top_k
 
 FOLDER = zoo.ASSETS / "_models"
 CALIBRATION = 512

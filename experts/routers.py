@@ -1,30 +1,291 @@
-"""Who answers an input: gate logits [B, E] turned into a boolean set of experts, and its mixing weights.
+"""Who answers an input: routers turn gate logits `[T, E]` into experts and their weights.
 
-Shape legend: B inputs, E experts.
+A router is called with logits and returns a `Routing`; it keeps nothing. Given a `torch.Generator` it is noisy, if it
+has noise at all; without one it is deterministic. Any callable of this signature is a router.
+
+Shape legend: T inputs, E experts, G groups of experts.
 """
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-
-def top_k(gate_logits_BE: torch.Tensor, k: int) -> torch.Tensor:
-    """The k experts of largest gate logit, as a boolean `[B, E]` (Shazeer et al. 2017)."""
-    experts_Bk = gate_logits_BE.topk(k, dim=-1).indices
-    return torch.zeros_like(gate_logits_BE, dtype=torch.bool).scatter_(-1, experts_Bk, True)
+from experts.losses import load_balancing_loss, z_loss
 
 
-def random_subsets(gate_logits_BE: torch.Tensor, max_size: int, generator: torch.Generator) -> torch.Tensor:
-    """1 to `max_size` experts drawn at random for each input, as a boolean `[B, E]`."""
-    rank_BE = torch.rand(gate_logits_BE.shape, generator=generator).argsort(dim=-1)
-    size_B1 = torch.randint(1, max_size + 1, (len(gate_logits_BE), 1), generator=generator)
-    return rank_BE < size_B1
+@dataclass(frozen=True, eq=False)
+class RoutingStatistics:
+    """What a routing was like, computed when asked for; losses are differentiable.
+
+    `chosen` are the choices before capacity cut some off, `members` what was left, both boolean `[T, E]`;
+    `log_probability [T]` is that of the choice, of routers that draw it.
+    """
+
+    logits: torch.Tensor
+    chosen: torch.Tensor
+    members: torch.Tensor
+    log_probability: torch.Tensor | None = None
+
+    @property
+    def load(self) -> torch.Tensor:
+        """The share of all choices that each expert got, `[E]`."""
+        counts_E = self.chosen.sum(0).float()
+        return counts_E / counts_E.sum().clamp_min(1)
+
+    @property
+    def utilisation(self) -> torch.Tensor:
+        """The entropy of the load over that of an even one: 1 where all experts answer as often, 0 where one does."""
+        load_E = self.load
+        return torch.special.entr(load_E).sum() / max(math.log(len(load_E)), 1e-12)
+
+    @property
+    def gate_entropy(self) -> torch.Tensor:
+        """Mean entropy of the gate's softmax in nats."""
+        return torch.special.entr(self.logits.softmax(-1)).sum(-1).mean()
+
+    @property
+    def experts_per_input(self) -> torch.Tensor:
+        """Mean number of experts that answer."""
+        return self.members.sum(-1).float().mean()
+
+    @property
+    def dropped(self) -> torch.Tensor:
+        """The share of the choices that found their expert full."""
+        return 1 - self.members.sum() / self.chosen.sum().clamp_min(1)
+
+    @property
+    def balance_loss(self) -> torch.Tensor:
+        """`load_balancing_loss` of the choices."""
+        return load_balancing_loss(self.logits, self.chosen)
+
+    @property
+    def z_loss(self) -> torch.Tensor:
+        """`losses.z_loss` of the logits."""
+        return z_loss(self.logits)
 
 
-def mixing_weights(gate_logits_BE: torch.Tensor, members_BE: torch.Tensor) -> torch.Tensor:
-    """Softmax of the gate over the chosen experts only, 0 for the others, `[B, E]`."""
-    return gate_logits_BE.masked_fill(~members_BE, -torch.inf).softmax(dim=-1)
+class Routing(NamedTuple):
+    """Weights `[T, E]` of the experts' outputs, 0 for those that do not answer; who answers, boolean `[T, E]`."""
+
+    weights: torch.Tensor
+    members: torch.Tensor
+    statistics: RoutingStatistics
 
 
-def load_balancing_loss(gate_logits_BE: torch.Tensor, members_BE: torch.Tensor) -> torch.Tensor:
-    """E * sum_e f_e P_e, 1 when the load is even (Fedus et al. 2022, eq. 4); f = share of choices, P = mean gate."""
-    share_E = members_BE.float().mean(0) / members_BE.float().sum(-1).mean()
-    return gate_logits_BE.shape[-1] * (share_E * gate_logits_BE.softmax(-1).mean(0)).sum()
+class Router(Protocol):
+    """Logits `[T, E]` to a `Routing`; noisy where a generator is given."""
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing: ...
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k experts of largest logit, weighted by the softmax over them (Shazeer et al. 2017).
+
+    `noise` is the standard deviation of normal noise on the logits. With `capacity_factor` an expert answers at most
+    that times T * k / E inputs, those of largest logit; what it drops is not replaced.
+    """
+
+    k: int = 2
+    noise: float = 0.0
+    capacity_factor: float | None = None
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+        noisy_TE = _noisy(logits_TE, self.noise, generator)
+        chosen_TE = top_k(noisy_TE, self.k)
+        members_TE = _capped(chosen_TE, noisy_TE, self.k, self.capacity_factor)
+        weights_TE = mixing_weights(noisy_TE, chosen_TE) * members_TE
+        return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, chosen_TE, members_TE))
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The one expert of largest logit, weighted by its softmax over all (Fedus et al. 2022); see `TopK`."""
+
+    noise: float = 0.0
+    capacity_factor: float | None = 1.25
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+        noisy_TE = _noisy(logits_TE, self.noise, generator)
+        chosen_TE = top_k(noisy_TE, 1)
+        members_TE = _capped(chosen_TE, noisy_TE, 1, self.capacity_factor)
+        weights_TE = noisy_TE.softmax(-1) * members_TE
+        return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, chosen_TE, members_TE))
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """Each expert takes the T * k / E inputs (rounded up) of largest softmax, which is their weight (Zhou et al. 2022).
+
+    Every expert is full; an input may get no expert. What one input gets depends on the others.
+    """
+
+    k: float = 2
+    noise: float = 0.0
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+        scores_TE = _noisy(logits_TE, self.noise, generator).softmax(-1)
+        inputs, experts = scores_TE.shape
+        members_TE = top_k(scores_TE.T, min(inputs, math.ceil(inputs * self.k / experts))).T
+        return Routing(scores_TE * members_TE, members_TE, RoutingStatistics(logits_TE, members_TE, members_TE))
+
+
+@dataclass(frozen=True)
+class TopP:
+    """The fewest experts whose softmax sums to `p`, at most `max_k`, weighted by the softmax over them (Huang et al.
+    2024): inputs that the gate is sure of get fewer."""
+
+    p: float = 0.5
+    max_k: int | None = None
+    noise: float = 0.0
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+        noisy_TE = _noisy(logits_TE, self.noise, generator)
+        largest_TE, experts_TE = noisy_TE.softmax(-1).sort(dim=-1, descending=True)
+        before_TE = largest_TE.cumsum(-1) - largest_TE  # what larger ones sum to; 0 for the first, which always answers
+        taken_TE = before_TE < self.p
+        taken_TE[:, 0] = True
+        if self.max_k is not None:
+            taken_TE[:, self.max_k :] = False
+        members_TE = torch.zeros_like(taken_TE).scatter(-1, experts_TE, taken_TE)
+        weights_TE = mixing_weights(noisy_TE, members_TE)
+        return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, members_TE, members_TE))
+
+
+@dataclass(frozen=True)
+class Hierarchical:
+    """First the `top_groups` of G equal groups of neighbouring experts, by the logsumexp of their logits; then the k
+    experts of largest logit in them (after Jordan & Jacobs 1994, and DeepSeek-V3's group-limited routing)."""
+
+    k: int = 2
+    groups: int = 2
+    top_groups: int = 1
+    noise: float = 0.0
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+        experts = logits_TE.shape[1]
+        if experts % self.groups or not self.k <= experts // self.groups * self.top_groups <= experts:
+            raise ValueError(
+                f"groups={self.groups}, top_groups={self.top_groups}, k={self.k} for {experts} experts: groups must "
+                "divide the experts, and the groups taken must hold k of them"
+            )
+        noisy_TE = _noisy(logits_TE, self.noise, generator)
+        best_TG = top_k(noisy_TE.unflatten(-1, (self.groups, -1)).logsumexp(-1), self.top_groups)
+        inside_TE = best_TG.repeat_interleave(experts // self.groups, dim=-1)
+        members_TE = top_k(noisy_TE.masked_fill(~inside_TE, -torch.inf), self.k)
+        weights_TE = mixing_weights(noisy_TE, members_TE)
+        return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, members_TE, members_TE))
+
+
+@dataclass(frozen=True)
+class WithNull:
+    """Another router over the experts and `num_null` that do nothing, the last columns of the logits: an input that
+    takes a null expert is answered by fewer. Weights are over the real ones again (Zeng et al. 2024, AdaMoE)."""
+
+    router: Router
+    num_null: int = 1
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+        found = self.router(logits_TE, generator)
+        weights_TE, members_TE = found.weights[:, : -self.num_null], found.members[:, : -self.num_null]
+        total_T1 = weights_TE.sum(-1, keepdim=True)
+        weights_TE = weights_TE * (found.weights.sum(-1, keepdim=True) / total_T1.clamp_min(1e-12))
+        return Routing(weights_TE, members_TE, found.statistics)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """k experts drawn without replacement from the softmax at a temperature, weighted by the softmax over them; the
+    statistics have the log probability of the choice, for a policy gradient. Without a generator: the k largest."""
+
+    k: int = 1
+    temperature: float = 1.0
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+        heated_TE = noisy_TE = logits_TE / self.temperature
+        if generator is not None:
+            uniform_TE = torch.rand(logits_TE.shape, generator=generator, device=logits_TE.device)
+            noisy_TE = heated_TE - (-uniform_TE.clamp_min(1e-10).log()).log()  # Gumbel's
+        order_Tk = noisy_TE.topk(self.k, dim=-1).indices
+        log_probability_T = heated_TE.new_zeros(len(heated_TE))
+        members_TE = torch.zeros_like(heated_TE, dtype=torch.bool)
+        for column_T1 in order_Tk.split(1, dim=-1):
+            left_TE = heated_TE.masked_fill(members_TE, -torch.inf)
+            log_probability_T = log_probability_T + left_TE.log_softmax(-1).gather(-1, column_T1)[:, 0]
+            members_TE = members_TE.scatter(-1, column_T1, True)
+        statistics = RoutingStatistics(logits_TE, members_TE, members_TE, log_probability_T)
+        return Routing(mixing_weights(logits_TE, members_TE), members_TE, statistics)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Experts that a policy decides on: it gets the logits and returns a boolean `[T, E]`; none is allowed."""
+
+    policy: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+        members_TE = self.policy(logits_TE)
+        weights_TE = mixing_weights(logits_TE, members_TE).nan_to_num(0.0)
+        return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, members_TE, members_TE))
+
+
+ROUTERS: dict[str, Callable[..., Router]] = {
+    "topk": TopK,
+    "switch": Switch,
+    "expert-choice": ExpertChoice,
+    "top-p": TopP,
+    "hierarchical": Hierarchical,
+    "sampled": Sampled,
+}
+
+
+def make_router(router: str | Router, **options: Any) -> Router:
+    """A router by its name in `ROUTERS`, with those of the options that it has, or a callable as it is."""
+    if callable(router):
+        return router
+    if router not in ROUTERS:
+        raise ValueError(f"router={router!r} is not one of {', '.join(ROUTERS)}, nor a callable")
+    kind: Any = ROUTERS[router]
+    return kind(**{key: value for key, value in options.items() if key in kind.__dataclass_fields__})
+
+
+def top_k(gate_logits_TE: torch.Tensor, k: int) -> torch.Tensor:
+    """The k experts of largest gate logit, as a boolean `[T, E]` (Shazeer et al. 2017)."""
+    if not 1 <= k <= gate_logits_TE.shape[-1]:
+        raise ValueError(f"k={k}: must be from 1 to {gate_logits_TE.shape[-1]}")
+    experts_Tk = gate_logits_TE.topk(k, dim=-1).indices
+    return torch.zeros_like(gate_logits_TE, dtype=torch.bool).scatter_(-1, experts_Tk, True)
+
+
+def random_subsets(gate_logits_TE: torch.Tensor, max_size: int, generator: torch.Generator) -> torch.Tensor:
+    """1 to `max_size` experts drawn at random for each input, as a boolean `[T, E]`."""
+    rank_TE = torch.rand(gate_logits_TE.shape, generator=generator).argsort(dim=-1)
+    size_T1 = torch.randint(1, max_size + 1, (len(gate_logits_TE), 1), generator=generator)
+    return rank_TE < size_T1
+
+
+def mixing_weights(gate_logits_TE: torch.Tensor, members_TE: torch.Tensor) -> torch.Tensor:
+    """Softmax of the gate over the chosen experts only, 0 for the others, `[T, E]`."""
+    return gate_logits_TE.masked_fill(~members_TE, -torch.inf).softmax(dim=-1)
+
+
+def _noisy(logits_TE: torch.Tensor, noise: float, generator: torch.Generator | None) -> torch.Tensor:
+    if generator is None or not noise:
+        return logits_TE
+    drawn_TE = torch.randn(logits_TE.shape, generator=generator, device=logits_TE.device, dtype=logits_TE.dtype)
+    return logits_TE + noise * drawn_TE
+
+
+def _capped(chosen_TE: torch.Tensor, logits_TE: torch.Tensor, k: int, factor: float | None) -> torch.Tensor:
+    """What is left of the choices when no expert answers more than `factor` times its even share."""
+    if factor is None:
+        return chosen_TE
+    inputs, experts = chosen_TE.shape
+    most = min(inputs, max(1, math.ceil(factor * inputs * k / experts)))
+    best_TE = top_k(logits_TE.masked_fill(~chosen_TE, -torch.inf).T, most).T
+    return chosen_TE & best_TE

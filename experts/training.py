@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 
+from experts.losses import load_balancing_loss
 from experts.model import MoEClassifier, mix
-from experts.routers import load_balancing_loss, random_subsets, top_k
+from experts.routers import random_subsets, top_k
 
 
 @dataclass(frozen=True, kw_only=True)
