@@ -26,6 +26,7 @@ from experts import zoo
 if TYPE_CHECKING:
     from torch import nn
 
+    from experts.graph import ExpertGraph
     from experts.model import MoEModel
     from experts.training import TrainingSettings
 
@@ -122,6 +123,15 @@ class Bundle:
         tensors = self._tensors(MODEL)
         return tensors["features.mean"], tensors["features.projection"]
 
+    @cached_property
+    def edges(self) -> np.ndarray | None:
+        """The edges `[E, E]` of the model's expert graph, rows sum to 1; None where it has none."""
+        logits = self._tensors(MODEL).get("model.graph.edges")
+        if logits is None:
+            return None
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        return np.asarray(odds / odds.sum(1, keepdims=True))
+
     @property
     def examples(self) -> np.ndarray:
         """64 training inputs `[64, d]` float32, for measuring what the model costs."""
@@ -199,6 +209,7 @@ def build(
     trained = training.train(x[rows["train"]], y[rows["train"]], settings, progress) if model is None else model
     trained.eval()
     mean, projection = principal_components(x[rows["train"]], num_features)
+    graph = getattr(trained, "graph", None)
     tables, accuracy = {}, {}
     for split in SPLITS:
         gate, outputs = models.tabulate(trained, torch.from_numpy(x[rows[split]]))
@@ -206,9 +217,9 @@ def build(
             raise ValueError(f"{gate.shape[1]} experts; a bundle tabulates all subsets of at most {MAX_EXPERTS}")
         label = y[rows[split]]
         features = project(x[rows[split]], mean, projection)
-        tables[split] = _tabulated(features, gate.numpy(), outputs.numpy(), label)
+        tables[split] = _tabulated(features, gate.numpy(), outputs.numpy(), label, graph)
         for k in (1, 2):
-            chosen = models.mix(gate, outputs, top_k(gate, min(k, gate.shape[1]))).argmax(-1).numpy()
+            chosen = models.mix(gate, outputs, top_k(gate, min(k, gate.shape[1])), graph).argmax(-1).numpy()
             accuracy[f"{split}/top-{k}"] = float((chosen == label).mean())
     metadata = {
         "format": FORMAT,
@@ -232,7 +243,9 @@ def build(
     return load(target)
 
 
-def _tabulated(features: np.ndarray, gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray) -> Split:
+def _tabulated(
+    features: np.ndarray, gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray, graph: ExpertGraph | None
+) -> Split:
     scale = np.abs(outputs).max(keepdims=True).ravel().astype(np.float32) / 127
     return Split(
         features=features.astype(np.float16),
@@ -240,7 +253,9 @@ def _tabulated(features: np.ndarray, gate_logits: np.ndarray, outputs: np.ndarra
         labels=labels.astype(np.int16),
         outputs=np.rint(outputs / scale).astype(np.int8),
         output_scale=scale,
-        outcomes=pack_outcomes(gate_logits, outputs, labels),
+        outcomes=pack_outcomes(gate_logits, outputs, labels)
+        if graph is None
+        else pack_outcomes_of(graph, gate_logits, outputs, labels),
     )
 
 
@@ -259,6 +274,29 @@ def pack_outcomes(gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarr
         logits_BSC = member_SE @ (weight_BE[rows, :, None] * outputs[rows].astype(np.float32))
         correct_BS = logits_BSC.argmax(-1) == labels[rows, None]
         correct_BS[:, 0] = False
+        packed.append(np.packbits(correct_BS, axis=1, bitorder="little"))
+    return np.concatenate(packed)
+
+
+def pack_outcomes_of(
+    graph: ExpertGraph, gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """The same where a graph mixes what the subset's experts return."""
+    import torch
+
+    from experts.model import mix
+
+    num_experts = gate_logits.shape[1]
+    member_SE = torch.arange(2**num_experts)[:, None] >> torch.arange(num_experts) & 1 == 1
+    packed = []
+    for start in range(0, len(labels), 64):
+        gate_BE, outputs_BEC = (torch.from_numpy(each[start : start + 64]) for each in (gate_logits, outputs))
+        every_SBE = member_SE[1:, None].expand(-1, len(gate_BE), -1)
+        gates, answers = gate_BE.expand(len(every_SBE), -1, -1), outputs_BEC.expand(len(every_SBE), -1, -1, -1)
+        with torch.inference_mode():
+            logits = mix(gates.flatten(0, 1), answers.flatten(0, 1), every_SBE.flatten(0, 1), graph)
+        correct_SB = logits.argmax(-1).unflatten(0, every_SBE.shape[:2]).numpy() == labels[start : start + 64]
+        correct_BS = np.pad(np.ascontiguousarray(correct_SB.T), ((0, 0), (1, 0)))  # safetensors wants rows in order
         packed.append(np.packbits(correct_BS, axis=1, bitorder="little"))
     return np.concatenate(packed)
 

@@ -6,6 +6,8 @@ contributes. Shape legend: T inputs, E experts, C outputs of each expert.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -46,6 +48,11 @@ class ExpertGraph(nn.Module):
         start = OWN * torch.eye(num_experts) if init == "identity" else torch.randn(num_experts, num_experts)
         self.edges = nn.Parameter(start)
         self.convolution = nn.Parameter(torch.zeros(width, width)) if width else None
+
+    @classmethod
+    def for_outputs(cls, num_experts: int, width: int, mode: str = "weighted", **options: Any) -> ExpertGraph:
+        """A graph whose experts return `width` numbers, which only mode "conv" asks for."""
+        return cls(num_experts, mode, width=width if mode == "conv" else None, **options)
 
     @property
     def adjacency(self) -> torch.Tensor:

@@ -3,14 +3,15 @@
 Shape legend: B inputs, D inputs' (or trunk's) width, H all experts' hidden units, E experts, C classes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experts.routers import mixing_weights, top_k
+from experts.graph import ExpertGraph
+from experts.routers import Router, TopK, mixing_weights
 
 
 class MoEModel(Protocol):
@@ -74,22 +75,34 @@ class ExpertStack(nn.Module):
 
 
 class MoEClassifier(nn.Module):
-    """Mixture of Experts over flat inputs; `trunk` is the width of a shared first layer, 0 for none."""
+    """Mixture of Experts over flat inputs; `trunk` is the width of a shared first layer, 0 for none; `graph` has the
+    arguments of an `ExpertGraph` that mixes the experts' logits."""
 
-    def __init__(self, num_inputs: int, num_classes: int, *, widths: Sequence[int] = (16,) * 8, trunk: int = 0) -> None:
+    def __init__(
+        self,
+        num_inputs: int,
+        num_classes: int,
+        *,
+        widths: Sequence[int] = (16,) * 8,
+        trunk: int = 0,
+        graph: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if not widths or min(widths) < 1 or trunk < 0:
             raise ValueError(f"widths {tuple(widths)} and trunk {trunk}: widths must be >= 1 and trunk >= 0")
         self.settings = {"num_inputs": num_inputs, "num_classes": num_classes, "widths": list(widths), "trunk": trunk}
+        if graph is not None:
+            self.settings["graph"] = dict(graph)
         self.trunk = nn.Sequential(nn.Linear(num_inputs, trunk), nn.ReLU()) if trunk else nn.Sequential()
         self.gate = nn.Linear(trunk or num_inputs, len(widths))
         self.experts = ExpertStack(trunk or num_inputs, num_classes, widths)
+        self.graph = None if graph is None else ExpertGraph.for_outputs(len(widths), num_classes, **graph)
 
-    def forward(self, x_BD: torch.Tensor, k: int = 2) -> torch.Tensor:
-        """Class logits `[B, C]` of the top-k gate."""
+    def forward(self, x_BD: torch.Tensor, k: int = 2, router: Router | None = None) -> torch.Tensor:
+        """Class logits `[B, C]` of the top-k gate, or of another router."""
         h_BD = self.trunk(x_BD)
-        gate_BE = self.gate(h_BD)
-        return mix(gate_BE, self.experts(h_BD), top_k(gate_BE, k))
+        weights_BE, members_BE, _ = (router or TopK(k))(self.gate(h_BD))
+        return combine(self.experts(h_BD), weights_BE, members_BE, self.graph)
 
 
 class ConvMoEClassifier(nn.Module):
@@ -122,13 +135,25 @@ class ConvMoEClassifier(nn.Module):
         )  # fmt: skip
         self.gate = nn.Linear(trunk, len(widths))
         self.experts = ExpertStack(trunk, num_classes, widths)
+        self.graph = None
 
     forward = MoEClassifier.forward
 
 
-def mix(gate_logits_BE: torch.Tensor, outputs_BEC: torch.Tensor, members_BE: torch.Tensor) -> torch.Tensor:
-    """The chosen experts' logits, weighted by the gate's softmax over them, `[B, C]`."""
-    return (mixing_weights(gate_logits_BE, members_BE).unsqueeze(-1) * outputs_BEC).sum(1)
+def mix(
+    gate_logits_BE: torch.Tensor, outputs_BEC: torch.Tensor, members_BE: torch.Tensor, graph: ExpertGraph | None = None
+) -> torch.Tensor:
+    """The chosen experts' logits, weighted by the gate's softmax over them, `[B, C]`; by way of a graph, if any."""
+    return combine(outputs_BEC, mixing_weights(gate_logits_BE, members_BE), members_BE, graph)
+
+
+def combine(
+    outputs_BEC: torch.Tensor, weights_BE: torch.Tensor, members_BE: torch.Tensor, graph: ExpertGraph | None
+) -> torch.Tensor:
+    """The sum of weighted logits, or what a graph makes of them, `[B, C]`."""
+    if graph is not None:
+        return graph(outputs_BEC, weights_BE, members_BE)
+    return (weights_BE.unsqueeze(-1) * outputs_BEC).sum(1)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Training of the MoE classifier so that any subset of its experts works."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from experts.routers import random_subsets, top_k
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Of the batches, `top1_share` run the top-1 gate, `random_share` random subsets (expert dropout), others top-2."""
+    """Of the batches, `top1_share` run the top-1 gate, `random_share` random subsets (expert dropout), others top-2.
+
+    `graph` has the arguments of an `ExpertGraph`, and `sparsity` is the weight of the L1 of its edges.
+    """
 
     widths: Sequence[int] = (4, 4, 8, 8, 16, 16, 32, 64)
     trunk: int = 0
@@ -26,6 +30,8 @@ class TrainingSettings:
     top1_share: float = 0.5
     random_share: float = 0.1
     random_max_size: int = 2
+    graph: Mapping[str, Any] | None = None
+    sparsity: float = 0.01
     seed: int = 0
 
 
@@ -44,7 +50,7 @@ def train(inputs: np.ndarray, labels: np.ndarray, settings: TrainingSettings, pr
 def _train(x: torch.Tensor, y: torch.Tensor, settings: TrainingSettings, progress: bool) -> MoEClassifier:
     generator = torch.Generator().manual_seed(settings.seed)
     num_classes = int(y.max()) + 1
-    model = MoEClassifier(x.shape[1], num_classes, widths=settings.widths, trunk=settings.trunk)
+    model = MoEClassifier(x.shape[1], num_classes, widths=settings.widths, trunk=settings.trunk, graph=settings.graph)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
     with Progress(disable=not progress) as bar:
         for _ in bar.track(range(settings.epochs), description="training the MoE"):
@@ -67,5 +73,6 @@ def _loss(
     else:
         k = 1 if draw < settings.random_share + settings.top1_share else 2
         members = top_k(gate, min(k, gate.shape[1]))
-    cross_entropy = F.cross_entropy(mix(gate, model.experts(h), members), y)
-    return cross_entropy + settings.load_balancing * load_balancing_loss(gate, members)
+    loss = F.cross_entropy(mix(gate, model.experts(h), members, model.graph), y)
+    loss = loss + settings.load_balancing * load_balancing_loss(gate, members)
+    return loss if model.graph is None else loss + settings.sparsity * model.graph.sparsity_loss()

@@ -188,6 +188,7 @@ class MoERoutingEnv(SingleEnv):
     | `batch_gate` | E | 0..E | mean gate probability over the whole batch, times E: 1 if even |
     | `batch_features` | F | -15..15 | mean features over the whole batch, times 3 |
     | `experts_used` | E | 0..1 | 1 for experts already paid in this batch |
+    | `edges` | E | 0..1 | mean edge from those experts to each; only of models with an expert graph |
     | `cost` | 1 | 0..all experts for all inputs | cost of this batch so far |
     | `progress` | 1 | 0..1 | share of the batch that is done |
 
@@ -235,8 +236,8 @@ class MoERoutingEnv(SingleEnv):
         tables = self.vector.tables
         self._moves: dict[int, Move] = {}
         self._num_options = len(tables.subsets)
-        self._used_columns = list(tables.members_paid)
-        self._used = self.observation_layout["experts_used"].slice
+        self._used_columns = list(tables.seen_of_paid)
+        self._used = slice(tables.of_batch.stop, self.observation_layout["cost"].slice.start)
         self._num_choices, self._batch_size = tables.correct.shape[1], tables.batch_size
         self._share, self._reward = 1 / tables.batch_size, self.vector.reward
         self._normalizer = self._reward.normalizer

@@ -1,6 +1,6 @@
 """What MoERouting-v0 looks up: mini-batches, observations, outcomes and costs, laid out once when an env is made."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from experts.bundle import FEATURE_BOUND, SPLITS, Bundle, Split
 from moe_envs.spaces import layout
 
 Code = TypeVar("Code", int, np.ndarray)
+Numbers = TypeVar("Numbers", bound=Any)
 STREAMS = ("topical", "iid")
 ACTIONS = ("expert", "subset", "top-m")
 DECK_SIZE = 16_384  # mini-batches that a split is laid out in
@@ -52,8 +53,8 @@ class RoutingTables:
     `fixed` and `slope` `[2^E, 8]` are the costs of subsets of experts, for a first use in the batch and for an input:
     relative cost, time [s], memory [B], energy [J], then the vector reward (0, -time, -memory, -energy, relative).
     A move is a ledger, (code of the experts not paid yet) * options, + option. `terms [moves, 8]` are its costs; after
-    it, `ledger` is the next ledger, `used` the block of `experts_used`, `num_used` their number. `paid`: that block by
-    code.
+    it, `ledger` is the next ledger, `used` the block of `experts_used` (and of `edges`, where the model has an expert
+    graph), `num_used` their number. By code, `paid` are these blocks and `seen_of_paid` their numbers.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class RoutingTables:
         tables = bundle.split(split)
         self.batch_size, self.num_experts, self.num_inputs = batch_size, bundle.num_experts, len(tables.labels)
         self._pay(CostModel.from_profile(profile), bundle.split("rl_train"), stream, weights)
-        features = tables.features.astype(np.float32)
+        features, self.edges = tables.features.astype(np.float32), bundle.edges
         self._lay_out(features.shape[1])
         deck = deal(tables.labels, batch_size, stream, seed=SPLITS.index(split))
         self.deck = np.append(np.pad(deck, ((0, 0), (0, 1)), constant_values=self.num_inputs), self.num_inputs)
@@ -103,10 +104,13 @@ class RoutingTables:
         new = self.subsets & codes[:, None]
         self.terms = (self.fixed[new] + self.slope[self.subsets]).reshape(-1, self.fixed.shape[1])
         unpaid = (codes[:, None] ^ new).ravel()
-        self.members_paid = 1 - (codes[:, None] >> np.arange(self.num_experts) & 1).astype(np.float32)
-        self.paid = _blocks(self.members_paid)
+        members_paid = 1 - (codes[:, None] >> np.arange(self.num_experts) & 1).astype(np.float32)
+        self.seen_of_paid = members_paid
+        if self.edges is not None:
+            self.seen_of_paid = np.hstack([members_paid, edges_of(members_paid, self.edges)]).astype(np.float32)
+        self.paid = _blocks(self.seen_of_paid)
         self.ledger, self.used = self.ledger_of(unpaid), self.paid[unpaid]
-        self.num_used = self.members_paid.sum(1).astype(np.int64)[unpaid]
+        self.num_used = members_paid.sum(1).astype(np.int64)[unpaid]
 
     def _tabulate_choices(self, action: str, gate_logits: np.ndarray) -> None:
         every = np.arange(self.num_inputs + 1)
@@ -128,6 +132,9 @@ class RoutingTables:
 
     def _lay_out(self, num_features: int) -> None:
         experts, summary_bounds = self.num_experts, (-FEATURE_BOUND * BATCH_SCALE, FEATURE_BOUND * BATCH_SCALE)
+        edges = [("edges", experts, 0, 1, "mean edge from the experts already paid to each, in the expert graph")]
+        if self.edges is None:
+            edges = []
         self.layout = layout(
             [
                 ("features", num_features, -FEATURE_BOUND, FEATURE_BOUND, "principal components of the present input"),
@@ -135,6 +142,7 @@ class RoutingTables:
                 ("batch_gate", experts, 0, experts, "mean gate probability over the whole batch, times E: 1 if even"),
                 ("batch_features", num_features, *summary_bounds, "mean features over the whole batch, times 3"),
                 ("experts_used", experts, 0, 1, "1 for experts already paid in this batch"),
+                *edges,
                 ("cost", 1, 0, self.max_cost * 1.001, "cost of this batch so far, relative to the top-2 gate's"),
                 ("progress", 1, 0, 1, "share of the batch that is done"),
             ]
@@ -144,7 +152,7 @@ class RoutingTables:
             [
                 ("input", f"V{4 * (sizes['features'] + sizes['gate_logits'])}"),
                 ("batch", f"V{4 * (sizes['batch_gate'] + sizes['batch_features'])}"),
-                ("experts_used", f"V{4 * sizes['experts_used']}"),
+                ("experts_used", f"V{4 * (sizes['experts_used'] + sizes.get('edges', 0))}"),
                 ("cost", np.float32),
                 ("progress", np.float32),
             ]
@@ -163,6 +171,12 @@ class RoutingTables:
         parts = np.array_split(deck, max(1, len(deck) // 1024))
         self.summaries = np.concatenate([averaged[part].mean(1) for part in parts]).astype(np.float32)
         self.seen_blocks, self.summary_blocks = _blocks(self.seen), _blocks(self.summaries)
+
+
+def edges_of(chosen: Numbers, edges: Numbers) -> Numbers:
+    """The mean edge from the chosen experts, ones of `[..., E]`, to each, of edges `[E, E]`; arrays or tensors."""
+    total = chosen.sum(-1)[..., None]
+    return chosen @ edges / (total + (total == 0))
 
 
 def _blocks(rows: np.ndarray) -> np.ndarray:

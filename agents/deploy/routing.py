@@ -19,8 +19,9 @@ from agents.learner import Learner
 from agents.networks import CLIP
 from experts import bundle as bundles
 from experts.bundle import FEATURE_BOUND, Bundle
-from experts.model import mix
-from moe_envs.routing_tables import BATCH_SCALE, GATE_BOUND
+from experts.model import combine, mix
+from experts.routers import mixing_weights
+from moe_envs.routing_tables import BATCH_SCALE, GATE_BOUND, edges_of
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -61,12 +62,15 @@ class RoutedMoE(nn.Module):
         costs = [
             torch.from_numpy(part[1 << np.arange(self.num_experts), 0]) for part in (env.tables.fixed, env.tables.slope)
         ]
+        self.graph = getattr(model, "graph", None)
+        self.register_buffer("edges", None if loaded.edges is None else torch.from_numpy(loaded.edges))
         self.register_buffer("fixed", costs[0])
         self.register_buffer("slope", costs[1])
         self.eval()
 
     mean: torch.Tensor
     projection: torch.Tensor
+    edges: torch.Tensor | None
     fixed: torch.Tensor
     slope: torch.Tensor
 
@@ -75,13 +79,13 @@ class RoutedMoE(nn.Module):
         h_BD = self.trunk(x_BD)
         gate_BE = self.gate(h_BD)
         members_BE = self.route(x_BD, gate_BE)
-        weights_BE = gate_BE.masked_fill(~members_BE, -torch.inf).softmax(-1).nan_to_num(0.0)
-        logits_BC = x_BD.new_zeros(len(x_BD), self.num_classes)
+        outputs_BEC = x_BD.new_zeros(len(x_BD), self.num_experts, self.num_classes)
         for number, expert in enumerate(self.experts):
             rows = members_BE[:, number].nonzero()[:, 0]
             if len(rows):
-                logits_BC.index_add_(0, rows, expert(h_BD[rows]) * weights_BE[rows, number, None])
-        return logits_BC
+                outputs_BEC[rows, number] = expert(h_BD[rows])
+        weights_BE = mixing_weights(gate_BE, members_BE).nan_to_num(0.0)
+        return combine(outputs_BEC, weights_BE, members_BE, self.graph)
 
     def route(self, x_BD: torch.Tensor, gate_BE: torch.Tensor) -> torch.Tensor:
         """The chosen experts, boolean `[B, E]`."""
@@ -107,7 +111,9 @@ class RoutedMoE(nn.Module):
         members = []
         for step in range(size):
             progress_G1 = share_GE.new_full((groups, 1), step / size)
-            head = self.policy(torch.cat([seen_GTO[:, step], batch_GO, used_GE, cost_G1.float(), progress_G1], dim=1))
+            paid = [used_GE] if self.edges is None else [used_GE, edges_of(used_GE, self.edges)]
+            seen = [seen_GTO[:, step], batch_GO, *paid, cost_G1.float(), progress_G1]
+            head = self.policy(torch.cat(seen, dim=1))
             if self.action == "expert":
                 chosen_GE = F.one_hot(head.argmax(1), self.num_experts).to(used_GE.dtype)
             else:
@@ -145,7 +151,7 @@ class _Dense(nn.Module):
         gate_BE = self.routed.gate(h_BD)
         members_BE = self.routed.route(x_BD, gate_BE)
         outputs_BEC = torch.stack([expert(h_BD) for expert in self.routed.experts], dim=1)
-        return mix(gate_BE, outputs_BEC, members_BE).nan_to_num(0.0)
+        return mix(gate_BE, outputs_BEC, members_BE, self.routed.graph).nan_to_num(0.0)
 
 
 def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:

@@ -46,7 +46,7 @@ class Environment:
         tables = MoERoutingVectorEnv(1).tables
         self.rows, self.length, self.width, self.actions = num_rows, tables.batch_size, tables.width, tables.num_experts
         self.deck, self.correct, self.ledgers = map(jnp.array, (tables.deck, tables.correct, tables.ledger))
-        self.cost_of, self.paid = jnp.array(tables.terms[:, 0], jnp.float32), jnp.array(tables.members_paid)
+        self.cost_of, self.paid = jnp.array(tables.terms[:, 0], jnp.float32), jnp.array(tables.seen_of_paid)
         self.seen, self.summaries = jnp.array(tables.seen), jnp.array(tables.summaries)
         self.first_ledger = int(tables.ledger_of(-1))
 
