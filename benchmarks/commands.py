@@ -257,3 +257,29 @@ def _compare(
     for renderable in routing.tables(result):
         console.print(renderable)
     console.print(f"[green]saved[/] {out}/results.json, {out}/pareto.png    curves: tensorboard --logdir {out}")
+
+
+@benchmark_app.command("layer")
+def _layer(
+    device: Annotated[str, typer.Option(help="cpu (CPU time, one thread) or cuda")] = "cpu", json_file: Json = None
+) -> None:
+    """Our MoE layer beside Hugging Face's Mixtral block, and beside its bare matrix products."""
+    if find_spec("transformers") is None:
+        raise ValueError("transformers is not installed: pip install 'moe-envs[hf]'")
+    from benchmarks import moe_layer, runs
+
+    with bar() as add:
+        result = moe_layer.measure(device, add)
+    write(json_file, result | runs.provenance())
+    columns = "tokens", "block", "ours", "bf16", "products", "block / ours", "block / bf16", "ours / products"
+    table = Table(*columns, title=f"forward, ms on {device}, medians; 256 wide, 8 experts of 1,024, top-2")
+    both = Table("tokens", "block", "ours", "products", "block / ours", "ours / products", title="with backward")
+    for row in result["rows"]:
+        times = (f"{row[f'{name}_ms']:.2f}" for name in ("block", "ours", "ours_bf16", "products"))
+        ratios = (f"{row[name]:.2f}" for name in ("forward_ratio", "bf16_ratio", "over_products"))
+        table.add_row(f"{row['tokens']:,}", *times, *ratios)
+        times = (f"{row[f'{name}_backward_ms']:.2f}" for name in ("block", "ours", "products"))
+        both.add_row(
+            f"{row['tokens']:,}", *times, f"{row['backward_ratio']:.2f}", f"{row['backward_over_products']:.2f}"
+        )
+    console.print(table, both, f"largest difference of outputs {max(row['difference'] for row in result['rows']):.1e}")

@@ -22,6 +22,7 @@ from experts.graph import ExpertGraph
 from experts.routers import Router, RoutingStatistics, make_router
 
 PRODUCTS = ("auto", "segments", "grouped")
+BLOCK = 256  # rows whose hidden units stay in a cache
 MANY = 64  # rows from which oneDNN is quicker than BLAS (benchmarks/moe_layer.py)
 
 
@@ -152,7 +153,7 @@ class MoELayer(nn.Module):
         if self.products == "grouped" or (self.products == "auto" and x_TD.is_cuda):
             return _grouped(x_TD, input_N, weights_N, counts, w_in, w_out)
         found: torch.Tensor = _Segments.apply(  # type: ignore[no-untyped-call]
-            x_TD, input_N, weights_N, counts, self.recompute, *w_in, *w_out
+            x_TD, input_N, weights_N, counts, torch.is_grad_enabled() and not self.recompute, *w_in, *w_out
         )
         return found
 
@@ -180,11 +181,10 @@ class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: torch.Tensor, input_N: torch.Tensor, weights_N1: torch.Tensor, counts: list[int],
-        recompute: bool, *weights: torch.Tensor,
+        keep: bool, *weights: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        keep = any(ctx.needs_input_grad) and not recompute
         output_TD, kept = torch.zeros_like(x_TD), list[torch.Tensor]()
-        for expert, rows in _segments(counts):
+        for expert, rows in _segments(counts) if keep else _segments(counts, BLOCK):
             w_in, w_out = weights[expert], weights[len(counts) + expert]
             part = x_TD.index_select(0, input_N[rows])
             if keep:
@@ -228,12 +228,12 @@ class _Segments(torch.autograd.Function):
         return of_x, None, of_weights, None, None, *of_experts
 
 
-def _segments(counts: list[int]) -> list[tuple[int, slice]]:
-    """Experts that have rows, with their rows."""
+def _segments(counts: list[int], most: int | None = None) -> list[tuple[int, slice]]:
+    """Experts that have rows, with their rows, at most so many at a time."""
     found, start = [], 0
     for expert, count in enumerate(counts):
-        if count:
-            found.append((expert, slice(start, start + count)))
+        for first in range(start, start + count, most or max(1, count)):
+            found.append((expert, slice(first, min(first + (most or count), start + count))))
         start += count
     return found
 

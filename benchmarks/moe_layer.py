@@ -1,0 +1,137 @@
+"""Our MoE layer beside Hugging Face's Mixtral block and beside its own matrix products alone, by turns in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from experts.layers import MoELayer, _linear, _times
+
+D_MODEL, D_FF, EXPERTS, K = 256, 1024, 8, 2
+TOKENS = {1: (30, 10), 32: (12, 5), 512: (12, 1), 4096: (6, 1)}  # inputs -> rounds, runs in a row of each
+Run = Callable[[], object]
+
+
+def measure(device: str = "cpu", add_task: Callable[[str], Callable[[float], object]] | None = None) -> dict[str, Any]:
+    """Milliseconds, medians: CPU time of one thread, or a GPU's. Of the block as it comes (eager), of ours with float32
+    and with bfloat16 weights, forward and with backward, and of the bare products of the rows that experts get; with
+    the ratios of the medians, and the largest difference of the outputs.
+
+    Raises `ImportError` without transformers.
+    """
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": D_MODEL,
+        "intermediate_size": D_FF,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": K,
+    }
+    config = MixtralConfig(**sizes)
+    config._experts_implementation = "eager"
+    block = MixtralSparseMoeBlock(config).to(device)  # type: ignore[no-untyped-call]
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    ours = MoELayer.from_block(block)
+    half = MoELayer.from_block(block).to(torch.bfloat16)
+    progress = add_task("layers by turns") if add_task else lambda share: None
+    threads, rows = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for number, (tokens, turns) in enumerate(TOKENS.items()):
+            x = torch.randn(tokens, D_MODEL, device=device)
+            rows.append(_row(block, ours, half, x, turns, device))
+            progress((number + 1) / len(TOKENS))
+    finally:
+        torch.set_num_threads(threads)
+    return {"rows": rows, "device": device, "sizes": sizes}
+
+
+def _row(
+    block: Any, ours: MoELayer, half: MoELayer, x: torch.Tensor, turns: tuple[int, int], device: str
+) -> dict[str, Any]:
+    rough, counts = x.to(torch.bfloat16), ours(x)[1].members.sum(0).tolist()
+    forward: dict[str, Run] = {
+        "block": lambda: block(x[None]),
+        "ours": lambda: ours(x),
+        "ours_bf16": lambda: half(rough),
+        "products": _products(ours, counts, device),
+    }
+    with torch.inference_mode():
+        difference = float((block(x[None])[0] - ours(x)[0]).abs().max())
+        found = {f"{name}_ms": value for name, value in _by_turns(forward, *turns, device).items()}
+    backward: dict[str, Run] = {
+        "block": _training(lambda given: block(given[None]), block, x),
+        "ours": _training(lambda given: ours(given)[0], ours, x),
+        "products": _products(ours, counts, device, backward=True),
+    }
+    both = _by_turns(backward, *turns, device)
+    found |= {f"{name}_backward_ms": value for name, value in both.items()}
+    return {
+        "tokens": len(x), **found, "difference": difference,
+        "forward_ratio": found["block_ms"] / found["ours_ms"], "bf16_ratio": found["block_ms"] / found["ours_bf16_ms"],
+        "backward_ratio": both["block"] / both["ours"], "over_products": found["ours_ms"] / found["products_ms"],
+        "backward_over_products": both["ours"] / both["products"],
+        "products_ratio": found["block_ms"] / found["products_ms"],
+        "products_backward_ratio": both["block"] / both["products"],
+    }  # fmt: skip
+
+
+def _training(run: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, x: torch.Tensor) -> Run:
+    given = x.clone().requires_grad_()
+
+    def both() -> None:
+        module.zero_grad()
+        given.grad = None
+        run(given).sum().backward()
+
+    return both
+
+
+def _products(layer: MoELayer, counts: list[int], device: str, backward: bool = False) -> Run:
+    """The products with the rows that each expert gets, and nothing else."""
+    parts = []
+    for expert, count in zip(layer.experts, counts, strict=True):
+        if count:
+            sides = (torch.randn(count, size, device=device) for size in (D_MODEL, D_FF, 2 * D_FF))
+            parts.append((expert.w_in.detach(), expert.w_out.detach(), *sides))  # type: ignore[operator]
+
+    def run() -> None:
+        for w_in, w_out, narrow, active, hidden in parts:
+            _linear(narrow, w_in)
+            _linear(active, w_out)
+            if backward:
+                _times(narrow, w_out)
+                narrow.T @ active
+                hidden.T @ narrow
+                _times(hidden, w_in)
+
+    return run
+
+
+def _by_turns(runs: dict[str, Run], rounds: int, in_a_row: int, device: str) -> dict[str, float]:
+    """Median milliseconds of a run, each `in_a_row` times before the next one's turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name, run in runs.items():
+            taken = _milliseconds(run, in_a_row, device)
+            if number >= 2:
+                times[name].append(taken)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _milliseconds(run: Run, times: int, device: str) -> float:
+    clock, wait = (time.process_time_ns, int) if device == "cpu" else (time.perf_counter_ns, torch.cuda.synchronize)
+    wait()
+    begun = clock()
+    for _ in range(times):
+        run()
+    wait()
+    return (clock() - begun) / 1e6 / times
