@@ -1,8 +1,14 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and that say whether they are damaged."""
 
+import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 def write_bytes(path: Path, raw: bytes) -> None:
@@ -17,3 +23,11 @@ def write_bytes(path: Path, raw: bytes) -> None:
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def digest(arrays: Mapping[str, Any]) -> str:
+    """SHA-256 of named arrays or tensors: their names, shapes and bytes."""
+    shapes = json.dumps({key: list(arrays[key].shape) for key in sorted(arrays)})
+    return hashlib.sha256(
+        shapes.encode() + b"".join(np.asarray(arrays[key]).tobytes() for key in sorted(arrays))
+    ).hexdigest()

@@ -6,11 +6,9 @@ come with the package; others are trained when they are first asked for, and kep
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from safetensors.torch import save as to_bytes
 
 from experts import data, zoo
 from experts.data import DataError
-from experts.files import write_bytes
+from experts.files import digest, write_bytes
 from experts.losses import load_balancing_loss
 from experts.model import ConvMoEClassifier, MoEClassifier, mix
 from experts.routers import top_k
@@ -94,7 +92,7 @@ def _examples(recipe: Recipe) -> dict[str, np.ndarray]:
 def ship_examples(kind: str) -> None:
     """Write a recipe's examples into the package; needs the data set."""
     arrays = _examples(RECIPES[kind])
-    raw = numpy_bytes(arrays, {"sha256": _digest(arrays)})
+    raw = numpy_bytes(arrays, {"sha256": digest(arrays)})
     write_bytes(FOLDER / f"{kind}.examples.safetensors", raw)
 
 
@@ -104,7 +102,7 @@ def _verified(path: Path) -> dict[str, np.ndarray]:
             metadata, arrays = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged ({error}): install moe-envs anew") from error
-    if metadata.get("sha256") != _digest(arrays):
+    if metadata.get("sha256") != digest(arrays):
         raise DataError(f"{path} is damaged: its SHA-256 is not the one it names; install moe-envs anew")
     return arrays
 
@@ -180,7 +178,7 @@ def upcycle(name: str, progress: bool = True) -> Model:
         model = _make(recipe)
         if path.exists():
             metadata, weights = _content(path)
-            if metadata.get("sha256") != _digest(weights):
+            if metadata.get("sha256") != digest(weights):
                 raise DataError(f"{path} is damaged: delete it, and it is made anew")
             model.load_state_dict(weights)
             return model.eval()
@@ -195,7 +193,7 @@ def upcycle(name: str, progress: bool = True) -> Model:
         model.load_state_dict(weights)
         model = _trained(model.train(), recipe, progress)
     weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    write_bytes(path, to_bytes(weights, {"sha256": _digest(weights)}))
+    write_bytes(path, to_bytes(weights, {"sha256": digest(weights)}))
     return model
 
 
@@ -235,14 +233,14 @@ def save(model: Model, name: str, path: Path) -> None:
     """Write a model's weights, with its name and their SHA-256."""
     kind, seed = _parse(name)
     weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    metadata = {"model": kind, "seed": str(seed), "sha256": _digest(weights)}
+    metadata = {"model": kind, "seed": str(seed), "sha256": digest(weights)}
     write_bytes(path, to_bytes(weights, metadata))
 
 
 def read(path: Path) -> tuple[Model, str]:
     """A model of `save`, and its name; raises `DataError` where the file is damaged or foreign."""
     metadata, weights = _content(path)
-    if set(metadata) != {"model", "seed", "sha256"} or metadata["sha256"] != _digest(weights):
+    if set(metadata) != {"model", "seed", "sha256"} or metadata["sha256"] != digest(weights):
         raise DataError(f"{path} is damaged or not of a reference model")
     name = f"{metadata['model']}-{metadata['seed']}"
     try:
@@ -282,10 +280,3 @@ def _parse(name: str) -> tuple[str, int]:
     if found is None or found[1] not in RECIPES:
         raise ValueError(f"model={name!r} is not one of {', '.join(RECIPES)}, with -1, -2 and so on for other seeds")
     return found[1], int(found[2] or 0)
-
-
-def _digest(arrays: Mapping[str, Any]) -> str:
-    shapes = json.dumps({key: list(arrays[key].shape) for key in sorted(arrays)})
-    return hashlib.sha256(
-        shapes.encode() + b"".join(np.asarray(arrays[key]).tobytes() for key in sorted(arrays))
-    ).hexdigest()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from experts.losses import load_balancing_loss, z_loss
+from experts.losses import entropy_weighted_balance_loss, load_balancing_loss, z_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,11 @@ class RoutingStatistics:
     def balance_loss(self) -> torch.Tensor:
         """`load_balancing_loss` of the choices."""
         return load_balancing_loss(self.logits, self.chosen)
+
+    @property
+    def entropy_weighted_balance_loss(self) -> torch.Tensor:
+        """`entropy_weighted_balance_loss` of the choices."""
+        return entropy_weighted_balance_loss(self.logits, self.chosen)
 
     @property
     def z_loss(self) -> torch.Tensor:
