@@ -283,3 +283,34 @@ def _layer(
             f"{row['tokens']:,}", *times, f"{row['backward_ratio']:.2f}", f"{row['backward_over_products']:.2f}"
         )
     console.print(table, both, f"largest difference of outputs {max(row['difference'] for row in result['rows']):.1e}")
+
+
+@benchmark_app.command("cooperation")
+def _cooperation(
+    data: Annotated[str, typer.Option(help="digits or fashion-mnist")] = "digits",
+    seeds: Annotated[int, typer.Option(min=2, help="Trainings of each network.")] = 5,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of 30 on the digits, 8 on Fashion-MNIST.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of networks; all by default.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/cooperation-DATA.")] = None,
+) -> None:
+    """Networks with and without an expert graph, under every router and regulariser: accuracy, diversity, time."""
+    from benchmarks.experiments import cooperation
+
+    if data not in cooperation.EPOCHS:
+        raise ValueError(f"--data {data}: digits or fashion-mnist")
+    if unknown := set(only or []) - set(cooperation.setups()):
+        raise ValueError(f"--only {', '.join(sorted(unknown))}: there are {'; '.join(cooperation.setups())}")
+    out = out or Path("runs") / f"cooperation-{data}"
+    with bar() as add:
+        result = cooperation.run(data, seeds, epochs, only or [], jobs, out, add)
+    columns = "network", "accuracy", "points more than beside", "95 %", "utilisation", "diversity", "time"
+    table = Table(*columns, title=f"{data}, {seeds} seeds")
+    for row in result["rows"]:
+        points, interval = "", ""
+        if "points" in row:
+            points, interval = f"{row['points']:+.2f}", "{:+.2f} .. {:+.2f}".format(*row["points_ci95"])
+        figures = f"{min(row['utilisation']):.1%}", f"{row['diversity']:.2f}", f"{row['time']:.2f}"
+        table.add_row(row["name"], f"{row['accuracy']:.2%}", points, interval, *figures)
+    console.print(table)
+    console.print(f"[green]saved[/] {out}/report.md, results.json, runs.csv, pictures, best.safetensors, networks/")

@@ -29,6 +29,15 @@ def mean_interval(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> t
     return float(low), float(high)
 
 
+def seeds_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of one value for each training seed `[seeds]`, Student's t; NaN for a single one."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    low, high = values.mean() + error * stats.t.ppf([0.025, 0.975], len(values) - 1)
+    return float(low), float(high)
+
+
 def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tuple[float, float]]:
     """Mean and 95 % interval of ours `[runs, episodes]` less theirs `[episodes]` on the same episodes."""
     difference = np.atleast_2d(ours) - theirs

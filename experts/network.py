@@ -123,14 +123,16 @@ def _digest(settings: str, weights: Mapping[str, torch.Tensor]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings:
-    """Of a training by AdamW with a rate that falls to 0 in a straight line. Beside the cross-entropy the loss has, for
-    each layer and times these weights: `balance` the load-balancing loss, whose inputs count by the entropy of their
-    gate with `entropy_weighted`; `z` the z-loss; `sparsity` the L1 of the graph's edges; `diversity` the likeness of
-    experts' outputs; and `drift` the distance of experts from their own moving average."""
+    """Of a training by AdamW with a rate that falls to 0 in a straight line; that of a graph's edges, which are logits
+    and do not decay, is `edge_rate` times as large. Beside the cross-entropy the loss has, for each layer and times
+    these weights: `balance` the load-balancing loss, whose inputs count by the entropy of their gate with
+    `entropy_weighted`; `z` the z-loss; `sparsity` the L1 of the graph's edges; `diversity` the likeness of experts'
+    outputs; and `drift` the distance of experts from their own moving average."""
 
     epochs: int = 10
     batch_size: int = 128
     learning_rate: float = 2e-3
+    edge_rate: float = 10.0
     weight_decay: float = 0.01
     balance: float = 0.02
     entropy_weighted: bool = False
@@ -150,7 +152,8 @@ def train_network(
     after_epoch: Callable[[int, MoENetwork], object] = lambda epoch, network: None,
 ) -> MoENetwork:
     """A network that `make` builds, trained on inputs `[n, d]` float32 and labels `[n]`; the same bits for the same
-    seed, with one torch thread, torch's own generator as it was before."""
+    seed, with one torch thread, torch's own generator as it was before. `after_epoch` is called with
+    -1 before the first one as well."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -166,12 +169,17 @@ def _train(
     after_epoch: Callable[[int, MoENetwork], object],
 ) -> MoENetwork:  # fmt: skip
     generator = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    edges = [weights for name, weights in network.named_parameters() if name.endswith("graph.edges")]
+    others = [weights for name, weights in network.named_parameters() if not name.endswith("graph.edges")]
+    groups: list[dict[str, Any]] = [
+        {"params": others, "weight_decay": settings.weight_decay},
+        {"params": edges, "lr": settings.edge_rate * settings.learning_rate, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups[: 1 + bool(edges)], lr=settings.learning_rate, fused=True)
     steps = settings.epochs * -(-len(x) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
     before = [[weights.detach().clone() for weights in _of_experts(layer)] for layer in network.layers]
+    after_epoch(-1, network)
     for epoch in range(settings.epochs):
         network.train()
         for rows in torch.randperm(len(x), generator=generator).split(settings.batch_size):

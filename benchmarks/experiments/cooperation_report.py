@@ -1,0 +1,235 @@
+"""What `cooperation` found, as Markdown, a table of runs, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from cost.files import write_text
+from experts import bundle, data
+from experts.confidence import (
+    BINS,
+    Isotonic,
+    confidence,
+    expected_calibration_error,
+    fit_temperature,
+    gate_is_right,
+    right_experts,
+)
+from experts.landscape import landscape
+from experts.network import MoENetwork, load_network
+
+SHOWN = 8  # inputs of each expert in the picture of the routing
+POSITIONS = np.linspace(-1, 1, 21)
+Result = dict[str, Any]
+
+
+def write(result: Result, trained: list[Result], out: Path, progress: Callable[[float], object]) -> None:
+    """runs.csv, report.md, accuracy.png, edges.png, routing.png, landscape.png and confidence.png."""
+    scalars = ("name", "seed", "accuracy", "validation", "diversity", "drift", "experts_per_input", "dropped",
+               "train_s")  # fmt: skip
+    frame = pd.DataFrame([{key: each[key] for key in scalars} for each in trained])
+    frame.to_csv(out / "runs.csv", index=False)
+    first = {each["name"]: each for each in trained if each["seed"] == 0}
+    corrections = correct_gate(result["data"], out / "confidence.png")
+    steps: list[Callable[[], None]] = [
+        lambda: _draw_accuracy(result, out / "accuracy.png"),
+        lambda: _draw_edges(first, out / "edges.png"),
+        lambda: _draw_routing(result["data"], load_network(out / "best.safetensors"), out / "routing.png"),
+        lambda: _draw_landscape(result["data"], first, out / "landscape.png"),
+        lambda: write_text(out / "report.md", report(result, corrections)),
+    ]
+    for number, step in enumerate(steps):
+        step()
+        progress((number + 1) / len(steps))
+
+
+def report(result: Result, corrections: Result) -> str:
+    """All rows as Markdown."""
+    rows = {row["name"]: row for row in result["rows"]}
+    plain = [rows[name] for name in ("flat, k=2, no graph", "hierarchical, k=2, no graph") if name in rows]
+    found, best = corrections, result["best"]
+    lines = [
+        f"# Cooperation of experts on {result['data']}", "",
+        f"Networks of two MoE layers with eight experts each; means of {result['rows'][0]['seeds']} seeds, 95 % "
+        "intervals (Student's t); differences are paired by seed. Time: CPU time of a batch over that of the plain "
+        f"top-2 network. Sparse: share of the edges between different experts under {result['threshold']:g}, half an "
+        "even one (in brackets before training); others: mean share of an expert's contribution that comes from other "
+        "experts; both by layer.", "",
+        "## Graphs", "",
+        *_header("network", "accuracy", "points more than without", "diversity", "time", "sparse", "others"),
+        *(
+            _line(row["name"], _percent(row), _points(row), f"{row['diversity']:.2f}", f"{row['time']:.2f}",
+                  _sparse(row), _layers(row["others"], ".2f"))
+            for row in _of(result, "graph")
+        ), "",
+        "## Routers", "",
+        f"Utilisation: entropy of the load over that of an even one; {result['utilisation_asked']:.0%} asked for.", "",
+        *_header("router", "accuracy", "points more than top-2", "utilisation", "experts per input", "dropped", "time"),
+        *(
+            _line(row["name"], _percent(row), _points(row), _layers(row["utilisation"], ".1%"),
+                  f"{row['experts_per_input']:.2f}", f"{row['dropped']:.1%}", f"{row['time']:.2f}")
+            for row in plain + _of(result, "router")
+        ), "",
+        "## Regularisers", "",
+        "Drift: distance that the experts' weights move in the last epoch over their norm.", "",
+        *_header("trained with", "accuracy", "points more than without", "utilisation", "diversity", "drift"),
+        *(
+            _line(row["name"], _percent(row), _points(row), _layers(row["utilisation"], ".1%"),
+                  f"{row['diversity']:.2f}", f"{row['drift']:.4f}")
+            for row in plain[:1] + _of(result, "regulariser")
+        ), "",
+        "## Confidence of a gate", "",
+        f"The gate of the bundle {result['data']}: how far its probability of the expert that it takes is from how "
+        "often that expert is right, expected calibration error on test; corrections are fitted on validation.", "",
+        *_header("as it is", "temperature", "isotonic"),
+        _line(f"{found['plain']:.3f}", f"{found['temperature']:.3f} (gate logits / {found['divisor']:.2f})",
+              f"{found['isotonic']:.3f}"), "",
+        f"Best network on validation: **{best['name']}**, seed {best['seed']}, test accuracy {best['accuracy']:.2%}: "
+        "`best.safetensors`, read by `experts.network.load_network`.", "",
+        f"Made at commit {result['commit']}.", "",
+    ]  # fmt: skip
+    pictures = ("accuracy", "edges", "routing", "landscape", "confidence")
+    return "\n".join(lines) + "\n" + "\n\n".join(f"![{name}]({name}.png)" for name in pictures) + "\n"
+
+
+def _header(*columns: str) -> list[str]:
+    return [_line(*columns), "|" + "---|" * len(columns)]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _sparse(row: Result) -> str:
+    now, before = (_layers(row[key], ".0%") for key in ("sparsity", "sparsity_before"))
+    return f"{now} ({before})" if now else ""
+
+
+def _layers(values: list[float], form: str) -> str:
+    return ", ".join(f"{each:{form}}" for each in values)
+
+
+def correct_gate(source: str, path: Path) -> Result:
+    """Calibration errors of a bundle's gate, as it is and corrected, and their reliability diagram."""
+    loaded = bundle.load(source)
+    known, judged = loaded.split("validation"), loaded.split("test")
+    rights = [right_experts(split.logits, split.labels) for split in (known, judged)]
+    divisor = fit_temperature(known.gate_logits, rights[0])
+    isotonic = Isotonic.fit(confidence(known.gate_logits), gate_is_right(known.gate_logits, rights[0]))
+    plain, truth = confidence(judged.gate_logits), gate_is_right(judged.gate_logits, rights[1])
+    ways = {"plain": plain, "temperature": confidence(judged.gate_logits, divisor), "isotonic": isotonic(plain)}
+    figure = Figure((5.5, 5), layout="constrained")
+    panel = figure.subplots()
+    panel.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
+    for name, sure in ways.items():
+        place = np.minimum((sure * BINS).astype(int), BINS - 1)
+        many = [number for number in range(BINS) if (place == number).sum() >= 20]
+        said, was = ([each[place == number].mean() for number in many] for each in (sure, truth))
+        panel.plot(said, was, marker="o", label=f"{name}, error {expected_calibration_error(sure, truth):.3f}")
+    panel.set(xlabel="confidence of the gate in its expert", ylabel="share of the inputs that the expert gets right",
+              title=f"gate of the bundle {source}, test", xlim=(0, 1), ylim=(0, 1))  # fmt: skip
+    panel.legend()
+    figure.savefig(path, dpi=120)
+    return {name: expected_calibration_error(sure, truth) for name, sure in ways.items()} | {"divisor": divisor}
+
+
+def _of(result: Result, question: str) -> list[Result]:
+    return [row for row in result["rows"] if row["question"] == question]
+
+
+def _percent(row: Result) -> str:
+    low, high = row["accuracy_ci95"]
+    return f"{row['accuracy']:.2%} ({100 * low:.2f} .. {100 * high:.2f})"
+
+
+def _points(row: Result) -> str:
+    if "points" not in row:
+        return ""
+    low, high = row["points_ci95"]
+    return f"{row['points']:+.2f} ({low:+.2f} .. {high:+.2f})"
+
+
+def _draw_accuracy(result: Result, path: Path) -> None:
+    rows = result["rows"]
+    figure = Figure((8, 0.27 * len(rows) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    colours = {"graph": "C0", "router": "C1", "regulariser": "C2"}
+    for number, row in enumerate(rows):
+        low, high = row["accuracy_ci95"]
+        panel.plot([100 * low, 100 * high], [number] * 2, color=colours[row["question"]], lw=2)
+        panel.plot(100 * row["accuracy"], number, "o", color=colours[row["question"]])
+    panel.set(
+        yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], xlabel="test accuracy [%], 95 % over seeds"
+    )
+    panel.invert_yaxis()
+    panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_edges(first: dict[str, Result], path: Path) -> None:
+    """The edges of the first layer over the epochs, of a few networks."""
+    names = [name for name in first if first[name]["edges"]][:6]
+    if not names:
+        return
+    figure = Figure((9, 2.4 * len(names)), layout="constrained")
+    panels = figure.subplots(len(names), 4, squeeze=False)
+    for line, name in zip(panels, names, strict=True):
+        edges = first[name]["edges"]
+        shown = np.unique(np.linspace(0, len(edges) - 1, 4).astype(int))
+        for panel in line[len(shown) :]:
+            panel.axis("off")
+        for panel, epoch in zip(line, shown, strict=False):
+            drawn = panel.imshow(edges[epoch][0], vmin=0, vmax=1, cmap="viridis")
+            panel.set(title=f"{name}\nafter epoch {epoch}" if epoch == shown[0] else f"after epoch {epoch}")
+            panel.title.set_fontsize(8)
+            panel.tick_params(labelsize=6)
+    figure.colorbar(drawn, ax=panels, shrink=0.5, label="edge: share of expert (column) in what an expert (row) says")
+    figure.savefig(path, dpi=120)
+
+
+@torch.inference_mode()
+def _draw_routing(source: str, network: MoENetwork, path: Path) -> None:
+    """For each expert of the first layer the test inputs that its gate gives it most surely."""
+    inputs, labels = data.load(source)["test"]
+    statistics = network(torch.from_numpy(inputs))[1][0]
+    probability, load = statistics.logits.softmax(-1).numpy(), statistics.load.tolist()
+    experts, side = len(network.layers[0].experts), int(inputs.shape[1] ** 0.5)  # type: ignore[arg-type]
+    figure = Figure((SHOWN + 1.5, 1.15 * experts), layout="constrained")
+    for expert, line in enumerate(figure.subplots(experts, SHOWN)):
+        for panel, row in zip(line, np.argsort(-probability[:, expert])[:SHOWN], strict=True):
+            panel.imshow(inputs[row].reshape(side, side), cmap="gray_r")
+            panel.set(xticks=[], yticks=[])
+            panel.set_title(f"{labels[row]}: {probability[row, expert]:.2f}", fontsize=7)
+        line[0].set_ylabel(f"expert {expert}\n{load[expert]:.0%}", fontsize=8)
+    figure.suptitle("class and gate probability of the surest inputs of each expert of the first layer", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_landscape(source: str, first: dict[str, Result], path: Path) -> None:
+    """The loss on test inputs along one random direction, of several networks, and along two, of the first."""
+    inputs, labels = (torch.from_numpy(each[:1000]) for each in data.load(source)["test"])
+    figure = Figure((11, 4.5), layout="constrained")
+    line, plane = figure.subplots(1, 2)
+    for number, name in enumerate(list(first)[:6]):
+        network = load_network(Path(first[name]["path"]))
+
+        def loss(network: MoENetwork = network) -> torch.Tensor:
+            return F.cross_entropy(network(inputs)[0], labels)
+
+        line.plot(POSITIONS, landscape(network, loss, POSITIONS), label=name)
+        if number == 0:
+            grid = landscape(network, loss, POSITIONS, (0, 1))
+            drawn = plane.contourf(POSITIONS, POSITIONS, grid, levels=20, cmap="viridis")
+            plane.set(title=name, xlabel="second direction", ylabel="first direction")
+            figure.colorbar(drawn, ax=plane, label="loss")
+    line.set(xlabel="steps along a random direction, filters normalised", ylabel="cross-entropy on 1,000 test inputs")
+    line.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
