@@ -140,7 +140,8 @@ def run(
         **runs.provenance(),
     }  # fmt: skip
     write_text(out / "results.json", json.dumps(result, indent=1))
-    cooperation_report.write(result, trained, out, add_task("pictures and report"))
+    with one_thread():
+        cooperation_report.write(result, trained, out, add_task("pictures and report"))
     return result
 
 
