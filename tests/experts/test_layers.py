@@ -148,6 +148,7 @@ def test_a_noisy_router_needs_the_generator() -> None:
     assert not torch.equal(noisy[0], noisy[2])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu() -> None:
     moe, x = layer().to(torch.bfloat16), inputs(200).bfloat16()
