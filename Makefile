@@ -42,7 +42,7 @@ bench: $(READY)
 	$(BIN)/moe-benchmark speed
 
 bundles: $(READY)
-	$(BIN)/moe-bundle rebuild digits fashion-mnist
+	$(BIN)/moe-bundle rebuild digits fashion-mnist fashion-mnist-graph
 
 clean:
 	rm -rf .venv build dist *.egg-info

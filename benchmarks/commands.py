@@ -31,12 +31,14 @@ def _routing(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings for each cost weight.")] = 5,
     bundle: str = "fashion-mnist",
     costs: Annotated[str, typer.Option(help="reference or machine")] = "reference",
+    action: Annotated[str, typer.Option(help="Of PPO: expert, subset or top-m.")] = "expert",
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
     timesteps: Annotated[int | None, typer.Option(help="Of each training, instead of the tuned number.")] = None,
     out: Path = Path("runs/routing"),
 ) -> None:
     """The same with several training seeds and intervals over seeds and episodes."""
-    _compare([float(part) for part in cost_weights.split(",")], list(range(seeds)), bundle, costs, jobs, timesteps, out)
+    weights = [float(part) for part in cost_weights.split(",")]
+    _compare(weights, list(range(seeds)), bundle, costs, jobs, timesteps, out, action)
 
 
 @benchmark_app.command("live")
@@ -246,13 +248,14 @@ def _speed(json_file: Json = None) -> None:
 
 
 def _compare(
-    weights: list[float], seeds: list[int], bundle: str, costs: str, jobs: int, timesteps: int | None, out: Path
-) -> None:
+    weights: list[float], seeds: list[int], bundle: str, costs: str, jobs: int, timesteps: int | None, out: Path,
+    action: str = "expert",
+) -> None:  # fmt: skip
     from benchmarks.experiments import routing
 
     with bar() as add:
         result = routing.run(
-            weights, seeds, out, bundle=bundle, costs=costs, jobs=jobs, timesteps=timesteps, add_task=add
+            weights, seeds, out, bundle=bundle, costs=costs, action=action, jobs=jobs, timesteps=timesteps, add_task=add
         )
     for renderable in routing.tables(result):
         console.print(renderable)

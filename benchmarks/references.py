@@ -16,6 +16,7 @@ from experts.training import TrainingSettings
 SETTINGS = {
     "digits": TrainingSettings(widths=(2, 2, 4, 4, 8, 8, 16, 16), epochs=60, batch_size=32),
     "fashion-mnist": TrainingSettings(widths=(4, 4, 8, 8, 16, 16, 32, 64), epochs=5, batch_size=128),
+    "fashion-mnist-graph": TrainingSettings(widths=(4, 4, 8, 8, 16, 16, 32, 64), epochs=5, batch_size=128, graph={}),
 }
 
 
@@ -23,7 +24,7 @@ def rebuild(name: str, folder: Path) -> Bundle:
     """Train, tabulate and profile a reference model on this machine into `folder` / name, replacing what is there."""
     if name not in SETTINGS:
         raise ValueError(f"{name!r} is not a reference bundle; there are {', '.join(SETTINGS)}")
-    source = data.load(name)
+    source = data.load(name.removesuffix("-graph"))
     return bundle.build(
         name,
         source.inputs,

@@ -88,3 +88,16 @@ class ExpertGraph(nn.Module):
         adjacency = self.adjacency.detach()
         others = ~torch.eye(len(adjacency), dtype=torch.bool, device=adjacency.device)
         return float((adjacency[others] < threshold).float().mean())
+
+
+def parameter_groups(model: nn.Module, rate: float, edge_rate: float, decay: float = 0.0) -> list[dict[str, Any]]:
+    """For an optimiser: the edges of graphs, which are logits, learn `edge_rate` times as fast as the rest and do not
+    decay."""
+    named = list(model.named_parameters())
+    edges = [weights for name, weights in named if name.endswith("graph.edges")]
+    others = [weights for name, weights in named if not name.endswith("graph.edges")]
+    groups: list[dict[str, Any]] = [
+        {"params": others, "lr": rate, "weight_decay": decay},
+        {"params": edges, "lr": edge_rate * rate, "weight_decay": 0.0},
+    ]
+    return groups if edges else groups[:1]

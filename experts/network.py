@@ -21,7 +21,7 @@ from torch import nn
 
 from experts.data import DataError
 from experts.files import digest, write_bytes
-from experts.graph import ExpertGraph
+from experts.graph import ExpertGraph, parameter_groups
 from experts.layers import MoELayer
 from experts.losses import diversity_loss, drift_loss
 from experts.routers import Router, RoutingStatistics, make_router
@@ -169,13 +169,8 @@ def _train(
     after_epoch: Callable[[int, MoENetwork], object],
 ) -> MoENetwork:  # fmt: skip
     generator = torch.Generator().manual_seed(settings.seed)
-    edges = [weights for name, weights in network.named_parameters() if name.endswith("graph.edges")]
-    others = [weights for name, weights in network.named_parameters() if not name.endswith("graph.edges")]
-    groups: list[dict[str, Any]] = [
-        {"params": others, "weight_decay": settings.weight_decay},
-        {"params": edges, "lr": settings.edge_rate * settings.learning_rate, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups[: 1 + bool(edges)], lr=settings.learning_rate, fused=True)
+    groups = parameter_groups(network, settings.learning_rate, settings.edge_rate, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     steps = settings.epochs * -(-len(x) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
     before = [[weights.detach().clone() for weights in _of_experts(layer)] for layer in network.layers]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 
+from experts.graph import parameter_groups
 from experts.losses import load_balancing_loss
 from experts.model import MoEClassifier, mix
 from experts.routers import random_subsets, top_k
@@ -18,7 +19,8 @@ from experts.routers import random_subsets, top_k
 class TrainingSettings:
     """Of the batches, `top1_share` run the top-1 gate, `random_share` random subsets (expert dropout), others top-2.
 
-    `graph` has the arguments of an `ExpertGraph`, and `sparsity` is the weight of the L1 of its edges.
+    `graph` has the arguments of an `ExpertGraph`; `sparsity` is the weight of the L1 of its edges, which learn
+    `edge_rate` times as fast as the rest.
     """
 
     widths: Sequence[int] = (4, 4, 8, 8, 16, 16, 32, 64)
@@ -32,6 +34,7 @@ class TrainingSettings:
     random_max_size: int = 2
     graph: Mapping[str, Any] | None = None
     sparsity: float = 0.01
+    edge_rate: float = 10.0
     seed: int = 0
 
 
@@ -51,7 +54,7 @@ def _train(x: torch.Tensor, y: torch.Tensor, settings: TrainingSettings, progres
     generator = torch.Generator().manual_seed(settings.seed)
     num_classes = int(y.max()) + 1
     model = MoEClassifier(x.shape[1], num_classes, widths=settings.widths, trunk=settings.trunk, graph=settings.graph)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+    optimizer = torch.optim.Adam(parameter_groups(model, settings.learning_rate, settings.edge_rate))
     with Progress(disable=not progress) as bar:
         for _ in bar.track(range(settings.epochs), description="training the MoE"):
             for rows in torch.randperm(len(x), generator=generator).split(settings.batch_size):

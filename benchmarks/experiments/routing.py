@@ -36,6 +36,7 @@ def run(
     *,
     bundle: str = "fashion-mnist",
     costs: str = "reference",
+    action: str = "expert",
     jobs: int = 2,
     timesteps: int | None = None,
     add_task: Callable[[str], Callable[[float], object]] = lambda description: lambda share: None,
@@ -46,7 +47,7 @@ def run(
     """
     from moe_envs import profiles
 
-    fixed = {"bundle": bundle, "costs": costs}
+    fixed = {"bundle": bundle, "costs": costs, "action": action}
     profiles.prepare(bundle, costs)
     learners = [(weight, seed, fixed | {"cost_weight": weight}) for weight in cost_weights for seed in seeds]
     context = multiprocessing.get_context("spawn")

@@ -43,7 +43,7 @@ def digits_copy(tmp_path: Path) -> Path:
 
 def test_built_from_arrays_it_drives_the_environment() -> None:
     built = bundle.build("mine", *arrays(), settings=QUICK, progress=False)
-    assert zoo.names() == ["digits", "fashion-mnist", "mine"]
+    assert zoo.names() == ["digits", "fashion-mnist", "fashion-mnist-graph", "mine"]
     env = gymnasium.make("moe_envs:MoERouting-v0", bundle="mine", split="validation")
     env.reset(seed=0)
     assert env.action_space == gymnasium.spaces.Discrete(3)
