@@ -3,39 +3,24 @@
 from pathlib import Path
 
 from cost.profile import measure_experts
-from experts import bundle, data, reference_models
-from experts.bundle import Bundle
+from experts import data, reference_bundles, reference_models
+from experts.bundle import PROFILE, Bundle
 from experts.compression import sensitivity
 from experts.compression.evaluation import accuracy
 from experts.compression.execution import products
 from experts.compression.pieces import importance
 from experts.compression.sensitivity import GRANULARITIES, SHIPPED
 from experts.compression.structured import smaller_experts
-from experts.training import TrainingSettings
-
-SETTINGS = {
-    "digits": TrainingSettings(widths=(2, 2, 4, 4, 8, 8, 16, 16), epochs=60, batch_size=32),
-    "fashion-mnist": TrainingSettings(widths=(4, 4, 8, 8, 16, 16, 32, 64), epochs=5, batch_size=128),
-    "fashion-mnist-graph": TrainingSettings(widths=(4, 4, 8, 8, 16, 16, 32, 64), epochs=5, batch_size=128, graph={}),
-}
+from experts.files import write_bytes
 
 
 def rebuild(name: str, folder: Path) -> Bundle:
-    """Train, tabulate and profile a reference model on this machine into `folder` / name, replacing what is there."""
-    if name not in SETTINGS:
-        raise ValueError(f"{name!r} is not a reference bundle; there are {', '.join(SETTINGS)}")
-    source = data.load(name.removesuffix("-graph"))
-    return bundle.build(
-        name,
-        source.inputs,
-        source.labels,
-        splits=source.splits,
-        settings=SETTINGS[name],
-        profile=measure_experts,
-        data={"name": source.name, "sha256": source.sha256},
-        folder=folder,
-        overwrite=True,
-    )
+    """Train, tabulate and profile a reference bundle on this machine into `folder` / name, replacing what is there; of
+    one that is not shipped, its profile into the package."""
+    built = reference_bundles.build(name, folder, measure_experts)
+    if name in reference_bundles.MADE:
+        write_bytes(reference_bundles.profile_path(name), built.members[PROFILE])
+    return built
 
 
 def ship_models() -> dict[str, float]:

@@ -148,13 +148,19 @@ class Bundle:
 
 
 def load(name_or_path: str | Path) -> Bundle:
-    """The bundle of that name (shipped, or built into the cache) or in that folder, every byte of it verified.
+    """The bundle of that name (shipped, built into the cache, or of `reference_bundles.MADE`, which is built now) or in
+    that folder, every byte of it verified.
 
     Raises `BundleError` naming the file and the cause where something is absent, altered, cut short or foreign.
     """
     path = zoo.find(name_or_path)
     if path is None:
-        raise BundleError(f"no bundle {str(name_or_path)!r}; there are {', '.join(zoo.names())}")
+        from experts import reference_bundles
+
+        path = reference_bundles.made(str(name_or_path))
+    if path is None:
+        names = dict.fromkeys([*zoo.names(), *reference_bundles.MADE])
+        raise BundleError(f"no bundle {str(name_or_path)!r}; there are {', '.join(names)}")
     sums = _read_sums(path / SUMS)
     members = {name: _verified(path / name, sha256) for name, sha256 in sums.items()}
     try:

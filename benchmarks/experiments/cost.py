@@ -18,12 +18,12 @@ import numpy as np
 
 from benchmarks import runs
 from benchmarks.experiments import cost_report
-from benchmarks.references import SETTINGS
 from benchmarks.statistics import median_interval
 from cost.files import write_text
 from cost.monitor import Monitor
 from cost.profile import Profile
 from cost.timing import torch_threads
+from experts.reference_bundles import SETTINGS
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks import runs
-from benchmarks.references import SETTINGS
 from cost.files import write_text
 from cost.model import Cost
 from cost.profile import parse
@@ -30,6 +29,7 @@ from experts import bundle as bundles
 from experts import data
 from experts.hybrid import HybridSettings, train_hybrid
 from experts.model import MoEClassifier
+from experts.reference_bundles import SETTINGS
 from experts.training import TrainingSettings, train
 from moe_envs.routing_tables import RoutingTables, deal
 

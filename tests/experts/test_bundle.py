@@ -43,7 +43,7 @@ def digits_copy(tmp_path: Path) -> Path:
 
 def test_built_from_arrays_it_drives_the_environment() -> None:
     built = bundle.build("mine", *arrays(), settings=QUICK, progress=False)
-    assert zoo.names() == ["digits", "fashion-mnist", "fashion-mnist-graph", "mine"]
+    assert zoo.names() == ["digits", "fashion-mnist", "mine"]
     env = gymnasium.make("moe_envs:MoERouting-v0", bundle="mine", split="validation")
     env.reset(seed=0)
     assert env.action_space == gymnasium.spaces.Discrete(3)
@@ -216,3 +216,14 @@ def test_shipped_bundles_are_small_disjoint_and_as_good_as_they_say() -> None:
         outcomes = np.unpackbits(split.outcomes, axis=1, bitorder="little")
         accuracy = outcomes[np.arange(len(codes)), codes].mean()
         assert accuracy == pytest.approx(loaded.metadata["accuracy"]["test/top-2"], abs=2e-3)
+
+
+def test_a_reference_bundle_that_is_not_shipped_is_made_once(caplog: pytest.LogCaptureFixture) -> None:
+    first, again = bundle.load("fashion-mnist-graph"), bundle.load("fashion-mnist-graph")
+    assert first.sha256 == again.sha256
+    assert [record.getMessage()[:19] for record in caplog.records] == ["training the bundle"]
+    assert first.edges is not None
+    others = ~np.eye(8, dtype=np.bool_)
+    assert (first.edges[others] < 0.0625).mean() > 0.3
+    assert 1 - first.edges.diagonal().mean() > 0.1  # the graph is not the identity
+    assert len(first.profile["operations"]) == 8  # type: ignore[index]

@@ -1,0 +1,72 @@
+"""The bundles that environments name: how they are trained. Some are shipped; others are made when first asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock
+
+from experts import bundle, data, zoo
+from experts.bundle import Bundle, Measured
+from experts.training import TrainingSettings
+
+if TYPE_CHECKING:
+    from experts.model import MoEModel
+
+WIDTHS = (4, 4, 8, 8, 16, 16, 32, 64)
+SETTINGS = {
+    "digits": TrainingSettings(widths=(2, 2, 4, 4, 8, 8, 16, 16), epochs=60, batch_size=32),
+    "fashion-mnist": TrainingSettings(widths=WIDTHS, epochs=5, batch_size=128),
+    "fashion-mnist-graph": TrainingSettings(widths=WIDTHS, epochs=5, batch_size=128, graph={"mode": "weighted"}),
+}
+MADE = ("fashion-mnist-graph",)  # their tables are too large to ship as well; their profiles are shipped
+log = logging.getLogger("moe_envs")
+
+
+class Shipped:
+    """A profile that is shipped, as JSON; it stands in for one that is measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """Its content."""
+        content: dict[str, Any] = json.loads(self.path.read_text())
+        return content
+
+
+def profile_path(name: str) -> Path:
+    """Where the reference profile of a bundle of `MADE` is."""
+    return zoo.ASSETS / "_bundles" / f"{name}.profile.json"
+
+
+def build(
+    name: str, folder: Path, profile: Callable[[MoEModel, np.ndarray], Measured], progress: bool = True
+) -> Bundle:
+    """Train and tabulate a reference bundle into `folder` / name, replacing what is there; raises `ValueError` for
+    another name."""
+    if name not in SETTINGS:
+        raise ValueError(f"{name!r} is not a reference bundle; there are {', '.join(SETTINGS)}")
+    source = data.load(name.removesuffix("-graph"))
+    return bundle.build(
+        name, source.inputs, source.labels, splits=source.splits, settings=SETTINGS[name], profile=profile,
+        data={"name": source.name, "sha256": source.sha256}, folder=folder, overwrite=True, progress=progress,
+    )  # fmt: skip
+
+
+def made(name: str) -> Path | None:
+    """The folder of a bundle of `MADE`, trained into the user's cache if it is not there; None for other names."""
+    if name not in MADE:
+        return None
+    path = zoo.user_folder() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # one process trains, the others wait
+        if not path.exists():
+            log.warning("training the bundle %r into %s, once; half a minute", name, path)
+            build(name, path.parent, lambda model, inputs: Shipped(profile_path(name)), progress=False)
+    return path
