@@ -31,7 +31,9 @@ def gate_is_right(gate_logits_BE: np.ndarray, right_BE: np.ndarray) -> np.ndarra
 
 def fit_temperature(gate_logits_BE: np.ndarray, right_BE: np.ndarray) -> float:
     """What gate logits are to be divided by so that the confidence predicts best whether the gate is right: least
-    cross-entropy of the two (Guo et al. 2017, with the gate's expert in the place of the class), from 0.01 to 100."""
+    cross-entropy of the two (Guo et al. 2017, with the gate's expert in the place of the class), from 0.01 to 100.
+
+    Class logits and one-hot labels give the temperature of a classifier."""
     right_B = gate_is_right(gate_logits_BE, right_BE)
 
     def loss(log_temperature: float) -> float:

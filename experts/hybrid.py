@@ -24,7 +24,8 @@ class HybridSettings:
 
     Experts are drawn by the Gumbel-max trick from the gate's softmax at a temperature that falls in a straight line.
     With `straight_through` the cross-entropy's gradient reaches the gate as well, by the Gumbel-softmax estimator (Jang
-    et al. 2017); without it the gradients are split.
+    et al. 2017); without it the gradients are split. The reward's quality is 1 for a correct answer, or with a
+    `reward_temperature` the probability of the right class, the logits divided by it (`experts.confidence`).
     """
 
     alpha: float = 1.0
@@ -32,6 +33,7 @@ class HybridSettings:
     entropy: float = 0.01
     temperature: tuple[float, float] = (2.0, 1.0)
     straight_through: bool = False
+    reward_temperature: float | None = None
     epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 1e-3
@@ -113,7 +115,10 @@ def hybrid_loss(
     cross_entropy = F.cross_entropy(logits_BC, y_B)
     with torch.no_grad():
         correct_B, cost_B = (logits_BC.argmax(1) == y_B).float(), cost_of(members_BE).float()
-        reward_B = correct_B - settings.cost_weight * cost_B
+        quality_B = correct_B
+        if settings.reward_temperature is not None:
+            quality_B = (logits_BC / settings.reward_temperature).softmax(-1).gather(1, y_B[:, None])[:, 0]
+        reward_B = quality_B - settings.cost_weight * cost_B
         advantage_B = (reward_B - baseline) / (reward_B.std(correction=0) + 1e-3)
     log_prob_BE = gate_BE.log_softmax(1)
     policy_gradient = -(advantage_B * log_prob_BE.gather(1, chosen_B[:, None])[:, 0]).mean()

@@ -1,6 +1,9 @@
 """Is a gate that learns by policy gradient on quality less cost better than one that learns by cross-entropy, and than
 none: one expert alone?
 
+The policy gradient's quality is whether an answer is right, or how probable the right class was, corrected by a
+temperature that is fitted on the first gate's validation answers.
+
 All start anew with the same experts, epochs and batch size; only the second gate knows of costs. The expert alone is
 trained by itself; of each width one, and the one of the best return on validation is taken. Return, accuracy and cost
 are those of MoERouting-v0's batches, of the gate's first choice, on test inputs. The costs are the profile of the
@@ -27,6 +30,7 @@ from cost.model import Cost
 from cost.profile import parse
 from experts import bundle as bundles
 from experts import data
+from experts.confidence import fit_temperature
 from experts.hybrid import HybridSettings, train_hybrid
 from experts.model import MoEClassifier
 from experts.reference_bundles import SETTINGS
@@ -57,14 +61,18 @@ def run(name: str, seeds: int, settings: HybridSettings, out: Path, report: Call
         same = replace(SETTINGS[name], seed=seed, epochs=settings.epochs, batch_size=settings.batch_size)
         plain = train(*source["train"], same, progress=False)
         rows.append({"gate": "cross-entropy", "seed": seed, **judge(plain, source, tables, settings.cost_weight)})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            inputs, labels = source["train"]
-            model = MoEClassifier(inputs.shape[1], int(labels.max()) + 1, widths=SETTINGS[name].widths)
-        log = train_hybrid(model, inputs, labels, cost_of, values)
         rows.append({"gate": "none, one expert", "seed": seed, **_alone(source, same, tables, settings.cost_weight)})
-        rows.append({"gate": "policy gradient", "seed": seed, **judge(model, source, tables, settings.cost_weight)})
-        logs += [{"seed": seed, **row} for row in log]
+        inputs, labels = source["train"]
+        for gate, temperature in (
+            ("policy gradient", None),
+            ("policy gradient, confidence", _temperature(plain, source)),
+        ):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = MoEClassifier(inputs.shape[1], int(labels.max()) + 1, widths=SETTINGS[name].widths)
+            log = train_hybrid(model, inputs, labels, cost_of, replace(values, reward_temperature=temperature))
+            rows.append({"gate": gate, "seed": seed, **judge(model, source, tables, settings.cost_weight)})
+            logs += [{"seed": seed, **row} for row in log if temperature is None]
         report((seed + 1) / seeds)
     trends = [_trend(pd.DataFrame(logs), seed) for seed in range(seeds)]
     result = {"data": name, "settings": vars(settings), "rows": rows, "logs": logs, "trends": trends}
@@ -84,6 +92,14 @@ def _alone(
         place = list(settings.widths).index(width)
         judged.append([judge(model, source, tables, cost_weight, split, place) for split in ("validation", "test")])
     return max(judged, key=lambda pair: pair[0]["return"])[1]
+
+
+@torch.inference_mode()
+def _temperature(model: MoEClassifier, source: data.Dataset) -> float:
+    """Of the class logits of the gate's first choice, on validation."""
+    x, y = source["validation"]
+    logits = model(torch.from_numpy(x), k=1).numpy()
+    return fit_temperature(logits, np.eye(logits.shape[1], dtype=np.bool_)[y])
 
 
 def judge(

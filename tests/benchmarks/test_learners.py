@@ -51,7 +51,12 @@ def test_both_gates_are_trained_and_judged(tmp_path: Path) -> None:
 
     result = hybrid.run("digits", 2, HybridSettings(epochs=6), tmp_path, lambda share: None)
     frame = hybrid.summary(result)
-    assert frame["gate"].tolist() == ["cross-entropy", "none, one expert", "policy gradient"]
+    assert frame["gate"].tolist() == [
+        "cross-entropy",
+        "none, one expert",
+        "policy gradient",
+        "policy gradient, confidence",
+    ]
     assert frame["experts"][1] == 1
     alone, chance = [row for row in result["rows"] if row["gate"] == "none, one expert"], 0.1
     assert all(row["accuracy"] > 2 * chance for row in alone)

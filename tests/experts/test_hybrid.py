@@ -53,6 +53,19 @@ def test_reward_rises_and_cost_falls() -> None:
         assert all(torch.isfinite(p).all() for p in mixture.parameters())
 
 
+def test_the_reward_s_quality_is_the_right_class_s_probability_where_asked() -> None:
+    mixture, rows = model(), [torch.from_numpy(part[:50]) for part in data.load("digits")["train"]]
+    settings = replace(SETTINGS, cost_weight=0.0, reward_temperature=0.5)
+
+    def mean(settings: HybridSettings) -> float:
+        generator = torch.Generator().manual_seed(0)
+        return hybrid_loss(mixture, *rows, cost_of, settings, torch.zeros(()), 1.0, generator).reward.item()
+
+    assert 0.05 < mean(settings) < 0.2  # untrained: about a tenth
+    correct, sharp = (mean(replace(settings, reward_temperature=t)) for t in (None, 1e-6))
+    assert sharp == pytest.approx(correct, abs=1e-6)
+
+
 def test_a_last_batch_of_one_input_is_learnt_from() -> None:
     x, y = (part[:33] for part in data.load("digits")["train"])
     mixture = model()
