@@ -204,11 +204,9 @@ def _rebuild_bundles(
 ) -> None:
     """Train the reference models from their data, profile them on this machine and replace the shipped bundles."""
     from benchmarks.references import rebuild
-    from experts import zoo
-    from experts.reference_bundles import MADE
 
     for name in names:
-        built = rebuild(name, folder or (zoo.user_folder() if name in MADE else zoo.ASSETS))
+        built = rebuild(name, folder)
         console.print(f"[green]built[/] {built.path}  accuracy {json.dumps(built.metadata['accuracy'])}")
 
 

@@ -267,6 +267,8 @@ def _layer(
     device: Annotated[str, typer.Option(help="cpu (CPU time, one thread) or cuda")] = "cpu", json_file: Json = None
 ) -> None:
     """Our MoE layer beside Hugging Face's Mixtral block, and beside its bare matrix products."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: cpu or cuda")
     if find_spec("transformers") is None:
         raise ValueError("transformers is not installed: pip install 'moe-envs[hf]'")
     from benchmarks import moe_layer, runs
@@ -274,7 +276,7 @@ def _layer(
     with bar() as add:
         result = moe_layer.measure(device, add)
     write(json_file, result | runs.provenance())
-    columns = "tokens", "block", "ours", "bf16", "products", "block / ours", "block / bf16", "ours / products"
+    columns = "tokens", "block", "ours", "our bf16", "products", "block / ours", "block / our bf16", "ours / products"
     table = Table(*columns, title=f"forward, ms on {device}, medians; 256 wide, 8 experts of 1,024, top-2")
     both = Table("tokens", "block", "ours", "products", "block / ours", "ours / products", title="with backward")
     for row in result["rows"]:

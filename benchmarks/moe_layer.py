@@ -22,8 +22,10 @@ def measure(device: str = "cpu", add_task: Callable[[str], Callable[[float], obj
     and with bfloat16 weights, forward and with backward, and of the bare products of the rows that experts get; with
     the ratios of the medians, and the largest difference of the outputs.
 
-    Raises `ImportError` without transformers.
+    Raises `ImportError` without transformers, `ValueError` without the device.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no GPU that torch can use: leave --device at cpu")
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cost.profile import measure_experts
-from experts import data, reference_bundles, reference_models
+from experts import data, reference_bundles, reference_models, zoo
 from experts.bundle import PROFILE, Bundle
 from experts.compression import sensitivity
 from experts.compression.evaluation import accuracy
@@ -14,11 +14,12 @@ from experts.compression.structured import smaller_experts
 from experts.files import write_bytes
 
 
-def rebuild(name: str, folder: Path) -> Bundle:
-    """Train, tabulate and profile a reference bundle on this machine into `folder` / name, replacing what is there; of
-    one that is not shipped, its profile into the package."""
-    built = reference_bundles.build(name, folder, measure_experts)
-    if name in reference_bundles.MADE:
+def rebuild(name: str, folder: Path | None = None) -> Bundle:
+    """Train, tabulate and profile a reference bundle on this machine into `folder` / name, replacing what is there;
+    without a folder into the package, of one that is not shipped its profile alone."""
+    made = name in zoo.MADE
+    built = reference_bundles.build(name, folder or (zoo.user_folder() if made else zoo.ASSETS), measure_experts)
+    if made and folder is None:
         write_bytes(reference_bundles.profile_path(name), built.members[PROFILE])
     return built
 

@@ -148,18 +148,19 @@ class Bundle:
 
 
 def load(name_or_path: str | Path) -> Bundle:
-    """The bundle of that name (shipped, built into the cache, or of `reference_bundles.MADE`, which is built now) or in
+    """The bundle of that name (shipped, built into the cache, or of `zoo.MADE`, which is built now) or in
     that folder, every byte of it verified.
 
     Raises `BundleError` naming the file and the cause where something is absent, altered, cut short or foreign.
     """
-    path = zoo.find(name_or_path)
-    if path is None:
+    if name_or_path in zoo.MADE:
         from experts import reference_bundles
 
-        path = reference_bundles.made(str(name_or_path))
+        path: Path | None = reference_bundles.made(str(name_or_path))
+    else:
+        path = zoo.find(name_or_path)
     if path is None:
-        names = dict.fromkeys([*zoo.names(), *reference_bundles.MADE])
+        names = dict.fromkeys([*zoo.names(), *zoo.MADE])
         raise BundleError(f"no bundle {str(name_or_path)!r}; there are {', '.join(names)}")
     sums = _read_sums(path / SUMS)
     members = {name: _verified(path / name, sha256) for name, sha256 in sums.items()}
@@ -215,7 +216,7 @@ def build(
     trained = training.train(x[rows["train"]], y[rows["train"]], settings, progress) if model is None else model
     trained.eval()
     mean, projection = principal_components(x[rows["train"]], num_features)
-    graph = getattr(trained, "graph", None)
+    graph = trained.graph if isinstance(trained, models.MoEClassifier) else None
     tables, accuracy = {}, {}
     for split in SPLITS:
         gate, outputs = models.tabulate(trained, torch.from_numpy(x[rows[split]]))
@@ -336,8 +337,8 @@ def _checked_arrays(inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
 def _check_target(name: str, target: Path, *, shipped: bool, overwrite: bool) -> None:
     if not zoo.NAME.fullmatch(name):
         raise ValueError(f"bundle name {name!r}: letters, digits, '.', '_' and '-' only")
-    if shipped and name in zoo.shipped():
-        raise ValueError(f"{name!r} is a shipped bundle; choose another name")
+    if shipped and name in (*zoo.shipped(), *zoo.MADE):
+        raise ValueError(f"{name!r} is a reference bundle; choose another name")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists; pass overwrite=True to replace it")
 

@@ -13,16 +13,16 @@ from torch import nn
 
 MODES = ("sum", "weighted", "conv")
 INITS = ("identity", "random")
-OWN = 4.0  # logit of an expert's edge to itself at an "identity" start: 0.97 of a team of two, 0.89 of eight
+OWN = 4.0  # logit of an expert's edge to itself at an "identity" start: 0.98 of a team of two, 0.89 of eight
 
 
 class ExpertGraph(nn.Module):
     """E experts as nodes, their edges learned as logits `[E, E]`.
 
     What expert e contributes is y'_e = (1 - strength) * y_e + strength * sum_j A[e, j] y_j over the team, and the
-    answer is the sum of y' over the team ("sum"), the sum weighted by the gate ("weighted"), or, weighted too, with a
-    graph convolution beside it ("conv": y'_e = y_e + strength * relu(sum_j A[e, j] y_j) W, W 0 at first; after Kipf &
-    Welling 2017).
+    answer is the sum of y' over the team ("sum"; the gate learns by a straight-through gradient), the sum weighted by
+    the gate ("weighted"), or, weighted too, with a graph convolution beside it ("conv", which needs the `width` of the
+    outputs: y'_e = y_e + strength * relu(sum_j A[e, j] y_j) W, W 0 at first; after Kipf & Welling 2017).
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ExpertGraph(nn.Module):
             raise ValueError(f"mode={mode!r}, init={init!r}: modes are {', '.join(MODES)}; inits {', '.join(INITS)}")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength={strength!r}: must be from 0 to 1")
-        if (mode == "conv") != (width is not None):
+        if (mode == "conv") != bool(width):
             raise ValueError(
                 f"mode={mode!r}, width={width!r}: the outputs' width belongs to mode 'conv', and only to it"
             )
@@ -62,13 +62,15 @@ class ExpertGraph(nn.Module):
     def weights(self, weights_TE: torch.Tensor, members_TE: torch.Tensor) -> torch.Tensor:
         """What each expert's output is multiplied by in the end, `[T, E]`, of modes "sum" and "weighted", which are
         linear in the outputs: no output is needed to know it."""
-        present_TE = members_TE.to(weights_TE.dtype)
+        dtype, weights_TE = weights_TE.dtype, weights_TE.float()  # what is small vanishes in half precision
+        present_TE = members_TE.float()
         if self.mode == "sum":
-            weights_TE = present_TE
-        odds_EE = (self.edges - self.edges.amax(-1, keepdim=True)).exp()
-        of_team_TE = (present_TE @ odds_EE.T).clamp_min(1e-30)
-        mixed_TE = (weights_TE / of_team_TE * present_TE) @ odds_EE * present_TE
-        return torch.lerp(weights_TE, mixed_TE, self.strength)
+            weights_TE = present_TE * (1 + weights_TE - weights_TE.detach())  # a gradient for the gate
+        odds_EE = self._odds()
+        with torch.autocast(members_TE.device.type, enabled=False):
+            of_team_TE = (present_TE @ odds_EE.T).clamp_min(1e-30)
+            mixed_TE = (weights_TE / of_team_TE * present_TE) @ odds_EE * present_TE
+        return torch.lerp(weights_TE, mixed_TE, self.strength).to(dtype)
 
     def forward(self, outputs_TEC: torch.Tensor, weights_TE: torch.Tensor, members_TE: torch.Tensor) -> torch.Tensor:
         """The team's answer `[T, C]`, of all experts' outputs (those outside the team are not looked at)."""
@@ -79,8 +81,19 @@ class ExpertGraph(nn.Module):
         messages_TEC = (team_TEE @ (outputs_TEC * present_T1E.mT)).relu() @ self.convolution
         return torch.einsum("te,tec->tc", weights_TE, outputs_TEC + self.strength * messages_TEC)
 
+    def share_of_others(self, members_TE: torch.Tensor) -> torch.Tensor:
+        """The mean share of what an expert contributes that other experts of its team return: 0 in teams of one."""
+        present_TE, odds_EE = members_TE.float(), self._odds()
+        own_TE = odds_EE.diagonal() / (present_TE @ odds_EE.T).clamp_min(1e-30)
+        return self.strength * ((1 - own_TE) * present_TE).sum() / present_TE.sum().clamp_min(1)
+
+    def _odds(self) -> torch.Tensor:
+        """Edges before a team's softmax, the largest of each row 1, none vanishing in float32."""
+        edges = self.edges.float()
+        return (edges - edges.amax(-1, keepdim=True)).clamp_min(-60).exp()
+
     def sparsity_loss(self) -> torch.Tensor:
-        """L1 of the edges between different experts: the mean share of an expert's contribution that is others'."""
+        """L1 of the edges between different experts: the mean share of others in a team of all."""
         return 1 - self.adjacency.diagonal().mean()
 
     def sparsity(self, threshold: float) -> float:

@@ -3,7 +3,7 @@
 Rows are gathered by expert, one contiguous segment for each, and every segment is one product with its expert's own
 weights. Weights are separate parameters, so that an expert which nobody asked has no gradient, instead of one of zeros
 as large as all. Products are chosen by size and device: oneDNN's for segments of many rows on a CPU, BLAS for few,
-`grouped_mm` on a GPU.
+`grouped_mm` for bfloat16 on a GPU.
 
 Shape legend: T inputs, D width of the model, F width of an expert, E experts, N choices (rows that experts see).
 """
@@ -11,6 +11,7 @@ Shape legend: T inputs, D width of the model, F width of an expert, E experts, N
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from experts.graph import ExpertGraph
-from experts.routers import Router, RoutingStatistics, make_router
+from experts.routers import Router, RoutingStatistics, TopK, make_router
 
 PRODUCTS = ("auto", "segments", "grouped")
 BLOCK = 256  # rows whose hidden units stay in a cache
@@ -44,10 +45,11 @@ class MoELayer(nn.Module):
     """A linear gate, a router, and E experts, SwiGLU unless `experts` are given (modules `[N, D]` to `[N, D]`).
 
     `forward` takes inputs `[..., D]` and returns outputs of the same shape and `RoutingStatistics`; their losses are
-    for the caller to add. Given a `generator` the router is noisy. `copy_experts` and `zero_experts` more columns of
-    the gate stand for experts that return the input and nothing (Jin et al. 2024, MoE++). A `graph` (`ExpertGraph`)
-    mixes what a team's experts return. With `recompute` hidden units are computed again in the backward pass instead of
-    kept. `torch.autocast` is followed. `products` forces a kind of product, for tests and timings.
+    for the caller to add. Given a `generator` the router is noisy. Gradients of gradients are not computed.
+    `copy_experts` and `zero_experts` more columns of the gate stand for experts that return the input and nothing (Jin
+    et al. 2024, MoE++). A `graph` (`ExpertGraph`) mixes what a team's experts return. With `recompute` hidden units are
+    computed again in the backward pass instead of kept. `torch.autocast` is followed; `torch.compile` leaves the
+    experts' products as they are. `products` forces a kind of product, for tests and timings.
     """
 
     def __init__(
@@ -76,18 +78,19 @@ class MoELayer(nn.Module):
             raise ValueError(
                 "a graph must have as many nodes as the layer has experts, and takes no copy or zero experts"
             )
-        self.gate = nn.Linear(d_model, num_experts + copy_experts + zero_experts, bias=False)
-        self.router = make_router(router, k=k)
         self.experts = nn.ModuleList(experts or (SwiGLU(d_model, d_ff) for _ in range(num_experts)))
+        self.gate = nn.Linear(d_model, num_experts + copy_experts + zero_experts, bias=False)
+        self.router = make_router(router, k)
         self.graph, self.copy_experts, self.zero_experts = graph, copy_experts, zero_experts
         self.recompute, self.products = recompute, products
 
     @classmethod
     def from_block(cls, block: nn.Module, **options: Any) -> MoELayer:
-        """A layer with the weights of a Hugging Face block (transformers 5: `MixtralSparseMoeBlock` and others with
-        stacked `gate_up_proj` and `down_proj`); `options` are those of the layer.
+        """A layer with the weights of a Hugging Face block (transformers 5: Mixtral's, Qwen3-MoE's, OLMoE's and others
+        whose experts are stacked SwiGLUs, chosen by a softmax); `options` are those of the layer.
 
-        Raises `ValueError` for a block of another kind.
+        The layer and the block get the same few inputs; raises `ValueError` for a block that answers otherwise (shared
+        experts, another activation or gate).
         """
         source: Any = block
         try:
@@ -99,22 +102,32 @@ class MoELayer(nn.Module):
         if tuple(down.shape) != (experts, d_model, double // 2) or tuple(gate.shape) != (experts, d_model):
             shapes = f"{tuple(gate_up.shape)}, {tuple(down.shape)} and a gate {tuple(gate.shape)}"
             raise ValueError(f"{type(block).__name__} has weights {shapes}: not [E, 2F, D], [E, D, F] and [E, D]")
-        layer = cls(d_model, double // 2, experts, **{"k": k, **options}).to(gate.device, gate_up.dtype)
+        plain = cls(d_model, double // 2, experts, k).to(gate.device, gate_up.dtype)
         with torch.no_grad():
-            layer.gate.weight.copy_(gate)
-            for number, expert in enumerate(layer.experts):
+            plain.gate.weight.copy_(gate)
+            for number, expert in enumerate(plain.experts):
                 expert.w_in.copy_(gate_up[number])  # type: ignore[operator]
                 expert.w_out.copy_(down[number])  # type: ignore[operator]
+        router = _router_of(source, plain, k)
+        layer = cls(d_model, double // 2, experts, **{"k": k, "router": router, **options}).to(
+            gate.device, gate_up.dtype
+        )
+        layer.load_state_dict(plain.state_dict(), strict=False)
         return layer
 
     def forward(
         self, x: torch.Tensor, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, RoutingStatistics]:
         """Outputs `[..., D]` and statistics of the routing."""
-        x_TD = x.flatten(0, -2)
+        x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(self.gate(x_TD), generator)
         weights_TE, members_TE = routing.weights, routing.members
         num_experts = len(self.experts)
+        shapes = tuple(weights_TE.shape), tuple(members_TE.shape)
+        if shapes not in {((len(x_TD), size),) * 2 for size in (num_experts, self.gate.out_features)}:
+            asked = f"{len(x_TD)} inputs and {self.gate.out_features} columns of the gate"
+            raise ValueError(f"the router returned weights and members {shapes} for {asked}")
+        statistics = replace(routing.statistics, real=num_experts)
         if self.graph is not None and self.graph.mode != "conv":
             weights_TE = self.graph.weights(weights_TE, members_TE)
         answered_TE = members_TE[:, :num_experts]
@@ -123,23 +136,27 @@ class MoELayer(nn.Module):
         expert_N, input_N = choices.unbind(1)
         if self.graph is not None and self.graph.mode == "conv":
             rows_ND = self._answers(x_TD.index_select(0, input_N), counts)
-            outputs_TED = x_TD.new_zeros(len(x_TD), num_experts, x_TD.shape[1]).index_put((input_N, expert_N), rows_ND)
-            return self.graph(outputs_TED, weights_TE, members_TE).view_as(x), routing.statistics
+            outputs_TED = rows_ND.new_zeros(len(x_TD), num_experts, x_TD.shape[1]).index_put(
+                (input_N, expert_N), rows_ND
+            )
+            return self.graph(outputs_TED, weights_TE, members_TE).view_as(x), statistics
         weights_N = weights_TE[input_N, expert_N]
-        if all(type(expert) is SwiGLU for expert in self.experts):
+        if all(_is_plain(expert) for expert in self.experts):
             output_TD = self._swiglu(x_TD, input_N, weights_N, counts)
         else:
-            rows_ND = self._answers(x_TD.index_select(0, input_N), counts) * weights_N.unsqueeze(1)
-            output_TD = torch.zeros_like(x_TD).index_add(0, input_N, rows_ND)
+            rows_ND = self._answers(x_TD.index_select(0, input_N), counts)
+            rows_ND = rows_ND * weights_N.unsqueeze(1).to(rows_ND.dtype)
+            output_TD = rows_ND.new_zeros(x_TD.shape).index_add(0, input_N, rows_ND)
         if self.copy_experts:
             copied_TE = weights_TE[:, num_experts : num_experts + self.copy_experts]
-            output_TD = output_TD + copied_TE.sum(1, keepdim=True) * x_TD
-        return output_TD.view_as(x), routing.statistics
+            output_TD = output_TD + (copied_TE.sum(1, keepdim=True) * x_TD).to(output_TD.dtype)
+        return output_TD.view_as(x), statistics
 
     def _answers(self, rows_ND: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """What the experts return for rows sorted by expert, `[N, D]`."""
         parts = zip(self.experts, rows_ND.split(counts), strict=True)
-        return torch.cat([expert(part) for expert, part in parts])
+        found = [expert(part) for expert, part in parts if len(part)]
+        return torch.cat(found) if found else rows_ND
 
     def _swiglu(
         self, x_TD: torch.Tensor, input_N: torch.Tensor, weights_N: torch.Tensor, counts: list[int]
@@ -150,12 +167,34 @@ class MoELayer(nn.Module):
             dtype = torch.get_autocast_dtype(x_TD.device.type)
             w_in, w_out = ([each.to(dtype) for each in weights] for weights in (w_in, w_out))
         x_TD, weights_N = x_TD.to(w_in[0].dtype), weights_N.to(w_in[0].dtype).unsqueeze(1)
-        if self.products == "grouped" or (self.products == "auto" and x_TD.is_cuda):
+        aligned = w_in[0].dtype == torch.bfloat16 and not (x_TD.shape[1] | w_out[0].shape[1]) % 8
+        if self.products == "grouped" or (self.products == "auto" and x_TD.is_cuda and aligned):
             return _grouped(x_TD, input_N, weights_N, counts, w_in, w_out)
-        found: torch.Tensor = _Segments.apply(  # type: ignore[no-untyped-call]
-            x_TD, input_N, weights_N, counts, torch.is_grad_enabled() and not self.recompute, *w_in, *w_out
-        )
-        return found
+        return _segmented(x_TD, input_N, weights_N, counts, torch.is_grad_enabled() and not self.recompute, w_in, w_out)
+
+
+def _is_plain(expert: nn.Module) -> bool:
+    """Whether an expert's products may be run without calling it: hooks would be passed by."""
+    return type(expert) is SwiGLU and not expert._forward_hooks and not expert._forward_pre_hooks
+
+
+def _router_of(block: Any, plain: MoELayer, k: int) -> Router:
+    """The router with which a layer answers as the block does whose weights it has."""
+    weights, training = plain.gate.weight, block.training
+    x = torch.randn(1, 16, weights.shape[1], generator=torch.Generator().manual_seed(0)).to(weights)
+    block.eval()
+    with torch.no_grad():
+        found = block(x)
+        wanted = (found[0] if isinstance(found, tuple) else found).view_as(x)
+        for router in (TopK(k), TopK(k, normalize=False)):
+            plain.router = router
+            error = float((plain(x)[0] - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+            if error < (1e-4 if weights.dtype == torch.float32 else 0.1):
+                break
+        else:
+            raise ValueError(f"{type(block).__name__} answers otherwise than a softmax over its top {k} experts does")
+    block.train(training)
+    return router
 
 
 def _grouped(
@@ -167,11 +206,25 @@ def _grouped(
     w_out: list[torch.Tensor],
 ) -> torch.Tensor:
     """All experts in two grouped products."""
-    ends_E = torch.tensor(counts, device=x_TD.device).cumsum(0).to(torch.int32)
-    hidden = F.grouped_mm(x_TD.index_select(0, input_N), torch.stack(w_in).mT, offs=ends_E)
-    gate, up = hidden.chunk(2, dim=-1)
-    rows_ND = F.grouped_mm(F.silu(gate) * up, torch.stack(w_out).mT, offs=ends_E)
+    asked = [number for number, count in enumerate(counts) if count]
+    if not asked:
+        return torch.zeros_like(x_TD)
+    ends = torch.tensor([counts[number] for number in asked], device=x_TD.device).cumsum(0).to(torch.int32)
+    first, second = (torch.stack([weights[number] for number in asked]).mT for weights in (w_in, w_out))
+    gate, up = F.grouped_mm(x_TD.index_select(0, input_N), first, offs=ends).chunk(2, dim=-1)
+    rows_ND = F.grouped_mm(F.silu(gate) * up, second, offs=ends)
     return torch.zeros_like(x_TD).index_add(0, input_N, rows_ND * weights_N1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _segmented(
+    x_TD: torch.Tensor, input_N: torch.Tensor, weights_N1: torch.Tensor, counts: list[int], keep: bool,
+    w_in: list[torch.Tensor], w_out: list[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    found: torch.Tensor = _Segments.apply(  # type: ignore[no-untyped-call]
+        x_TD, input_N, weights_N1, counts, keep, *w_in, *w_out
+    )
+    return found
 
 
 class _Segments(torch.autograd.Function):
@@ -205,8 +258,8 @@ class _Segments(torch.autograd.Function):
         counts: list[int] = ctx.counts
         x_TD, input_N, weights_N1, *rest = ctx.saved_tensors
         weights, kept = rest[: 2 * len(counts)], rest[2 * len(counts) :]
-        gradient_TD = gradient_TD.contiguous()
-        of_x, of_weights = torch.zeros_like(x_TD), torch.empty_like(weights_N1)
+        gradient_TD, wanted = gradient_TD.contiguous(), ctx.needs_input_grad
+        of_x, of_weights = torch.zeros_like(x_TD) if wanted[0] else None, torch.empty_like(weights_N1)
         of_experts: list[torch.Tensor | None] = [None] * len(weights)
         for number, (expert, rows) in enumerate(_segments(counts)):
             w_in, w_out = weights[expert], weights[len(counts) + expert]
@@ -217,14 +270,19 @@ class _Segments(torch.autograd.Function):
             active = kept[2 * number + 1] if kept else F.silu(gate) * up
             of_active = _times(back, w_out)
             of_weights[rows] = torch.linalg.vecdot(of_active, active).unsqueeze(1)
-            of_experts[len(counts) + expert] = back.mul_(weights_N1[rows]).T @ active
+            if wanted[5 + len(counts) + expert]:
+                of_experts[len(counts) + expert] = back.mul_(weights_N1[rows]).T @ active
+            if not (wanted[0] or wanted[5 + expert]):
+                continue
             of_active *= weights_N1[rows]
             of_hidden = torch.empty_like(hidden)
             of_gate, of_up = of_hidden.chunk(2, dim=-1)
             torch.mul(of_active, F.silu(gate), out=of_up)
             torch.ops.aten.silu_backward.grad_input(of_active.mul_(up), gate, grad_input=of_gate)
-            of_experts[expert] = of_hidden.T @ part
-            of_x.index_add_(0, inputs_N, _times(of_hidden, w_in))
+            if wanted[5 + expert]:
+                of_experts[expert] = of_hidden.T @ part
+            if of_x is not None:
+                of_x.index_add_(0, inputs_N, _times(of_hidden, w_in))
         return of_x, None, of_weights, None, None, *of_experts
 
 

@@ -1,6 +1,6 @@
 """Losses that shape a gate and its experts beside the task's own. Shape legend: T inputs, E experts, C outputs of each.
 
-All are scalars, differentiable, and 0 or 1 where nothing is to be gained; see each.
+All are scalars and differentiable.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 def load_balancing_loss(gate_logits_TE: torch.Tensor, members_TE: torch.Tensor) -> torch.Tensor:
     """E * sum_e f_e P_e, 1 when the load is even (Fedus et al. 2022, eq. 4); f = share of choices, P = mean gate."""
-    share_E = members_TE.float().mean(0) / members_TE.float().sum(-1).mean()
+    share_E = members_TE.float().mean(0) / members_TE.float().sum(-1).mean().clamp_min(1e-12)
     return gate_logits_TE.shape[-1] * (share_E * gate_logits_TE.softmax(-1).mean(0)).sum()
 
 
@@ -22,8 +22,8 @@ def entropy_weighted_balance_loss(gate_logits_TE: torch.Tensor, members_TE: torc
     probability_TE = gate_logits_TE.softmax(-1)
     entropy_T = torch.special.entr(probability_TE).sum(-1).detach() / math.log(max(2, gate_logits_TE.shape[-1]))
     weight_T1 = (entropy_T / entropy_T.sum().clamp_min(1e-12)).unsqueeze(1)
-    chosen_TE = members_TE.float()
-    share_E = (weight_T1 * chosen_TE / chosen_TE.sum(-1).mean()).sum(0)
+    chosen_TE = weight_T1 * members_TE
+    share_E = chosen_TE.sum(0) * len(members_TE) / members_TE.sum().clamp_min(1)
     return entropy_T.mean() * gate_logits_TE.shape[-1] * (share_E * (weight_T1 * probability_TE).sum(0)).sum()
 
 

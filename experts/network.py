@@ -59,17 +59,21 @@ class MoENetwork(nn.Module):
             "router_options": dict(router_options or {}), "graph": None if graph is None else dict(graph),
             "copy_experts": copy_experts, "zero_experts": zero_experts,
         }  # fmt: skip
+        options = dict(router_options or {})
         self.embedding = nn.Linear(num_inputs, d_model)
         self.norms = nn.ModuleList(nn.RMSNorm(d_model) for _ in range(num_layers))
-        self.layers = nn.ModuleList(
-            MoELayer(
-                d_model, d_ff, num_experts, k, make_router(router, k=k, **(router_options or {})),
-                None if graph is None else ExpertGraph.for_outputs(num_experts, d_model, **graph),
-                copy_experts=copy_experts, zero_experts=zero_experts,
-            )
-            for _ in range(num_layers)
-        )  # fmt: skip
         self.head = nn.Linear(d_model, num_classes)
+        self.layers = nn.ModuleList()
+        for seed in torch.randint(2**31, (num_layers,)).tolist():  # the same experts whatever gates and graphs draw
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                layer = MoELayer(
+                    d_model, d_ff, num_experts, router=make_router(router, k, options), copy_experts=copy_experts,
+                    zero_experts=zero_experts,
+                )  # fmt: skip
+                if graph is not None:
+                    layer.graph = ExpertGraph.for_outputs(num_experts, d_model, **graph)
+            self.layers.append(layer)
 
     def forward(
         self, x_BD: torch.Tensor, generator: torch.Generator | None = None
@@ -93,10 +97,12 @@ class MoENetwork(nn.Module):
 
 
 def save_network(network: MoENetwork, path: Path) -> None:
-    """Write a network's weights and settings, with their SHA-256; raises `ValueError` for a router without a name."""
+    """Write a network's weights, float32, and settings, with their SHA-256; raises `ValueError` for a router without a
+    name."""
     if callable(network.settings["router"]):
         raise ValueError("a router of your own is not written: save the state_dict, and make the network yourself")
-    weights, settings = network.state_dict(), json.dumps(network.settings)
+    settings = json.dumps(network.settings)
+    weights = {name: each.float().cpu().contiguous() for name, each in network.state_dict().items()}
     write_bytes(path, to_bytes(weights, {"settings": settings, "sha256": _digest(settings, weights)}))
 
 
@@ -109,7 +115,8 @@ def load_network(path: Path) -> MoENetwork:
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a network's file ({error})") from error
     settings = metadata.get("settings", "")
-    if metadata.get("sha256") != _digest(settings, weights):
+    known = all(each.dtype == torch.float32 for each in weights.values())
+    if not known or metadata.get("sha256") != _digest(settings, weights):
         raise DataError(f"{path} is damaged or not of save_network")
     with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
         network = MoENetwork(**json.loads(settings))
@@ -168,7 +175,7 @@ def _train(
     network: MoENetwork, x: torch.Tensor, y: torch.Tensor, settings: NetworkSettings,
     after_epoch: Callable[[int, MoENetwork], object],
 ) -> MoENetwork:  # fmt: skip
-    generator = torch.Generator().manual_seed(settings.seed)
+    order, noise = (torch.Generator().manual_seed(settings.seed + more) for more in (0, 2**32))
     groups = parameter_groups(network, settings.learning_rate, settings.edge_rate, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     steps = settings.epochs * -(-len(x) // settings.batch_size)
@@ -177,8 +184,8 @@ def _train(
     after_epoch(-1, network)
     for epoch in range(settings.epochs):
         network.train()
-        for rows in torch.randperm(len(x), generator=generator).split(settings.batch_size):
-            loss = network_loss(network, x[rows], y[rows], settings, before, generator)
+        for rows in torch.randperm(len(x), generator=order).split(settings.batch_size):
+            loss = network_loss(network, x[rows], y[rows], settings, before, noise)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

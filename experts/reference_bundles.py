@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,6 @@ SETTINGS = {
     "fashion-mnist": TrainingSettings(widths=WIDTHS, epochs=5, batch_size=128),
     "fashion-mnist-graph": TrainingSettings(widths=WIDTHS, epochs=5, batch_size=128, graph={"mode": "weighted"}),
 }
-MADE = ("fashion-mnist-graph",)  # their tables are too large to ship as well; their profiles are shipped
 log = logging.getLogger("moe_envs")
 
 
@@ -59,14 +59,23 @@ def build(
     )  # fmt: skip
 
 
-def made(name: str) -> Path | None:
-    """The folder of a bundle of `MADE`, trained into the user's cache if it is not there; None for other names."""
-    if name not in MADE:
-        return None
+def _is_current(path: Path, name: str) -> bool:
+    try:
+        trained = json.loads((path / bundle.METADATA).read_text())["training"]
+        profile = json.loads((path / bundle.PROFILE).read_text())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    wanted = json.loads(json.dumps(asdict(SETTINGS[name])))
+    return bool(trained == wanted and profile == Shipped(profile_path(name)).model_dump(mode="json"))
+
+
+def made(name: str) -> Path:
+    """The folder of a bundle of `zoo.MADE` in the user's cache, trained if it is not there, or if other settings or
+    another profile made what is there."""
     path = zoo.user_folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # one process trains, the others wait
-        if not path.exists():
+        if not _is_current(path, name):
             log.warning("training the bundle %r into %s, once; half a minute", name, path)
             build(name, path.parent, lambda model, inputs: Shipped(profile_path(name)), progress=False)
     return path

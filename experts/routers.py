@@ -9,8 +9,8 @@ Shape legend: T inputs, E experts, G groups of experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,40 +23,42 @@ class RoutingStatistics:
     """What a routing was like, computed when asked for; losses are differentiable.
 
     `chosen` are the choices before capacity cut some off, `members` what was left, both boolean `[T, E]`;
-    `log_probability [T]` is that of the choice, of routers that draw it.
+    `log_probability [T]` is that of the choice, of routers that draw it. Columns from `real` on are experts that copy
+    their input or do nothing: they count in losses, and in nothing else.
     """
 
     logits: torch.Tensor
     chosen: torch.Tensor
     members: torch.Tensor
     log_probability: torch.Tensor | None = None
+    real: int | None = None
 
     @property
     def load(self) -> torch.Tensor:
-        """The share of all choices that each expert got, `[E]`."""
-        counts_E = self.chosen.sum(0).float()
+        """The share of the choices that each expert got, `[E]`."""
+        counts_E = self.chosen[:, : self.real].sum(0).float()
         return counts_E / counts_E.sum().clamp_min(1)
 
     @property
     def utilisation(self) -> torch.Tensor:
-        """The entropy of the load over that of an even one: 1 where all experts answer as often, 0 where one does."""
+        """The entropy of the load over that of an even one: 1 where all are chosen as often, 0 where only one is."""
         load_E = self.load
         return torch.special.entr(load_E).sum() / max(math.log(len(load_E)), 1e-12)
 
     @property
     def gate_entropy(self) -> torch.Tensor:
         """Mean entropy of the gate's softmax in nats."""
-        return torch.special.entr(self.logits.softmax(-1)).sum(-1).mean()
+        return -(self.logits.softmax(-1) * self.logits.log_softmax(-1)).sum(-1).mean()
 
     @property
     def experts_per_input(self) -> torch.Tensor:
         """Mean number of experts that answer."""
-        return self.members.sum(-1).float().mean()
+        return self.members[:, : self.real].sum(-1).float().mean()
 
     @property
     def dropped(self) -> torch.Tensor:
         """The share of the choices that found their expert full."""
-        return 1 - self.members.sum() / self.chosen.sum().clamp_min(1)
+        return (self.chosen & ~self.members).sum() / self.chosen.sum().clamp_min(1)
 
     @property
     def balance_loss(self) -> torch.Tensor:
@@ -90,21 +92,24 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class TopK:
-    """The k experts of largest logit, weighted by the softmax over them (Shazeer et al. 2017).
+    """The k experts of largest logit, weighted by the softmax over them (Shazeer et al. 2017), or over all experts
+    without `normalize`: of a single expert the softmax is 1, and the task's loss does not reach the gate.
 
     `noise` is the standard deviation of normal noise on the logits. With `capacity_factor` an expert answers at most
-    that times T * k / E inputs, those of largest logit; what it drops is not replaced.
+    that times T * k / E inputs, those of largest logit; what it drops is not replaced, and what one input gets depends
+    on the others.
     """
 
     k: int = 2
     noise: float = 0.0
     capacity_factor: float | None = None
+    normalize: bool = True
 
     def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
         noisy_TE = _noisy(logits_TE, self.noise, generator)
         chosen_TE = top_k(noisy_TE, self.k)
         members_TE = _capped(chosen_TE, noisy_TE, self.k, self.capacity_factor)
-        weights_TE = mixing_weights(noisy_TE, chosen_TE) * members_TE
+        weights_TE = _weights(noisy_TE, chosen_TE, self.normalize) * members_TE
         return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, chosen_TE, members_TE))
 
 
@@ -116,11 +121,7 @@ class Switch:
     capacity_factor: float | None = 1.25
 
     def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
-        noisy_TE = _noisy(logits_TE, self.noise, generator)
-        chosen_TE = top_k(noisy_TE, 1)
-        members_TE = _capped(chosen_TE, noisy_TE, 1, self.capacity_factor)
-        weights_TE = noisy_TE.softmax(-1) * members_TE
-        return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, chosen_TE, members_TE))
+        return TopK(1, self.noise, self.capacity_factor, normalize=False)(logits_TE, generator)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class ExpertChoice:
     def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
         scores_TE = _noisy(logits_TE, self.noise, generator).softmax(-1)
         inputs, experts = scores_TE.shape
-        members_TE = top_k(scores_TE.T, min(inputs, math.ceil(inputs * self.k / experts))).T
+        members_TE = top_k(scores_TE.T, min(inputs, _ceil(inputs * self.k / experts))).T
         return Routing(scores_TE * members_TE, members_TE, RoutingStatistics(logits_TE, members_TE, members_TE))
 
 
@@ -171,6 +172,7 @@ class Hierarchical:
     groups: int = 2
     top_groups: int = 1
     noise: float = 0.0
+    normalize: bool = True
 
     def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
         experts = logits_TE.shape[1]
@@ -183,7 +185,7 @@ class Hierarchical:
         best_TG = top_k(noisy_TE.unflatten(-1, (self.groups, -1)).logsumexp(-1), self.top_groups)
         inside_TE = best_TG.repeat_interleave(experts // self.groups, dim=-1)
         members_TE = top_k(noisy_TE.masked_fill(~inside_TE, -torch.inf), self.k)
-        weights_TE = mixing_weights(noisy_TE, members_TE)
+        weights_TE = _weights(noisy_TE, members_TE, self.normalize)
         return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, members_TE, members_TE))
 
 
@@ -195,18 +197,22 @@ class WithNull:
     router: Router
     num_null: int = 1
 
+    def __post_init__(self) -> None:
+        if self.num_null < 1:
+            raise ValueError(f"num_null={self.num_null}: must be at least 1")
+
     def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
         found = self.router(logits_TE, generator)
         weights_TE, members_TE = found.weights[:, : -self.num_null], found.members[:, : -self.num_null]
         total_T1 = weights_TE.sum(-1, keepdim=True)
         weights_TE = weights_TE * (found.weights.sum(-1, keepdim=True) / total_T1.clamp_min(1e-12))
-        return Routing(weights_TE, members_TE, found.statistics)
+        return Routing(weights_TE, members_TE, replace(found.statistics, real=members_TE.shape[1]))
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """k experts drawn without replacement from the softmax at a temperature, weighted by the softmax over them; the
-    statistics have the log probability of the choice, for a policy gradient. Without a generator: the k largest."""
+    """k experts drawn without replacement from the softmax at a temperature, weighted by the softmax (at 1) over them;
+    the statistics have the log probability of the choice, for a policy gradient. Without a generator: the k largest."""
 
     k: int = 1
     temperature: float = 1.0
@@ -249,19 +255,24 @@ ROUTERS: dict[str, Callable[..., Router]] = {
 }
 
 
-def make_router(router: str | Router, **options: Any) -> Router:
-    """A router by its name in `ROUTERS`, with those of the options that it has, or a callable as it is."""
+def make_router(router: str | Router, k: int | None = None, options: Mapping[str, Any] | None = None) -> Router:
+    """A router by its name in `ROUTERS`, with its `options` and, where it has one, `k`; or a callable as it is."""
     if callable(router):
+        if options:
+            raise ValueError(f"options {dict(options)} are of routers that are named; {router!r} is one already")
         return router
     if router not in ROUTERS:
         raise ValueError(f"router={router!r} is not one of {', '.join(ROUTERS)}, nor a callable")
     kind: Any = ROUTERS[router]
-    return kind(**{key: value for key, value in options.items() if key in kind.__dataclass_fields__})
+    known = kind.__dataclass_fields__
+    if unknown := set(options or {}) - set(known):
+        raise ValueError(f"router {router!r} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    return kind(**({"k": k} if k is not None and "k" in known else {}), **(options or {}))
 
 
 def top_k(gate_logits_TE: torch.Tensor, k: int) -> torch.Tensor:
     """The k experts of largest gate logit, as a boolean `[T, E]` (Shazeer et al. 2017)."""
-    if not 1 <= k <= gate_logits_TE.shape[-1]:
+    if not min(1, gate_logits_TE.shape[-1]) <= k <= gate_logits_TE.shape[-1]:
         raise ValueError(f"k={k}: must be from 1 to {gate_logits_TE.shape[-1]}")
     experts_Tk = gate_logits_TE.topk(k, dim=-1).indices
     return torch.zeros_like(gate_logits_TE, dtype=torch.bool).scatter_(-1, experts_Tk, True)
@@ -279,6 +290,14 @@ def mixing_weights(gate_logits_TE: torch.Tensor, members_TE: torch.Tensor) -> to
     return gate_logits_TE.masked_fill(~members_TE, -torch.inf).softmax(dim=-1)
 
 
+def _weights(logits_TE: torch.Tensor, members_TE: torch.Tensor, normalize: bool) -> torch.Tensor:
+    return mixing_weights(logits_TE, members_TE) if normalize else logits_TE.softmax(-1) * members_TE
+
+
+def _ceil(number: float) -> int:
+    return math.ceil(round(number, 9))  # 1.1 * 200 / 4 is 55, and a little more
+
+
 def _noisy(logits_TE: torch.Tensor, noise: float, generator: torch.Generator | None) -> torch.Tensor:
     if generator is None or not noise:
         return logits_TE
@@ -291,6 +310,6 @@ def _capped(chosen_TE: torch.Tensor, logits_TE: torch.Tensor, k: int, factor: fl
     if factor is None:
         return chosen_TE
     inputs, experts = chosen_TE.shape
-    most = min(inputs, max(1, math.ceil(factor * inputs * k / experts)))
+    most = min(inputs, _ceil(factor * inputs * k / experts))
     best_TE = top_k(logits_TE.masked_fill(~chosen_TE, -torch.inf).T, most).T
     return chosen_TE & best_TE

@@ -1,7 +1,7 @@
 """Does it help when experts cooperate? Networks with and without a graph, by number of experts, gate and router.
 
-Every setup is trained with the same seeds, so that differences are paired. Accuracy is on test; nothing is chosen on
-it: the best network, which is kept, is the best on validation.
+Every setup is trained with the same seeds: the same first experts, the same order of the data; differences are paired.
+Accuracy is on test; nothing is chosen on it: the best network, which is kept, is the best on validation.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def setups() -> dict[str, Setup]:
         for k in (1, 2, 3):
             for graph, options in graphs.items():
                 network = {"router": router, "k": k, "graph": options}
+                if k == 1:  # over a single expert the softmax is 1, and the gate would not learn
+                    network["router_options"] = {"normalize": False}
                 beside = None if options is None else f"{gate}, k={k}, no graph"
                 found[f"{gate}, k={k}, {graph}"] = Setup(network, {}, beside, "graph")
     for name, weight in (("identity, no L1", 0.0), ("random, L1 times 10", 0.1)):
@@ -88,7 +90,7 @@ def train_one(source: str, name: str, seed: int, epochs: int, path: Path) -> Res
         found: Result = json.loads(record.read_text())
         if {key: found.get(key) for key in wanted} != wanted:
             raise ValueError(f"{record} is of another training; name another folder by --out")
-        return found
+        return found | {"path": str(path)}
     content = data.load(source)
     rows = np.concatenate([content.splits[split] for split in ("train", "rl_train")])
     x, y = content.inputs[rows], content.labels[rows]
@@ -109,7 +111,8 @@ def train_one(source: str, name: str, seed: int, epochs: int, path: Path) -> Res
     result["sparsity_before"] = [float((np.array(each)[others] < THRESHOLD).mean()) for each in (edges or [[]])[0]]
     result["drift"] = float((moved[-1] - moved[-2]).norm() / moved[-2].norm())
     save_network(network, path)
-    write_text(record, json.dumps(result | runs.provenance()))
+    result |= runs.provenance()
+    write_text(record, json.dumps(result))
     return result
 
 
@@ -136,6 +139,7 @@ def run(
     save_network(load_network(Path(best["path"])), out / "best.safetensors")
     result: Result = {
         "data": source, "threshold": THRESHOLD, "utilisation_asked": UTILISATION, "rows": summarise(trained),
+        "beside": BASE if BASE in names else names[0], "commits": sorted({str(each["commit"]) for each in trained}),
         "best": {key: best[key] for key in ("name", "seed", "validation", "accuracy", "network", "training")},
         **runs.provenance(),
     }  # fmt: skip
@@ -190,7 +194,9 @@ def _described(network: MoENetwork, content: data.Dataset) -> Result:
     found["diversity"] = 1 - float(np.mean([float(diversity_loss(each)) for each in network.probe(inputs[:500])]))
     graphs: list[Any] = [layer.graph for layer in network.layers if layer.graph is not None]
     found["sparsity"] = [graph.sparsity(THRESHOLD) for graph in graphs]
-    found["others"] = [float(graph.sparsity_loss()) for graph in graphs]
+    found["others"] = [
+        float(graph.share_of_others(each.members)) for graph, each in zip(graphs, statistics, strict=False)
+    ]
     return found
 
 

@@ -59,10 +59,10 @@ def report(result: Result, corrections: Result) -> str:
     lines = [
         f"# Cooperation of experts on {result['data']}", "",
         f"Networks of two MoE layers with eight experts each; means of {result['rows'][0]['seeds']} seeds, 95 % "
-        "intervals (Student's t); differences are paired by seed. Time: CPU time of a batch over that of the plain "
-        f"top-2 network. Sparse: share of the edges between different experts under {result['threshold']:g}, half an "
-        "even one (in brackets before training); others: mean share of an expert's contribution that comes from other "
-        "experts; both by layer.", "",
+        "intervals (Student's t); differences are paired by seed. Time: CPU time of a batch over that of "
+        f"`{result['beside']}`. Sparse: share of the edges between different experts, in a team of all eight, under "
+        f"{result['threshold']:g}, half an even one (in brackets before training). Others: mean share of an expert's "
+        "contribution that comes from the others of its team, on test. Both by layer.", "",
         "## Graphs", "",
         *_header("network", "accuracy", "points more than without", "diversity", "time", "sparse", "others"),
         *(
@@ -94,7 +94,7 @@ def report(result: Result, corrections: Result) -> str:
               f"{found['isotonic']:.3f}"), "",
         f"Best network on validation: **{best['name']}**, seed {best['seed']}, test accuracy {best['accuracy']:.2%}: "
         "`best.safetensors`, read by `experts.network.load_network`.", "",
-        f"Made at commit {result['commit']}.", "",
+        f"Trained at commit {', '.join(result['commits'])}.", "",
     ]  # fmt: skip
     pictures = ("accuracy", "edges", "routing", "landscape", "confidence")
     return "\n".join(lines) + "\n" + "\n\n".join(f"![{name}]({name}.png)" for name in pictures) + "\n"

@@ -77,8 +77,13 @@ def operation(product: Product, way: int) -> Callable[[int], Callable[[], object
     return _integers(product.shape) if way == INTEGERS else _floats(product, way)
 
 
+def integer_product(x: torch.Tensor, step: float, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Inputs `[n, I]` rounded to a known step, times integers `[I, O]`, times a scale of each output `[O]`."""
+    rounded = (x * (1 / step)).round_().clamp_(-127, 127).to(torch.int8)
+    return torch._int_mm(rounded, weights).float().mul_(scales * step)
+
+
 def _integers(shape: Shape) -> Callable[[int], Callable[[], object]]:
-    """Inputs rounded to one known scale, the product, and its scales of the outputs."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = shape
     weights = torch.randint(-127, 128, (columns, rows), generator=generator, dtype=torch.int8)
@@ -89,8 +94,7 @@ def _integers(shape: Shape) -> Callable[[int], Callable[[], object]]:
 
         def run() -> object:
             with torch.inference_mode():
-                rounded = (x * 32).round_().clamp_(-127, 127).to(torch.int8)
-                return torch._int_mm(rounded, weights).float().mul_(scales)
+                return integer_product(x, 1 / 32, weights, scales)
 
         return run
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from experts.compression import LEVELS
-from experts.compression.execution import DENSE, INTEGERS, Product, all_ways, name_of, operation, ways
+from experts.compression.execution import DENSE, INTEGERS, Product, all_ways, integer_product, name_of, operation, ways
 
 NAMES = [level.name for level in LEVELS]
 
@@ -24,6 +24,14 @@ def test_only_inputs_of_8_bits_run_on_integers_and_only_low_ranks_as_two_product
         "96x64, integers",
         "96x64, rank 3",
     ]
+
+
+def test_a_product_on_integers_is_the_product_of_what_was_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, scales = torch.randn(9, 40, generator=generator), torch.rand(6, generator=generator)
+    weights = torch.randint(-127, 128, (40, 6), generator=generator, dtype=torch.int8)
+    wanted = (x / 0.05).round().clamp(-127, 127) * 0.05 @ (weights.float() * scales)
+    torch.testing.assert_close(integer_product(x, 0.05, weights, scales), wanted, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("way", [DENSE, INTEGERS, 7])

@@ -90,6 +90,31 @@ def test_sparsity_by_hand() -> None:
     assert graph.sparsity(0.02) == pytest.approx(3 / 6)
 
 
+def test_the_share_of_others_is_that_of_the_teams_by_hand() -> None:
+    graph = ExpertGraph(3, init="random")
+    with torch.no_grad():
+        graph.edges.copy_(torch.tensor([[0.6, 0.3, 0.1], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]).log())
+    members = torch.tensor([[True, True, False], [False, False, True]])
+    assert graph.share_of_others(members).item() == pytest.approx((1 / 3 + 1 / 3 + 0) / 3)
+
+
+def test_the_gate_learns_in_every_mode() -> None:
+    outputs, _, members = team()
+    for mode in ("sum", "weighted"):
+        weights = torch.rand(6, 4, requires_grad=True)
+        ExpertGraph(4, mode, "random")(outputs, weights * members, members).square().sum().backward()
+        assert weights.grad is not None
+        assert weights.grad.abs().max() > 1e-3
+
+
+def test_no_weight_is_lost_to_an_edge_that_is_much_larger_and_outside_the_team() -> None:
+    graph = ExpertGraph(3, init="random")
+    with torch.no_grad():
+        graph.edges.copy_(torch.tensor([[0.0, 0.0, 75.0]] * 3))
+    weights = graph.weights(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[True, True, False]]))
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5, 0.0]]))
+
+
 def test_refusals_name_what_is_allowed() -> None:
     with pytest.raises(ValueError, match="weighted"):
         ExpertGraph(4, "mean")

@@ -61,9 +61,21 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_experts_begin_the_same_whatever_gates_and_graphs_are_theirs() -> None:
+    first = []
+    for options in ({}, {"graph": {"init": "random"}}, {"zero_experts": 2, "k": 3}):
+        torch.manual_seed(0)
+        network = make(**options)()
+        first.append(
+            torch.cat([weights.flatten() for layer in network.layers for weights in layer.experts.parameters()])
+        )  # type: ignore[union-attr]
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first[0], first[2])
+
+
 def test_experts_that_are_held_to_their_average_drift_less() -> None:
     def moved(drift: float) -> float:
-        """Of the experts between the last epochs but one and the last."""
+        """Of the layers, from their first weights to their last."""
         kept: list[torch.Tensor] = []
 
         def keep(epoch: int, network: MoENetwork) -> None:
@@ -142,5 +154,7 @@ def test_its_file_is_whole_or_refused(tmp_path: Path) -> None:
     path.write_bytes(b"{}")
     with pytest.raises(DataError, match="not a network"):
         load_network(path)
+    save_network(network.bfloat16(), path)
+    assert all(weights.dtype == torch.float32 for weights in load_network(path).parameters())
     with pytest.raises(ValueError, match="state_dict"):
         save_network(make(router=TopK(2))(), path)

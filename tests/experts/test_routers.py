@@ -1,4 +1,4 @@
-"""Routers: cases worked out by hand, a plain loop, capacity, noise, and gradients that reach the gate."""
+"""Routers: cases worked out by hand, plain loops, capacity, noise, and gradients that reach the gate."""
 
 import math
 
@@ -68,6 +68,7 @@ def test_expert_choice_fills_every_expert_exactly(k: int) -> None:
 def test_top_p_by_hand() -> None:
     weights = TopP(p=0.6)(LOGITS).weights
     close(weights[:1], [[2 / 3, 1 / 3, 0, 0]])
+    close(TopK(1, normalize=False)(LOGITS).weights[:1], [[0.5, 0, 0, 0]])
     assert TopP(p=0.5)(LOGITS).members.sum(1).tolist() == [1, 1, 1]
     assert TopP(p=0.0)(LOGITS).members.sum(1).tolist() == [1, 1, 1]
     assert TopP(p=1.0, max_k=3)(LOGITS).members.sum(1).tolist() == [3, 3, 3]
@@ -89,7 +90,9 @@ def test_null_experts_answer_for_nobody() -> None:
     assert found.weights.shape == (3, 4)
     assert found.members.sum(1).tolist() == [1, 1, 1]  # .5 and the null expert's .3
     close(found.weights.sum(1, keepdim=True), [[1.0]] * 3)
-    assert float(found.statistics.experts_per_input) == 2
+    assert float(found.statistics.experts_per_input) == 1
+    with pytest.raises(ValueError, match="at least 1"):
+        WithNull(TopK(2), 0)
 
 
 def test_sampled_draws_by_the_softmax_and_says_how_likely_that_was() -> None:
@@ -137,6 +140,59 @@ def test_noise_comes_from_the_generator_alone(router: Router) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def by_loop(router: Router, logits: torch.Tensor) -> torch.Tensor:
+    """Weights, input by input or expert by expert, in plain Python."""
+    rows = [[float(value) for value in row] for row in logits]
+    soft = [[math.exp(value) / sum(map(math.exp, row)) for value in row] for row in rows]
+    experts, weights = len(rows[0]), [[0.0] * len(rows[0]) for _ in rows]
+    if isinstance(router, ExpertChoice):
+        count = math.ceil(len(rows) * router.k / experts)
+        for expert in range(experts):
+            for place in sorted(range(len(rows)), key=lambda place: -soft[place][expert])[:count]:
+                weights[place][expert] = soft[place][expert]
+        return torch.tensor(weights)
+    for row, probabilities, weight in zip(rows, soft, weights, strict=True):
+        order = sorted(range(experts), key=lambda expert: -row[expert])
+        if isinstance(router, Hierarchical):
+            size = experts // router.groups
+            sums = [sum(map(math.exp, row[start : start + size])) for start in range(0, experts, size)]
+            order = [expert for expert in order if sums[expert // size] == max(sums)]
+        count, total = getattr(router, "k", 1), 0.0
+        if isinstance(router, TopP):
+            count = 0
+            while total < router.p:
+                total, count = total + probabilities[order[count]], count + 1
+        for expert in order[:count]:
+            whole = sum(math.exp(row[each]) for each in order[:count])
+            weight[expert] = probabilities[expert] if isinstance(router, Switch) else math.exp(row[expert]) / whole
+    return torch.tensor(weights)
+
+
+PLAIN = [TopK(1), TopK(3), Switch(capacity_factor=None), ExpertChoice(2), ExpertChoice(1.3), TopP(0.7), Hierarchical(2)]
+
+
+@pytest.mark.parametrize("router", PLAIN, ids=repr)
+def test_weights_are_those_of_a_plain_loop(router: Router) -> None:
+    logits = torch.randn(33, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(router(logits).weights, by_loop(router, logits), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_no_inputs_and_no_choices(name: str) -> None:
+    found = make_router(name)(torch.zeros(0, 8))
+    assert found.weights.shape == found.members.shape == (0, 8)
+    logits = torch.randn(5, 8, requires_grad=True)
+    statistics = (
+        Decided(lambda given: given > torch.inf)(logits).statistics
+        if name == "topk"
+        else make_router(name)(logits).statistics
+    )
+    assert float(statistics.dropped) == 0 or name == "switch"
+    (statistics.balance_loss + statistics.entropy_weighted_balance_loss + statistics.gate_entropy).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 def test_statistics_by_hand() -> None:
     found = TopK(1)(LOGITS).statistics
     close(found.load[None], [[2 / 3, 1 / 3, 0, 0]])
@@ -148,7 +204,12 @@ def test_statistics_by_hand() -> None:
 
 
 def test_names_and_what_is_not_one() -> None:
-    assert make_router("topk", k=3, groups=5) == TopK(3)
+    assert make_router("topk", 3, {"noise": 0.5}) == TopK(3, noise=0.5)
+    assert make_router("top-p", 3) == TopP()
+    with pytest.raises(ValueError, match="has no noize; it has k, noise"):
+        make_router("topk", 3, {"noize": 0.5})
+    with pytest.raises(ValueError, match="is one already"):
+        make_router(TopK(2), options={"noise": 0.5})
     with pytest.raises(ValueError, match="expert-choice"):
         make_router("best")
     with pytest.raises(ValueError, match="from 1 to 4"):
