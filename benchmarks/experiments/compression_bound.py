@@ -118,7 +118,7 @@ def _changes(tables: CompressionTables, plans: np.ndarray) -> np.ndarray:
 
 
 def _draw(rows: list[Result], path: Path) -> None:
-    figure = Figure((7, 4.5), layout="constrained")
+    figure = Figure((9, 4.5), layout="constrained")
     panel = figure.subplots()
     for name in dict.fromkeys(row["policy"] for row in rows):
         part = [row for row in rows if row["policy"] == name]
@@ -126,6 +126,7 @@ def _draw(rows: list[Result], path: Path) -> None:
         panel.plot(kilobytes, behind, marker="o", ms=3, lw=3 if name == "PPO" else 1, label=name)
     panel.set(xlabel="budget [kB]", ylabel="quality behind the best of all plans", xscale="log")
     panel.set_yscale("symlog", linthresh=0.02)
+    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=120)

@@ -26,6 +26,14 @@ from experts.confidence import (
 from experts.landscape import landscape
 from experts.network import MoENetwork, load_network
 
+GRAPHS = (
+    "flat, k=2, identity",
+    "flat, k=2, random",
+    "flat, k=2, random, sum",
+    "flat, k=2, random, conv",
+    "flat, k=3, random",
+)
+SURFACES = "flat, k=2, no graph", *GRAPHS[:2], "diversity", "drift stabiliser"  # whose loss is drawn
 SHOWN = 8  # inputs of each expert in the picture of the routing
 POSITIONS = np.linspace(-1, 1, 21)
 Result = dict[str, Any]
@@ -176,7 +184,7 @@ def _draw_accuracy(result: Result, path: Path) -> None:
 
 def _draw_edges(first: dict[str, Result], path: Path) -> None:
     """The edges of the first layer over the epochs, of a few networks."""
-    names = [name for name in first if first[name]["edges"]][:6]
+    names = [name for name in GRAPHS if name in first] or [name for name in first if first[name]["edges"]][:6]
     if not names:
         return
     figure = Figure((9, 2.4 * len(names)), layout="constrained")
@@ -218,7 +226,7 @@ def _draw_landscape(source: str, first: dict[str, Result], path: Path) -> None:
     inputs, labels = (torch.from_numpy(each[:1000]) for each in data.load(source)["test"])
     figure = Figure((11, 4.5), layout="constrained")
     line, plane = figure.subplots(1, 2)
-    for number, name in enumerate(list(first)[:6]):
+    for number, name in enumerate([name for name in SURFACES if name in first] or list(first)[:6]):
         network = load_network(Path(first[name]["path"]))
 
         def loss(network: MoENetwork = network) -> torch.Tensor:
