@@ -50,7 +50,7 @@ def bundle() -> None:
 
 def benchmark() -> None:
     """Entry point of `moe-benchmark`."""
-    from benchmarks import compression_commands, metaopt_commands  # noqa: F401
+    from benchmarks import compression_commands, metaopt_commands, runner_commands  # noqa: F401
     from benchmarks.commands import benchmark_app
 
     _guarded(benchmark_app)
@@ -275,6 +275,7 @@ def _guarded(app: typer.Typer) -> None:
         _require_our_agents()
         from agents.checkpoints import CheckpointError
         from agents.rollouts import NotFiniteError
+        from benchmarks.runner import RunnerError
         from benchmarks.runs import RunError
 
         app()
@@ -290,6 +291,7 @@ def _guarded(app: typer.Typer) -> None:
         NotFiniteError,
         ProfileError,
         RunError,
+        RunnerError,
     ) as error:
         errors.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         sys.exit(1)

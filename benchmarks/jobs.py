@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any
 
 
 def pool(jobs: int) -> ProcessPoolExecutor:
-    """Processes that start afresh and inherit no threads."""
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    """Processes that start afresh, inherit no threads, compute in one, and end with the process that asked for them,
+    killed or not."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin)
 
 
 def gather(futures: Iterable[Future[Any]], report: Callable[[float], object]) -> list[Any]:
@@ -23,3 +27,15 @@ def gather(futures: Iterable[Future[Any]], report: Callable[[float], object]) ->
             future.result()
         report((number + 1) / len(waiting))
     return [future.result() for future in waiting]
+
+
+def _begin() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

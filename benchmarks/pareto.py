@@ -7,7 +7,12 @@ import numpy as np
 import pandas as pd
 
 # The worst point that counts, (cost, quality), fixed for each environment so that hypervolumes compare for ever.
-REFERENCE_POINTS = {"MoERouting-v0": (2.0, 0.0), "MoERoutingLive-v0": (2.0, 0.0)}
+REFERENCE_POINTS = {
+    "MoERouting-v0": (2.0, 0.0),
+    "MoERoutingLive-v0": (2.0, 0.0),
+    "models, batch_ms": (50.0, 0.0),
+    "models, energy_j": (0.1, 0.0),
+}
 
 
 def front(points: np.ndarray) -> np.ndarray:
@@ -15,9 +20,20 @@ def front(points: np.ndarray) -> np.ndarray:
     return np.asarray(moocore.is_nondominated(points, maximise=[False, True]))
 
 
-def hypervolume(points: np.ndarray, env: str) -> float:
-    """The area between the points of (cost, quality) and the environment's reference point."""
-    return float(moocore.hypervolume(points, ref=REFERENCE_POINTS[env], maximise=[False, True]))
+def hypervolume(points: np.ndarray, name: str) -> float:
+    """The area between the points of (cost, quality) and the reference point of an environment, or of models' cost."""
+    return float(moocore.hypervolume(points, ref=REFERENCE_POINTS[name], maximise=[False, True]))
+
+
+def recommended(points: np.ndarray) -> dict[str, int]:
+    """Of the front of (cost, quality) `[n, 2]`: which is best, which is cheapest, and which is nearest to both, as
+    shares of what the front spans."""
+    on = front(points).nonzero()[0]
+    cost, quality = points[on].T
+    spans = [max(float(np.ptp(each)), 1e-12) for each in (cost, quality)]
+    away = np.hypot((cost - cost.min()) / spans[0], (quality.max() - quality) / spans[1])
+    chosen = {"quality": quality.argmax(), "balanced": away.argmin(), "thrifty": cost.argmin()}
+    return {name: int(on[place]) for name, place in chosen.items()}
 
 
 def plot(rows: pd.DataFrame, path: Path, title: str) -> None:

@@ -34,6 +34,16 @@ def plain_table(title: str, *columns: str) -> Table:
     return drawn
 
 
+def markdown_row(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def markdown_header(*columns: str) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [markdown_row(*columns), "|" + "---|" * len(columns)]
+
+
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     """Rows by falling return; the learned ones and the bounds stand out."""
     drawn = plain_table(title, "policy", "kind", "return", "95 %", "quality", "cost")

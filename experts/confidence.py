@@ -7,6 +7,7 @@ classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression, minimize_scalar
@@ -21,7 +22,7 @@ def right_experts(outputs_BEC: np.ndarray, labels_B: np.ndarray) -> np.ndarray:
 
 def confidence(gate_logits_BE: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """The gate's largest probability, `[B]`."""
-    return np.asarray(_softmax(gate_logits_BE / temperature).max(1))
+    return np.asarray(softmax(gate_logits_BE / temperature).max(1))
 
 
 def gate_is_right(gate_logits_BE: np.ndarray, right_BE: np.ndarray) -> np.ndarray:
@@ -63,14 +64,41 @@ class Isotonic:
         return np.asarray(np.interp(confidence_B, self.confidences, self.values))
 
 
-def expected_calibration_error(confidence_B: np.ndarray, right_B: np.ndarray, bins: int = BINS) -> float:
-    """The mean distance of confidence and share right over equally wide bins, weighted by their inputs (Naeini et al.
-    2015)."""
+class Reliability(NamedTuple):
+    """Of equally wide bins of confidence: how many inputs each has, their mean confidence, and the share that is right;
+    0 where there is none."""
+
+    counts: np.ndarray
+    confidence: np.ndarray
+    right: np.ndarray
+
+    @property
+    def gaps(self) -> np.ndarray:
+        """How far confidence is from the share right, `[bins]`."""
+        return np.abs(self.confidence - self.right)
+
+
+def reliability(confidence_B: np.ndarray, right_B: np.ndarray, bins: int = BINS) -> Reliability:
+    """How often what is sure to some degree is right."""
     place_B = np.minimum((confidence_B * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(place_B, weights=confidence_B - right_B, minlength=bins)
-    return float(np.abs(gaps).sum() / len(confidence_B))
+    counts = np.bincount(place_B, minlength=bins)
+    sums = (np.bincount(place_B, weights=each, minlength=bins) for each in (confidence_B, right_B))
+    return Reliability(counts, *(each / np.maximum(counts, 1) for each in sums))
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    odds = np.exp(logits - logits.max(1, keepdims=True))
-    return np.asarray(odds / odds.sum(1, keepdims=True))
+def expected_calibration_error(confidence_B: np.ndarray, right_B: np.ndarray, bins: int = BINS) -> float:
+    """The mean gap over the bins, weighted by their inputs (Naeini et al. 2015)."""
+    found = reliability(confidence_B, right_B, bins)
+    return float(found.gaps @ found.counts / len(confidence_B))
+
+
+def maximum_calibration_error(confidence_B: np.ndarray, right_B: np.ndarray, bins: int = BINS, least: int = 1) -> float:
+    """The largest gap of a bin that has at least so many inputs (Naeini et al. 2015)."""
+    found = reliability(confidence_B, right_B, bins)
+    return float(found.gaps[found.counts >= least].max(initial=0.0))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of logits `[..., C]`."""
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(odds / odds.sum(-1, keepdims=True))

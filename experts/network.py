@@ -5,22 +5,15 @@ Shape legend: B inputs, D width, C classes, E experts.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import nn
 
-from experts.data import DataError
-from experts.files import digest, write_bytes
 from experts.graph import ExpertGraph, parameter_groups
 from experts.layers import MoELayer
 from experts.losses import diversity_loss, drift_loss
@@ -94,38 +87,6 @@ class MoENetwork(nn.Module):
             found.append(torch.stack([expert(given_BD) for expert in layer.experts], dim=1))  # type: ignore[union-attr]
             h_BD = h_BD + layer(given_BD)[0]
         return found
-
-
-def save_network(network: MoENetwork, path: Path) -> None:
-    """Write a network's weights, float32, and settings, with their SHA-256; raises `ValueError` for a router without a
-    name."""
-    if callable(network.settings["router"]):
-        raise ValueError("a router of your own is not written: save the state_dict, and make the network yourself")
-    settings = json.dumps(network.settings)
-    weights = {name: each.float().cpu().contiguous() for name, each in network.state_dict().items()}
-    write_bytes(path, to_bytes(weights, {"settings": settings, "sha256": _digest(settings, weights)}))
-
-
-def load_network(path: Path) -> MoENetwork:
-    """A network of `save_network`; raises `DataError` where the file is damaged or foreign."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a network's file ({error})") from error
-    settings = metadata.get("settings", "")
-    known = all(each.dtype == torch.float32 for each in weights.values())
-    if not known or metadata.get("sha256") != _digest(settings, weights):
-        raise DataError(f"{path} is damaged or not of save_network")
-    with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
-        network = MoENetwork(**json.loads(settings))
-    network.load_state_dict(weights)
-    return network.eval()
-
-
-def _digest(settings: str, weights: Mapping[str, torch.Tensor]) -> str:
-    return hashlib.sha256(f"{settings}{digest(weights)}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Training of the MoE classifier so that any subset of its experts works."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from experts.graph import parameter_groups
 from experts.losses import load_balancing_loss
 from experts.model import MoEClassifier, mix
 from experts.routers import random_subsets, top_k
+
+Drive = Callable[[MoEClassifier], tuple[torch.optim.Optimizer, Callable[[int, float], object]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +40,35 @@ class TrainingSettings:
     seed: int = 0
 
 
-def train(inputs: np.ndarray, labels: np.ndarray, settings: TrainingSettings, progress: bool = True) -> MoEClassifier:
-    """A classifier trained by Adam on inputs `[n, d]` float32 and labels `[n]`; the same bits for the same seed."""
+def train(
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    settings: TrainingSettings,
+    progress: bool = True,
+    drive: Drive | None = None,
+) -> MoEClassifier:
+    """A classifier trained by Adam on inputs `[n, d]` float32 and labels `[n]`; the same bits for the same seed.
+
+    `drive(model)` gives another optimiser, and what is called after each step with its number and its loss.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            return _train(torch.from_numpy(inputs), torch.from_numpy(labels), settings, progress)
+            return _train(torch.from_numpy(inputs), torch.from_numpy(labels), settings, progress, drive)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(x: torch.Tensor, y: torch.Tensor, settings: TrainingSettings, progress: bool) -> MoEClassifier:
+def _train(
+    x: torch.Tensor, y: torch.Tensor, settings: TrainingSettings, progress: bool, drive: Drive | None
+) -> MoEClassifier:
     generator = torch.Generator().manual_seed(settings.seed)
     num_classes = int(y.max()) + 1
     model = MoEClassifier(x.shape[1], num_classes, widths=settings.widths, trunk=settings.trunk, graph=settings.graph)
-    optimizer = torch.optim.Adam(parameter_groups(model, settings.learning_rate, settings.edge_rate))
+    optimizer, after_step = (drive or (lambda model: (_adam(model, settings), lambda step, loss: None)))(model)
+    step = 0
     with Progress(disable=not progress) as bar:
         for _ in bar.track(range(settings.epochs), description="training the MoE"):
             for rows in torch.randperm(len(x), generator=generator).split(settings.batch_size):
@@ -62,7 +76,13 @@ def _train(x: torch.Tensor, y: torch.Tensor, settings: TrainingSettings, progres
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                step += 1
+                after_step(step, loss.item())
     return model.eval()
+
+
+def _adam(model: MoEClassifier, settings: TrainingSettings) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameter_groups(model, settings.learning_rate, settings.edge_rate))
 
 
 def _loss(

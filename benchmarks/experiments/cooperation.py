@@ -20,8 +20,9 @@ from benchmarks.experiments import cooperation_report
 from benchmarks.statistics import seeds_interval
 from cost.files import write_text
 from experts import data
+from experts.checkpoints import load_model, save_model
 from experts.losses import diversity_loss
-from experts.network import MoENetwork, NetworkSettings, load_network, save_network, train_network
+from experts.network import MoENetwork, NetworkSettings, train_network
 from moe_envs.threads import one_thread
 
 EPOCHS = {"digits": (30, 32), "fashion-mnist": (8, 128)}  # and batch size
@@ -110,7 +111,7 @@ def train_one(source: str, name: str, seed: int, epochs: int, path: Path) -> Res
     others = ~np.eye(EXPERTS, dtype=np.bool_)
     result["sparsity_before"] = [float((np.array(each)[others] < THRESHOLD).mean()) for each in (edges or [[]])[0]]
     result["drift"] = float((moved[-1] - moved[-2]).norm() / moved[-2].norm())
-    save_network(network, path)
+    save_model(network, path)
     result |= runs.provenance()
     write_text(record, json.dumps(result))
     return result
@@ -136,7 +137,7 @@ def run(
     for each in trained:
         each["time"] = times[each["name"]]
     best = max(trained, key=lambda each: each["validation"])
-    save_network(load_network(Path(best["path"])), out / "best.safetensors")
+    save_model(load_model(Path(best["path"]), MoENetwork), out / "best.safetensors")
     result: Result = {
         "data": source, "threshold": THRESHOLD, "utilisation_asked": UTILISATION, "rows": summarise(trained),
         "beside": BASE if BASE in names else names[0], "commits": sorted({str(each["commit"]) for each in trained}),
@@ -204,10 +205,10 @@ def _described(network: MoENetwork, content: data.Dataset) -> Result:
 def _relative_times(source: str, paths: dict[str, str], rounds: int = 31) -> dict[str, float]:
     """CPU time of a batch through each network over that of the plain top-2 one, by turns, medians of the ratios."""
     x = torch.from_numpy(data.load(source)["test"][0][:BATCH])
-    plain, found = load_network(Path(paths.get(BASE) or next(iter(paths.values())))), {}
+    plain, found = load_model(Path(paths.get(BASE) or next(iter(paths.values()))), MoENetwork), {}
     with one_thread():
         for name, path in paths.items():
-            network, ratios = load_network(Path(path)), []
+            network, ratios = load_model(Path(path), MoENetwork), []
             for _ in range(rounds):
                 marks = [time.process_time_ns()]
                 for each in (network, plain):

@@ -12,19 +12,21 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
+from benchmarks.report import markdown_header, markdown_row
 from cost.files import write_text
 from experts import bundle, data
+from experts.checkpoints import load_model
 from experts.confidence import (
-    BINS,
     Isotonic,
     confidence,
     expected_calibration_error,
     fit_temperature,
     gate_is_right,
+    reliability,
     right_experts,
 )
 from experts.landscape import landscape
-from experts.network import MoENetwork, load_network
+from experts.network import MoENetwork
 
 GRAPHS = (
     "flat, k=2, identity",
@@ -50,7 +52,7 @@ def write(result: Result, trained: list[Result], out: Path, progress: Callable[[
     steps: list[Callable[[], None]] = [
         lambda: _draw_accuracy(result, out / "accuracy.png"),
         lambda: _draw_edges(first, out / "edges.png"),
-        lambda: _draw_routing(result["data"], load_network(out / "best.safetensors"), out / "routing.png"),
+        lambda: _draw_routing(result["data"], load_model(out / "best.safetensors", MoENetwork), out / "routing.png"),
         lambda: _draw_landscape(result["data"], first, out / "landscape.png"),
         lambda: write_text(out / "report.md", report(result, corrections)),
     ]
@@ -72,48 +74,41 @@ def report(result: Result, corrections: Result) -> str:
         f"{result['threshold']:g}, half an even one (in brackets before training). Others: mean share of an expert's "
         "contribution that comes from the others of its team, on test. Both by layer.", "",
         "## Graphs", "",
-        *_header("network", "accuracy", "points more than without", "diversity", "time", "sparse", "others"),
+        *markdown_header("network", "accuracy", "points more than without", "diversity", "time", "sparse", "others"),
         *(
-            _line(row["name"], _percent(row), _points(row), f"{row['diversity']:.2f}", f"{row['time']:.2f}",
+            markdown_row(row["name"], _percent(row), _points(row), f"{row['diversity']:.2f}", f"{row['time']:.2f}",
                   _sparse(row), _layers(row["others"], ".2f"))
             for row in _of(result, "graph")
         ), "",
         "## Routers", "",
         f"Utilisation: entropy of the load over that of an even one; {result['utilisation_asked']:.0%} asked for.", "",
-        *_header("router", "accuracy", "points more than top-2", "utilisation", "experts per input", "dropped", "time"),
+        *markdown_header("router", "accuracy", "points more than top-2", "utilisation", "experts per input", "dropped",
+                         "time"),
         *(
-            _line(row["name"], _percent(row), _points(row), _layers(row["utilisation"], ".1%"),
+            markdown_row(row["name"], _percent(row), _points(row), _layers(row["utilisation"], ".1%"),
                   f"{row['experts_per_input']:.2f}", f"{row['dropped']:.1%}", f"{row['time']:.2f}")
             for row in plain + _of(result, "router")
         ), "",
         "## Regularisers", "",
         "Drift: distance that the experts' weights move in the last epoch over their norm.", "",
-        *_header("trained with", "accuracy", "points more than without", "utilisation", "diversity", "drift"),
+        *markdown_header("trained with", "accuracy", "points more than without", "utilisation", "diversity", "drift"),
         *(
-            _line(row["name"], _percent(row), _points(row), _layers(row["utilisation"], ".1%"),
+            markdown_row(row["name"], _percent(row), _points(row), _layers(row["utilisation"], ".1%"),
                   f"{row['diversity']:.2f}", f"{row['drift']:.4f}")
             for row in plain[:1] + _of(result, "regulariser")
         ), "",
         "## Confidence of a gate", "",
         f"The gate of the bundle {result['data']}: how far its probability of the expert that it takes is from how "
         "often that expert is right, expected calibration error on test; corrections are fitted on validation.", "",
-        *_header("as it is", "temperature", "isotonic"),
-        _line(f"{found['plain']:.3f}", f"{found['temperature']:.3f} (gate logits / {found['divisor']:.2f})",
+        *markdown_header("as it is", "temperature", "isotonic"),
+        markdown_row(f"{found['plain']:.3f}", f"{found['temperature']:.3f} (gate logits / {found['divisor']:.2f})",
               f"{found['isotonic']:.3f}"), "",
         f"Best network on validation: **{best['name']}**, seed {best['seed']}, test accuracy {best['accuracy']:.2%}: "
-        "`best.safetensors`, read by `experts.network.load_network`.", "",
+        "`best.safetensors`, read by `experts.checkpoints.load_model(path, MoENetwork)`.", "",
         f"Trained at commit {', '.join(result['commits'])}.", "",
     ]  # fmt: skip
     pictures = ("accuracy", "edges", "routing", "landscape", "confidence")
     return "\n".join(lines) + "\n" + "\n\n".join(f"![{name}]({name}.png)" for name in pictures) + "\n"
-
-
-def _header(*columns: str) -> list[str]:
-    return [_line(*columns), "|" + "---|" * len(columns)]
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _sparse(row: Result) -> str:
@@ -138,9 +133,8 @@ def correct_gate(source: str, path: Path) -> Result:
     panel = figure.subplots()
     panel.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
     for name, sure in ways.items():
-        place = np.minimum((sure * BINS).astype(int), BINS - 1)
-        many = [number for number in range(BINS) if (place == number).sum() >= 20]
-        said, was = ([each[place == number].mean() for number in many] for each in (sure, truth))
+        found = reliability(sure, truth)
+        said, was = (each[found.counts >= 20] for each in (found.confidence, found.right))
         panel.plot(said, was, marker="o", label=f"{name}, error {expected_calibration_error(sure, truth):.3f}")
     panel.set(xlabel="confidence of the gate in its expert", ylabel="share of the inputs that the expert gets right",
               title=f"gate of the bundle {source}, test", xlim=(0, 1), ylim=(0, 1))  # fmt: skip
@@ -227,7 +221,7 @@ def _draw_landscape(source: str, first: dict[str, Result], path: Path) -> None:
     figure = Figure((11, 4.5), layout="constrained")
     line, plane = figure.subplots(1, 2)
     for number, name in enumerate([name for name in SURFACES if name in first] or list(first)[:6]):
-        network = load_network(Path(first[name]["path"]))
+        network = load_model(Path(first[name]["path"]), MoENetwork)
 
         def loss(network: MoENetwork = network) -> torch.Tensor:
             return F.cross_entropy(network(inputs)[0], labels)

@@ -14,7 +14,8 @@ from benchmarks.commands import benchmark_app
 from benchmarks.experiments import cooperation
 from benchmarks.statistics import seeds_interval
 from experts import data
-from experts.network import load_network
+from experts.checkpoints import load_model
+from experts.network import MoENetwork
 
 NAMES = ["flat, k=2, no graph", "flat, k=2, random", "switch", "drift stabiliser"]
 runner = CliRunner()
@@ -37,7 +38,7 @@ def test_rows_are_what_the_networks_do(out: Path) -> None:
     inputs, labels = data.load("digits")["test"]
     right = []
     for seed in (0, 1):
-        network = load_network(out / "networks" / f"switch-{seed}.safetensors")
+        network = load_model(out / "networks" / f"switch-{seed}.safetensors", MoENetwork)
         with torch.inference_mode():
             right.append(float((network(torch.from_numpy(inputs))[0].argmax(1).numpy() == labels).mean()))
     assert rows["switch"]["accuracy"] == pytest.approx(np.mean(right))
@@ -46,7 +47,7 @@ def test_rows_are_what_the_networks_do(out: Path) -> None:
     assert len(rows["flat, k=2, random"]["sparsity"]) == len(rows["flat, k=2, random"]["utilisation"]) == 2
     assert rows["flat, k=2, no graph"]["sparsity"] == []
     assert content["best"]["name"] in NAMES
-    load_network(out / "best.safetensors")
+    load_model(out / "best.safetensors", MoENetwork)
 
 
 def test_the_report_has_all_rows_and_pictures(out: Path) -> None:

@@ -4,11 +4,38 @@ import numpy as np
 import pytest
 
 from benchmarks import pareto
-from benchmarks.statistics import interquartile_mean, mean_interval, paired_difference
+from benchmarks.statistics import (
+    bootstrap_interval,
+    iqm,
+    mean_interval,
+    normalized_score,
+    paired_difference,
+    probability_of_improvement,
+)
 
 
 def test_interquartile_mean_ignores_the_outer_quarters() -> None:
-    assert interquartile_mean(np.array([-1000.0, 1, 2, 3, 4, 5, 6, 1000])) == 3.5
+    assert iqm(np.array([-1000.0, 1, 2, 3, 4, 5, 6, 1000])) == 3.5
+
+
+def test_bootstrap_draws_runs_within_each_task() -> None:
+    tasks = np.array([0.0, 10.0]) + np.zeros((5, 1))  # runs are alike, tasks are far apart: nothing is uncertain
+    assert bootstrap_interval(tasks) == (5, 5)
+    runs = np.arange(8.0)[:, None]  # mean 3.5, standard deviation of the mean of drawn ones 2.291 / sqrt(8)
+    low, high = bootstrap_interval(runs, lambda scores: float(scores.mean()), resamples=20_000)
+    assert (3.5 - low, high - 3.5) == (pytest.approx(1.96 * 0.81, rel=0.05), pytest.approx(1.96 * 0.81, rel=0.05))
+    assert np.isnan(bootstrap_interval(runs[:1])).all()
+
+
+def test_probability_of_improvement_counts_pairs() -> None:
+    ours, theirs = np.array([[1.0, 5.0], [3.0, 5.0]]), np.array([[2.0, 5.0]])
+    assert probability_of_improvement(ours, theirs) == pytest.approx((0.5 + 0.5) / 2)
+    assert probability_of_improvement(ours[:, :1], np.array([[0.0], [4.0]])) == 0.5
+
+
+def test_normalized_score_is_0_at_the_yardstick_and_1_at_the_bound() -> None:
+    assert normalized_score(np.array([0.7, 0.8, 0.9]), 0.7, 0.9) == pytest.approx([0, 0.5, 1])
+    assert np.isnan(normalized_score(0.7, 0.7, 0.7))
 
 
 def test_interval_of_a_mean_has_the_size_of_its_standard_error() -> None:

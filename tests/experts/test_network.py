@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from experts import data
+from experts.checkpoints import load_model, save_model
 from experts.data import DataError
 from experts.layers import MoELayer
 from experts.losses import (
@@ -16,7 +17,7 @@ from experts.losses import (
     entropy_weighted_balance_loss,
     load_balancing_loss,
 )
-from experts.network import MoENetwork, NetworkSettings, load_network, network_loss, save_network, train_network
+from experts.network import MoENetwork, NetworkSettings, network_loss, train_network
 from experts.routers import TopK
 
 
@@ -143,18 +144,18 @@ def test_its_file_is_whole_or_refused(tmp_path: Path) -> None:
         tmp_path / "network.safetensors",
         make(router="top-p", router_options={"p": 0.7}, graph={"mode": "conv"})(),
     )
-    save_network(network, path)
-    restored, x = load_network(path), torch.rand(9, 64)
+    save_model(network, path)
+    restored, x = load_model(path, MoENetwork), torch.rand(9, 64)
     torch.testing.assert_close(restored(x)[0], network(x)[0], atol=0, rtol=0)
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
     with pytest.raises(DataError, match="damaged"):
-        load_network(path)
+        load_model(path, MoENetwork)
     path.write_bytes(b"{}")
-    with pytest.raises(DataError, match="not a network"):
-        load_network(path)
-    save_network(network.bfloat16(), path)
-    assert all(weights.dtype == torch.float32 for weights in load_network(path).parameters())
+    with pytest.raises(DataError, match="not a model's file"):
+        load_model(path, MoENetwork)
+    save_model(network.bfloat16(), path)
+    assert all(weights.dtype == torch.float32 for weights in load_model(path, MoENetwork).parameters())
     with pytest.raises(ValueError, match="state_dict"):
-        save_network(make(router=TopK(2))(), path)
+        save_model(make(router=TopK(2))(), path)

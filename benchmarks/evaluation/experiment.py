@@ -1,0 +1,131 @@
+"""How good are models that are routed, trained or stored in different ways: on test images and on corrupted ones?
+
+Models are trained on `train`; temperatures are fitted on `validation`; all figures are of `test`, corrupted with the
+seed that the model was trained with, so that setups of one seed meet the same images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks import pareto
+from benchmarks.evaluation import report
+from benchmarks.evaluation.corruptions import KINDS, LEVELS, corrupt, digest
+from benchmarks.evaluation.setups import SETTINGS, Setup, make
+from benchmarks.statistics import seeds_interval
+
+CLEAN = "test"
+SPLITS = (CLEAN, *(f"{kind}-{level}" for kind in KINDS for level in range(1, LEVELS + 1)))
+MIDDLE = 3  # the level at which a drop of less than 20 points is asked for
+MEANS = (
+    "accuracy", "top5", "loss", "entropy", "top2_gap", "ece", "ece_calibrated", "mce", "mce_calibrated",
+    "experts_per_input", "parameters", "bytes", "batch_ms", "batch_p95_ms", "energy_j", "memory_bytes",
+)  # fmt: skip
+__all__ = ["SETTINGS", "SPLITS", "Setup", "measure", "plot", "score", "text"]
+
+plot, text = report.plot, report.text
+
+
+def measure(setup: Setup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One model on one kind of images."""
+    import torch
+
+    from benchmarks.evaluation import measures
+    from experts import data
+
+    subject, content = make(setup, seed, folder), data.load(setup.data)
+    clean, labels = content["test"]
+    inputs = clean
+    if split != CLEAN:
+        kind, _, level = split.rpartition("-")
+        inputs = corrupt(clean, kind, int(level), seed)
+    with torch.inference_mode():
+        known, known_labels = content["validation"]
+        divisor = measures.temperature(subject.classify(torch.from_numpy(known)).numpy(), known_labels)
+        x = torch.from_numpy(inputs)
+        logits = subject.classify(x).numpy()
+        before = subject.classify(torch.from_numpy(clean)).numpy()
+        metrics = measures.quality(logits, labels) | measures.calibration(logits, labels, divisor)
+        metrics |= {
+            "stability": float((logits.argmax(1) == before.argmax(1)).mean()), "temperature": divisor,
+            "experts_per_input": float(subject.experts_per_input(x).float().mean()),
+            "parameters": subject.parameters, "bytes": subject.bytes, "inputs": len(x), "sha256": digest(inputs),
+        }  # fmt: skip
+        return metrics, measures.batch_costs(subject.classify, x)
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """For each setup: what it is worth on test, how that falls with corruption, how it ranks; then who is on the fronts
+    of accuracy against time and energy, and what to take."""
+    rows = [_of_setup(str(name), part) for name, part in frame.groupby("setup", sort=False)]
+    corrupted = frame[frame["split"] != CLEAN]
+    if len(corrupted):
+        ranks = corrupted.groupby(["seed", "split"])["accuracy"].rank(ascending=False).groupby(corrupted["setup"])
+        for row in rows:
+            row["rank"] = float(ranks.mean()[row["setup"]])
+    result: dict[str, Any] = {"data": str(frame["data"].iloc[0]), "rows": rows}
+    known = [row for row in rows if "accuracy" in row]
+    for cost in ("batch_ms", "energy_j"):
+        points = np.array([[row[cost], row["accuracy"]] for row in known])
+        result[f"front_{cost}"] = [row["setup"] for row, on in zip(known, pareto.front(points), strict=True) if on]
+        result[f"hypervolume_{cost}"] = {
+            row["setup"]: pareto.hypervolume(points[number : number + 1], f"models, {cost}")
+            for number, row in enumerate(known)
+        } | {"all": pareto.hypervolume(points, f"models, {cost}")}
+        result[f"recommended_{cost}"] = {
+            name: known[place]["setup"] for name, place in pareto.recommended(points).items()
+        }
+    return result
+
+
+def _of_setup(name: str, part: pd.DataFrame) -> dict[str, Any]:
+    clean = part[part["split"] == CLEAN]
+    row: dict[str, Any] = {"setup": name, "seeds": int(part["seed"].nunique())}
+    if not len(clean):
+        return row
+    row |= {key: float(clean[key].mean()) for key in MEANS}
+    row |= {"accuracy_ci95": seeds_interval(clean["accuracy"].to_numpy()), "noisy": int(part["noisy"].sum()),
+            "runs": len(part), "energy_source": str(clean["energy_source"].iloc[0])}  # fmt: skip
+    row["ece_down"] = 1 - row["ece_calibrated"] / row["ece"]
+    for side in ("", "_calibrated"):
+        bins = clean[f"reliability{side}"].tolist()
+        counts, sure, right = (np.array([each[key] for each in bins]) for key in ("counts", "confidence", "right"))
+        total = np.maximum(counts.sum(0), 1)
+        row[f"reliability{side}"] = {
+            "counts": counts.sum(0).tolist(), "confidence": ((sure * counts).sum(0) / total).tolist(),
+            "right": ((right * counts).sum(0) / total).tolist(),
+        }  # fmt: skip
+    return row | _robustness(part[part["split"] != CLEAN], clean)
+
+
+def _robustness(part: pd.DataFrame, clean: pd.DataFrame) -> dict[str, Any]:
+    """Accuracy by kind and level, means over seeds with intervals; the drop at level 3; relative robustness, the share
+    of the clean accuracy that is left; stability, the share of the inputs whose class stays; and the deviation over
+    seeds against that on clean images."""
+    if not len(part):
+        return {}
+    named = part["split"].str.rpartition("-")
+    part = part.assign(kind=named[0], level=named[2].astype(int))
+    before = clean.set_index("seed")["accuracy"]
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for kind, level in dict.fromkeys(zip(part["kind"], part["level"].tolist(), strict=True)):
+        found = part[(part["kind"] == kind) & (part["level"] == level)]["accuracy"].to_numpy()
+        point = {"level": level, "accuracy": float(found.mean()), "ci95": seeds_interval(found)}
+        curves.setdefault(kind, []).append(point)
+    by_seed = part.groupby("seed")["accuracy"].mean()
+    result: dict[str, Any] = {
+        "curves": curves, "relative_robustness": float((by_seed / before).mean()), "corrupted": float(by_seed.mean()),
+        "corrupted_ci95": seeds_interval(by_seed.to_numpy()), "stability": float(part["stability"].mean()),
+        "ece_corrupted": float(part["ece"].mean()), "ece_corrupted_calibrated": float(part["ece_calibrated"].mean()),
+    }  # fmt: skip
+    if len(before) > 1 and before.std() > 0:
+        result["spread"] = float(part.groupby("split")["accuracy"].std().mean() / before.std())
+    middle = part[part["level"] == MIDDLE]
+    if len(middle):
+        drops = 100 * (before.mean() - middle.groupby("kind")["accuracy"].mean())
+        result |= {"drop": float(drops.mean()), "worst_drop": float(drops.max()), "worst_kind": str(drops.idxmax())}
+    return result

@@ -1,0 +1,92 @@
+"""What is said of a model on some images: how right it is, how sure, and what a batch takes.
+
+Shape legend: B inputs, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.evaluation.setups import Classify
+from cost.meters import EnergyMeter, MemoryMeter, TimeMeter
+from experts.confidence import (
+    confidence,
+    expected_calibration_error,
+    fit_temperature,
+    maximum_calibration_error,
+    reliability,
+    softmax,
+)
+
+BATCH, BATCHES, WARM_UP = 256, 40, 2
+NOISY = 2.0  # P95 above so many medians
+
+
+def quality(logits_BC: np.ndarray, labels_B: np.ndarray) -> dict[str, float]:
+    """Top-1 and top-5 accuracy, cross-entropy, mean entropy of the classes in nats, and how far the likeliest class's
+    probability is from the next's."""
+    probability_BC = softmax(logits_BC.astype(np.float64))
+    rank_B = (logits_BC > np.take_along_axis(logits_BC, labels_B[:, None], 1)).sum(1)
+    right_B = np.take_along_axis(probability_BC, labels_B[:, None], 1)[:, 0]
+    first, second = np.sort(probability_BC, axis=1)[:, :-3:-1].T
+    return {
+        "accuracy": float((logits_BC.argmax(1) == labels_B).mean()),
+        "top5": float((rank_B < 5).mean()),
+        "loss": float(-np.log(right_B.clip(1e-12)).mean()),
+        "entropy": float(-(probability_BC * np.log(probability_BC.clip(1e-12))).sum(1).mean()),
+        "top2_gap": float((first - second).mean()),
+    }
+
+
+def temperature(logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
+    """What class logits are to be divided by, fitted on these, validation's."""
+    return fit_temperature(logits_BC, np.eye(logits_BC.shape[1], dtype=np.bool_)[labels_B])
+
+
+def calibration(logits_BC: np.ndarray, labels_B: np.ndarray, divisor: float) -> dict[str, Any]:
+    """Expected and maximum calibration error (of bins with 1 % of the inputs or more) as the model is and with its
+    logits divided, and both reliability diagrams."""
+    right_B = logits_BC.argmax(1) == labels_B
+    found: dict[str, Any] = {}
+    for suffix, sure_B in (("", confidence(logits_BC)), ("_calibrated", confidence(logits_BC, divisor))):
+        found[f"ece{suffix}"] = expected_calibration_error(sure_B, right_B)
+        found[f"mce{suffix}"] = maximum_calibration_error(sure_B, right_B, least=-(-len(right_B) // 100))
+        bins = reliability(sure_B, right_B)
+        found[f"reliability{suffix}"] = {name: each.tolist() for name, each in bins._asdict().items()}
+    return found
+
+
+def batch_costs(classify: Classify, inputs: torch.Tensor) -> dict[str, Any]:
+    """Median and P95 of the wall time of 40 batches of 256, whatever the number of inputs, after two that do not count;
+    energy and peak memory of one. `noisy` where P95 is above twice the median."""
+    batches = _batches(inputs)
+    for _ in range(WARM_UP):
+        classify(next(batches))
+    seconds = []
+    for _ in range(BATCHES):
+        batch = next(batches)
+        with TimeMeter() as time:
+            classify(batch)
+        seconds.append(time.value)
+    batch = next(batches)
+    with EnergyMeter() as energy:
+        classify(batch)
+    with MemoryMeter() as memory:
+        classify(batch)
+    median, late = np.percentile(seconds, [50, 95])
+    return {
+        "batch_ms": 1e3 * float(median), "batch_p95_ms": 1e3 * float(late), "noisy": bool(late > NOISY * median),
+        "energy_j": energy.value, "energy_source": energy.source, "memory_bytes": memory.value,
+    }  # fmt: skip
+
+
+def _batches(inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    place = 0
+    while True:
+        rows = torch.arange(place, place + BATCH) % len(inputs)
+        yield inputs[rows]
+        place += BATCH

@@ -1,0 +1,217 @@
+"""What is evaluated: one classifier, trained, routed or stored in several ways, for each seed anew.
+
+What several runs need, a trained model say, is made once into a folder, by whichever run comes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from experts.model import MoEClassifier
+
+DECISIONS = 30  # of a policy that drives a training, as in MoEMetaOpt-v0
+Classify = Callable[["torch.Tensor"], "torch.Tensor"]  # inputs [B, D] -> class logits [B, C]
+
+
+class Setup(BaseModel):
+    """What a matrix may say of a setup; what does not concern its kind has no effect.
+
+    `top-k`: the gate's `k` experts. `graph`: the same with an expert graph. `metaopt`: trained with learning rates by a
+    policy of MoEMetaOpt-v0. `compressed`: stored at `level`, the gate at `gate_level`, names of
+    `experts.compression.LEVELS`. `rl-router`: routed by PPO, trained in MoERouting-v0 with `cost_weight`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["top-k", "graph", "metaopt", "compressed", "rl-router"] = "top-k"
+    data: Literal["fashion-mnist", "digits"] = "fashion-mnist"
+    k: int = Field(default=2, ge=1, le=8)
+    level: str = "int4"
+    gate_level: str = "int8"
+    cost_weight: float = Field(default=0.1, ge=0)
+    timesteps: int | None = Field(default=None, ge=1)  # of a policy's training, instead of the tuned number
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "top-2": {"kind": "top-k", "k": 2},
+    "top-1": {"kind": "top-k", "k": 1},
+    "graph": {"kind": "graph"},
+    "MetaOpt-trained": {"kind": "metaopt"},
+    "int4, gate int8": {"kind": "compressed", "level": "int4"},
+    "int2, gate int8": {"kind": "compressed", "level": "int2"},
+    "RL router": {"kind": "rl-router"},
+}
+
+
+class Subject(NamedTuple):
+    """A model to evaluate: how it classifies, the experts that answer each input `[B]`, and what it takes to store."""
+
+    classify: Classify
+    experts_per_input: Callable[[torch.Tensor], torch.Tensor]
+    parameters: int
+    bytes: int
+
+
+def make(setup: Setup, seed: int, folder: Path) -> Subject:
+    """The model of a setup; raises `ValueError` for an unknown level."""
+    if setup.kind == "rl-router":
+        return _routed(setup, seed, folder)
+    if setup.kind == "compressed":
+        return _compressed(setup, seed, folder)
+    trainings = {"top-k": _train, "graph": _train_graph, "metaopt": _train_by_policy}
+    model = _kept(setup, seed, folder, trainings[setup.kind])
+    return _subject(model, setup.k)
+
+
+def _subject(model: MoEClassifier, k: int, stored: int | None = None) -> Subject:
+    parameters = sum(weights.numel() for weights in model.parameters())
+    return Subject(
+        lambda x: model(x, k), lambda x: x.new_full((len(x),), k), parameters, stored or 4 * parameters
+    )  # fmt: skip
+
+
+def _compressed(setup: Setup, seed: int, folder: Path) -> Subject:
+    from experts.compression import LEVELS
+    from experts.compression.plan import Plan
+
+    names = [level.name for level in LEVELS]
+    for level in (setup.level, setup.gate_level):
+        if level not in names:
+            raise ValueError(f"no level {level!r}; there are {'; '.join(names)}")
+    model = _kept(setup, seed, folder, _train)
+    plan = Plan.of(model, names.index(setup.level))
+    levels = plan.levels | {"gate": names.index(setup.gate_level)}
+    raw, restored = Plan.of(model, levels).compress(model)
+    return _subject(restored, setup.k, len(raw))  # type: ignore[arg-type]
+
+
+def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
+    """PPO as the router of the top-2 setup's model; costs are those of the shipped bundle, whose model is as large."""
+    from agents.deploy.routing import RoutedMoE
+    from benchmarks import runs
+    from experts import bundle, data, zoo
+    from experts.reference_bundles import Shipped
+
+    model = _kept(setup, seed, folder, _train)
+    place = folder / "routers" / _name(setup, seed, "cost_weight", "timesteps")
+    content = data.load(setup.data)
+    with _locked(place):
+        if not (place / "bundle").exists():
+            profile = Shipped(zoo.ASSETS / setup.data / bundle.PROFILE)
+            bundle.build(
+                "bundle", content.inputs, content.labels, model, splits=content.splits, folder=place, progress=False,
+                profile=lambda model, inputs: profile,
+            )  # fmt: skip
+        env_kwargs = {"bundle": str(place / "bundle"), "cost_weight": setup.cost_weight}
+        if not (place / "run" / runs.SETTINGS).exists():
+            more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
+            runs.train("moe_envs:MoERouting-v0", "ppo", seed, place / "run", env_kwargs, more, backend="own",
+                       overwrite=True)  # fmt: skip
+        policy: Any = runs.load(place / "run")[0]
+    routed = RoutedMoE(bundle.load(place / "bundle"), policy, {"cost_weight": setup.cost_weight})
+    parameters = sum(weights.numel() for part in (model, routed.policy) for weights in part.parameters())
+
+    def experts_per_input(x: torch.Tensor) -> torch.Tensor:
+        return routed.route(x, routed.gate(routed.trunk(x))).sum(1)
+
+    return Subject(routed, experts_per_input, parameters, 4 * parameters)
+
+
+def _train(setup: Setup, seed: int, folder: Path, graph: dict[str, Any] | None = None) -> MoEClassifier:
+    from experts import data, training
+    from experts.reference_bundles import SETTINGS as REFERENCE
+
+    settings = replace(REFERENCE[setup.data], seed=seed, graph=graph)
+    return training.train(*data.load(setup.data)["train"], settings, progress=False)
+
+
+def _train_graph(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
+    return _train(setup, seed, folder, graph={"mode": "weighted"})
+
+
+def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
+    """The training of top-k with AdamW, whose rates a policy changes 30 times; its target is what top-k's reaches."""
+    import torch
+
+    from agents.meta_optimizer import PolicyMetaOptimizer, gate_metrics
+    from agents.ppo import PPO
+    from benchmarks import policies
+    from experts import data, training
+    from experts.reference_bundles import SETTINGS as REFERENCE
+
+    place = folder / "meta-optimizers" / _name(setup, seed, "timesteps")
+    with _locked(place):
+        policy = PPO.load(policies.learn({"task": setup.data}, seed, setup.timesteps, place)["path"])
+    settings = replace(REFERENCE[setup.data], seed=seed)
+    content = data.load(setup.data)
+    x, y = map(torch.from_numpy, content["validation"])
+    every = settings.epochs * -(-len(content.splits["train"]) // settings.batch_size) // DECISIONS
+    target = _validate(_kept(setup, seed, folder, _train), x, y)["validation_accuracy"]
+
+    def drive(model: MoEClassifier) -> tuple[torch.optim.Optimizer, Callable[[int, float], None]]:
+        parts = {"gate": model.gate, "experts": model.experts}
+        groups = [{"params": part.parameters()} for part in parts.values()]
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.01)
+        meta = PolicyMetaOptimizer(optimizer, policy, parts, target=target, max_actions=DECISIONS)
+        losses: list[float] = []
+
+        def after_step(step: int, loss: float) -> None:
+            losses.append(loss)
+            if step % every == 0 and meta.decisions < DECISIONS:
+                with torch.no_grad():
+                    found = _validate(model, x, y) | gate_metrics(model.gate(x))
+                meta.update_hparams({**found, "train_losses": losses[-every:]}, step)
+
+        return optimizer, after_step
+
+    return training.train(*content["train"], settings, progress=False, drive=drive)
+
+
+def _validate(model: MoEClassifier, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    import torch
+    import torch.nn.functional as F
+
+    with torch.no_grad():
+        logits = model(x)
+    accuracy = float((logits.argmax(1) == y).float().mean())
+    return {"validation_loss": float(F.cross_entropy(logits, y)), "validation_accuracy": accuracy}
+
+
+def _kept(setup: Setup, seed: int, folder: Path, train: Callable[[Setup, int, Path], MoEClassifier]) -> MoEClassifier:
+    """The trained model, from the folder where it is there."""
+    from experts.checkpoints import load_model, save_model
+    from experts.model import MoEClassifier
+
+    means = ("timesteps",) if train is _train_by_policy else ()
+    path = folder / "models" / f"{train.__name__.strip('_')}-{_name(setup, seed, *means)}.safetensors"
+    with _locked(path):
+        if not path.exists():
+            save_model(train(setup, seed, folder), path)
+    return load_model(path, MoEClassifier)
+
+
+def _name(setup: Setup, seed: int, *fields: str) -> str:
+    """A name for what depends on the data, the seed and these fields."""
+    said = json.dumps([getattr(setup, field) for field in ("data", *fields)])
+    return f"{setup.data}-{seed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        yield

@@ -1,0 +1,413 @@
+"""The runs of a matrix, setups x seeds x splits, each made once and kept as one line of `raw.jsonl`.
+
+A line is appended under a lock by the process that made it: what is finished survives a kill, what a kill cut short is
+made again. When all are there, the lines are put into the order of the matrix, so that the file is the same in however
+many processes it was made, times aside. Reports are made from the lines alone.
+
+An experiment is a module with `Setup` (a pydantic model of what a setup may say), `SETTINGS` (setups by name) and
+`SPLITS`, which a matrix takes where it names none, and the functions of `Experiment`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+import os
+import tempfile
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from benchmarks import jobs, runs
+from cost.files import write_text
+
+EXPERIMENTS = {"models": "benchmarks.evaluation.experiment"}
+RAW, MATRIX, FAILED, RESULTS, REPORT, WORK = (
+    "raw.jsonl", "matrix.json", "failed.json", "results.json", "report.md", "work",
+)  # fmt: skip
+ATTEMPTS = 3
+MOST_FAILED = 0.05
+SEEDS = (17, 42, 1337)
+
+
+class RunnerError(RuntimeError):
+    """A matrix, a file of rows or a folder is not what it should be, or too many runs failed; the message says why."""
+
+
+class Experiment(Protocol):
+    """What a module of an experiment offers beside its constants."""
+
+    def measure(self, setup: Any, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """One run: metrics, the same for the same arguments, and what was measured, times say, which differs. `folder`
+        keeps what several runs need."""
+
+    def score(self, frame: pd.DataFrame) -> dict[str, Any]:
+        """What the rows say, as JSON."""
+
+    def plot(self, frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
+        """Draw pictures into `out`; their names."""
+
+    def text(self, result: dict[str, Any]) -> str:
+        """The report, as Markdown."""
+
+
+class Matrix(BaseModel):
+    """What is run: an experiment's setups, by default all of its own, with each seed on each split. `settings` hold for
+    all setups that do not say otherwise."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    experiment: str
+    seeds: list[int] = Field(default=list(SEEDS), min_length=1)
+    splits: list[str] = Field(default=[])
+    setups: dict[str, dict[str, Any]] = Field(default={})
+    settings: dict[str, Any] = Field(default={})
+
+
+class Job(NamedTuple):
+    """One run, and the hash of what it is of."""
+
+    experiment: str
+    setup: str
+    arguments: dict[str, Any]
+    seed: int
+    split: str
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Row(BaseModel):
+    """A finished run, one line of `raw.jsonl`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1]
+    config_hash: str
+    experiment: str
+    setup: str
+    arguments: dict[str, Any]
+    seed: int
+    split: str
+    metrics: dict[str, Any]
+    measured: dict[str, Any]
+    attempts: int
+    commit: str | None
+    fingerprint: dict[str, str]
+    versions: dict[str, str]
+
+    @property
+    def job(self) -> Job:
+        return Job(self.experiment, self.setup, self.arguments, self.seed, self.split)
+
+
+def experiment_of(name: str) -> Any:
+    """The module of an experiment of `EXPERIMENTS`, or of your own by its dotted name."""
+    if name not in EXPERIMENTS and "." not in name:
+        raise RunnerError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}, or your own as package.module")
+    try:
+        return importlib.import_module(EXPERIMENTS.get(name, name))
+    except ModuleNotFoundError as error:
+        raise RunnerError(f"experiment {name!r}: {error}") from error
+
+
+def load_matrix(path: Path) -> Matrix:
+    """A matrix of a YAML or JSON file; raises `RunnerError` that says what is wrong where."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunnerError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RunnerError(f"{path} is neither YAML nor JSON: {error}") from error
+    try:
+        return Matrix.model_validate(content)
+    except ValidationError as error:
+        raise RunnerError(f"{path}: {_said(error)}") from error
+
+
+def named(name: str, only: list[str]) -> Matrix:
+    """The matrix in a file, or all of an experiment; of some of its setups only, where any are named."""
+    matrix = Matrix(experiment=name) if name in EXPERIMENTS else load_matrix(Path(name))
+    setups = matrix.setups or experiment_of(matrix.experiment).SETTINGS
+    if unknown := [each for each in only if each not in setups]:
+        raise RunnerError(f"no setup {unknown[0]!r}; there are {', '.join(setups)}")
+    return matrix.model_copy(update={"setups": {each: setups[each] for each in only or setups}})
+
+
+def jobs_of(matrix: Matrix) -> list[Job]:
+    """All runs of a matrix: for each split and seed every setup; raises `RunnerError` for arguments it cannot have."""
+    experiment = experiment_of(matrix.experiment)
+    found, setups = [], matrix.setups or experiment.SETTINGS
+    splits = matrix.splits or list(experiment.SPLITS)
+    if unknown := [split for split in splits if split not in experiment.SPLITS]:
+        raise RunnerError(f"no split {unknown[0]!r} in {matrix.experiment}; there are {', '.join(experiment.SPLITS)}")
+    if twice := [value for value, times in Counter([*matrix.seeds, *splits]).items() if times > 1]:
+        raise RunnerError(f"{twice[0]} is named twice")
+    for split in splits:
+        for seed in matrix.seeds:
+            for name, setup in setups.items():
+                try:
+                    arguments = experiment.Setup.model_validate(matrix.settings | setup).model_dump(mode="json")
+                except ValidationError as error:
+                    raise RunnerError(f"setup {name!r}: {_said(error)}") from error
+                found.append(Job(matrix.experiment, name, arguments, seed, split))
+    return found
+
+
+def read(path: Path) -> list[Row]:
+    """All whole lines of a file of rows; raises `RunnerError` naming the first that is none. What follows the last line
+    feed was cut by a kill and does not count."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            row = Row.model_validate_json(line)
+        except ValidationError as error:
+            raise RunnerError(f"{path}, line {number + 1}, is not a row: {_said(error)}") from error
+        if row.config_hash != row.job.key:
+            raise RunnerError(f"{path}, line {number + 1}: its config_hash is not that of its arguments")
+        rows.append(row)
+    return rows
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row under a lock, unless one of the same hash is there."""
+    line = json.dumps(row.model_dump(), allow_nan=False).encode() + b"\n"
+    with _locked(path):
+        if row.config_hash in {each.config_hash for each in read(path)}:
+            return
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with open(descriptor, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+            file.write(line)
+            file.flush()
+            os.fsync(descriptor)
+
+
+def run(
+    matrix: Matrix, out: Path, processes: int = 1, part: tuple[int, int] = (0, 1),
+    report: Callable[[float], object] = lambda share: None,
+) -> int:  # fmt: skip
+    """Make the rows that are not there, in so many processes; how many were made. `part` (i, n) makes every n-th only.
+
+    A run that fails is tried twice more. Raises `RunnerError`, with an overview in `failed.json`, where more than 5 %
+    fail for good, at once, or any at the end; what is finished stays, and the same call goes on.
+    """
+    every = jobs_of(matrix)
+    with _alone(out, part):
+        write_text(out / MATRIX, matrix.model_dump_json(indent=1))
+        (out / FAILED).unlink(missing_ok=True)
+        there = {row.config_hash for row in read(out / RAW)}
+        todo = [job for job in every[part[0] :: part[1]] if job.key not in there]
+        if not todo:
+            return 0
+        failures = _work(todo, out, processes, MOST_FAILED * len(every), report)
+        _sort(out / RAW, every)
+    if failures:
+        raise RunnerError(_overview(failures, len(todo), out))
+    return len(todo)
+
+
+def rebuild(out: Path) -> bool:
+    """Make the report of a folder of `run` from its rows; False where it is there, of the same rows and code."""
+    matrix = load_matrix(out / MATRIX)
+    wanted = {job.key: number for number, job in enumerate(jobs_of(matrix))}
+    rows = sorted((row for row in read(out / RAW) if row.config_hash in wanted), key=lambda r: wanted[r.config_hash])
+    if not rows:
+        raise RunnerError(f"{out} holds no row of its matrix: moe-benchmark run {out / MATRIX} --out {out}")
+    source = {
+        "rows": len(rows), "of": len(wanted), "commits": sorted({str(row.commit) for row in rows}),
+        "machines": sorted({row.fingerprint["cpu"] for row in rows}), **runs.provenance(),
+        "sha256": hashlib.sha256("".join(row.model_dump_json() for row in rows).encode()).hexdigest(),
+    }  # fmt: skip
+    if (out / REPORT).exists() and _source_of(out / RESULTS) == source:
+        return False
+    experiment: Experiment = experiment_of(matrix.experiment)
+    frame = pd.DataFrame(
+        [{"setup": r.setup, "seed": r.seed, "split": r.split, **r.arguments, **r.metrics, **r.measured} for r in rows]
+    )
+    result = experiment.score(frame)
+    pictures = experiment.plot(frame, result, out)
+    about = (
+        f"{source['rows']} of {source['of']} runs, at commit {', '.join(source['commits'])}, on "
+        f"{', '.join(source['machines'])}. `moe-benchmark report {out}` makes this page from `{RAW}`."
+    )
+    drawn = "\n\n".join(f"![{name}]({name})" for name in pictures)
+    write_text(out / REPORT, f"{experiment.text(result)}\n\n{about}\n\n{drawn}\n")
+    write_text(out / RESULTS, json.dumps({"source": source, **result}, indent=1))
+    return True
+
+
+def measure(job: Job, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make one run."""
+    experiment = experiment_of(job.experiment)
+    return experiment.measure(experiment.Setup.model_validate(job.arguments), job.seed, job.split, folder)
+
+
+def validate(
+    file: Path, count: int, seed: int, tolerance: float, report: Callable[[float], object] = lambda share: None
+) -> list[dict[str, Any]]:
+    """Run so many drawn rows of a file again, from nothing, and list for each the metrics that differ.
+
+    Raises `RunnerError` for a file of no rows, or of an experiment that is not ours: what it names would be imported.
+    """
+    rows, found = read(file), []
+    if not rows:
+        raise RunnerError(f"{file} holds no rows")
+    if foreign := {row.experiment for row in rows} - EXPERIMENTS.keys():
+        raise RunnerError(f"{file} is of the experiment {foreign.pop()!r}; there are {', '.join(EXPERIMENTS)}")
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, row in enumerate(rows[place] for place in sorted(chosen)):
+            here, _ = measure(row.job, Path(folder))
+            differing = [
+                {"metric": name, "submitted": row.metrics.get(name), "here": here.get(name)}
+                for name in sorted(row.metrics.keys() | here.keys())
+                if not _alike(row.metrics.get(name), here.get(name), tolerance)
+            ]
+            found.append({"setup": row.setup, "seed": row.seed, "split": row.split, "metrics": len(here),
+                          "differing": differing})  # fmt: skip
+            report((number + 1) / len(chosen))
+    return found
+
+
+def _alike(first: Any, second: Any, tolerance: float) -> bool:
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_alike(first[key], second[key], tolerance) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(_alike(*pair, tolerance) for pair in zip(first, second, strict=True))
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return math.isclose(first, second, rel_tol=tolerance, abs_tol=tolerance)
+    return bool(first == second)
+
+
+def slurm(path: Path, out: Path, parts: int) -> str:
+    """A Slurm script that runs a matrix in so many tasks and then makes the report."""
+    command = f"moe-benchmark run {path} --out {out}"
+    return "\n".join([
+        "#!/bin/bash",
+        "#SBATCH --job-name=moe-benchmark", f"#SBATCH --array=0-{parts - 1}", "#SBATCH --cpus-per-task=1",
+        f"# then: moe-benchmark report {out}", f'srun {command} --part "$SLURM_ARRAY_TASK_ID/{parts}"', "",
+    ])  # fmt: skip
+
+
+class _Failure(NamedTuple):
+    job: Job
+    error: str
+    trace: str
+
+
+def _work(todo: list[Job], out: Path, processes: int, most: float, report: Callable[[float], object]) -> list[_Failure]:
+    """Each process is a pool of its own, so that one that dies takes no other run with it."""
+    waiting = deque((job, 1) for job in todo)
+    free, running, failures = [jobs.pool(1) for _ in range(min(processes, len(todo)))], dict[Future[None], Any](), []
+    try:
+        while waiting or running:
+            while waiting and free:
+                pool, (job, attempt) = free.pop(), waiting.popleft()
+                running[pool.submit(_make, job, attempt, out)] = pool, job, attempt
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                pool, job, attempt = running.pop(future)
+                error = future.exception()
+                free.append(_mended(pool, error))
+                if error is not None and attempt < ATTEMPTS:
+                    waiting.appendleft((job, attempt + 1))
+                elif error is not None:
+                    failures.append(_Failure(job, repr(error), "".join(traceback.format_exception(error))))
+                    content = [{**each.job._asdict(), "error": each.error, "trace": each.trace} for each in failures]
+                    write_text(out / FAILED, json.dumps(content, indent=1))
+                if len(failures) > most:
+                    raise RunnerError(_overview(failures, len(todo), out))
+                report(1 - (len(waiting) + len(running)) / len(todo))
+    finally:
+        for pool in (*free, *(each[0] for each in running.values())):
+            _end(pool)
+    return failures
+
+
+def _mended(pool: ProcessPoolExecutor, error: BaseException | None) -> ProcessPoolExecutor:
+    if not isinstance(error, BrokenProcessPool):
+        return pool
+    pool.shutdown()
+    return jobs.pool(1)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+    pool.shutdown(cancel_futures=True)
+
+
+def _make(job: Job, attempt: int, out: Path) -> None:
+    """In a process: one run, appended to the rows."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    metrics, measured = measure(job, out / WORK)
+    measured |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    about = {"config_hash": job.key, **job._asdict(), **runs.provenance()}
+    append(out / RAW, Row(format=1, metrics=metrics, measured=measured, attempts=attempt, **about))
+
+
+def _sort(path: Path, every: list[Job]) -> None:
+    """Rows in the order of the matrix, those of other matrices behind them."""
+    with _locked(path):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        place = {job.key: number for number, job in enumerate(every)}
+        order = sorted(lines, key=lambda line: place.get(json.loads(line)["config_hash"], len(place)))
+        if order != lines:
+            write_text(path, b"".join(order).decode())
+
+
+def _source_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _overview(failures: list[_Failure], total: int, out: Path) -> str:
+    shown = [f"{each.job.setup}, seed {each.job.seed}, {each.job.split}: {each.error}" for each in failures[:10]]
+    more = [f"and {len(failures) - 10} more"] if len(failures) > 10 else []
+    head = (
+        f"{len(failures)} of {total} runs failed {ATTEMPTS} times; traces are in {out / FAILED}, the same call goes on"
+    )
+    return "\n  ".join([head, *shown, *more])
+
+
+@contextmanager
+def _alone(out: Path, part: tuple[int, int]) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / f".running-{part[0]}-of-{part[1]}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunnerError(f"another process is running this matrix in {out}") from None
+    with lock:
+        yield
+
+
+def _locked(path: Path) -> FileLock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+
+def _said(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}" for each in error.errors())

@@ -1,0 +1,103 @@
+"""The subcommands of `moe-benchmark` about matrices of runs: run, report, validate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from benchmarks.commands import benchmark_app
+from benchmarks.terminal import Json, bar, console, write
+
+Out = Annotated[Path, typer.Option(help="Folder of the rows and of the report.")]
+
+
+@benchmark_app.command("run")
+def _run(
+    matrix: Annotated[str, typer.Argument(help="A YAML or JSON file, or the name of an experiment: models")],
+    out: Out,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Names of setups; all by default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run.")] = False,
+    part: Annotated[str, typer.Option(help="I/N: every N-th run from the I-th on, for several machines.")] = "0/1",
+    slurm: Annotated[Path | None, typer.Option(help="Write a Slurm script of --jobs tasks, and run nothing.")] = None,
+) -> None:
+    """Setups x seeds x splits, each run once; then the report. What is there already is not run again.
+
+    Example: moe-benchmark run models --out runs/models --jobs 2
+    """
+    from benchmarks import runner
+
+    wanted = runner.named(matrix, only or [])
+    number, _, parts = part.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise ValueError(f"--part {part}: I/N with I from 0 to N - 1")
+    if slurm:
+        write_slurm(slurm, wanted, out, jobs)
+        return
+    every = runner.jobs_of(wanted)
+    there = {row.config_hash for row in runner.read(out / runner.RAW)}
+    todo = [job for job in every if job.key not in there]
+    if dry_run:
+        table = Table("setup", "seeds", "splits", "runs", "to do", title=f"{wanted.experiment}, nothing is run")
+        for name in dict.fromkeys(job.setup for job in every):
+            own, left = ([job for job in jobs if job.setup == name] for jobs in (every, todo))
+            seeds, splits = ({getattr(job, what) for job in own} for what in ("seed", "split"))
+            table.add_row(name, ", ".join(map(str, sorted(seeds))), str(len(splits)), str(len(own)), str(len(left)))
+        console.print(table, f"{len(todo)} of {len(every)} runs to do")
+        return
+    with bar() as add:
+        made = runner.run(wanted, out, jobs, (int(number), int(parts)), add(f"{len(todo)} runs"))
+    whole = len(todo) == made
+    if whole and (runner.rebuild(out) or made):
+        console.print(f"[green]saved[/] {out}/{runner.RAW}, {out}/{runner.REPORT}, {out}/{runner.RESULTS}")
+    else:
+        console.print("nothing to do" if whole else f"{len(todo) - made} runs are left to other parts")
+
+
+def write_slurm(path: Path, matrix: object, out: Path, parts: int) -> None:
+    """A Slurm script for a matrix, which is written into the folder of its rows."""
+    from benchmarks import runner
+    from cost.files import write_text
+
+    assert isinstance(matrix, runner.Matrix)
+    write_text(out / runner.MATRIX, matrix.model_dump_json(indent=1))
+    write_text(path, runner.slurm(out / runner.MATRIX, out, parts))
+    console.print(f"[green]saved[/] {path}    start it: sbatch {path}")
+
+
+@benchmark_app.command("report")
+def _report(folder: Annotated[Path, typer.Argument(help="A folder of moe-benchmark run.")]) -> None:
+    """Rebuild tables and pictures from the rows."""
+    from benchmarks import runner
+
+    done = runner.rebuild(folder)
+    console.print(f"[green]saved[/] {folder}/{runner.REPORT}" if done else f"{folder}/{runner.REPORT} is of these rows")
+
+
+@benchmark_app.command("validate")
+def _validate(
+    file: Annotated[Path, typer.Argument(help="Rows of moe-benchmark run: a raw.jsonl.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many to run again, drawn with --seed.")] = 3,
+    seed: int = 0,
+    tolerance: Annotated[float, typer.Option(min=0, help="Of each metric, relative and absolute.")] = 1e-6,
+    json_file: Json = None,
+) -> None:
+    """Run rows of a submitted result again and compare their metrics; exit code 1 where one differs."""
+    from benchmarks import runner
+
+    with bar() as add:
+        found = runner.validate(file, rows, seed, tolerance, add(f"up to {rows} rows again"))
+    write(json_file, found)
+    table = Table("setup", "seed", "split", "metric", "submitted", "here")
+    for each in found:
+        shown = each["differing"] or [{"metric": f"all {each['metrics']} the same", "submitted": "", "here": ""}]
+        for metric in shown:
+            cells = (json.dumps(metric[key])[:40] if metric[key] != "" else "" for key in ("submitted", "here"))
+            table.add_row(each["setup"], str(each["seed"]), each["split"], metric["metric"], *cells)
+    console.print(table)
+    if any(each["differing"] for each in found):
+        raise typer.Exit(1)

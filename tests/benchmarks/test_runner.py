@@ -1,0 +1,234 @@
+"""The runner: nothing lost, nothing twice, and the same rows however they were made."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from benchmarks import runner
+from benchmarks.runner import Matrix, RunnerError
+
+KILLS = int(os.environ.get("MOE_ENVS_KILLS", "6"))
+TINY = """
+import os, time
+from pathlib import Path
+from pydantic import BaseModel, ConfigDict
+
+class Setup(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    factor: int = 1
+    seconds: float = 0.0
+    fails: int = 0
+    dies: int = 0
+
+SETTINGS = {"one": {}, "three": {"factor": 3}}
+SPLITS = ("test", "other")
+
+def measure(setup, seed, split, folder):
+    time.sleep(setup.seconds)
+    folder.mkdir(parents=True, exist_ok=True)
+    tried = folder / f"{setup.factor}-{seed}-{split}"
+    times = len(tried.read_text()) if tried.exists() else 0
+    tried.write_text("x" * (times + 1))
+    if times < setup.dies:
+        os._exit(9)
+    if times < setup.fails:
+        raise ValueError(f"try {times}")
+    return {"value": setup.factor * seed, "split": split}, {"at": time.time()}
+
+def score(frame):
+    return {"mean": float(frame["value"].mean())}
+
+def plot(frame, result, out):
+    (out / "drawn.png").write_bytes(b"png")
+    return ["drawn.png"]
+
+def text(result):
+    return f"mean {result['mean']:g}"
+"""
+
+
+@pytest.fixture(autouse=True)
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    package = tmp_path / "own" / "small"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "tiny.py").write_text(TINY)
+    monkeypatch.syspath_prepend(tmp_path / "own")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"))
+    return tmp_path / "own"
+
+
+def matrix(**more: Any) -> Matrix:
+    return Matrix(**{"experiment": "small.tiny", "seeds": [1, 2], **more})
+
+
+def lasting(folder: Path) -> list[dict[str, Any]]:
+    """The rows, times aside."""
+    rows = [json.loads(line) for line in (folder / "raw.jsonl").read_text().splitlines()]
+    return [row | {"measured": {}} for row in rows]
+
+
+def test_rows_are_the_same_in_one_process_and_in_two(tmp_path: Path) -> None:
+    slow = {"slow": {"factor": 2, "seconds": 0.5}, "quick": {}}  # the second to begin is the first to end
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert runner.run(matrix(setups=slow), one) == runner.run(matrix(setups=slow), two, processes=2) == 8
+    assert json.dumps(lasting(one)) == json.dumps(lasting(two))
+    assert [(row["split"], row["seed"], row["setup"]) for row in lasting(one)] == [
+        (split, seed, name) for split in ("test", "other") for seed in (1, 2) for name in ("slow", "quick")
+    ]
+    assert [row["metrics"]["value"] for row in lasting(one)[:4]] == [2, 1, 4, 2]
+
+
+def test_a_second_call_does_nothing_and_more_seeds_are_added(tmp_path: Path) -> None:
+    runner.run(matrix(), tmp_path)
+    assert runner.rebuild(tmp_path)
+    content = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert runner.run(matrix(), tmp_path) == 0
+    assert not runner.rebuild(tmp_path)
+    assert {path: path.read_bytes() for path in content} == content
+    assert "mean 3" in (tmp_path / "report.md").read_text()
+    assert "8 of 8 runs" in (tmp_path / "report.md").read_text()
+    assert runner.run(matrix(seeds=[1, 2, 6]), tmp_path) == 4
+    assert runner.rebuild(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["mean"] == 6
+    assert runner.run(matrix(), tmp_path) == 0  # rows of other matrices stay, and do not count
+    assert runner.rebuild(tmp_path)
+    assert (json.loads((tmp_path / "results.json").read_text())["mean"], len(lasting(tmp_path))) == (3, 12)
+
+
+def test_kills_lose_no_finished_row_and_duplicate_none(tmp_path: Path) -> None:
+    path, out = tmp_path / "matrix.json", tmp_path / "out"
+    setups = {f"setup {number}": {"factor": number, "seconds": 0.3} for number in range(1, 4 + 2 * KILLS)}
+    path.write_text(matrix(setups=setups).model_dump_json())
+    code = "from benchmarks.cli import benchmark; benchmark()"
+    command = [sys.executable, "-c", code, "run", str(path), "--out", str(out), "--jobs", "2"]
+    draw, finished = random.Random(0), {}
+    for _ in range(KILLS):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.5, 6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = {row.config_hash: row for row in runner.read(out / "raw.jsonl")}
+        assert finished.items() <= now.items()
+        finished = now
+    assert 0 < len(finished) < 4 * len(setups)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    hashes = [row.config_hash for row in runner.read(out / "raw.jsonl")]
+    assert hashes == [job.key for job in runner.jobs_of(runner.load_matrix(path))]
+    assert finished.items() <= {row.config_hash: row for row in runner.read(out / "raw.jsonl")}.items()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert (again.returncode, again.stdout.strip()) == (0, "nothing to do")
+
+
+def test_what_a_kill_cut_short_is_made_again(tmp_path: Path) -> None:
+    runner.run(matrix(), tmp_path)
+    path = tmp_path / "raw.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert len(runner.read(path)) == 7
+    assert runner.run(matrix(), tmp_path) == 1
+    assert len(path.read_bytes().splitlines()) == 8
+    assert path.read_bytes().startswith(whole.rpartition(b"\n{")[0])
+
+
+def test_a_run_that_fails_or_dies_is_tried_twice_more(tmp_path: Path) -> None:
+    setups = {"fails": {"factor": 1, "fails": 2}, "dies": {"factor": 2, "dies": 1}, "well": {"factor": 3}}
+    assert runner.run(matrix(setups=setups, seeds=[1], splits=["test"]), tmp_path, processes=2) == 3
+    assert {row["setup"]: row["attempts"] for row in lasting(tmp_path)} == {"fails": 3, "dies": 2, "well": 1}
+    assert not (tmp_path / "failed.json").exists()
+
+
+def test_too_many_failures_stop_the_rest_and_are_told(tmp_path: Path) -> None:
+    setups = {"fails": {"factor": 1, "fails": 99}, "slow": {"factor": 2, "seconds": 1.0}}
+    wanted = matrix(setups=setups, seeds=list(range(8)), splits=["test"])
+    with pytest.raises(RunnerError, match=r"1 of 16 runs failed 3 times[\s\S]*fails, seed 0, test: ValueError"):
+        runner.run(wanted, tmp_path)
+    assert len(runner.read(tmp_path / "raw.jsonl")) < 8
+    (failure,) = json.loads((tmp_path / "failed.json").read_text())
+    assert (failure["setup"], failure["seed"], failure["error"]) == ("fails", 0, "ValueError('try 2')")
+    assert "in measure" in failure["trace"]
+    assert runner.run(matrix(setups={"well": {}}, seeds=[5], splits=["test"]), tmp_path / "other") == 1
+
+
+def test_few_failures_let_the_rest_finish(tmp_path: Path) -> None:
+    setups = {"fails": {"factor": 77, "fails": 99}} | {f"well {number}": {"factor": number} for number in range(20)}
+    with pytest.raises(RunnerError, match="1 of 21 runs"):
+        runner.run(matrix(setups=setups, seeds=[1], splits=["test"]), tmp_path, processes=2)
+    assert len(lasting(tmp_path)) == 20
+    assert runner.rebuild(tmp_path)
+    assert "20 of 21 runs" in (tmp_path / "report.md").read_text()
+
+
+def test_parts_make_the_whole(tmp_path: Path) -> None:
+    assert [runner.run(matrix(), tmp_path, part=(part, 3)) for part in range(3)] == [3, 3, 2]
+    assert [row.config_hash for row in runner.read(tmp_path / "raw.jsonl")] == [j.key for j in runner.jobs_of(matrix())]
+    script = runner.slurm(tmp_path / "matrix.json", tmp_path, 3)
+    assert "--array=0-2" in script
+    assert f"moe-benchmark run {tmp_path}/matrix.json --out {tmp_path} --part" in script
+
+
+def test_only_one_runs_in_a_folder(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".running-0-of-1.lock"), pytest.raises(RunnerError, match="another process"):
+        runner.run(matrix(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("experiment: models\nseed: [1]", "seed: Extra inputs"),
+        ("experiment: [", "neither YAML nor JSON"),
+        ("- 1", "the whole"),
+        ("experiment: models\nseeds: []", "seeds: List should have at least 1"),
+        ("experiment: nothing", "no experiment 'nothing'; there are models"),
+        ("experiment: no.such", "No module named 'no'"),
+        ("experiment: models\nsplits: [train]", "no split 'train' in models; there are test, gaussian-noise-1"),
+        ("experiment: models\nseeds: [1, 1]", "1 is named twice"),
+        ("experiment: models\nsetups: {mine: {kind: top-9}}", "setup 'mine': kind: Input should be 'top-k'"),
+        ("experiment: models\nsettings: {colour: red}", "colour: Extra inputs"),
+    ],
+)
+def test_a_wrong_matrix_is_told_before_anything_runs(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "matrix.yaml"
+    path.write_text(content)
+    with pytest.raises(RunnerError, match=message):
+        runner.jobs_of(runner.load_matrix(path))
+
+
+def test_damaged_rows_are_named_and_left_as_they_are(tmp_path: Path) -> None:
+    runner.run(matrix(), tmp_path)
+    path = tmp_path / "raw.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for altered, message in (
+        (lines[1].replace('"metrics"', '"metric"'), "line 2, is not a row: metrics: Field required"),
+        (lines[1].replace('"factor": 3', '"factor": 4'), "line 2: its config_hash is not that of its arguments"),
+        ("nonsense\n", "line 2, is not a row: the whole: Invalid JSON"),
+    ):
+        path.write_text(lines[0] + altered + "".join(lines[2:]))
+        before = path.read_bytes()
+        with pytest.raises(RunnerError, match=message):
+            runner.run(matrix(seeds=[1, 2, 3]), tmp_path)
+        assert path.read_bytes() == before
+
+
+def test_a_submitted_file_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner.run(matrix(), tmp_path)
+    path = tmp_path / "raw.jsonl"
+    with pytest.raises(RunnerError, match="is of the experiment 'small.tiny'; there are models"):
+        runner.validate(path, 8, 0, 1e-6)
+    monkeypatch.setitem(runner.EXPERIMENTS, "small.tiny", "small.tiny")
+    assert [each["differing"] for each in runner.validate(path, 8, 0, 1e-6)] == [[]] * 8
+    path.write_text(path.read_text().replace('"value": 6', '"value": 6.1'))
+    found = [each for each in runner.validate(path, 8, 0, 1e-6) if each["differing"]]
+    assert [(each["setup"], each["seed"]) for each in found] == [("three", 2)] * 2
+    assert found[0]["differing"] == [{"metric": "value", "submitted": 6.1, "here": 6}]
+    assert not any(each["differing"] for each in runner.validate(path, 8, 0, 0.1))
