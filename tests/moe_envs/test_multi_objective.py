@@ -1,0 +1,72 @@
+"""The environments as MO-Gymnasium has them."""
+
+import mo_gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import data_equivalence
+from mo_gymnasium.wrappers import LinearReward, MORecordEpisodeStatistics
+from mo_gymnasium.wrappers.vector import MOSyncVectorEnv
+
+import moe_envs
+
+SMALL = {
+    "mo-moe-routing-v0": {"bundle": "digits"},
+    "mo-moe-metaopt-v0": {"task": "digits"},
+    "mo-moe-compression-v0": {"model": "digits-mlp"},
+}
+
+
+@pytest.mark.parametrize("env_id", moe_envs.MULTI_OBJECTIVE)
+def test_rewards_are_vectors_in_their_space(env_id: str) -> None:
+    env, again = (mo_gymnasium.make(env_id, **SMALL[env_id]) for _ in range(2))
+    assert env.unwrapped.reward_space.shape == (4,)
+    for each in (env, again):
+        each.reset(seed=3)
+        each.action_space.seed(3)
+    rewards = []
+    for _ in range(40):
+        both = [each.step(each.action_space.sample()) for each in (env, again)]
+        assert data_equivalence(both[0][1], both[1][1])
+        observation, reward, terminated, truncated, info = both[0]
+        assert env.observation_space.contains(observation)
+        assert env.unwrapped.reward_space.contains(reward)
+        assert reward == pytest.approx(info["vector_reward"])
+        rewards.append(reward)
+        if terminated or truncated:
+            env.reset(), again.reset()
+    assert (np.std(rewards, axis=0) > 0).sum() >= 2
+
+
+@pytest.mark.parametrize("env_id", moe_envs.MULTI_OBJECTIVE)
+def test_weighted_it_is_the_reward_of_the_plain_environment(env_id: str) -> None:
+    weight = 0.4
+    plain_id = {"routing": "MoERouting-v0", "metaopt": "MoEMetaOpt-v0", "compression": "MoECompression-v0"}
+    arguments = {**SMALL[env_id], "cost_weight": weight}
+    plain = mo_gymnasium.make(plain_id[env_id.split("-")[2]], **arguments)
+    shares = plain.unwrapped.vector.reward.relative.weights
+    weights = np.array([1, *(weight * share for share in (shares.time, shares.memory, shares.energy))])
+    env = LinearReward(mo_gymnasium.make(env_id, **arguments), weights)
+    for each in (env, plain):
+        each.reset(seed=1)
+        each.action_space.seed(1)
+    for _ in range(20):
+        ours, theirs = (each.step(each.action_space.sample()) for each in (env, plain))
+        assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
+        assert ours[2] == theirs[2]
+        if ours[2]:
+            break
+
+
+def test_it_runs_under_the_wrappers_of_mo_gymnasium() -> None:
+    made = [lambda: mo_gymnasium.make("mo-moe-routing-v0", bundle="digits")] * 3
+    env = MOSyncVectorEnv(made)
+    env.reset(seed=0)
+    _, rewards, _, _, _ = env.step(env.action_space.sample())
+    assert rewards.shape == (3, 4)
+    single = MORecordEpisodeStatistics(made[0](), gamma=0.9)
+    single.reset(seed=0)
+    ended, info = False, {}
+    while not ended:
+        _, _, ended, _, info = single.step(single.action_space.sample())
+    assert info["episode"]["r"].shape == (4,)
+    assert info["episode"]["l"] == 32
