@@ -10,6 +10,8 @@ import pandas as pd
 REFERENCE_POINTS = {
     "MoERouting-v0": (2.0, 0.0),
     "MoERoutingLive-v0": (2.0, 0.0),
+    "MoEMetaOpt-v0": (31.0, 0.0),
+    "MoECompression-v0": (1.0, -1.0),
     "models, batch_ms": (50.0, 0.0),
     "models, energy_j": (0.1, 0.0),
 }

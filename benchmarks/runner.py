@@ -4,17 +4,18 @@ A line is appended under a lock by the process that made it: what is finished su
 made again. When all are there, the lines are put into the order of the matrix, so that the file is the same in however
 many processes it was made, times aside. Reports are made from the lines alone.
 
-An experiment is a module with `Setup` (a pydantic model of what a setup may say), `SETTINGS` (setups by name) and
-`SPLITS`, which a matrix takes where it names none, and the functions of `Experiment`.
+An experiment is a module, or an object in one, with `Setup` (a pydantic model of what a setup may say), `SETTINGS`
+(setups by name) and `SPLITS`, which a matrix takes where it names none, and the functions of `Experiment`; setups in
+its `ONCE`, if it has one, are run with the first seed only.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import os
+import pkgutil
 import tempfile
 import time
 import traceback
@@ -35,7 +36,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from benchmarks import jobs, runs
 from cost.files import write_text
 
-EXPERIMENTS = {"models": "benchmarks.evaluation.experiment"}
+EXPERIMENTS = {
+    "models": "benchmarks.evaluation.experiment",
+    "MoERouting-v0": "benchmarks.leaderboards.routing:BOARD",
+    "MoEMetaOpt-v0": "benchmarks.leaderboards.metaopt:BOARD",
+    "MoECompression-v0": "benchmarks.leaderboards.compression:BOARD",
+}
 RAW, MATRIX, FAILED, RESULTS, REPORT, WORK = (
     "raw.jsonl", "matrix.json", "failed.json", "results.json", "report.md", "work",
 )  # fmt: skip
@@ -117,12 +123,12 @@ class Row(BaseModel):
 
 
 def experiment_of(name: str) -> Any:
-    """The module of an experiment of `EXPERIMENTS`, or of your own by its dotted name."""
+    """An experiment of `EXPERIMENTS`, or your own by its dotted name."""
     if name not in EXPERIMENTS and "." not in name:
         raise RunnerError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}, or your own as package.module")
     try:
-        return importlib.import_module(EXPERIMENTS.get(name, name))
-    except ModuleNotFoundError as error:
+        return pkgutil.resolve_name(EXPERIMENTS.get(name, name))
+    except (ModuleNotFoundError, AttributeError) as error:
         raise RunnerError(f"experiment {name!r}: {error}") from error
 
 
@@ -161,6 +167,8 @@ def jobs_of(matrix: Matrix) -> list[Job]:
     for split in splits:
         for seed in matrix.seeds:
             for name, setup in setups.items():
+                if name in getattr(experiment, "ONCE", ()) and seed != matrix.seeds[0]:
+                    continue
                 try:
                     arguments = experiment.Setup.model_validate(matrix.settings | setup).model_dump(mode="json")
                 except ValidationError as error:

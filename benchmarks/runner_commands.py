@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from benchmarks.commands import benchmark_app
 from benchmarks.terminal import Json, bar, console, write
+
+if TYPE_CHECKING:
+    from benchmarks.runner import Matrix
 
 Out = Annotated[Path, typer.Option(help="Folder of the rows and of the report.")]
 
@@ -36,7 +39,7 @@ def _run(
     if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
         raise ValueError(f"--part {part}: I/N with I from 0 to N - 1")
     if slurm:
-        write_slurm(slurm, wanted, out, jobs)
+        _write_slurm(slurm, wanted, out, jobs)
         return
     every = runner.jobs_of(wanted)
     there = {row.config_hash for row in runner.read(out / runner.RAW)}
@@ -49,24 +52,52 @@ def _run(
             table.add_row(name, ", ".join(map(str, sorted(seeds))), str(len(splits)), str(len(own)), str(len(left)))
         console.print(table, f"{len(todo)} of {len(every)} runs to do")
         return
+    _make(wanted, out, jobs, (int(number), int(parts)))
+
+
+def _make(matrix: Matrix, out: Path, jobs: int, part: tuple[int, int] = (0, 1)) -> None:
+    from benchmarks import runner
+
     with bar() as add:
-        made = runner.run(wanted, out, jobs, (int(number), int(parts)), add(f"{len(todo)} runs"))
-    whole = len(todo) == made
-    if whole and (runner.rebuild(out) or made):
+        made = runner.run(matrix, out, jobs, part, add(f"runs of {matrix.experiment}"))
+    if part[1] > 1:
+        console.print(f"{made} runs; when all parts are through: moe-benchmark report {out}")
+    elif runner.rebuild(out) or made:
         console.print(f"[green]saved[/] {out}/{runner.RAW}, {out}/{runner.REPORT}, {out}/{runner.RESULTS}")
     else:
-        console.print("nothing to do" if whole else f"{len(todo) - made} runs are left to other parts")
+        console.print("nothing to do")
 
 
-def write_slurm(path: Path, matrix: object, out: Path, parts: int) -> None:
-    """A Slurm script for a matrix, which is written into the folder of its rows."""
+def _write_slurm(path: Path, matrix: Matrix, out: Path, parts: int) -> None:
     from benchmarks import runner
     from cost.files import write_text
 
-    assert isinstance(matrix, runner.Matrix)
     write_text(out / runner.MATRIX, matrix.model_dump_json(indent=1))
     write_text(path, runner.slurm(out / runner.MATRIX, out, parts))
     console.print(f"[green]saved[/] {path}    start it: sbatch {path}")
+
+
+@benchmark_app.command("leaderboard")
+def _leaderboard(
+    env_id: Annotated[str, typer.Argument(help="MoERouting-v0, MoEMetaOpt-v0 or MoECompression-v0")],
+    out: Out,
+    quick: Annotated[bool, typer.Option("--quick", help="Three seeds instead of ten.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 2,
+    timesteps: Annotated[int | None, typer.Option(min=1, help="Of each training, instead of the tuned number.")] = None,
+    episodes: Annotated[int | None, typer.Option(min=2, help="Of each judgement, instead of the usual number.")] = None,
+) -> None:
+    """Learners beside every yardstick and the bound of an environment, on test data; the same as `run ENV_ID`."""
+    from benchmarks import runner
+    from benchmarks.leaderboards.board import SEEDS
+
+    name = env_id.removeprefix("moe_envs:")
+    boards = [each for each in runner.EXPERIMENTS if each != "models"]
+    if name not in boards:
+        raise ValueError(f"no leaderboard of {env_id!r}; there are {', '.join(boards)}")
+    settings = {"timesteps": timesteps, "episodes": episodes}
+    given = {key: value for key, value in settings.items() if value is not None}
+    seeds = list(runner.SEEDS if quick else SEEDS)
+    _make(runner.Matrix(experiment=name, seeds=seeds, settings=given), out, jobs)
 
 
 @benchmark_app.command("report")

@@ -78,34 +78,33 @@ def judge_policy(path: str, name: str, seed: int, model: str, evaluations: int) 
     return pd.concat(found)
 
 
-def judge_yardstick(name: str, model: str, evaluations: int, seed: int) -> pd.DataFrame:
-    """A yardstick's plans for each budget."""
-    tables, budgets = _tables(model), budgets_of(model)
+def find(name: str, tables: CompressionTables, room: float, evaluations: int, seed: int) -> np.ndarray:
+    """The plan of a yardstick of `YARDSTICKS` within `room` bytes for matrices, levels `[U]`."""
     sizes, gains = tables.sizes, tables.gains[0]
 
     def scores(plans: np.ndarray) -> np.ndarray:
         return tables.quality(np.zeros(len(plans), dtype=np.int64), plans)[0]
 
-    def score(levels: np.ndarray) -> float:
-        return float(scores(levels[None])[0])
+    if name == "uniform":
+        return yardsticks.uniform(sizes, room)
+    if name == "greedy":
+        return yardsticks.greedy(sizes, gains, room)
+    if name == "random search":
+        return yardsticks.random_search(scores, sizes, room, evaluations, seed).levels
+    exact = yardsticks.exact(sizes, gains, room)
+    if name == "exact on sensitivities":
+        return exact
+    return yardsticks.local_search(
+        lambda levels: float(scores(levels[None])[0]), exact, sizes, room, evaluations, seed
+    ).levels
 
-    plans, used = [], 0 if name == "uniform" else _sensitivities(model)
-    for budget in budgets:
-        room = budget - tables.overhead
-        if name == "uniform":
-            plans.append(yardsticks.uniform(sizes, room))
-        elif name == "greedy":
-            plans.append(yardsticks.greedy(sizes, gains, room))
-        elif name == "exact on sensitivities":
-            plans.append(yardsticks.exact(sizes, gains, room))
-        elif name == "random search":
-            plans.append(yardsticks.random_search(scores, sizes, room, evaluations, seed).levels)
-            used = evaluations
-        else:
-            start = yardsticks.exact(sizes, gains, room)
-            plans.append(yardsticks.local_search(score, start, sizes, room, evaluations, seed).levels)
-            used = evaluations + _sensitivities(model)
-    return _judged(model, budgets, plans, name, seed, used)
+
+def judge_yardstick(name: str, model: str, evaluations: int, seed: int) -> pd.DataFrame:
+    """A yardstick's plans for each budget."""
+    tables, budgets = _tables(model), budgets_of(model)
+    plans = [find(name, tables, budget - tables.overhead, evaluations, seed) for budget in budgets]
+    measured = 0 if name in ("uniform", "random search") else _sensitivities(model)
+    return _judged(model, budgets, plans, name, seed, measured + (evaluations if name in SEARCHES else 0))
 
 
 YARDSTICKS = ("uniform", "greedy", "exact on sensitivities", "random search", "exact, then local search")

@@ -18,7 +18,7 @@ from agents.deploy.compression import levels_of
 from agents.ppo import PPO
 from agents.yardsticks import compression as yardsticks
 from benchmarks import jobs, policies, runs
-from benchmarks.experiments.compression import ID, prepare
+from benchmarks.experiments.compression import ID, SEARCHES, YARDSTICKS, find, prepare
 from cost.files import write_text
 from moe_envs.compression import SHARES as SHARES_DRAWN
 from moe_envs.compression_tables import CompressionTables
@@ -54,28 +54,15 @@ def run(
     agents = [PPO.load(each["path"]) for each in learned]
     walks = [levels_of(agent, model, budgets) for agent in agents]
     drawn = [levels_of(agent, model, budgets, deterministic=False, repeats=evaluations - 1) for agent in agents]
-    sizes, gains, rows = tables.sizes, tables.gains[0], []
+    sizes, rows = tables.sizes, list[Result]()
     for number, budget in enumerate(budgets):
         room = budget - tables.overhead
         fitting = np.take_along_axis(sizes.T, plans, axis=0).sum(1) <= room
-        exact = yardsticks.exact(sizes, gains, room)
-        found = {
-            "best of all": [plans[np.where(fitting, quality, -np.inf).argmax()]],
-            "uniform": [yardsticks.uniform(sizes, room)],
-            "greedy": [yardsticks.greedy(sizes, gains, room)],
-            "exact on sensitivities": [exact],
-            "exact, then local search": [
-                yardsticks.local_search(
-                    lambda levels: float(_scores(tables, levels[None])[0]), exact, sizes, room, evaluations, seed
-                ).levels
-                for seed in range(seeds)
-            ],
-            "random search": [
-                yardsticks.random_search(
-                    lambda drawn: _scores(tables, drawn), sizes, room, evaluations, seed
-                ).levels
-                for seed in range(seeds)
-            ],
+        found = {"best of all": [plans[np.where(fitting, quality, -np.inf).argmax()]]} | {
+            name: [find(name, tables, room, evaluations, seed) for seed in range(seeds if name in SEARCHES else 1)]
+            for name in YARDSTICKS
+        }
+        found |= {
             "PPO": [walk[number, 0] for walk in walks],
             f"PPO, best of {evaluations}": [
                 _best(tables, np.concatenate([walk[number], draw[number]]))

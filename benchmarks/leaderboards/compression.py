@@ -1,0 +1,110 @@
+"""The leaderboard of MoECompression-v0: what plans within budgets of bytes cost in accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.deploy.compression import levels_of
+from agents.yardsticks import compression as rules
+from benchmarks.experiments import compression, compression_bound
+from benchmarks.leaderboards.board import Leaderboard, Verdict
+from moe_envs.compression import SHARES
+from moe_envs.compression_tables import CompressionTables
+
+SMALL = "digits-mlp, by layer"
+EVALUATIONS = 400  # of a search
+
+
+class Compression:
+    """Each training is as many tasks as there are budgets; a score is the change of accuracy in points, mean over the
+    split's models."""
+
+    ID = "moe_envs:MoECompression-v0"
+    SPLITS: dict[str, dict[str, Any]] = {
+        SMALL: {"model": ["digits-mlp"], "granularity": "layer"},
+        "fashion-mnist-conv": {"model": [f"fashion-mnist-conv-{seed}" for seed in range(3)]},
+    }
+    LEARNERS = {"PPO": ("ppo", "own")}
+
+    def prepared(self, agent: Any, total: int) -> Callable[[Any], object]:
+        """PPO trains three fifths of its steps on the sum of sensitivities."""
+        return compression.prepare(agent, total, warm=0.6, masks=True, shares=SHARES)
+
+    def watched(self, policy: Any, split: str, episodes: int | None) -> float:
+        """The mean over models and budgets, on the images that plans are chosen by."""
+        return float(np.mean([verdict.validation for verdict in self._of_policy(policy, split).values()]))
+
+    def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
+        """The policy's plan for each budget, from sensitivities alone."""
+        return self._of_policy(policy, split)
+
+    def yardsticks(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
+        """Uniform levels, greedy, exact allocation, and searches of 400 evaluations for each model and budget."""
+        plans: dict[str, list[list[np.ndarray]]] = {name: [] for name in compression.YARDSTICKS}
+        for model in self.SPLITS[split]["model"]:
+            tables = self._tables(model, split, "train")
+            rooms = [budget - tables.overhead for budget in self._budgets(model, split)]
+            for name, found in plans.items():
+                found.append([compression.find(name, tables, room, EVALUATIONS, 0) for room in rooms])
+        return {name: self._verdicts(split, found) for name, found in plans.items()}
+
+    def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
+        """Of the small model the plan that is best on the test images, of all that fit."""
+        if split != SMALL:
+            return {}
+        (model,) = self.SPLITS[split]["model"]
+        tables = self._tables(model, split, "test")
+        plans = rules.all_plans(tables.sizes)
+        points = np.concatenate([
+            tables.quality(np.zeros(len(part), dtype=np.int64), part)[1]
+            for part in np.array_split(plans, max(1, len(plans) // 500))
+        ])  # fmt: skip
+        used = np.take_along_axis(tables.sizes.T, plans, axis=0).sum(1) + tables.overhead
+        best = [plans[np.where(used <= budget, points, -np.inf).argmax()] for budget in self._budgets(model, split)]
+        return self._verdicts(split, [best])
+
+    def _of_policy(self, policy: Any, split: str) -> dict[str, Verdict]:
+        plans = [
+            [walk[0] for walk in levels_of(policy, model, self._budgets(model, split))]
+            for model in self.SPLITS[split]["model"]
+        ]
+        return self._verdicts(split, plans)
+
+    def _verdicts(self, split: str, plans: list[list[np.ndarray]]) -> dict[str, Verdict]:
+        """Of plans by model and budget; cost is the share of the float32 bytes, quality the change of accuracy."""
+        found: list[list[tuple[float, float, float]]] = []
+        for model, of_model in zip(self.SPLITS[split]["model"], plans, strict=True):
+            both = [self._tables(model, split, on) for on in ("train", "test")]
+            rows = np.zeros(len(of_model), dtype=np.int64)
+            changes = [tables.quality(rows, np.stack(of_model))[1] for tables in both]
+            shares = [(rules.size(plan, both[0].sizes) + both[0].overhead) / both[0].bytes for plan in of_model]
+            found.append(list(zip(*changes, shares, strict=True)))
+        means = np.mean(found, axis=0)
+        budgets = self._budgets(self.SPLITS[split]["model"][0], split)
+        return {
+            f"{split}, {budget / 1000:.3g} kB": Verdict(100 * chosen, 100 * test, float(test), float(share))
+            for budget, (chosen, test, share) in zip(budgets, means.tolist(), strict=True)
+        }
+
+    def _budgets(self, model: str, split: str) -> list[int]:
+        if split != SMALL:
+            return compression.budgets_of(model)
+        tables = self._tables(model, split, "train")
+        return [round(times * (tables.overhead + int(tables.least[0]))) for times in compression_bound.TIMES_LEAST]
+
+    def _tables(self, model: str, split: str, on: str) -> CompressionTables:
+        granularity = self.SPLITS[split].get("granularity", "expert")
+        return CompressionTables((model,), on, granularity, "accuracy and loss", "reference")
+
+
+BOARD = Leaderboard(
+    Compression(),
+    "Scores are changes of test accuracy in points, nothing trained, means over the models of a split, within a budget "
+    "of bytes. Plans are chosen by one half of the validation images. Searches have 400 evaluations for each model and "
+    "budget, a policy none. The bound is the best of all plans, chosen by the test images; the larger models have "
+    "none, and do not count in normalised scores.",
+)

@@ -1,0 +1,132 @@
+"""A leaderboard as Markdown and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.report import markdown_header, markdown_row
+
+Row = dict[str, Any]
+COLOURS = {"learned": "tab:red", "yardstick": "tab:gray", "bound": "tab:green"}
+
+
+def text(result: Row, about: str) -> str:
+    """All of it, as Markdown."""
+    env = result["env"].split(":")[-1]
+    lines = [f"# Leaderboard of {env}", "", about, "", *_learners(result["rows"])]
+    for task in result["tasks"]:
+        lines += [f"## {task['task']}", "", *markdown_header(
+            "policy", "kind", "test", "95 % over seeds", "validation", "quality", "cost", "seeds"
+        )]  # fmt: skip
+        for row in sorted(task["policies"], key=lambda row: -row["test"]):
+            name = f"**{row['policy']}**" if row["kind"] == "learned" else row["policy"]
+            name += " (best on validation)" if row["policy"] == task["best_yardstick"] else ""
+            numbers = (f"{row[key]:.4g}" for key in ("validation", "quality", "cost"))
+            lines.append(markdown_row(name, row["kind"], f"{row['test']:.4f}", _interval(row["test_ci95"], 4), *numbers,
+                                      str(row["seeds"])))  # fmt: skip
+        lines.append("")
+    lines += ["## Hypervolume", "", "Of (cost, quality) over all tasks, with the environment's reference point of "
+              "`benchmarks.pareto`.", "", *markdown_header("policy", "hypervolume")]  # fmt: skip
+    volumes = sorted(result["hypervolume"].items(), key=lambda item: -item[1])
+    return "\n".join([*lines, *(markdown_row(name, f"{volume:.4f}") for name, volume in volumes)])
+
+
+def _learners(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    return [
+        "Normalised score: 0 is the yardstick that is best on validation, 1 the bound, interquartile mean over seeds "
+        "and tasks, 95 % by a bootstrap that draws seeds within each task. Improvement: probability that a training "
+        "scores more than that yardstick.", "",
+        *markdown_header("learner", "normalised", "95 %", "improvement on the yardstick", "on other learners", "seeds"),
+        *(
+            markdown_row(
+                row["policy"], f"{row['iqm']:+.3f}" if "iqm" in row else "no bound", _interval(row.get("iqm_ci95"), 3),
+                _share(row["over_yardstick"]),
+                ", ".join(f"{other} {_share(share)}" for other, share in row["over"].items()),
+                str(row["seeds"]),
+            )
+            for row in rows
+        ), "",
+        "Training until validation was above the best yardstick's, medians of the seeds that got there; CPU time, "
+        "without the looking.", "",
+        *markdown_header("learner", "split", "steps", "CPU s", "seeds that got there", "CPU s of the whole training"),
+        *(
+            markdown_row(
+                row["policy"], each["split"], f"{each['steps']:,.0f}" if each["seeds"] else "never",
+                f"{each['cpu_s']:.1f}" if each["seeds"] else "", f"{each['seeds']} of {each['of']}",
+                f"{each['whole_cpu_s']:.1f}",
+            )
+            for row in rows for each in row["beats"]
+        ), "",
+    ]  # fmt: skip
+
+
+def plot(frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
+    """curves.png, where learners were trained, and scores.png."""
+    names = []
+    learned = frame[frame["curve"].notna()] if "curve" in frame else frame[:0]
+    if len(learned):
+        _curves(learned, result).savefig(out / "curves.png", dpi=110)
+        names.append("curves.png")
+    _scores(result).savefig(out / "scores.png", dpi=110)
+    return [*names, "scores.png"]
+
+
+def _curves(learned: pd.DataFrame, result: Row) -> Figure:
+    """Validation over steps: means over seeds, what they span, and the best yardstick."""
+    splits = list(dict.fromkeys(learned["split"]))
+    figure = Figure((5 * len(splits), 4), layout="constrained")
+    for panel, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
+        for number, (name, part) in enumerate(learned[learned["split"] == split].groupby("setup", sort=False)):
+            steps = [[point["steps"] for point in curve] for curve in part["curve"]]
+            means = [[point["validation"] for point in curve] for curve in part["curve"]]
+            most = min(map(len, steps))
+            table = np.array([each[:most] for each in means])
+            panel.plot(steps[0][:most], table.mean(0), f"C{number}", label=name)
+            panel.fill_between(steps[0][:most], table.min(0), table.max(0), color=f"C{number}", alpha=0.15, lw=0)
+        targets = {each["target"] for row in result["rows"] for each in row["beats"] if each["split"] == split}
+        for target in targets:
+            panel.axhline(target, color="grey", ls="--", label="best yardstick")
+        panel.set(title=split, xlabel="steps", ylabel="score on validation")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    return figure
+
+
+def _scores(result: Row) -> Figure:
+    """Scores on test of all policies, task by task, the best at the top."""
+    tasks = result["tasks"]
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    most = max(len(task["policies"]) for task in tasks)
+    figure = Figure((4.6 * columns, (0.22 * most + 1) * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel, task in zip(panels, tasks, strict=False):
+        rows = sorted(task["policies"], key=lambda row: row["test"])
+        for place, row in enumerate(rows):
+            low, high = row["test_ci95"]
+            panel.plot([low, high], [place] * 2, color=COLOURS[row["kind"]])
+            panel.plot(row["test"], place, "o", ms=4, color=COLOURS[row["kind"]])
+        panel.set(title=task["task"], yticks=range(len(rows)), xlabel="score on test")
+        panel.set_yticklabels([row["policy"] for row in rows], fontsize=7)
+        shown = [row["test"] for row in rows if row["kind"] != "yardstick"]
+        best = sorted(row["test"] for row in rows)
+        panel.set_xlim(left=min([*shown, best[len(best) // 2]]) - 0.1 * (best[-1] - best[len(best) // 2]))
+        panel.grid(alpha=0.3)
+    for panel in panels[len(tasks) :]:
+        panel.axis("off")
+    return figure
+
+
+def _interval(ends: tuple[float, float] | None, digits: int) -> str:
+    return "" if ends is None or np.isnan(ends[0]) else f"{ends[0]:.{digits}f} .. {ends[1]:.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"

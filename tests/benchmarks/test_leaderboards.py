@@ -1,0 +1,135 @@
+"""Leaderboards: scores worked out by hand, the best weights kept, and each board as it is run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from agents.ppo import PPO
+from benchmarks import runner
+from benchmarks.leaderboards.board import SEEDS, _Watch
+from benchmarks.leaderboards.metaopt import BOARD as METAOPT
+from benchmarks.leaderboards.routing import BOARD
+from benchmarks.runner import Matrix
+
+
+def verdicts(**tasks: tuple[float, float]) -> dict[str, dict[str, float]]:
+    """By task: scores on validation and test; quality is that on test, cost 1."""
+    return {
+        task: {"validation": validation, "test": test, "quality": test, "cost": 1.0}
+        for task, (validation, test) in tasks.items()
+    }
+
+
+def frame() -> pd.DataFrame:
+    curve = [{"steps": steps, "validation": mean} for steps, mean in ((100, 0.4), (200, 0.65), (300, 0.8))]
+    rows: list[dict[str, Any]] = [
+        {"setup": "PPO", "policy": "PPO", "seed": seed,
+         "policies": {"PPO": verdicts(easy=(0.8, easy), hard=(0.8, hard))},
+         "curve": curve[: 3 - late], "train_s": [1.0 + seed, 2.0 + seed, 3.0 + seed][: 3 - late]}
+        for seed, late, easy, hard in ((0, 0, 0.8, 0.5), (1, 0, 0.9, 0.4), (2, 2, 0.7, 0.6))
+    ]  # fmt: skip
+    rules = {"good": verdicts(easy=(0.7, 0.6), hard=(0.4, 0.3)), "lucky": verdicts(easy=(0.5, 0.7), hard=(0.5, 0.2))}
+    rows += [
+        {"setup": "yardsticks", "policy": "yardsticks", "seed": 0, "policies": rules},
+        {"setup": "bound", "policy": "bound", "seed": 0, "policies": {"bound": verdicts(easy=(1, 1.0), hard=(1, 0.8))}},
+    ]
+    return pd.DataFrame([{"split": "both", **row} for row in rows])
+
+
+def test_scores_by_hand(tmp_path: Path) -> None:
+    result = BOARD.score(frame())
+    assert [(task["task"], task["best_yardstick"], task["bound"]) for task in result["tasks"]] == [
+        ("easy", "good", 1.0), ("hard", "lucky", 0.8),
+    ]  # fmt: skip
+    (row,) = result["rows"]
+    easy, hard = np.array([0.5, 0.75, 0.25]), np.array([0.5, 1 / 3, 2 / 3])  # of 0.6 to 1.0, and of 0.2 to 0.8
+    assert row["normalized"] == pytest.approx([easy.mean(), hard.mean()])
+    both = np.sort(np.concatenate([easy, hard]))
+    assert row["iqm"] == pytest.approx(both[1:5].mean())
+    assert row["iqm_ci95"][0] < row["iqm"] < row["iqm_ci95"][1]
+    assert (row["over_yardstick"], row["over"], row["seeds"], row["tasks"]) == (1.0, {}, 3, 2)
+    (beats,) = row["beats"]
+    assert beats == {
+        "split": "both",
+        "target": 0.6,
+        "steps": 200,
+        "cpu_s": 2.5,
+        "seeds": 2,
+        "of": 3,
+        "whole_cpu_s": 3.0,
+    }
+    assert result["hypervolume"]["good"] == pytest.approx((2 - 1) * 0.6)
+    text = BOARD.text(result)
+    assert "| good (best on validation) | yardstick | 0.6000 |" in text
+    assert "| PPO | both | 200 | 2.5 | 2 of 3 | 3.0 |" in text
+    assert BOARD.plot(frame(), result, tmp_path) == ["curves.png", "scores.png"]
+
+
+def test_seeds_that_are_missing_in_a_task_do_not_hinder() -> None:
+    rows = frame()
+    del rows.loc[1, "policies"]["PPO"]["hard"]
+    (row,) = BOARD.score(rows)["rows"]
+    assert row["normalized"] == pytest.approx([0.625, (0.5 + 2 / 3) / 2])
+
+
+def test_what_has_no_bound_does_not_count() -> None:
+    rows = frame()
+    result = BOARD.score(rows[rows["setup"] != "bound"])
+    (row,) = result["rows"]
+    assert (row["tasks"], "iqm" in row, row["over_yardstick"]) == (0, False, 1.0)
+    assert "no bound" in BOARD.text(result)
+    alone = BOARD.score(rows[rows["setup"] == "yardsticks"])
+    assert alone["rows"] == []
+    assert "good (best on validation)" in BOARD.text(alone)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_weights_best_on_validation_are_kept(sign: int) -> None:
+    agent = PPO("moe_envs:MoERouting-v0", n_envs=4, n_steps=32, env_kwargs={"bundle": "digits"})
+    watch = _Watch(lambda agent: sign * agent.num_timesteps, 512)
+    agent.learn(512, watch)
+    best = watch.end(agent)
+    assert [steps for steps, _, _ in watch.curve] == [128, 256, 384, 512]
+    assert best.num_timesteps == (512 if sign > 0 else 128)
+    assert (np.diff([seconds for _, seconds, _ in watch.curve]) > 0).all()
+
+
+def test_yardsticks_and_bound_are_run_once() -> None:
+    every = runner.jobs_of(Matrix(experiment="MoERouting-v0", seeds=list(SEEDS)))
+    counts = {name: sum(job.setup == name for job in every) for name in BOARD.SETTINGS}
+    assert counts == {"PPO": 40, "REINFORCE": 40, "SB3 PPO": 40, "yardsticks": 4, "bound": 4}
+
+
+@pytest.mark.parametrize(
+    ("env", "split", "settings"),
+    [
+        ("MoERouting-v0", "digits, cost weight 0.4", {"timesteps": 8192, "episodes": 50}),
+        ("MoEMetaOpt-v0", "digits", {"timesteps": 2048, "episodes": 2}),
+        ("MoECompression-v0", "digits-mlp, by layer", {"timesteps": 4096}),
+    ],
+)
+def test_a_board_is_run_and_reported(tmp_path: Path, env: str, split: str, settings: dict[str, int]) -> None:
+    wanted = Matrix(experiment=env, seeds=[17, 42], splits=[split], settings=settings)
+    learners = len(runner.experiment_of(env).problem.LEARNERS)
+    assert runner.run(wanted, tmp_path, processes=2) == 2 * learners + 2
+    assert runner.rebuild(tmp_path)
+    rows = runner.read(tmp_path / "raw.jsonl")
+    policies = {name: tasks for row in rows for name, tasks in row.metrics["policies"].items()}
+    assert {"PPO", "bound"} < policies.keys()
+    assert len(policies) > 5
+    if env != "MoEMetaOpt-v0":  # whose stand-in for a bound is a search
+        for task, best in policies["bound"].items():
+            assert all(best["test"] >= found[task]["test"] - 1e-9 for found in policies.values())
+    first, second = (row.metrics["policies"] for row in rows if row.setup == "PPO")
+    assert first != second
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"## {task}" in text for task in policies["PPO"])
+    assert {"curves.png", "scores.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_unknown_policies_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'DQN' is none of PPO, SB3 PPO, yardsticks, bound"):
+        METAOPT.measure(METAOPT.Setup(policy="DQN"), 0, "digits", tmp_path)
