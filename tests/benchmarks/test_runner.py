@@ -204,6 +204,11 @@ def test_a_wrong_matrix_is_told_before_anything_runs(tmp_path: Path, content: st
         runner.jobs_of(runner.load_matrix(path))
 
 
+def test_the_example_is_a_matrix() -> None:
+    example = runner.load_matrix(Path(__file__).parents[2] / "docs" / "examples" / "models.yaml")
+    assert len(runner.jobs_of(example)) == 4 * 3 * 8
+
+
 def test_damaged_rows_are_named_and_left_as_they_are(tmp_path: Path) -> None:
     runner.run(matrix(), tmp_path)
     path = tmp_path / "raw.jsonl"
