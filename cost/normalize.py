@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
@@ -18,6 +18,11 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 
 from cost.files import load_json, save_json
 from cost.model import Array
+
+if TYPE_CHECKING:
+    AnyVectorWrapper = VectorWrapper[Any, Any, Any]
+else:
+    AnyVectorWrapper = VectorWrapper  # not generic before gymnasium 1.4
 
 METHODS = ("z-norm", "ema", "min-max")
 COSTS = ("cost/time", "cost/memory", "cost/energy")
@@ -216,7 +221,7 @@ class NormalizeCost(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         return observation, reward, terminated, truncated, info
 
 
-class NormalizeCostVector(VectorWrapper[Any, Any, Any]):
+class NormalizeCostVector(AnyVectorWrapper):
     """`NormalizeCost` over the rows of a vector environment, with one normaliser for all, updated once a step."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any], normalizer: CostNormalizer, cost_weight: float) -> None:

@@ -22,13 +22,13 @@ class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """
 
     def __init__(self, envs: Sequence[BatchedEnv]) -> None:
-        first = envs[0]
+        self.envs, first = list(envs), envs[0]  # before anything fails: gymnasium closes what is deleted
         spaces = [(env.single_observation_space, env.single_action_space) for env in envs]
         if any(each != spaces[0] for each in spaces):
             raise ValueError("the environments' spaces differ")
         if any(env.autoreset_mode is not first.autoreset_mode for env in envs):
             raise ValueError("the environments' autoreset modes differ")
-        self.envs, self.metadata = list(envs), first.metadata
+        self.metadata = first.metadata
         self.observation_layout, self.reward = first.observation_layout, first.reward
         self.num_envs = sum(env.num_envs for env in envs)
         self._ends = np.cumsum([env.num_envs for env in envs]).tolist()
