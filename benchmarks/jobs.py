@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing.connection import wait
+from pathlib import Path
 from threading import Thread
 from typing import Any
+
+from filelock import FileLock
 
 
 def pool(jobs: int) -> ProcessPoolExecutor:
@@ -27,6 +31,14 @@ def gather(futures: Iterable[Future[Any]], report: Callable[[float], object]) ->
             future.result()
         report((number + 1) / len(waiting))
     return [future.result() for future in waiting]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A lock beside a file or a folder, which other processes wait for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
 
 
 def _begin() -> None:

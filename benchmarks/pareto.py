@@ -27,6 +27,15 @@ def hypervolume(points: np.ndarray, name: str) -> float:
     return float(moocore.hypervolume(points, ref=REFERENCE_POINTS[name], maximise=[False, True]))
 
 
+def tied(costs: np.ndarray, share: float) -> np.ndarray:
+    """Costs `[n]`, those within this share of a smaller one lowered to it: from the smallest on, group by group."""
+    found, least = costs.copy(), -np.inf
+    for place in np.argsort(costs, kind="stable"):
+        least = least if costs[place] <= (1 + share) * least else costs[place]
+        found[place] = least
+    return found
+
+
 def recommended(points: np.ndarray) -> dict[str, int]:
     """Of the front of (cost, quality) `[n, 2]`: which is best, which is cheapest, and which is nearest to both, as
     shares of what the front spans."""

@@ -5,8 +5,9 @@ made again. When all are there, the lines are put into the order of the matrix, 
 many processes it was made, times aside. Reports are made from the lines alone.
 
 An experiment is a module, or an object in one, with `Setup` (a pydantic model of what a setup may say), `SETTINGS`
-(setups by name) and `SPLITS`, which a matrix takes where it names none, and the functions of `Experiment`; setups in
-its `ONCE`, if it has one, are run with the first seed only.
+(setups by name) and `SPLITS`, which a matrix takes where it names none, and the functions of `Experiment`. It may have
+`SEEDS`, its own default, `ONCE`, setups that are run with the first seed only, and `check(setups, splits)`, which
+raises `ValueError` for what does not go together.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import json
 import math
 import os
 import pkgutil
+import shlex
 import tempfile
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -34,6 +36,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks import jobs, runs
+from benchmarks.jobs import locked
 from cost.files import write_text
 
 EXPERIMENTS = {
@@ -42,9 +45,8 @@ EXPERIMENTS = {
     "MoEMetaOpt-v0": "benchmarks.leaderboards.metaopt:BOARD",
     "MoECompression-v0": "benchmarks.leaderboards.compression:BOARD",
 }
-RAW, MATRIX, FAILED, RESULTS, REPORT, WORK = (
-    "raw.jsonl", "matrix.json", "failed.json", "results.json", "report.md", "work",
-)  # fmt: skip
+RAW, MATRIX, RESULTS, REPORT, WORK = "raw.jsonl", "matrix.json", "results.json", "report.md", "work"
+NEEDED = "Setup", "SETTINGS", "SPLITS", "measure", "score", "plot", "text"
 ATTEMPTS = 3
 MOST_FAILED = 0.05
 SEEDS = (17, 42, 1337)
@@ -78,7 +80,7 @@ class Matrix(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     experiment: str
-    seeds: list[int] = Field(default=list(SEEDS), min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     splits: list[str] = Field(default=[])
     setups: dict[str, dict[str, Any]] = Field(default={})
     settings: dict[str, Any] = Field(default={})
@@ -127,15 +129,18 @@ def experiment_of(name: str) -> Any:
     if name not in EXPERIMENTS and "." not in name:
         raise RunnerError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}, or your own as package.module")
     try:
-        return pkgutil.resolve_name(EXPERIMENTS.get(name, name))
-    except (ModuleNotFoundError, AttributeError) as error:
+        found = pkgutil.resolve_name(EXPERIMENTS.get(name, name))
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
         raise RunnerError(f"experiment {name!r}: {error}") from error
+    if missing := [each for each in NEEDED if not hasattr(found, each)]:
+        raise RunnerError(f"{name!r} is no experiment: it has no {', '.join(missing)}")
+    return found
 
 
 def load_matrix(path: Path) -> Matrix:
     """A matrix of a YAML or JSON file; raises `RunnerError` that says what is wrong where."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise RunnerError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -146,35 +151,39 @@ def load_matrix(path: Path) -> Matrix:
         raise RunnerError(f"{path}: {_said(error)}") from error
 
 
-def named(name: str, only: list[str]) -> Matrix:
-    """The matrix in a file, or all of an experiment; of some of its setups only, where any are named."""
-    matrix = Matrix(experiment=name) if name in EXPERIMENTS else load_matrix(Path(name))
-    setups = matrix.setups or experiment_of(matrix.experiment).SETTINGS
-    if unknown := [each for each in only if each not in setups]:
-        raise RunnerError(f"no setup {unknown[0]!r}; there are {', '.join(setups)}")
-    return matrix.model_copy(update={"setups": {each: setups[each] for each in only or setups}})
+def named(name: str) -> Matrix:
+    """The matrix in a file, or all of an experiment."""
+    return Matrix(experiment=name) if name in EXPERIMENTS else load_matrix(Path(name))
 
 
 def jobs_of(matrix: Matrix) -> list[Job]:
     """All runs of a matrix: for each split and seed every setup; raises `RunnerError` for arguments it cannot have."""
     experiment = experiment_of(matrix.experiment)
-    found, setups = [], matrix.setups or experiment.SETTINGS
+    setups = matrix.setups or experiment.SETTINGS
+    seeds = matrix.seeds or list(getattr(experiment, "SEEDS", SEEDS))
     splits = matrix.splits or list(experiment.SPLITS)
     if unknown := [split for split in splits if split not in experiment.SPLITS]:
         raise RunnerError(f"no split {unknown[0]!r} in {matrix.experiment}; there are {', '.join(experiment.SPLITS)}")
-    if twice := [value for value, times in Counter([*matrix.seeds, *splits]).items() if times > 1]:
+    if twice := [value for value, times in Counter([*seeds, *splits]).items() if times > 1]:
         raise RunnerError(f"{twice[0]} is named twice")
-    for split in splits:
-        for seed in matrix.seeds:
-            for name, setup in setups.items():
-                if name in getattr(experiment, "ONCE", ()) and seed != matrix.seeds[0]:
-                    continue
-                try:
-                    arguments = experiment.Setup.model_validate(matrix.settings | setup).model_dump(mode="json")
-                except ValidationError as error:
-                    raise RunnerError(f"setup {name!r}: {_said(error)}") from error
-                found.append(Job(matrix.experiment, name, arguments, seed, split))
-    return found
+    validated = {}
+    for name, setup in setups.items():
+        try:
+            validated[name] = experiment.Setup.model_validate(matrix.settings | setup)
+        except ValidationError as error:
+            raise RunnerError(f"setup {name!r}: {_said(error)}") from error
+    try:
+        getattr(experiment, "check", lambda setups, splits: None)(validated, splits)
+    except ValueError as error:
+        raise RunnerError(f"{matrix.experiment}: {error}") from error
+    once = getattr(experiment, "ONCE", ())
+    return [
+        Job(matrix.experiment, name, setup.model_dump(mode="json"), seed, split)
+        for split in splits
+        for seed in seeds
+        for name, setup in validated.items()
+        if name not in once or seed == seeds[0]
+    ]
 
 
 def read(path: Path) -> list[Row]:
@@ -198,8 +207,13 @@ def read(path: Path) -> list[Row]:
 
 def append(path: Path, row: Row) -> None:
     """Add a row under a lock, unless one of the same hash is there."""
-    line = json.dumps(row.model_dump(), allow_nan=False).encode() + b"\n"
-    with _locked(path):
+    for name, value in (row.metrics | row.measured).items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"{name} is {value}: what is not a finite number is no result") from error
+    line = json.dumps(row.model_dump()).encode() + b"\n"
+    with locked(path):
         if row.config_hash in {each.config_hash for each in read(path)}:
             return
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -212,27 +226,35 @@ def append(path: Path, row: Row) -> None:
 
 
 def run(
-    matrix: Matrix, out: Path, processes: int = 1, part: tuple[int, int] = (0, 1),
+    matrix: Matrix, out: Path, processes: int = 1, part: tuple[int, int] = (0, 1), only: Collection[str] = (),
     report: Callable[[float], object] = lambda share: None,
 ) -> int:  # fmt: skip
-    """Make the rows that are not there, in so many processes; how many were made. `part` (i, n) makes every n-th only.
+    """Make the rows that are not there, in so many processes; how many were made. `part` (i, n) makes every n-th only,
+    `only` those of some setups.
 
-    A run that fails is tried twice more. Raises `RunnerError`, with an overview in `failed.json`, where more than 5 %
-    fail for good, at once, or any at the end; what is finished stays, and the same call goes on.
+    A run that fails is tried twice more. Raises `RunnerError`, with an overview in `failed-I-of-N.json`, where more
+    than 5 % fail for good, at once, or any at the end; what is finished stays, and the same call goes on.
     """
-    every = jobs_of(matrix)
+    every, failed = jobs_of(matrix), out / f"failed-{part[0]}-of-{part[1]}.json"
     with _alone(out, part):
         write_text(out / MATRIX, matrix.model_dump_json(indent=1))
-        (out / FAILED).unlink(missing_ok=True)
-        there = {row.config_hash for row in read(out / RAW)}
-        todo = [job for job in every[part[0] :: part[1]] if job.key not in there]
-        if not todo:
-            return 0
-        failures = _work(todo, out, processes, MOST_FAILED * len(every), report)
+        failed.unlink(missing_ok=True)
+        todo = left(matrix, out, part, only)
+        failures = _work(todo, out, processes, MOST_FAILED * len(every), failed, report) if todo else []
         _sort(out / RAW, every)
     if failures:
-        raise RunnerError(_overview(failures, len(todo), out))
+        raise RunnerError(_overview(failures, len(todo), failed))
     return len(todo)
+
+
+def left(matrix: Matrix, out: Path, part: tuple[int, int] = (0, 1), only: Collection[str] = ()) -> list[Job]:
+    """The runs that `run` would make; raises `RunnerError` for a setup that the matrix does not have."""
+    every = jobs_of(matrix)
+    names = dict.fromkeys(job.setup for job in every)
+    if unknown := [name for name in only if name not in names]:
+        raise RunnerError(f"no setup {unknown[0]!r}; there are {', '.join(names)}")
+    there = {row.config_hash for row in read(out / RAW)}
+    return [job for job in every[part[0] :: part[1]] if job.key not in there and (not only or job.setup in only)]
 
 
 def rebuild(out: Path) -> bool:
@@ -261,7 +283,7 @@ def rebuild(out: Path) -> bool:
     )
     drawn = "\n\n".join(f"![{name}]({name})" for name in pictures)
     write_text(out / REPORT, f"{experiment.text(result)}\n\n{about}\n\n{drawn}\n")
-    write_text(out / RESULTS, json.dumps({"source": source, **result}, indent=1))
+    write_text(out / RESULTS, json.dumps(_finite({"source": source, **result}), indent=1))
     return True
 
 
@@ -310,11 +332,12 @@ def _alike(first: Any, second: Any, tolerance: float) -> bool:
 
 def slurm(path: Path, out: Path, parts: int) -> str:
     """A Slurm script that runs a matrix in so many tasks and then makes the report."""
-    command = f"moe-benchmark run {path} --out {out}"
+    command = f"moe-benchmark run {shlex.quote(str(path))} --out {shlex.quote(str(out))}"
     return "\n".join([
         "#!/bin/bash",
         "#SBATCH --job-name=moe-benchmark", f"#SBATCH --array=0-{parts - 1}", "#SBATCH --cpus-per-task=1",
-        f"# then: moe-benchmark report {out}", f'srun {command} --part "$SLURM_ARRAY_TASK_ID/{parts}"', "",
+        f"# then: moe-benchmark report {shlex.quote(str(out))}",
+        f'srun {command} --part "$SLURM_ARRAY_TASK_ID/{parts}"', "",
     ])  # fmt: skip
 
 
@@ -324,7 +347,9 @@ class _Failure(NamedTuple):
     trace: str
 
 
-def _work(todo: list[Job], out: Path, processes: int, most: float, report: Callable[[float], object]) -> list[_Failure]:
+def _work(
+    todo: list[Job], out: Path, processes: int, most: float, failed: Path, report: Callable[[float], object]
+) -> list[_Failure]:
     """Each process is a pool of its own, so that one that dies takes no other run with it."""
     waiting = deque((job, 1) for job in todo)
     free, running, failures = [jobs.pool(1) for _ in range(min(processes, len(todo)))], dict[Future[None], Any](), []
@@ -342,9 +367,9 @@ def _work(todo: list[Job], out: Path, processes: int, most: float, report: Calla
                 elif error is not None:
                     failures.append(_Failure(job, repr(error), "".join(traceback.format_exception(error))))
                     content = [{**each.job._asdict(), "error": each.error, "trace": each.trace} for each in failures]
-                    write_text(out / FAILED, json.dumps(content, indent=1))
+                    write_text(failed, json.dumps(content, indent=1))
                 if len(failures) > most:
-                    raise RunnerError(_overview(failures, len(todo), out))
+                    raise RunnerError(_overview(failures, len(todo), failed))
                 report(1 - (len(waiting) + len(running)) / len(todo))
     finally:
         for pool in (*free, *(each[0] for each in running.values())):
@@ -376,8 +401,9 @@ def _make(job: Job, attempt: int, out: Path) -> None:
 
 def _sort(path: Path, every: list[Job]) -> None:
     """Rows in the order of the matrix, those of other matrices behind them."""
-    with _locked(path):
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with locked(path):
+        raw = path.read_bytes() if path.exists() else b""
+        lines = raw[: raw.rfind(b"\n") + 1].splitlines(keepends=True)
         place = {job.key: number for number, job in enumerate(every)}
         order = sorted(lines, key=lambda line: place.get(json.loads(line)["config_hash"], len(place)))
         if order != lines:
@@ -391,12 +417,10 @@ def _source_of(path: Path) -> Any:
         return None
 
 
-def _overview(failures: list[_Failure], total: int, out: Path) -> str:
+def _overview(failures: list[_Failure], total: int, failed: Path) -> str:
     shown = [f"{each.job.setup}, seed {each.job.seed}, {each.job.split}: {each.error}" for each in failures[:10]]
     more = [f"and {len(failures) - 10} more"] if len(failures) > 10 else []
-    head = (
-        f"{len(failures)} of {total} runs failed {ATTEMPTS} times; traces are in {out / FAILED}, the same call goes on"
-    )
+    head = f"{len(failures)} of {total} runs failed {ATTEMPTS} times; traces are in {failed}, the same call goes on"
     return "\n  ".join([head, *shown, *more])
 
 
@@ -408,13 +432,29 @@ def _alone(out: Path, part: tuple[int, int]) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise RunnerError(f"another process is running this matrix in {out}") from None
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _locked(path: Path) -> FileLock:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_name(f".{path.name}.lock"))
+def _finite(value: Any) -> Any:
+    """The same, with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which no key is named twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is named twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _said(error: ValidationError) -> str:

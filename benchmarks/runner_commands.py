@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,17 +35,16 @@ def _run(
     """
     from benchmarks import runner
 
-    wanted = runner.named(matrix, only or [])
+    wanted = runner.named(matrix)
     number, _, parts = part.partition("/")
     if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
         raise ValueError(f"--part {part}: I/N with I from 0 to N - 1")
     if slurm:
         _write_slurm(slurm, wanted, out, jobs)
         return
-    every = runner.jobs_of(wanted)
-    there = {row.config_hash for row in runner.read(out / runner.RAW)}
-    todo = [job for job in every if job.key not in there]
+    place = int(number), int(parts)
     if dry_run:
+        every, todo = runner.jobs_of(wanted), runner.left(wanted, out, place, only or ())
         table = Table("setup", "seeds", "splits", "runs", "to do", title=f"{wanted.experiment}, nothing is run")
         for name in dict.fromkeys(job.setup for job in every):
             own, left = ([job for job in jobs if job.setup == name] for jobs in (every, todo))
@@ -52,14 +52,14 @@ def _run(
             table.add_row(name, ", ".join(map(str, sorted(seeds))), str(len(splits)), str(len(own)), str(len(left)))
         console.print(table, f"{len(todo)} of {len(every)} runs to do")
         return
-    _make(wanted, out, jobs, (int(number), int(parts)))
+    _make(wanted, out, jobs, place, only or ())
 
 
-def _make(matrix: Matrix, out: Path, jobs: int, part: tuple[int, int] = (0, 1)) -> None:
+def _make(matrix: Matrix, out: Path, jobs: int, part: tuple[int, int] = (0, 1), only: Collection[str] = ()) -> None:
     from benchmarks import runner
 
     with bar() as add:
-        made = runner.run(matrix, out, jobs, part, add(f"runs of {matrix.experiment}"))
+        made = runner.run(matrix, out, jobs, part, only, add(f"runs of {matrix.experiment}"))
     if part[1] > 1:
         console.print(f"{made} runs; when all parts are through: moe-benchmark report {out}")
     elif runner.rebuild(out) or made:
@@ -81,7 +81,7 @@ def _write_slurm(path: Path, matrix: Matrix, out: Path, parts: int) -> None:
 def _leaderboard(
     env_id: Annotated[str, typer.Argument(help="MoERouting-v0, MoEMetaOpt-v0 or MoECompression-v0")],
     out: Out,
-    quick: Annotated[bool, typer.Option("--quick", help="Three seeds instead of ten.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Three seeds instead of ten, and one or two splits.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 2,
     timesteps: Annotated[int | None, typer.Option(min=1, help="Of each training, instead of the tuned number.")] = None,
     episodes: Annotated[int | None, typer.Option(min=2, help="Of each judgement, instead of the usual number.")] = None,
@@ -96,8 +96,9 @@ def _leaderboard(
         raise ValueError(f"no leaderboard of {env_id!r}; there are {', '.join(boards)}")
     settings = {"timesteps": timesteps, "episodes": episodes}
     given = {key: value for key, value in settings.items() if value is not None}
+    splits = list(runner.experiment_of(name).quick) if quick else []
     seeds = list(runner.SEEDS if quick else SEEDS)
-    _make(runner.Matrix(experiment=name, seeds=seeds, settings=given), out, jobs)
+    _make(runner.Matrix(experiment=name, seeds=seeds, splits=splits, settings=given), out, jobs)
 
 
 @benchmark_app.command("report")

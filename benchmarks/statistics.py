@@ -18,8 +18,12 @@ def bootstrap_interval(
     scores: np.ndarray, statistic: Callable[[np.ndarray], float] = iqm, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """95 % interval of a statistic of scores `[runs, tasks]`: percentiles of the bootstrap that draws runs for each
-    task apart. NaN of a single run, which says nothing of others."""
-    runs, tasks = np.shape(scores)
+    task apart. NaN of a single run, which says nothing of others; of a few it is too narrow. Raises `ValueError` for
+    another shape."""
+    scores = np.asarray(scores)
+    if scores.ndim != 2:
+        raise ValueError(f"scores must be [runs, tasks], got the shape {scores.shape}")
+    runs, tasks = scores.shape
     if runs < 2:
         return float("nan"), float("nan")
     drawn = np.random.default_rng(seed).integers(runs, size=(resamples, runs, tasks))

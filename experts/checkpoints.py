@@ -42,7 +42,7 @@ def load_model(path: Path, kind: type[Model]) -> Model:
     if not known or metadata.get("sha256") != _digest(text, weights):
         raise DataError(f"{path} is damaged or not of save_model")
     settings = json.loads(text)
-    if (name := settings.pop("class")) != kind.__name__:
+    if (name := settings.pop("class", "model of another format")) != kind.__name__:
         raise DataError(f"{path} holds a {name}, not a {kind.__name__}")
     with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
         model = kind(**settings)

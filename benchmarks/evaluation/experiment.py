@@ -16,18 +16,29 @@ from benchmarks import pareto
 from benchmarks.evaluation import report
 from benchmarks.evaluation.corruptions import KINDS, LEVELS, corrupt, digest
 from benchmarks.evaluation.setups import SETTINGS, Setup, make
+from benchmarks.jobs import locked
 from benchmarks.statistics import seeds_interval
 
 CLEAN = "test"
 SPLITS = (CLEAN, *(f"{kind}-{level}" for kind in KINDS for level in range(1, LEVELS + 1)))
+SAME_COST = 0.05  # costs that are no further apart are ties
 MIDDLE = 3  # the level at which a drop of less than 20 points is asked for
 MEANS = (
     "accuracy", "top5", "loss", "entropy", "top2_gap", "ece", "ece_calibrated", "mce", "mce_calibrated",
-    "experts_per_input", "parameters", "bytes", "batch_ms", "batch_p95_ms", "energy_j", "memory_bytes",
+    "experts_per_input", "parameters", "bytes",
 )  # fmt: skip
-__all__ = ["SETTINGS", "SPLITS", "Setup", "measure", "plot", "score", "text"]
+MEASURED = "batch_ms", "batch_p95_ms", "energy_j", "memory_bytes"
+__all__ = ["SETTINGS", "SPLITS", "Setup", "check", "measure", "plot", "score", "text"]
 
 plot, text = report.plot, report.text
+
+
+def check(setups: dict[str, Setup], splits: list[str]) -> None:
+    """Raise `ValueError` for setups of different data, or where there are no clean images to compare with."""
+    if len(found := {setup.data for setup in setups.values()}) > 1:
+        raise ValueError(f"setups of different data, {', '.join(sorted(found))}: a matrix for each")
+    if CLEAN not in splits:
+        raise ValueError(f"splits must have {CLEAN}, which the corrupted ones are compared with")
 
 
 def measure(setup: Setup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,7 +66,8 @@ def measure(setup: Setup, seed: int, split: str, folder: Path) -> tuple[dict[str
             "experts_per_input": float(subject.experts_per_input(x).float().mean()),
             "parameters": subject.parameters, "bytes": subject.bytes, "inputs": len(x), "sha256": digest(inputs),
         }  # fmt: skip
-        return metrics, measures.batch_costs(subject.classify, x)
+        with locked(folder / "timing"):  # one at a time, so that runs side by side do not slow each other down
+            return metrics, measures.batch_costs(subject.classify, x)
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
@@ -66,11 +78,15 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
     if len(corrupted):
         ranks = corrupted.groupby(["seed", "split"])["accuracy"].rank(ascending=False).groupby(corrupted["setup"])
         for row in rows:
-            row["rank"] = float(ranks.mean()[row["setup"]])
+            if row["setup"] in ranks.groups:
+                row["rank"] = float(ranks.mean()[row["setup"]])
     result: dict[str, Any] = {"data": str(frame["data"].iloc[0]), "rows": rows}
     known = [row for row in rows if "accuracy" in row]
     for cost in ("batch_ms", "energy_j"):
+        if not known:
+            continue
         points = np.array([[row[cost], row["accuracy"]] for row in known])
+        points[:, 0] = pareto.tied(points[:, 0], SAME_COST)
         result[f"front_{cost}"] = [row["setup"] for row, on in zip(known, pareto.front(points), strict=True) if on]
         result[f"hypervolume_{cost}"] = {
             row["setup"]: pareto.hypervolume(points[number : number + 1], f"models, {cost}")
@@ -88,6 +104,7 @@ def _of_setup(name: str, part: pd.DataFrame) -> dict[str, Any]:
     if not len(clean):
         return row
     row |= {key: float(clean[key].mean()) for key in MEANS}
+    row |= {key: float(part[key].median()) for key in MEASURED}
     row |= {"accuracy_ci95": seeds_interval(clean["accuracy"].to_numpy()), "noisy": int(part["noisy"].sum()),
             "runs": len(part), "energy_source": str(clean["energy_source"].iloc[0])}  # fmt: skip
     row["ece_down"] = 1 - row["ece_calibrated"] / row["ece"]
@@ -104,7 +121,7 @@ def _of_setup(name: str, part: pd.DataFrame) -> dict[str, Any]:
 
 def _robustness(part: pd.DataFrame, clean: pd.DataFrame) -> dict[str, Any]:
     """Accuracy by kind and level, means over seeds with intervals; the drop at level 3; relative robustness, the share
-    of the clean accuracy that is left; stability, the share of the inputs whose class stays; and the deviation over
+    of the clean accuracy that is left; stability, the share of the inputs whose class stays; and the variance over
     seeds against that on clean images."""
     if not len(part):
         return {}
@@ -116,14 +133,16 @@ def _robustness(part: pd.DataFrame, clean: pd.DataFrame) -> dict[str, Any]:
         found = part[(part["kind"] == kind) & (part["level"] == level)]["accuracy"].to_numpy()
         point = {"level": level, "accuracy": float(found.mean()), "ci95": seeds_interval(found)}
         curves.setdefault(kind, []).append(point)
+    for points in curves.values():
+        points.sort(key=lambda point: point["level"])
     by_seed = part.groupby("seed")["accuracy"].mean()
     result: dict[str, Any] = {
         "curves": curves, "relative_robustness": float((by_seed / before).mean()), "corrupted": float(by_seed.mean()),
         "corrupted_ci95": seeds_interval(by_seed.to_numpy()), "stability": float(part["stability"].mean()),
         "ece_corrupted": float(part["ece"].mean()), "ece_corrupted_calibrated": float(part["ece_calibrated"].mean()),
     }  # fmt: skip
-    if len(before) > 1 and before.std() > 0:
-        result["spread"] = float(part.groupby("split")["accuracy"].std().mean() / before.std())
+    if len(before) > 1 and before.var() > 0:
+        result["spread"] = float(part.groupby("split")["accuracy"].var().mean() / before.var())
     middle = part[part["level"] == MIDDLE]
     if len(middle):
         drops = 100 * (before.mean() - middle.groupby("kind")["accuracy"].mean())

@@ -22,6 +22,8 @@ COSTS = {"batch_ms": "time of a batch of 256 [ms]", "energy_j": "energy of a bat
 def text(result: Row) -> str:
     """All of it, as Markdown."""
     rows = [row for row in result["rows"] if "accuracy" in row]
+    if not rows:
+        return f"# Models on {result['data']}\n\nNo run on clean images is there yet."
     seeds, source = max(row["seeds"] for row in rows), rows[0]["energy_source"]
     lines = [
         f"# Models on {result['data']}", "",
@@ -37,8 +39,8 @@ def text(result: Row) -> str:
                  f"{row['noisy']} of {row['runs']}")
             for row in rows
         ), "",
-        f"Time, energy ({source}) and peak memory are of a batch of 256, the median of 40 after two that do not count; "
-        "noisy are runs whose P95 is above twice the median.", "",
+        f"Time is the median of 40 batches of 256 after two that do not count, energy ({source}) and peak memory are "
+        "of one; medians over all runs of a setup, of which noisy are those whose P95 is above twice the median.", "",
         "## Calibration", "",
         "Of the likeliest class, 15 bins; the temperature is fitted on validation. Asked for: 20 % less where it is "
         "above 0.02.", "",
@@ -62,7 +64,7 @@ def _robustness(rows: list[Row]) -> list[str]:
         "## Corrupted test images", "",
         "Points of accuracy that corruption costs at level 3, mean and worst kind (less than 20 asked for). Relative: "
         "share of the clean accuracy that is left, over all levels. Stable: share of the inputs whose class stays. "
-        "Spread: deviation over seeds, of that on clean images (at most 1.5 asked for). Rank: mean over kinds, levels "
+        "Spread: variance over seeds, of that on clean images (at most 1.5 asked for). Rank: mean over kinds, levels "
         "and seeds.", "",
         *header("setup", "corrupted", "95 %", "drop", "worst", "relative", "stable", "spread", "ECE",
                 "with temperature", "rank"),
@@ -88,10 +90,10 @@ def _recommendations(result: Row, rows: list[Row]) -> list[str]:
     by_name = {row["setup"]: row for row in rows}
     lines = [
         "## What to take", "",
-        "Of the front of accuracy against cost: the most accurate, the cheapest, and the one nearest to both; "
-        "`matrix.json` lies beside this page. The classifier runs all its experts, as two products, whatever its gate "
-        "takes: at this size nothing is faster. The RL router runs those that it takes. What is compressed is smaller "
-        "on disk and runs in float32.", "",
+        "Of the front of accuracy against cost: the most accurate, the cheapest, and the one nearest to both; costs "
+        "within 5 % are ties; `matrix.json` lies beside this page. The classifier runs all its experts, as two "
+        "products, whatever its gate takes: at this size nothing is faster. The RL router runs those that it takes. "
+        "What is compressed is smaller on disk and runs in float32.", "",
         *header("cost", "wanted", "setup", "accuracy", "cost", "command"),
     ]  # fmt: skip
     for cost in COSTS:
@@ -110,6 +112,8 @@ def _recommendations(result: Row, rows: list[Row]) -> list[str]:
 def plot(frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
     """robustness.png, reliability.png and pareto.png, as far as there are rows for them."""
     rows = [row for row in result["rows"] if "accuracy" in row]
+    if not rows:
+        return []
     drawn: dict[str, Callable[[list[Row]], Figure]] = {"reliability.png": _reliability}
     if any("curves" in row for row in rows):
         drawn = {"robustness.png": _curves, **drawn}
@@ -125,7 +129,7 @@ def _curves(rows: list[Row]) -> Figure:
     kinds = [kind for kind in KINDS if any(kind in row.get("curves", {}) for row in rows)]
     for panel, kind in zip(panels, kinds, strict=False):
         for number, row in enumerate(rows):
-            points = row["curves"].get(kind, [])
+            points = row.get("curves", {}).get(kind, [])
             levels = [0, *(each["level"] for each in points)]
             means = [row["accuracy"], *(each["accuracy"] for each in points)]
             low, high = np.array([row["accuracy_ci95"], *(each["ci95"] for each in points)]).clip(0, 1).T

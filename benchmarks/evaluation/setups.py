@@ -8,17 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from benchmarks.jobs import locked
 
+if TYPE_CHECKING:
     import torch
 
     from experts.model import MoEClassifier
@@ -109,7 +107,7 @@ def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
     model = _kept(setup, seed, folder, _train)
     place = folder / "routers" / _name(setup, seed, "cost_weight", "timesteps")
     content = data.load(setup.data)
-    with _locked(place):
+    with locked(place):
         if not (place / "bundle").exists():
             profile = Shipped(zoo.ASSETS / setup.data / bundle.PROFILE)
             bundle.build(
@@ -154,7 +152,7 @@ def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
     from experts.reference_bundles import SETTINGS as REFERENCE
 
     place = folder / "meta-optimizers" / _name(setup, seed, "timesteps")
-    with _locked(place):
+    with locked(place):
         policy = PPO.load(policies.learn({"task": setup.data}, seed, setup.timesteps, place)["path"])
     settings = replace(REFERENCE[setup.data], seed=seed)
     content = data.load(setup.data)
@@ -198,7 +196,7 @@ def _kept(setup: Setup, seed: int, folder: Path, train: Callable[[Setup, int, Pa
 
     means = ("timesteps",) if train is _train_by_policy else ()
     path = folder / "models" / f"{train.__name__.strip('_')}-{_name(setup, seed, *means)}.safetensors"
-    with _locked(path):
+    with locked(path):
         if not path.exists():
             save_model(train(setup, seed, folder), path)
     return load_model(path, MoEClassifier)
@@ -208,10 +206,3 @@ def _name(setup: Setup, seed: int, *fields: str) -> str:
     """A name for what depends on the data, the seed and these fields."""
     said = json.dumps([getattr(setup, field) for field in ("data", *fields)])
     return f"{setup.data}-{seed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        yield

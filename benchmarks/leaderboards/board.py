@@ -16,12 +16,18 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from agents import tuned
 from benchmarks import backends, pareto
 from benchmarks.leaderboards import report
-from benchmarks.statistics import bootstrap_interval, iqm, normalized_score, probability_of_improvement
+from benchmarks.statistics import (
+    bootstrap_interval,
+    iqm,
+    normalized_score,
+    probability_of_improvement,
+    seeds_interval,
+)
 
 SEEDS = (17, 42, 1337, 7, 11, 23, 101, 271, 977, 3001)
 CHECKS = 20
@@ -31,12 +37,19 @@ Row = dict[str, Any]
 
 class Verdict(NamedTuple):
     """What a policy is worth in a task: its score on validation and on test, more being better, and on test where it
-    lies between cost and quality."""
+    lies between cost and quality. `beside_bound` is the score on those test episodes that the bound is of, where these
+    are not all."""
 
-    validation: float
+    validation: float | None
     test: float
     quality: float
     cost: float
+    beside_bound: float | None = None
+
+    @property
+    def scored(self) -> float:
+        """What is compared with the bound."""
+        return self.test if self.beside_bound is None else self.beside_bound
 
 
 class Problem(Protocol):
@@ -46,7 +59,7 @@ class Problem(Protocol):
     SPLITS: dict[str, dict[str, Any]]  # arguments of the environment that each training has
     LEARNERS: dict[str, tuple[str, str]]  # name -> algorithm and backend
 
-    def watched(self, policy: Any, split: str, episodes: int | None) -> float:
+    def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
         """The mean score over the split's tasks on validation."""
 
     def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
@@ -58,6 +71,9 @@ class Problem(Protocol):
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
         """What nothing can beat, for the tasks that have a bound."""
 
+    def group(self, task: str) -> str:
+        """The tasks whose points of cost and quality belong to one plane."""
+
 
 class BoardSetup(BaseModel):
     """`policy` is a learner of the board, `yardsticks` or `bound`; `timesteps`, `episodes` replace the usual."""
@@ -68,6 +84,13 @@ class BoardSetup(BaseModel):
     timesteps: int | None = Field(default=None, ge=1)
     episodes: int | None = Field(default=None, ge=2)
 
+    @model_validator(mode="after")
+    def _without_effect(self) -> BoardSetup:
+        """What has no effect on a row must not make it another one."""
+        if self.policy in (YARDSTICKS, BOUND):
+            self.timesteps = None
+        return self
+
 
 class Leaderboard:
     """An experiment of `benchmarks.runner`."""
@@ -76,8 +99,8 @@ class Leaderboard:
     SEEDS = SEEDS
     ONCE = (YARDSTICKS, BOUND)  # are the same for all seeds
 
-    def __init__(self, problem: Problem, about: str) -> None:
-        self.problem, self.about = problem, about
+    def __init__(self, problem: Problem, about: str, quick: tuple[str, ...]) -> None:
+        self.problem, self.about, self.quick = problem, about, quick
         self.SPLITS = tuple(problem.SPLITS)
         self.SETTINGS = {name: {"policy": name} for name in (*problem.LEARNERS, YARDSTICKS, BOUND)}
 
@@ -88,21 +111,26 @@ class Leaderboard:
             return {"policies": _plain(found)}, {}
         if setup.policy == BOUND:
             return {"policies": _plain({BOUND: self.problem.bound(split, setup.episodes, folder)})}, {}
-        if setup.policy not in self.problem.LEARNERS:
-            known = ", ".join((*self.problem.LEARNERS, *self.ONCE))
-            raise ValueError(f"policy {setup.policy!r} is none of {known}")
-        agent, watch = self._trained(setup, seed, split)
+        agent, watch = self._trained(setup, seed, split, folder)
         found = {setup.policy: self.problem.judged(agent, split, setup.episodes, folder)}
-        curve = [{"steps": steps, "validation": mean} for steps, _, mean in watch.curve]
-        return {"policies": _plain(found), "curve": curve}, {"train_s": [seconds for _, seconds, _ in watch.curve]}
+        curve = [{"steps": look.steps, "validation": look.mean} for look in watch.curve]
+        seconds = {"train_s": [look.cpu for look in watch.curve], "train_wall_s": [look.wall for look in watch.curve]}
+        return {"policies": _plain(found), "curve": curve}, seconds
 
-    def _trained(self, setup: BoardSetup, seed: int, split: str) -> tuple[Any, _Watch]:
+    def check(self, setups: dict[str, BoardSetup], splits: list[str]) -> None:
+        """Raise `ValueError` for a policy that the board does not have."""
+        known = *self.problem.LEARNERS, *self.ONCE
+        for name, setup in setups.items():
+            if setup.policy not in known:
+                raise ValueError(f"policy {setup.policy!r} of the setup {name!r} is none of {', '.join(known)}")
+
+    def _trained(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> tuple[Any, _Watch]:
         algo, backend = self.problem.LEARNERS[setup.policy]
         more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
         settings = tuned.settings(algo, self.problem.ID, backend, **more)
         agent = backends.make(self.problem.ID, algo, backend, self.problem.SPLITS[split], seed, settings)
         total = settings["total_timesteps"]
-        watch = _Watch(lambda agent: self.problem.watched(agent, split, setup.episodes), total)
+        watch = _Watch(lambda agent: self.problem.watched(agent, split, setup.episodes, folder), total)
         prepared = getattr(self.problem, "prepared", lambda agent, total: lambda agent: None)(agent, total)
 
         def after_update(agent: Any) -> None:
@@ -117,24 +145,20 @@ class Leaderboard:
         the best yardstick and on the other learners, and what it took to beat that yardstick on validation."""
         tables = _tables(frame)
         best = {task: _best(tables, task) for task in tables.tasks}
-        bounds = {task: tables.verdicts[BOUND][task][0].test for task in tables.verdicts.get(BOUND, {})}
+        bounds = {task: found[0].scored for task, (_, found) in tables.of(BOUND).items()}
         tasks = [
             {
                 "task": task, "best_yardstick": best[task], "bound": bounds.get(task),
-                "policies": [_line(name, tables.verdicts[name][task], tables.kinds[name])
-                             for name in tables.verdicts if task in tables.verdicts[name]],
+                "policies": [_line(name, found[task][1], tables.kinds[name])
+                             for name, found in tables.verdicts.items() if task in found],
             }
             for task in tables.tasks
         ]  # fmt: skip
         learned = [name for name in tables.verdicts if tables.kinds[name] == "learned"]
         rows: list[Row] = []
         for name in learned:
-            scored = _normalized(tables, name, best, bounds)
-            row: Row = {
-                "policy": name,
-                "seeds": max(map(len, tables.verdicts[name].values())),
-                "tasks": scored.shape[1],
-            }
+            scored, names = _normalized(tables, name, best, bounds)
+            row: Row = {"policy": name, "seeds": len(scored), "scored": names, "of": len(tables.of(name))}
             row |= {"normalized": scored.mean(0).tolist()} if scored.size else {}
             row |= {"iqm": iqm(scored), "iqm_ci95": bootstrap_interval(scored)} if scored.size else {}
             row["over_yardstick"] = _improvement(tables, name, best)
@@ -143,10 +167,24 @@ class Leaderboard:
             }
             row["over"] = {other: _improvement(tables, name, of_task) for other, of_task in others.items()}
             rows.append(row | {"beats": self._beats(frame, name, tables, best)})
-        volumes = {
-            name: pareto.hypervolume(_points(tables, name), self.problem.ID.split(":")[-1]) for name in tables.verdicts
+        usual = {"timesteps", "episodes"} & set(frame)
+        settings = {key: sorted(set(frame[key].dropna().astype(int).tolist())) for key in sorted(usual)}
+        return {"env": self.problem.ID, "settings": settings, "rows": rows, "tasks": tasks,
+                "hypervolume": self._volumes(tables)}  # fmt: skip
+
+    def _volumes(self, tables: _Tables) -> Row:
+        """Hypervolumes of (cost, quality) by group of tasks, of the policies that have all of its tasks."""
+        groups: dict[str, list[str]] = {}
+        for task in tables.tasks:
+            groups.setdefault(self.problem.group(task), []).append(task)
+        return {
+            group: {
+                name: pareto.hypervolume(_points([found[task][1] for task in tasks]), self.problem.ID.split(":")[-1])
+                for name, found in tables.verdicts.items()
+                if all(task in found for task in tasks)
+            }
+            for group, tasks in groups.items()
         }
-        return {"env": self.problem.ID, "rows": rows, "tasks": tasks, "hypervolume": volumes}
 
     def _beats(self, frame: pd.DataFrame, name: str, tables: _Tables, best: dict[str, str | None]) -> list[Row]:
         """For each split: steps and CPU seconds of training until the mean over its tasks on validation was above that
@@ -157,15 +195,15 @@ class Leaderboard:
             yardsticks = [(best[task], task) for task in mine]
             if any(each is None for each, _ in yardsticks):
                 continue
-            target = float(np.mean([tables.verdicts[str(each)][task][0].validation for each, task in yardsticks]))
+            target = float(np.mean([tables.of(str(each))[task][1][0].validation for each, task in yardsticks]))
             found = []
-            for curve, seconds in zip(part["curve"], part["train_s"], strict=True):
+            for curve, cpu, wall in zip(part["curve"], part["train_s"], part["train_wall_s"], strict=True):
                 above = [place for place, point in enumerate(curve) if point["validation"] > target]
-                found += [(curve[above[0]]["steps"], seconds[above[0]])] if above else []
-            steps, seconds = np.median(found, axis=0).tolist() if found else (None, None)
+                found += [(curve[above[0]]["steps"], cpu[above[0]], wall[above[0]])] if above else []
+            steps, seconds, wall_s = np.median(found, axis=0).tolist() if found else (None, None, None)
             whole = float(np.median([each[-1] for each in part["train_s"]]))
-            rows.append({"split": str(split), "target": target, "steps": steps, "cpu_s": seconds, "seeds": len(found),
-                         "of": len(part), "whole_cpu_s": whole})  # fmt: skip
+            rows.append({"split": str(split), "target": target, "steps": steps, "cpu_s": seconds, "wall_s": wall_s,
+                         "seeds": len(found), "of": len(part), "whole_cpu_s": whole})  # fmt: skip
         return rows
 
     def plot(self, frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
@@ -177,13 +215,23 @@ class Leaderboard:
         return report.text(result, self.about)
 
 
+class _Look(NamedTuple):
+    """A look at a training: steps, CPU and wall seconds of training so far, the mean score on validation."""
+
+    steps: int
+    cpu: float
+    wall: float
+    mean: float
+
+
 class _Watch:
-    """Looks at a training some twenty times: its curve on validation, and the weights that were best."""
+    """Looks at a training some twenty times, and keeps the weights that were best on validation."""
 
     def __init__(self, judge: Callable[[Any], float], total: int) -> None:
         self.judge, self.every = judge, max(1, total // CHECKS)
-        self.curve: list[tuple[int, float, float]] = []
-        self._begun, self._checked, self._best = time.process_time(), 0, -np.inf
+        self.curve: list[_Look] = []
+        self._begun = time.process_time(), time.perf_counter()
+        self._checked, self._best = 0, -np.inf
         self._kept: Any = None
         self._folder = tempfile.TemporaryDirectory()
 
@@ -193,20 +241,20 @@ class _Watch:
             self._check(agent)
 
     def _check(self, agent: Any) -> None:
-        paused = time.process_time()
+        cpu, wall = time.process_time(), time.perf_counter()
         self._checked, mean = agent.num_timesteps, self.judge(agent)
-        self.curve.append((agent.num_timesteps, paused - self._begun, mean))
+        self.curve.append(_Look(agent.num_timesteps, cpu - self._begun[0], wall - self._begun[1], mean))
         if mean > self._best:
             self._best = mean
             if hasattr(agent, "policy"):
                 self._kept = copy.deepcopy(agent.policy.state_dict())
             else:
                 agent.save(Path(self._folder.name) / "best")
-        self._begun += time.process_time() - paused
+        self._begun = self._begun[0] + time.process_time() - cpu, self._begun[1] + time.perf_counter() - wall
 
     def end(self, agent: Any) -> Any:
         """The agent with the best weights; the last ones have been looked at as well."""
-        if not self.curve or self.curve[-1][0] != agent.num_timesteps:
+        if not self.curve or self.curve[-1].steps != agent.num_timesteps:
             self._check(agent)
         if self._kept is not None:
             agent.policy.load_state_dict(self._kept)
@@ -217,15 +265,19 @@ class _Watch:
 
 
 class _Tables(NamedTuple):
-    """Verdicts by policy and task, one for each seed; kinds of the policies; all tasks in order."""
+    """By policy and task the seeds and their verdicts; kinds of the policies; all tasks in order."""
 
-    verdicts: dict[str, dict[str, list[Verdict]]]
+    verdicts: dict[str, dict[str, tuple[list[int], list[Verdict]]]]
     kinds: dict[str, str]
     tasks: list[str]
 
+    def of(self, name: str) -> dict[str, tuple[list[int], list[Verdict]]]:
+        """A policy's, by task."""
+        return self.verdicts.get(name, {})
+
 
 def _tables(frame: pd.DataFrame) -> _Tables:
-    verdicts: dict[str, dict[str, list[Verdict]]] = {}
+    verdicts: dict[str, dict[str, tuple[list[int], list[Verdict]]]] = {}
     kinds: dict[str, str] = {}
     for _, row in frame.iterrows():
         kind = {YARDSTICKS: "yardstick", BOUND: "bound"}.get(str(row["policy"]), "learned")
@@ -233,56 +285,61 @@ def _tables(frame: pd.DataFrame) -> _Tables:
             key = str(row["setup"]) if kind == "learned" else name
             kinds[key] = kind
             for task, found in tasks.items():
-                verdicts.setdefault(key, {}).setdefault(task, []).append(Verdict(**found))
+                seeds, several = verdicts.setdefault(key, {}).setdefault(task, ([], []))
+                seeds.append(int(row["seed"]))
+                several.append(Verdict(**found))
     return _Tables(verdicts, kinds, list(dict.fromkeys(task for tasks in verdicts.values() for task in tasks)))
 
 
 def _best(tables: _Tables, task: str) -> str | None:
-    """The yardstick that is best on validation."""
+    """The yardstick that is best on validation; of equal ones the last, as the boards name the stronger rules later."""
     known = {
-        name: tasks[task][0].validation
-        for name, tasks in tables.verdicts.items()
+        name: (float(tasks[task][1][0].validation or 0), place)
+        for place, (name, tasks) in enumerate(tables.verdicts.items())
         if tables.kinds[name] == "yardstick" and task in tasks
     }
     return max(known, key=known.__getitem__) if known else None
 
 
-def _normalized(tables: _Tables, name: str, best: dict[str, str | None], bounds: dict[str, float]) -> np.ndarray:
-    """Scores `[seeds, tasks]`, of the tasks that have a yardstick and a bound above it, and the seeds that all have."""
-    found = []
-    for task, verdicts in tables.verdicts[name].items():
+def _line(name: str, verdicts: list[Verdict], kind: str) -> Row:
+    tests = np.array([each.test for each in verdicts])
+    means = {key: float(np.mean([getattr(each, key) for each in verdicts])) for key in ("test", "quality", "cost")}
+    known = [each.validation for each in verdicts if each.validation is not None]
+    return {"policy": name, "kind": kind, "seeds": len(tests), **means, "test_ci95": seeds_interval(tests),
+            "validation": float(np.mean(known)) if known else None}  # fmt: skip
+
+
+def _normalized(
+    tables: _Tables, name: str, best: dict[str, str | None], bounds: dict[str, float]
+) -> tuple[np.ndarray, list[str]]:
+    """Scores `[seeds, tasks]` of the tasks that have a yardstick and a bound above it, and of the seeds that all of
+    them have; with the tasks."""
+    found: dict[str, dict[int, float]] = {}
+    for task, (seeds, verdicts) in tables.of(name).items():
         yardstick = best[task]
         if yardstick is not None and task in bounds:
-            base = tables.verdicts[yardstick][task][0].test
-            found.append(normalized_score(np.array([each.test for each in verdicts]), base, bounds[task]))
-    found = [scored for scored in found if np.isfinite(scored).all()]
-    return np.stack([scored[: min(map(len, found))] for scored in found], axis=1) if found else np.zeros((1, 0))
+            base = tables.of(yardstick)[task][1][0].scored
+            scored = normalized_score(np.array([each.scored for each in verdicts]), base, bounds[task])
+            if np.isfinite(scored).all():
+                found[task] = dict(zip(seeds, scored.tolist(), strict=True))
+    common = sorted(set.intersection(*map(set, found.values()))) if found else []
+    return np.array([[of_task[seed] for of_task in found.values()] for seed in common]), list(found)
 
 
 def _improvement(tables: _Tables, name: str, others: dict[str, str | None]) -> float | None:
     """How likely a training scores more on test than another policy, one for each task; None where no task has both."""
     shares = []
-    for task, verdicts in tables.verdicts[name].items():
+    for task, (_, verdicts) in tables.of(name).items():
         other = others[task]
-        if other is not None and task in tables.verdicts[other]:
-            both = (np.array([[each.test] for each in part]) for part in (verdicts, tables.verdicts[other][task]))
+        if other is not None and task in tables.of(other):
+            both = (np.array([[each.test] for each in part]) for part in (verdicts, tables.of(other)[task][1]))
             shares.append(probability_of_improvement(*both))
     return float(np.mean(shares)) if shares else None
 
 
-def _line(name: str, verdicts: list[Verdict], kind: str) -> Row:
-    tests = np.array([each.test for each in verdicts])
-    low, high = bootstrap_interval(tests[:, None], lambda scores: float(scores.mean()))
-    means = {key: float(np.mean([getattr(each, key) for each in verdicts])) for key in Verdict._fields}
-    return {"policy": name, "kind": kind, "seeds": len(tests), **means, "test_ci95": (low, high)}
-
-
-def _points(tables: _Tables, name: str) -> np.ndarray:
+def _points(tasks: list[list[Verdict]]) -> np.ndarray:
     """Cost and quality in each task, means over seeds."""
-    return np.array([
-        [np.mean([each.cost for each in found]), np.mean([each.quality for each in found])]
-        for found in tables.verdicts[name].values()
-    ])  # fmt: skip
+    return np.array([[np.mean([each.cost for each in of]), np.mean([each.quality for each in of])] for of in tasks])
 
 
 def _plain(found: dict[str, dict[str, Verdict]]) -> Row:

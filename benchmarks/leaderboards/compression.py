@@ -34,9 +34,9 @@ class Compression:
         """PPO trains three fifths of its steps on the sum of sensitivities."""
         return compression.prepare(agent, total, warm=0.6, masks=True, shares=SHARES)
 
-    def watched(self, policy: Any, split: str, episodes: int | None) -> float:
-        """The mean over models and budgets, on the images that plans are chosen by."""
-        return float(np.mean([verdict.validation for verdict in self._of_policy(policy, split).values()]))
+    def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
+        """The mean over models and budgets, on images that no plan is searched by."""
+        return float(np.mean([verdict.validation or 0 for verdict in self._of_policy(policy, split).values()]))
 
     def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
         """The policy's plan for each budget, from sensitivities alone."""
@@ -67,6 +67,10 @@ class Compression:
         best = [plans[np.where(used <= budget, points, -np.inf).argmax()] for budget in self._budgets(model, split)]
         return self._verdicts(split, [best])
 
+    def group(self, task: str) -> str:
+        """The budgets of a split."""
+        return task.rpartition(",")[0]
+
     def _of_policy(self, policy: Any, split: str) -> dict[str, Verdict]:
         plans = [
             [walk[0] for walk in levels_of(policy, model, self._budgets(model, split))]
@@ -78,7 +82,7 @@ class Compression:
         """Of plans by model and budget; cost is the share of the float32 bytes, quality the change of accuracy."""
         found: list[list[tuple[float, float, float]]] = []
         for model, of_model in zip(self.SPLITS[split]["model"], plans, strict=True):
-            both = [self._tables(model, split, on) for on in ("train", "test")]
+            both = [self._tables(model, split, on) for on in ("validation", "test")]
             rows = np.zeros(len(of_model), dtype=np.int64)
             changes = [tables.quality(rows, np.stack(of_model))[1] for tables in both]
             shares = [(rules.size(plan, both[0].sizes) + both[0].overhead) / both[0].bytes for plan in of_model]
@@ -104,7 +108,8 @@ class Compression:
 BOARD = Leaderboard(
     Compression(),
     "Scores are changes of test accuracy in points, nothing trained, means over the models of a split, within a budget "
-    "of bytes. Plans are chosen by one half of the validation images. Searches have 400 evaluations for each model and "
-    "budget, a policy none. The bound is the best of all plans, chosen by the test images; the larger models have "
-    "none, and do not count in normalised scores.",
+    "of bytes. Plans are searched by one half of the validation images and compared on the other. Searches have 400 "
+    "evaluations for each model and budget, one run of each; a policy has none. The bound is the best of all plans, "
+    "chosen by the test images; the larger models have none.",
+    quick=(SMALL,),
 )

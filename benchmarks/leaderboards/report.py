@@ -18,7 +18,7 @@ COLOURS = {"learned": "tab:red", "yardstick": "tab:gray", "bound": "tab:green"}
 def text(result: Row, about: str) -> str:
     """All of it, as Markdown."""
     env = result["env"].split(":")[-1]
-    lines = [f"# Leaderboard of {env}", "", about, "", *_learners(result["rows"])]
+    lines = [f"# Leaderboard of {env}", "", about, "", *_unusual(result["settings"]), *_learners(result["rows"])]
     for task in result["tasks"]:
         lines += [f"## {task['task']}", "", *markdown_header(
             "policy", "kind", "test", "95 % over seeds", "validation", "quality", "cost", "seeds"
@@ -26,14 +26,25 @@ def text(result: Row, about: str) -> str:
         for row in sorted(task["policies"], key=lambda row: -row["test"]):
             name = f"**{row['policy']}**" if row["kind"] == "learned" else row["policy"]
             name += " (best on validation)" if row["policy"] == task["best_yardstick"] else ""
-            numbers = (f"{row[key]:.4g}" for key in ("validation", "quality", "cost"))
+            numbers = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("validation", "quality", "cost"))
             lines.append(markdown_row(name, row["kind"], f"{row['test']:.4f}", _interval(row["test_ci95"], 4), *numbers,
                                       str(row["seeds"])))  # fmt: skip
         lines.append("")
-    lines += ["## Hypervolume", "", "Of (cost, quality) over all tasks, with the environment's reference point of "
-              "`benchmarks.pareto`.", "", *markdown_header("policy", "hypervolume")]  # fmt: skip
-    volumes = sorted(result["hypervolume"].items(), key=lambda item: -item[1])
-    return "\n".join([*lines, *(markdown_row(name, f"{volume:.4f}") for name, volume in volumes)])
+    lines += ["## Hypervolume", "", "Of (cost, quality) of the policies that have all tasks of a group, with the "
+              "environment's reference point of `benchmarks.pareto`.", ""]  # fmt: skip
+    for group, volumes in result["hypervolume"].items():
+        ordered = sorted(volumes.items(), key=lambda item: -item[1])
+        lines += [
+            *markdown_header(group, "hypervolume"),
+            *(markdown_row(name, f"{each:.4f}") for name, each in ordered),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _unusual(settings: Row) -> list[str]:
+    said = [f"{key} {', '.join(map(str, values))}" for key, values in settings.items() if values]
+    return [f"**Not the usual settings: {'; '.join(said)}.**", ""] if said else []
 
 
 def _learners(rows: list[Row]) -> list[str]:
@@ -41,25 +52,27 @@ def _learners(rows: list[Row]) -> list[str]:
         return []
     return [
         "Normalised score: 0 is the yardstick that is best on validation, 1 the bound, interquartile mean over seeds "
-        "and tasks, 95 % by a bootstrap that draws seeds within each task. Improvement: probability that a training "
-        "scores more than that yardstick.", "",
-        *markdown_header("learner", "normalised", "95 %", "improvement on the yardstick", "on other learners", "seeds"),
+        "and tasks, 95 % by a bootstrap that draws seeds within each task, too narrow for a few seeds. Only tasks with "
+        "a bound above that yardstick have one. Improvement: probability that a training scores more than that "
+        "yardstick, over all tasks.", "",
+        *markdown_header("learner", "normalised", "95 %", "tasks, seeds", "improvement on the yardstick",
+                         "on other learners"),
         *(
             markdown_row(
                 row["policy"], f"{row['iqm']:+.3f}" if "iqm" in row else "no bound", _interval(row.get("iqm_ci95"), 3),
-                _share(row["over_yardstick"]),
+                f"{len(row['scored'])} of {row['of']}, {row['seeds']}", _share(row["over_yardstick"]),
                 ", ".join(f"{other} {_share(share)}" for other, share in row["over"].items()),
-                str(row["seeds"]),
             )
             for row in rows
         ), "",
-        "Training until validation was above the best yardstick's, medians of the seeds that got there; CPU time, "
-        "without the looking.", "",
-        *markdown_header("learner", "split", "steps", "CPU s", "seeds that got there", "CPU s of the whole training"),
+        "Training until validation was above the best yardstick's, medians of the seeds that got there, without the "
+        "looking.", "",
+        *markdown_header("learner", "split", "seeds that got there", "steps", "CPU s", "wall s", "CPU s of the whole"),
         *(
             markdown_row(
-                row["policy"], each["split"], f"{each['steps']:,.0f}" if each["seeds"] else "never",
-                f"{each['cpu_s']:.1f}" if each["seeds"] else "", f"{each['seeds']} of {each['of']}",
+                row["policy"], each["split"], f"{each['seeds']} of {each['of']}",
+                *((f"{each['steps']:,.0f}", f"{each['cpu_s']:.1f}", f"{each['wall_s']:.1f}") if each["seeds"]
+                  else ("never", "", "")),
                 f"{each['whole_cpu_s']:.1f}",
             )
             for row in rows for each in row["beats"]

@@ -10,7 +10,6 @@ import pytest
 from agents.ppo import PPO
 from benchmarks import runner
 from benchmarks.leaderboards.board import SEEDS, _Watch
-from benchmarks.leaderboards.metaopt import BOARD as METAOPT
 from benchmarks.leaderboards.routing import BOARD
 from benchmarks.runner import Matrix
 
@@ -28,7 +27,8 @@ def frame() -> pd.DataFrame:
     rows: list[dict[str, Any]] = [
         {"setup": "PPO", "policy": "PPO", "seed": seed,
          "policies": {"PPO": verdicts(easy=(0.8, easy), hard=(0.8, hard))},
-         "curve": curve[: 3 - late], "train_s": [1.0 + seed, 2.0 + seed, 3.0 + seed][: 3 - late]}
+         "curve": curve[: 3 - late], "train_s": [1.0 + seed, 2.0 + seed, 3.0 + seed][: 3 - late],
+         "train_wall_s": [2.0, 4.0, 6.0][: 3 - late]}
         for seed, late, easy, hard in ((0, 0, 0.8, 0.5), (1, 0, 0.9, 0.4), (2, 2, 0.7, 0.6))
     ]  # fmt: skip
     rules = {"good": verdicts(easy=(0.7, 0.6), hard=(0.4, 0.3)), "lucky": verdicts(easy=(0.5, 0.7), hard=(0.5, 0.2))}
@@ -50,21 +50,19 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     both = np.sort(np.concatenate([easy, hard]))
     assert row["iqm"] == pytest.approx(both[1:5].mean())
     assert row["iqm_ci95"][0] < row["iqm"] < row["iqm_ci95"][1]
-    assert (row["over_yardstick"], row["over"], row["seeds"], row["tasks"]) == (1.0, {}, 3, 2)
+    assert (row["over_yardstick"], row["over"], row["seeds"]) == (1.0, {}, 3)
+    assert (row["scored"], row["of"]) == (["easy", "hard"], 2)
     (beats,) = row["beats"]
-    assert beats == {
-        "split": "both",
-        "target": 0.6,
-        "steps": 200,
-        "cpu_s": 2.5,
-        "seeds": 2,
-        "of": 3,
-        "whole_cpu_s": 3.0,
-    }
-    assert result["hypervolume"]["good"] == pytest.approx((2 - 1) * 0.6)
+    about = {"split": "both", "target": 0.6, "seeds": 2, "of": 3, "whole_cpu_s": 3.0}
+    assert beats == about | {"steps": 200, "cpu_s": 2.5, "wall_s": 4}
+    assert result["hypervolume"]["easy"]["good"] == pytest.approx((2 - 1) * 0.6)
+    assert result["hypervolume"]["hard"]["good"] == pytest.approx((2 - 1) * 0.3)
+    (ppo,) = (line for line in result["tasks"][0]["policies"] if line["policy"] == "PPO")
+    t, error = 4.303, 0.1 / 3**0.5  # Student's t of 2 degrees of freedom; 0.8, 0.9 and 0.7
+    assert ppo["test_ci95"] == (pytest.approx(0.8 - t * error, abs=1e-3), pytest.approx(0.8 + t * error, abs=1e-3))
     text = BOARD.text(result)
     assert "| good (best on validation) | yardstick | 0.6000 |" in text
-    assert "| PPO | both | 200 | 2.5 | 2 of 3 | 3.0 |" in text
+    assert "| PPO | both | 2 of 3 | 200 | 2.5 | 4.0 | 3.0 |" in text
     assert BOARD.plot(frame(), result, tmp_path) == ["curves.png", "scores.png"]
 
 
@@ -72,14 +70,41 @@ def test_seeds_that_are_missing_in_a_task_do_not_hinder() -> None:
     rows = frame()
     del rows.loc[1, "policies"]["PPO"]["hard"]
     (row,) = BOARD.score(rows)["rows"]
-    assert row["normalized"] == pytest.approx([0.625, (0.5 + 2 / 3) / 2])
+    assert row["normalized"] == pytest.approx([0.375, (0.5 + 2 / 3) / 2])  # of the seeds 0 and 2, which both have
+    assert row["seeds"] == 2
+
+
+def test_a_task_whose_yardstick_is_at_the_bound_is_counted_out_and_said() -> None:
+    rows = frame()
+    rows.loc[4, "policies"]["bound"]["hard"]["test"] = 0.2
+    result = BOARD.score(rows)
+    (row,) = result["rows"]
+    assert (row["scored"], row["of"]) == (["easy"], 2)
+    assert "| 1 of 2, 3 |" in BOARD.text(result)
+
+
+def test_what_is_compared_with_a_bound_is_of_its_episodes() -> None:
+    rows = frame()
+    for _, row in rows.iterrows():
+        for tasks in row["policies"].values():
+            tasks["easy"]["beside_bound"] = tasks["easy"]["test"] - 0.1  # all alike harder: nothing changes
+    assert BOARD.score(rows)["rows"][0]["normalized"] == pytest.approx(BOARD.score(frame())["rows"][0]["normalized"])
+    rows.loc[0, "policies"]["PPO"]["easy"]["beside_bound"] = 0.9
+    assert BOARD.score(rows)["rows"][0]["normalized"][0] == pytest.approx((1.0 + 0.75 + 0.25) / 3)
+
+
+def test_of_equal_yardsticks_the_stronger_rule_is_named() -> None:
+    rows = frame()
+    for name in ("good", "lucky"):
+        rows.loc[3, "policies"][name]["easy"]["validation"] = 0.7
+    assert BOARD.score(rows)["tasks"][0]["best_yardstick"] == "lucky"
 
 
 def test_what_has_no_bound_does_not_count() -> None:
     rows = frame()
     result = BOARD.score(rows[rows["setup"] != "bound"])
     (row,) = result["rows"]
-    assert (row["tasks"], "iqm" in row, row["over_yardstick"]) == (0, False, 1.0)
+    assert (row["scored"], "iqm" in row, row["over_yardstick"]) == ([], False, 1.0)
     assert "no bound" in BOARD.text(result)
     alone = BOARD.score(rows[rows["setup"] == "yardsticks"])
     assert alone["rows"] == []
@@ -92,13 +117,18 @@ def test_the_weights_best_on_validation_are_kept(sign: int) -> None:
     watch = _Watch(lambda agent: sign * agent.num_timesteps, 512)
     agent.learn(512, watch)
     best = watch.end(agent)
-    assert [steps for steps, _, _ in watch.curve] == [128, 256, 384, 512]
+    assert [look.steps for look in watch.curve] == [128, 256, 384, 512]
     assert best.num_timesteps == (512 if sign > 0 else 128)
-    assert (np.diff([seconds for _, seconds, _ in watch.curve]) > 0).all()
+    assert (np.diff([look.cpu for look in watch.curve]) > 0).all()
 
 
 def test_yardsticks_and_bound_are_run_once() -> None:
-    every = runner.jobs_of(Matrix(experiment="MoERouting-v0", seeds=list(SEEDS)))
+    every = runner.jobs_of(Matrix(experiment="MoERouting-v0"))
+    assert {job.seed for job in every} == set(SEEDS)
+    short = runner.jobs_of(Matrix(experiment="MoERouting-v0", settings={"timesteps": 9}))
+    assert {job.key for job in every} & {job.key for job in short} == {
+        job.key for job in every if job.setup in BOARD.ONCE
+    }
     counts = {name: sum(job.setup == name for job in every) for name in BOARD.SETTINGS}
     assert counts == {"PPO": 40, "REINFORCE": 40, "SB3 PPO": 40, "yardsticks": 4, "bound": 4}
 
@@ -130,6 +160,6 @@ def test_a_board_is_run_and_reported(tmp_path: Path, env: str, split: str, setti
     assert {"curves.png", "scores.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_unknown_policies_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'DQN' is none of PPO, SB3 PPO, yardsticks, bound"):
-        METAOPT.measure(METAOPT.Setup(policy="DQN"), 0, "digits", tmp_path)
+def test_unknown_policies_are_told_before_anything_runs() -> None:
+    with pytest.raises(runner.RunnerError, match="'DQN' of the setup 'mine' is none of PPO, SB3 PPO, yard"):
+        runner.jobs_of(Matrix(experiment="MoEMetaOpt-v0", setups={"mine": {"policy": "DQN"}}))

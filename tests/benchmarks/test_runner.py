@@ -16,7 +16,7 @@ from filelock import FileLock
 from benchmarks import runner
 from benchmarks.runner import Matrix, RunnerError
 
-KILLS = int(os.environ.get("MOE_ENVS_KILLS", "6"))
+KILLS = int(os.environ.get("MOE_ENVS_KILLS", "6"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_runner.py
 TINY = """
 import os, time
 from pathlib import Path
@@ -107,7 +107,9 @@ def test_a_second_call_does_nothing_and_more_seeds_are_added(tmp_path: Path) -> 
 
 def test_kills_lose_no_finished_row_and_duplicate_none(tmp_path: Path) -> None:
     path, out = tmp_path / "matrix.json", tmp_path / "out"
-    setups = {f"setup {number}": {"factor": number, "seconds": 0.3} for number in range(1, 4 + 2 * KILLS)}
+    setups = {
+        f"setup {number}": {"factor": number, "seconds": 0.05 * (number % 8)} for number in range(1, 4 + 2 * KILLS)
+    }
     path.write_text(matrix(setups=setups).model_dump_json())
     code = "from benchmarks.cli import benchmark; benchmark()"
     command = [sys.executable, "-c", code, "run", str(path), "--out", str(out), "--jobs", "2"]
@@ -139,13 +141,45 @@ def test_what_a_kill_cut_short_is_made_again(tmp_path: Path) -> None:
     assert runner.run(matrix(), tmp_path) == 1
     assert len(path.read_bytes().splitlines()) == 8
     assert path.read_bytes().startswith(whole.rpartition(b"\n{")[0])
+    path.write_bytes(whole[-50:-1])  # nothing whole is left, and the only run fails
+    with pytest.raises(RunnerError, match="1 of 1 runs"):
+        runner.run(matrix(setups={"fails": {"factor": 5, "fails": 99}}, seeds=[1], splits=["test"]), tmp_path)
+
+
+def test_rows_that_a_kill_left_out_of_order_are_put_in_order(tmp_path: Path) -> None:
+    runner.run(matrix(), tmp_path)
+    path = tmp_path / "raw.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(reversed(whole.splitlines(keepends=True))))
+    assert runner.run(matrix(), tmp_path) == 0
+    assert path.read_bytes() == whole
+
+
+def test_some_setups_are_run_and_the_matrix_stays_whole(tmp_path: Path) -> None:
+    assert runner.run(matrix(), tmp_path, only=["three"]) == 4
+    assert runner.rebuild(tmp_path)
+    assert "4 of 8 runs" in (tmp_path / "report.md").read_text()
+    with pytest.raises(RunnerError, match="no setup 'two'; there are one, three"):
+        runner.run(matrix(), tmp_path, only=["two"])
+
+
+def test_a_number_that_is_none_is_no_result(tmp_path: Path) -> None:
+    setups = {"endless": {"factor": 1}}
+    code = (
+        (tmp_path / "own" / "small" / "tiny.py")
+        .read_text()
+        .replace('"value": setup.factor * seed', '"value": float("nan")')
+    )
+    (tmp_path / "own" / "small" / "tiny.py").write_text(code)
+    with pytest.raises(RunnerError, match="value is nan: what is not a finite number is no result"):
+        runner.run(matrix(setups=setups, seeds=[1], splits=["test"]), tmp_path)
 
 
 def test_a_run_that_fails_or_dies_is_tried_twice_more(tmp_path: Path) -> None:
     setups = {"fails": {"factor": 1, "fails": 2}, "dies": {"factor": 2, "dies": 1}, "well": {"factor": 3}}
     assert runner.run(matrix(setups=setups, seeds=[1], splits=["test"]), tmp_path, processes=2) == 3
     assert {row["setup"]: row["attempts"] for row in lasting(tmp_path)} == {"fails": 3, "dies": 2, "well": 1}
-    assert not (tmp_path / "failed.json").exists()
+    assert not (tmp_path / "failed-0-of-1.json").exists()
 
 
 def test_too_many_failures_stop_the_rest_and_are_told(tmp_path: Path) -> None:
@@ -154,7 +188,7 @@ def test_too_many_failures_stop_the_rest_and_are_told(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"1 of 16 runs failed 3 times[\s\S]*fails, seed 0, test: ValueError"):
         runner.run(wanted, tmp_path)
     assert len(runner.read(tmp_path / "raw.jsonl")) < 8
-    (failure,) = json.loads((tmp_path / "failed.json").read_text())
+    (failure,) = json.loads((tmp_path / "failed-0-of-1.json").read_text())
     assert (failure["setup"], failure["seed"], failure["error"]) == ("fails", 0, "ValueError('try 2')")
     assert "in measure" in failure["trace"]
     assert runner.run(matrix(setups={"well": {}}, seeds=[5], splits=["test"]), tmp_path / "other") == 1
@@ -175,6 +209,7 @@ def test_parts_make_the_whole(tmp_path: Path) -> None:
     script = runner.slurm(tmp_path / "matrix.json", tmp_path, 3)
     assert "--array=0-2" in script
     assert f"moe-benchmark run {tmp_path}/matrix.json --out {tmp_path} --part" in script
+    assert "run 'my dir/matrix.json'" in runner.slurm(Path("my dir/matrix.json"), tmp_path, 3)
 
 
 def test_only_one_runs_in_a_folder(tmp_path: Path) -> None:
@@ -191,6 +226,11 @@ def test_only_one_runs_in_a_folder(tmp_path: Path) -> None:
         ("experiment: models\nseeds: []", "seeds: List should have at least 1"),
         ("experiment: nothing", "no experiment 'nothing'; there are models"),
         ("experiment: no.such", "No module named 'no'"),
+        ("experiment: benchmarks.pareto", "it has no Setup, SETTINGS"),
+        ("experiment: models\nseeds: [-1]", "seeds.0: Input should be greater"),
+        ("experiment: models\nsetups: {a: {k: 1}, a: {k: 2}}", "'a' is named twice"),
+        ("experiment: models\nsplits: [shift-3]", "splits must have test"),
+        ("experiment: models\nsetups: {a: {}, b: {data: digits}}", "setups of different data, digits, fashion-mnist"),
         ("experiment: models\nsplits: [train]", "no split 'train' in models; there are test, gaussian-noise-1"),
         ("experiment: models\nseeds: [1, 1]", "1 is named twice"),
         ("experiment: models\nsetups: {mine: {kind: top-9}}", "setup 'mine': kind: Input should be 'top-k'"),
