@@ -1,10 +1,12 @@
-"""The page of each environment is its class docstring; `make docs` writes them anew (a hook of mkdocs)."""
+"""The page of each environment is its class docstring, with a picture of an episode; `make docs` writes them anew (a
+hook of mkdocs)."""
 
 import inspect
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "environments"
+SMALL = {"MoECompression-v0": {"model": "digits-mlp"}}  # arguments of the picture, where the default has too many lines
 
 
 def page(name: str) -> str:
@@ -15,12 +17,32 @@ def page(name: str) -> str:
 
     doc = load_env_creator(ENVIRONMENTS[name]["entry_point"] + "Env").__doc__
     make = f'```python\ngymnasium.make("moe_envs:{name}")\n```'
-    return f"# {name}\n\n{make}\n\n{inspect.cleandoc(str(doc))}\n"
+    picture = "" if ENVIRONMENTS[name].get("nondeterministic") else f"![an episode of random actions]({name}.gif)\n\n"
+    return f"# {name}\n\n{make}\n\n{picture}{inspect.cleandoc(str(doc))}\n"
+
+
+def draw(name: str, path: Path) -> None:
+    """An animated picture of an episode of random actions, valid ones where there are masks."""
+    import gymnasium
+    from PIL import Image
+
+    env = gymnasium.make(f"moe_envs:{name}", render_mode="rgb_array", **SMALL.get(name, {}))
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    frames, ended = [env.render()], False
+    while not ended:
+        masked = {"mask": env.unwrapped.action_masks().astype("int8")} if hasattr(env.unwrapped, "action_masks") else {}
+        _, _, ended, _, _ = env.step(env.action_space.sample(**masked))
+        frames.append(env.render())
+    pictures = [Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE, colors=32) for frame in frames]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=250, loop=0)
 
 
 def on_pre_build(config: Any) -> None:
-    """Write all pages."""
+    """Write all pages and pictures."""
     from moe_envs import ENVIRONMENTS
 
-    for name in ENVIRONMENTS:
+    for name, specification in ENVIRONMENTS.items():
         (FOLDER / f"{name}.md").write_text(page(name))
+        if not specification.get("nondeterministic"):
+            draw(name, FOLDER / f"{name}.gif")

@@ -1,0 +1,84 @@
+"""The documentation says what there is: pages are of the docstrings, commands and their options exist."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from PIL import Image
+
+import moe_envs
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def of_docs(name: str) -> Any:
+    import importlib.util
+
+    specification = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "pages.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def apps() -> dict[str, Any]:
+    """Click's commands behind the console scripts."""
+    from benchmarks import cli, compression_commands, metaopt_commands, profiling, runner_commands  # noqa: F401
+    from benchmarks.commands import benchmark_app
+    from benchmarks.compare import app as compare_app
+
+    single = {}
+    for name, function in (("moe-train", cli._train), ("moe-eval", cli._evaluate)):
+        single[name] = typer.Typer(add_completion=False)
+        single[name].command()(function)
+    found = single | {
+        "moe-benchmark": benchmark_app, "moe-compress": compression_commands.compress_app, "moe-bundle": cli.bundle_app,
+        "moe-profile": profiling.app, "moe-compare": compare_app,
+    }  # fmt: skip
+    return {name: typer.main.get_command(app) for name, app in found.items()}
+
+
+def commands(path: Path) -> list[str]:
+    """What a page has in code that begins with one of our commands."""
+    text = path.read_text()
+    blocks = re.findall(r"```(?:bash|text|)\n(.*?)```", text, re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines = [line.strip().removeprefix("PYTHONPATH=. ") for block in blocks for line in block.splitlines()] + spans
+    return [
+        line.partition("#")[0]
+        for line in lines
+        if re.match(r"moe-(train|eval|benchmark|compress|bundle|profile|compare)\b", line)
+    ]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_and_their_options_exist(path: Path) -> None:
+    known = apps()
+    for line in commands(path):
+        for words in (shlex.split(part) for part in line.split(" | ") if part.startswith("moe-") or " | " not in line):
+            command, rest = known[words[0]], words[1:]
+            if hasattr(command, "commands") and rest and not rest[0].startswith(("-", "[")) and rest[0] != "...":
+                assert rest[0] in command.commands, line
+                command = command.commands[rest[0]]
+            options = {name for parameter in command.params for name in parameter.opts}
+            assert all(word.partition("=")[0] in options for word in rest if word.startswith("-")), line
+
+
+@pytest.mark.parametrize("name", moe_envs.ENVIRONMENTS)
+def test_pages_are_those_of_the_docstrings(name: str) -> None:
+    page = (ROOT / "docs" / "environments" / f"{name}.md").read_text()
+    assert page == of_docs("page")(name)
+    for picture in re.findall(r"\]\(([^)]+\.gif)\)", page):
+        with Image.open(ROOT / "docs" / "environments" / picture) as drawn:
+            assert drawn.n_frames > 5
+
+
+def test_pictures_are_drawn_anew(tmp_path: Path) -> None:
+    of_docs("draw")("MoERouting-v0", tmp_path / "routing.gif")
+    with Image.open(tmp_path / "routing.gif") as drawn:
+        assert drawn.n_frames == 33
