@@ -225,7 +225,7 @@ def _file(name: str) -> str:
 def _draw(frame: pd.DataFrame, path: Path) -> None:
     """Points lost at each budget, means over models and seeds."""
     kinds = list(dict.fromkeys(frame["kind"]))
-    figure = Figure((6.5 * len(kinds), 4.5), layout="constrained")
+    figure = Figure((6.5 * len(kinds) + 1.5, 4.5), layout="constrained")
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     for panel, kind in zip(panels, kinds, strict=True):
         part = frame[frame["kind"] == kind]
@@ -234,6 +234,7 @@ def _draw(frame: pd.DataFrame, path: Path) -> None:
             panel.plot(means.index / 1000, means, marker="o", ms=3, lw=3 if name == "PPO" else 1, label=name)
         panel.set(title=f"models {kind}", xlabel="budget [kB]", ylabel="change of test accuracy [points]", xscale="log")
         panel.set_yscale("symlog", linthresh=0.5)
+        panel.set_ylim(top=0.2)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=120)
