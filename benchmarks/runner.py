@@ -372,7 +372,9 @@ def _work(
                     raise RunnerError(_overview(failures, len(todo), failed))
                 report(1 - (len(waiting) + len(running)) / len(todo))
     finally:
-        for pool in (*free, *(each[0] for each in running.values())):
+        for pool in free:
+            pool.shutdown()
+        for pool, _, _ in running.values():
             _end(pool)
     return failures
 
