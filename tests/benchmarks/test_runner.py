@@ -116,7 +116,10 @@ def test_kills_lose_no_finished_row_and_duplicate_none(tmp_path: Path) -> None:
     draw, finished = random.Random(0), {}
     for _ in range(KILLS):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(draw.uniform(0.5, 6))
+        wanted = len(finished) + draw.randint(0, 4)  # by progress, not by the clock, whatever the machine
+        while wanted and (not (out / "raw.jsonl").exists() or (out / "raw.jsonl").read_bytes().count(b"\n") < wanted):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
         now = {row.config_hash: row for row in runner.read(out / "raw.jsonl")}
