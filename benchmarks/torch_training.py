@@ -75,7 +75,7 @@ def train(
     batches = _batches(problem, seed)
     for action in range(1, problem.max_actions + 1):
         losses = [_step(problem, model, made, next(batches)) for _ in range(problem.steps_per_action)]
-        metrics = validate(problem, model) | {"train_losses": losses}
+        metrics = validate(model, problem.validation_inputs, problem.validation_labels) | {"train_losses": losses}
         rates = [float(group["lr"]) for group in made.param_groups]
         decays = [float(group["weight_decay"]) for group in made.param_groups]
         timeline.append({
@@ -113,12 +113,12 @@ def _step(problem: Problem, model: MoEClassifier, optimizer: torch.optim.Optimiz
 
 
 @torch.no_grad()
-def validate(problem: Problem, model: MoEClassifier) -> dict[str, Any]:
-    """Loss and accuracy on the validation data."""
-    logits = model(problem.validation_inputs)
+def validate(model: MoEClassifier, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Loss and accuracy on validation data."""
+    logits = model(inputs)
     return {
-        "validation_loss": float(F.cross_entropy(logits, problem.validation_labels)),
-        "validation_accuracy": float((logits.argmax(1) == problem.validation_labels).float().mean()),
+        "validation_loss": float(F.cross_entropy(logits, labels)),
+        "validation_accuracy": float((logits.argmax(1) == labels).float().mean()),
     }
 
 

@@ -148,6 +148,7 @@ def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
     from agents.meta_optimizer import PolicyMetaOptimizer, gate_metrics
     from agents.ppo import PPO
     from benchmarks import policies
+    from benchmarks.torch_training import validate
     from experts import data, training
     from experts.reference_bundles import SETTINGS as REFERENCE
 
@@ -158,7 +159,7 @@ def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
     content = data.load(setup.data)
     x, y = map(torch.from_numpy, content["validation"])
     every = settings.epochs * -(-len(content.splits["train"]) // settings.batch_size) // DECISIONS
-    target = _validate(_kept(setup, seed, folder, _train), x, y)["validation_accuracy"]
+    target = validate(_kept(setup, seed, folder, _train), x, y)["validation_accuracy"]
 
     def drive(model: MoEClassifier) -> tuple[torch.optim.Optimizer, Callable[[int, float], None]]:
         parts = {"gate": model.gate, "experts": model.experts}
@@ -171,22 +172,12 @@ def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
             losses.append(loss)
             if step % every == 0 and meta.decisions < DECISIONS:
                 with torch.no_grad():
-                    found = _validate(model, x, y) | gate_metrics(model.gate(x))
+                    found = validate(model, x, y) | gate_metrics(model.gate(x))
                 meta.update_hparams({**found, "train_losses": losses[-every:]}, step)
 
         return optimizer, after_step
 
     return training.train(*content["train"], settings, progress=False, drive=drive)
-
-
-def _validate(model: MoEClassifier, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    import torch
-    import torch.nn.functional as F
-
-    with torch.no_grad():
-        logits = model(x)
-    accuracy = float((logits.argmax(1) == y).float().mean())
-    return {"validation_loss": float(F.cross_entropy(logits, y)), "validation_accuracy": accuracy}
 
 
 def _kept(setup: Setup, seed: int, folder: Path, train: Callable[[Setup, int, Path], MoEClassifier]) -> MoEClassifier:

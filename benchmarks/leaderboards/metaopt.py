@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from agents.yardsticks.metaopt import SCHEDULES, Heuristic, RandomActions, Round, Settings, search, trainings
 from benchmarks import policies
 from benchmarks.experiments.metaopt import BEAM, DECAY, FIRST_TEST_SEED, ROUNDS, SEARCHED_CONTEXTS
+from benchmarks.jobs import locked
 from benchmarks.leaderboards.board import SEEDS, Leaderboard, Verdict
 from cost.files import write_text
 
@@ -92,8 +92,7 @@ class MetaOpt:
         """Settings of all schedules, searched once for all runs; with `episodes` among a few on so many contexts."""
         path = folder / f"schedules-{split}-{episodes or 'all'}.json"
         rounds = ROUNDS if episodes is None else (Round(4, episodes),)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path):
             if not path.exists():
                 found = {name: search(make, False, rounds, **self.SPLITS[split]) for name, make in SCHEDULES.items()}
                 kept = {
