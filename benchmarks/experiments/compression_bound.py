@@ -40,7 +40,7 @@ def run(
         raise ValueError(
             f"{model} has {len(plans):,} plans; all of them are scored, so that {MOST_PLANS:,} is the most"
         )
-    budgets = [round(times * (tables.overhead + int(tables.least[0]))) for times in TIMES_LEAST]
+    budgets = budgets_of(tables)
     with jobs.pool(processes) as pool:
         learning = [
             pool.submit(
@@ -83,6 +83,11 @@ def run(
     write_text(out / "results.json", json.dumps(result, indent=1))
     _draw(rows, out / "bound.png")
     return result
+
+
+def budgets_of(tables: CompressionTables) -> list[int]:
+    """The budgets in bytes that plans of a small model are compared at."""
+    return [round(times * (tables.overhead + int(tables.least[0]))) for times in TIMES_LEAST]
 
 
 def _scores(

@@ -123,6 +123,8 @@ class Leaderboard:
         for name, setup in setups.items():
             if setup.policy not in known:
                 raise ValueError(f"policy {setup.policy!r} of the setup {name!r} is none of {', '.join(known)}")
+            if setup.episodes is not None and not getattr(self.problem, "EPISODIC", True):
+                raise ValueError(f"episodes={setup.episodes}: nothing is judged by episodes here")
 
     def _trained(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> tuple[Any, _Watch]:
         algo, backend = self.problem.LEARNERS[setup.policy]
@@ -294,11 +296,16 @@ def _tables(frame: pd.DataFrame) -> _Tables:
 def _best(tables: _Tables, task: str) -> str | None:
     """The yardstick that is best on validation; of equal ones the last, as the boards name the stronger rules later."""
     known = {
-        name: (float(tasks[task][1][0].validation or 0), place)
+        name: (_known(tasks[task][1][0].validation), place)
         for place, (name, tasks) in enumerate(tables.verdicts.items())
         if tables.kinds[name] == "yardstick" and task in tasks
     }
     return max(known, key=known.__getitem__) if known else None
+
+
+def _known(validation: float | None) -> float:
+    assert validation is not None, "a yardstick is chosen by its score on validation"
+    return validation
 
 
 def _line(name: str, verdicts: list[Verdict], kind: str) -> Row:

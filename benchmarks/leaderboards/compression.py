@@ -29,6 +29,7 @@ class Compression:
         "fashion-mnist-conv": {"model": [f"fashion-mnist-conv-{seed}" for seed in range(3)]},
     }
     LEARNERS = {"PPO": ("ppo", "own")}
+    EPISODIC = False  # a plan for each budget is all there is to judge
 
     def prepared(self, agent: Any, total: int) -> Callable[[Any], object]:
         """PPO trains three fifths of its steps on the sum of sensitivities."""
@@ -36,11 +37,11 @@ class Compression:
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
         """The mean over models and budgets, on images that no plan is searched by."""
-        return float(np.mean([verdict.validation or 0 for verdict in self._of_policy(policy, split).values()]))
+        return 100 * float(np.mean(self._changes(split, self._plans(policy, split), "validation")))
 
     def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
         """The policy's plan for each budget, from sensitivities alone."""
-        return self._of_policy(policy, split)
+        return self._verdicts(split, self._plans(policy, split))
 
     def yardsticks(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
         """Uniform levels, greedy, exact allocation, and searches of 400 evaluations for each model and budget."""
@@ -71,34 +72,37 @@ class Compression:
         """The budgets of a split."""
         return task.rpartition(",")[0]
 
-    def _of_policy(self, policy: Any, split: str) -> dict[str, Verdict]:
-        plans = [
+    def _plans(self, policy: Any, split: str) -> list[list[np.ndarray]]:
+        """A policy's, by model and budget."""
+        return [
             [walk[0] for walk in levels_of(policy, model, self._budgets(model, split))]
             for model in self.SPLITS[split]["model"]
         ]
-        return self._verdicts(split, plans)
+
+    def _changes(self, split: str, plans: list[list[np.ndarray]], on: str) -> np.ndarray:
+        """Changes of accuracy by budget, means over the models."""
+        return np.mean([
+            self._tables(model, split, on).quality(np.zeros(len(found), dtype=np.int64), np.stack(found))[1]
+            for model, found in zip(self.SPLITS[split]["model"], plans, strict=True)
+        ], axis=0)  # fmt: skip
 
     def _verdicts(self, split: str, plans: list[list[np.ndarray]]) -> dict[str, Verdict]:
         """Of plans by model and budget; cost is the share of the float32 bytes, quality the change of accuracy."""
-        found: list[list[tuple[float, float, float]]] = []
-        for model, of_model in zip(self.SPLITS[split]["model"], plans, strict=True):
-            both = [self._tables(model, split, on) for on in ("validation", "test")]
-            rows = np.zeros(len(of_model), dtype=np.int64)
-            changes = [tables.quality(rows, np.stack(of_model))[1] for tables in both]
-            shares = [(rules.size(plan, both[0].sizes) + both[0].overhead) / both[0].bytes for plan in of_model]
-            found.append(list(zip(*changes, shares, strict=True)))
-        means = np.mean(found, axis=0)
+        shares = []
+        for model, found in zip(self.SPLITS[split]["model"], plans, strict=True):
+            tables = self._tables(model, split, "train")
+            shares.append([(rules.size(plan, tables.sizes) + tables.overhead) / tables.bytes for plan in found])
+        columns = *(self._changes(split, plans, on) for on in ("validation", "test")), np.mean(shares, axis=0)
         budgets = self._budgets(self.SPLITS[split]["model"][0], split)
         return {
-            f"{split}, {budget / 1000:.3g} kB": Verdict(100 * chosen, 100 * test, float(test), float(share))
-            for budget, (chosen, test, share) in zip(budgets, means.tolist(), strict=True)
+            f"{split}, {budget / 1000:.3g} kB": Verdict(100 * chosen, 100 * test, test, share)
+            for budget, chosen, test, share in zip(budgets, *(each.tolist() for each in columns), strict=True)
         }
 
     def _budgets(self, model: str, split: str) -> list[int]:
         if split != SMALL:
             return compression.budgets_of(model)
-        tables = self._tables(model, split, "train")
-        return [round(times * (tables.overhead + int(tables.least[0]))) for times in compression_bound.TIMES_LEAST]
+        return compression_bound.budgets_of(self._tables(model, split, "train"))
 
     def _tables(self, model: str, split: str, on: str) -> CompressionTables:
         granularity = self.SPLITS[split].get("granularity", "expert")

@@ -163,3 +163,5 @@ def test_a_board_is_run_and_reported(tmp_path: Path, env: str, split: str, setti
 def test_unknown_policies_are_told_before_anything_runs() -> None:
     with pytest.raises(runner.RunnerError, match="'DQN' of the setup 'mine' is none of PPO, SB3 PPO, yard"):
         runner.jobs_of(Matrix(experiment="MoEMetaOpt-v0", setups={"mine": {"policy": "DQN"}}))
+    with pytest.raises(runner.RunnerError, match="episodes=5: nothing is judged by episodes here"):
+        runner.jobs_of(Matrix(experiment="MoECompression-v0", settings={"episodes": 5}))
