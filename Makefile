@@ -5,7 +5,7 @@ COSTS ?= reference
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test lint format type docs bench bundles clean
+.PHONY: setup demo test lint format type docs notebooks bench bundles clean
 
 setup: $(READY)
 
@@ -37,6 +37,12 @@ type: $(READY)
 docs: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_FLAGS) --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+# Rendered copies, of the rows in runs/board where these are.
+notebooks: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_FLAGS) --editable '.[docs]'
+	$(BIN)/jupyter nbconvert --execute --to markdown --output-dir docs/notebooks notebooks/*.ipynb \
+		--NbConvertBase.display_data_priority="['image/png', 'text/plain']"
 
 bench: $(READY)
 	$(BIN)/moe-benchmark speed

@@ -1,5 +1,6 @@
 """The documentation says what there is: pages are of the docstrings, commands and their options exist."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -67,6 +68,25 @@ def test_commands_and_their_options_exist(path: Path) -> None:
                 command = command.commands[rest[0]]
             options = {name for parameter in command.params for name in parameter.opts}
             assert all(word.partition("=")[0] in options for word in rest if word.startswith("-")), line
+
+
+def called() -> set[str]:
+    """The first words that tests call commands with: the first texts of lists, tuples and calls."""
+    found = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            several = getattr(node, "elts", []) if isinstance(node, ast.List | ast.Tuple) else getattr(node, "args", [])
+            texts = [each.value for each in several if isinstance(each, ast.Constant)] if type(several) is list else []
+            found.update(text for text in texts[:2] if isinstance(text, str))
+    return found
+
+
+def test_every_command_of_the_pages_is_called_by_a_test() -> None:
+    known, calls = apps(), called()
+    for words in (line.split() for path in PAGES for line in commands(path)):
+        several = getattr(known[words[0]], "commands", {})
+        if len(words) > 1 and words[1] in several:
+            assert words[1] in calls, " ".join(words[:2])
 
 
 @pytest.mark.parametrize("name", moe_envs.ENVIRONMENTS)

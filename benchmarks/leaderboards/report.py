@@ -113,7 +113,7 @@ def _curves(learned: pd.DataFrame, result: Row) -> Figure:
 
 
 def _scores(result: Row) -> Figure:
-    """Scores on test of all policies, task by task, the best at the top."""
+    """Scores on test of all policies, task by task, the best at the top; an arrow for what lies to the left."""
     tasks = result["tasks"]
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -122,15 +122,18 @@ def _scores(result: Row) -> Figure:
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel, task in zip(panels, tasks, strict=False):
         rows = sorted(task["policies"], key=lambda row: row["test"])
+        ends = [row["test"] for row in rows[len(rows) // 2 :]]
+        ends += [end for row in rows if row["kind"] != "yardstick" for end in (row["test"], *row["test_ci95"])]
+        margin = 0.08 * (np.nanmax(ends) - np.nanmin(ends)) or 0.1
+        left = np.nanmin(ends) - margin
         for place, row in enumerate(rows):
-            low, high = row["test_ci95"]
-            panel.plot([low, high], [place] * 2, color=COLOURS[row["kind"]])
-            panel.plot(row["test"], place, "o", ms=4, color=COLOURS[row["kind"]])
-        panel.set(title=task["task"], yticks=range(len(rows)), xlabel="score on test")
+            panel.plot(row["test_ci95"], [place] * 2, color=COLOURS[row["kind"]])
+            marker = "o" if row["test"] >= left else "<"  # out of the picture
+            panel.plot(max(row["test"], left), place, marker, ms=4, color=COLOURS[row["kind"]], clip_on=False, zorder=5)
+        panel.set(
+            xlim=(left, np.nanmax(ends) + margin), title=task["task"], yticks=range(len(rows)), xlabel="score on test"
+        )
         panel.set_yticklabels([row["policy"] for row in rows], fontsize=7)
-        shown = [row["test"] for row in rows if row["kind"] != "yardstick"]
-        best = sorted(row["test"] for row in rows)
-        panel.set_xlim(left=min([*shown, best[len(best) // 2]]) - 0.1 * (best[-1] - best[len(best) // 2]))
         panel.grid(alpha=0.3)
     for panel in panels[len(tasks) :]:
         panel.axis("off")

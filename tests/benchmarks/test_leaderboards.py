@@ -1,14 +1,17 @@
 """Leaderboards: scores worked out by hand, the best weights kept, and each board as it is run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from agents.ppo import PPO
-from benchmarks import runner
+from benchmarks import runner, runner_commands  # noqa: F401, it registers commands
+from benchmarks.commands import benchmark_app
 from benchmarks.leaderboards.board import SEEDS, _Watch
 from benchmarks.leaderboards.routing import BOARD
 from benchmarks.runner import Matrix
@@ -138,7 +141,6 @@ def test_yardsticks_and_bound_are_run_once() -> None:
     [
         ("MoERouting-v0", "digits, cost weight 0.4", {"timesteps": 8192, "episodes": 50}),
         ("MoEMetaOpt-v0", "digits", {"timesteps": 2048, "episodes": 2}),
-        ("MoECompression-v0", "digits-mlp, by layer", {"timesteps": 4096}),
     ],
 )
 def test_a_board_is_run_and_reported(tmp_path: Path, env: str, split: str, settings: dict[str, int]) -> None:
@@ -146,18 +148,44 @@ def test_a_board_is_run_and_reported(tmp_path: Path, env: str, split: str, setti
     learners = len(runner.experiment_of(env).problem.LEARNERS)
     assert runner.run(wanted, tmp_path, processes=2) == 2 * learners + 2
     assert runner.rebuild(tmp_path)
-    rows = runner.read(tmp_path / "raw.jsonl")
+    rows = as_run(tmp_path, exact=env != "MoEMetaOpt-v0")  # whose stand-in for a bound is a search
+    first, second = (row.metrics["policies"] for row in rows if row.setup == "PPO")
+    assert first != second
+
+
+def as_run(folder: Path, exact: bool) -> list[runner.Row]:
+    """The rows of a board, once they and its report have been looked at."""
+    rows = runner.read(folder / "raw.jsonl")
     policies = {name: tasks for row in rows for name, tasks in row.metrics["policies"].items()}
     assert {"PPO", "bound"} < policies.keys()
     assert len(policies) > 5
-    if env != "MoEMetaOpt-v0":  # whose stand-in for a bound is a search
+    if exact:
         for task, best in policies["bound"].items():
             assert all(best["test"] >= found[task]["test"] - 1e-9 for found in policies.values())
-    first, second = (row.metrics["policies"] for row in rows if row.setup == "PPO")
-    assert first != second
-    text = (tmp_path / "report.md").read_text()
+    text = (folder / "report.md").read_text()
     assert all(f"## {task}" in text for task in policies["PPO"])
-    assert {"curves.png", "scores.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"curves.png", "scores.png"} <= {path.name for path in folder.iterdir()}
+    return rows
+
+
+def said(*arguments: str) -> str:
+    done = CliRunner().invoke(benchmark_app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_board_by_its_commands(tmp_path: Path) -> None:
+    out = tmp_path / "board"
+    arguments = "leaderboard", "MoECompression-v0", "--out", str(out), "--quick", "--timesteps", "4096"
+    assert "saved" in said(*arguments)
+    assert "nothing to do" in said(*arguments)
+    assert len(as_run(out, exact=True)) == 3 + 2
+    (out / "report.md").unlink()
+    assert "saved" in said("report", str(out))
+    assert "Not the usual settings: timesteps 4096" in (out / "report.md").read_text()
+    shown = said("validate", str(out / "raw.jsonl"), "--rows", "1", "--json", str(tmp_path / "found.json"))
+    assert "the same" in shown
+    assert [each["differing"] for each in json.loads((tmp_path / "found.json").read_text())] == [[]]
 
 
 def test_unknown_policies_are_told_before_anything_runs() -> None:

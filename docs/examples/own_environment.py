@@ -1,0 +1,104 @@
+"""An environment of one's own: ask the gate's first expert, and the next only while that is worth what it costs."""
+
+import sys
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from scipy.special import softmax
+
+from agents import PPO
+from agents.evaluate import evaluate
+from cost.model import Cost, CostModel, RelativeCost
+from experts import bundle as bundles
+from moe_envs import profiles
+from moe_envs.batched import BatchedEnv, Outcome, SingleEnv
+from moe_envs.reward import Reward
+from moe_envs.spaces import layout
+
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
+
+
+class CascadeVectorEnv(BatchedEnv):
+    """The problem, written once over rows; an episode is one input."""
+
+    STATE = ("_input", "_asked")  # what a row's next steps depend on
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        bundle: str = "digits",
+        split: str = "rl_train",
+        cost_weight: float = 0.2,
+        **more: Any,
+    ) -> None:
+        loaded = bundles.load(bundle)
+        tables, costs = loaded.split(split), CostModel.from_profile(profiles.select(loaded, "reference"))
+        one = costs.fixed + costs.slope  # [E, 3]: s, B, J of an expert for one input
+        top_2 = np.argsort(-loaded.split("rl_train").gate_logits, axis=1)[:, :2]
+        reference = one[top_2].sum(1).mean(0)
+        relative = RelativeCost(Cost(*reference.tolist()), Cost(1 / 3, 1 / 3, 1 / 3))
+        order = np.argsort(-tables.gate_logits, axis=1)  # [N, E]
+        self.experts, paid = order.shape[1], one[order]
+        costs_first = [relative(*np.moveaxis(paid, -1, 0))[..., None], paid, np.zeros((*order.shape, 1))]
+        self.terms = np.concatenate([*costs_first, -paid / reference], axis=-1)  # [N, E, 8], see `Outcome`
+        odds = np.exp(np.take_along_axis(tables.gate_logits, order, axis=1))[..., None]
+        logits = np.take_along_axis(tables.logits, order[..., None], axis=1)
+        mixed = np.cumsum(odds * logits, axis=1) / np.cumsum(odds, axis=1)  # [N, E, classes]
+        shares = softmax(mixed, axis=-1).max(-1)
+        self.sure = np.pad(shares, ((0, 0), (1, 0)))  # [N, E + 1], by how many were asked
+        self.right = np.pad(mixed.argmax(-1) == tables.labels[:, None], ((0, 0), (1, 0)))
+        parts = layout([("confidence", 1, 0, 1, "of the experts asked so far"), ("asked", 1, 0, 1, "share of them")])
+        super().__init__(num_envs, parts, spaces.Discrete(2), Reward(cost_weight, relative), **more)
+        self._input, self._asked = np.zeros((2, num_envs), dtype=np.int64)
+
+    def _begin(self, rows: np.ndarray) -> None:
+        self._input[rows], self._asked[rows] = self._draw(rows, len(self.sure)), 0
+
+    def _advance(self, actions: np.ndarray) -> Outcome:
+        asks = (actions == 1) & (self._asked < self.experts)
+        terms = self.terms[self._input, self._asked.clip(max=self.experts - 1)] * asks[:, None]
+        self._asked = self._asked + asks
+        ended = ~asks | (self._asked == self.experts)
+        terms[:, 4] = ended & self.right[self._input, self._asked]  # quality: right when the answer is given
+        return Outcome(terms, ended, {"cascade/asked": self._asked})
+
+    def _observe(self) -> np.ndarray:
+        sure = self.sure[self._input, self._asked]
+        return np.column_stack([sure, self._asked / self.experts]).astype(np.float32)
+
+
+class CascadeEnv(SingleEnv):
+    """0 answers with the experts asked so far, 1 asks the next one."""
+
+    vector_class = CascadeVectorEnv
+    metadata = {"render_modes": []}
+
+
+class Threshold:
+    """The yardstick: ask until the confidence is at a threshold."""
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+
+    def predict(self, observation: np.ndarray, state: Any = None, **_: Any) -> tuple[np.ndarray, Any]:
+        return (observation[:, 0] < self.least).astype(np.int64), state
+
+
+gymnasium.register("Cascade-v0", CascadeEnv, vector_entry_point=CascadeVectorEnv)
+
+if __name__ == "__main__":
+    from gymnasium.utils.env_checker import check_env
+
+    check_env(gymnasium.make("Cascade-v0").unwrapped, skip_render_check=True)
+    learner = PPO("Cascade-v0", n_envs=64, n_steps=32, batch_size=512, seed=0).learn(STEPS)
+    rules = {least: Threshold(least) for least in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)}
+    on_validation = {least: evaluate(rule, "Cascade-v0", 2000, split="validation") for least, rule in rules.items()}
+    best = max(rules, key=lambda least: on_validation[least]["return"].mean())
+    for name, policy in (("PPO", learner), (f"confidence below {best:g}", rules[best])):
+        found = evaluate(policy, "Cascade-v0", 2000, split="test")[["return", "quality", "cost"]].mean()
+        print(
+            f"{name}: return {found['return']:.3f}, accuracy {found['quality']:.3f}, cost {found['cost']:.3f} on test"
+        )
