@@ -2,10 +2,12 @@
 hook of mkdocs)."""
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "environments"
+LEADERBOARDS = Path(__file__).parent / "leaderboards"
 SMALL = {"MoECompression-v0": {"model": "digits-mlp"}}  # arguments of the picture, where the default has too many lines
 
 
@@ -18,7 +20,19 @@ def page(name: str) -> str:
     doc = load_env_creator(ENVIRONMENTS[name]["entry_point"] + "Env").__doc__
     make = f'```python\ngymnasium.make("moe_envs:{name}")\n```'
     picture = "" if ENVIRONMENTS[name].get("nondeterministic") else f"![an episode of random actions]({name}.gif)\n\n"
-    return f"# {name}\n\n{make}\n\n{picture}{inspect.cleandoc(str(doc))}\n"
+    return f"# {name}\n\n{make}\n\n{picture}{inspect.cleandoc(str(doc))}\n{leaderboard(name)}"
+
+
+def leaderboard(name: str) -> str:
+    """What the published leaderboard of an environment says in short, where there is one."""
+    from benchmarks.leaderboards.report import summary
+
+    path = LEADERBOARDS / name / "results.json"
+    if not path.exists():
+        return ""
+    lines = "\n".join(summary(json.loads(path.read_text())))
+    more = f"Every policy, learning curves, hypervolumes: [the report](../leaderboards/{name}/report.md)."
+    return f"\n## Leaderboard\n\n{lines}\n\n{more}\n"
 
 
 def draw(name: str, path: Path) -> None:

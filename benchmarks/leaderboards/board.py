@@ -30,7 +30,7 @@ from benchmarks.statistics import (
 )
 
 SEEDS = (17, 42, 1337, 7, 11, 23, 101, 271, 977, 3001)
-CHECKS = 20
+LOOKS = 20  # at a training, unless the problem says otherwise
 YARDSTICKS, BOUND = "yardsticks", "bound"
 Row = dict[str, Any]
 
@@ -99,10 +99,14 @@ class Leaderboard:
     SEEDS = SEEDS
     ONCE = (YARDSTICKS, BOUND)  # are the same for all seeds
 
-    def __init__(self, problem: Problem, about: str, quick: tuple[str, ...]) -> None:
+    def __init__(
+        self, problem: Problem, about: str, quick: tuple[str, ...], quick_without: tuple[str, ...] = ()
+    ) -> None:
+        """`quick` are the splits of a quick board, `quick_without` the learners that it does not have."""
         self.problem, self.about, self.quick = problem, about, quick
         self.SPLITS = tuple(problem.SPLITS)
         self.SETTINGS = {name: {"policy": name} for name in (*problem.LEARNERS, YARDSTICKS, BOUND)}
+        self.quick_setups = {name: each for name, each in self.SETTINGS.items() if name not in quick_without}
 
     def measure(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> tuple[Row, Row]:
         """A learner trained, watched and judged; or all yardsticks; or the bound."""
@@ -132,7 +136,8 @@ class Leaderboard:
         settings = tuned.settings(algo, self.problem.ID, backend, **more)
         agent = backends.make(self.problem.ID, algo, backend, self.problem.SPLITS[split], seed, settings)
         total = settings["total_timesteps"]
-        watch = _Watch(lambda agent: self.problem.watched(agent, split, setup.episodes, folder), total)
+        every = max(1, total // getattr(self.problem, "LOOKS", LOOKS))
+        watch = _Watch(lambda agent: self.problem.watched(agent, split, setup.episodes, folder), every)
         prepared = getattr(self.problem, "prepared", lambda agent, total: lambda agent: None)(agent, total)
 
         def after_update(agent: Any) -> None:
@@ -227,10 +232,10 @@ class _Look(NamedTuple):
 
 
 class _Watch:
-    """Looks at a training some twenty times, and keeps the weights that were best on validation."""
+    """Looks at a training after every so many steps, and keeps the weights that were best on validation."""
 
-    def __init__(self, judge: Callable[[Any], float], total: int) -> None:
-        self.judge, self.every = judge, max(1, total // CHECKS)
+    def __init__(self, judge: Callable[[Any], float], every: int) -> None:
+        self.judge, self.every = judge, every
         self.curve: list[_Look] = []
         self._begun = time.process_time(), time.perf_counter()
         self._checked, self._best = 0, -np.inf

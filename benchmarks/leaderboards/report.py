@@ -42,6 +42,24 @@ def text(result: Row, about: str) -> str:
     return "\n".join(lines)
 
 
+def summary(result: Row) -> list[str]:
+    """A line for each task: the yardstick that is best on validation, the learners, the bound, on test."""
+    learners = [row["policy"] for row in result["rows"]]
+    lines = markdown_header("task", "best yardstick", *learners, "bound")
+    for task in result["tasks"]:
+        found = {row["policy"]: row for row in task["policies"]}
+        shown = [f"{found[name]['test']:.4g} ({_interval(found[name]['test_ci95'], 3)})" for name in learners]
+        best, bound = task["best_yardstick"], found.get("bound")
+        lines.append(markdown_row(task["task"], f"{found[best]['test']:.4g}, {best}", *shown,
+                                  f"{bound['test']:.4g}" if bound else ""))  # fmt: skip
+    scores = (
+        f"{row['policy']} {row['iqm']:+.2f} ({_interval(row['iqm_ci95'], 2)})" for row in result["rows"] if "iqm" in row
+    )
+    seeds = " to ".join(map(str, sorted({row["seeds"] for row in result["rows"] if row["seeds"]})))
+    about = f"{seeds} seeds, 95 % intervals over them. Normalised scores, 0 the best yardstick, 1 the bound: "
+    return [*lines, "", f"{about}{', '.join(scores)}."]
+
+
 def _unusual(settings: Row) -> list[str]:
     said = [f"{key} {', '.join(map(str, values))}" for key, values in settings.items() if values]
     return [f"**Not the usual settings: {'; '.join(said)}.**", ""] if said else []

@@ -117,7 +117,7 @@ def test_what_has_no_bound_does_not_count() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_weights_best_on_validation_are_kept(sign: int) -> None:
     agent = PPO("moe_envs:MoERouting-v0", n_envs=4, n_steps=32, env_kwargs={"bundle": "digits"})
-    watch = _Watch(lambda agent: sign * agent.num_timesteps, 512)
+    watch = _Watch(lambda agent: sign * agent.num_timesteps, 25)
     agent.learn(512, watch)
     best = watch.end(agent)
     assert [look.steps for look in watch.curve] == [128, 256, 384, 512]
