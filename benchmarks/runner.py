@@ -279,7 +279,7 @@ def rebuild(out: Path) -> bool:
     pictures = experiment.plot(frame, result, out)
     about = (
         f"{source['rows']} of {source['of']} runs, at commit {', '.join(source['commits'])}, on "
-        f"{', '.join(source['machines'])}. `moe-benchmark report` makes this page from `{RAW}`, `validate` runs rows again."
+        f"{', '.join(source['machines'])}. `moe-benchmark report` makes this page from `{RAW}`."
     )
     drawn = "\n\n".join(f"![{name}]({name})" for name in pictures)
     write_text(out / REPORT, f"{experiment.text(result)}\n\n{about}\n\n{drawn}\n")
