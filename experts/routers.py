@@ -18,6 +18,10 @@ import torch
 from experts.losses import entropy_weighted_balance_loss, load_balancing_loss, z_loss
 
 
+FROM_ZERO = "noise", "p"
+ABOVE_ZERO = "k", "capacity_factor", "max_k", "groups", "top_groups", "temperature"
+
+
 @dataclass(frozen=True, eq=False)
 class RoutingStatistics:
     """What a routing was like, computed when asked for; losses are differentiable.
@@ -90,8 +94,19 @@ class Router(Protocol):
     def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing: ...
 
 
+class _InRange:
+    """Refuses options that mean nothing, when a router is made."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in FROM_ZERO and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}: must be a number from 0 on")
+            if name in ABOVE_ZERO and value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: must be a number above 0")
+
+
 @dataclass(frozen=True)
-class TopK:
+class TopK(_InRange):
     """The k experts of largest logit, weighted by the softmax over them (Shazeer et al. 2017), or over all experts
     without `normalize`: of a single expert the softmax is 1, and the task's loss does not reach the gate.
 
@@ -114,7 +129,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Switch:
+class Switch(_InRange):
     """The one expert of largest logit, weighted by its softmax over all (Fedus et al. 2022); see `TopK`."""
 
     noise: float = 0.0
@@ -125,7 +140,7 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class ExpertChoice:
+class ExpertChoice(_InRange):
     """Each expert takes the T * k / E inputs (rounded up) of largest softmax, which is their weight (Zhou et al. 2022).
 
     Every expert is full; an input may get no expert. What one input gets depends on the others.
@@ -142,7 +157,7 @@ class ExpertChoice:
 
 
 @dataclass(frozen=True)
-class TopP:
+class TopP(_InRange):
     """The fewest experts whose softmax sums to `p`, at most `max_k`, weighted by the softmax over them (Huang et al.
     2024): inputs that the gate is sure of get fewer."""
 
@@ -164,7 +179,7 @@ class TopP:
 
 
 @dataclass(frozen=True)
-class Hierarchical:
+class Hierarchical(_InRange):
     """First the `top_groups` of G equal groups of neighbouring experts, by the logsumexp of their logits; then the k
     experts of largest logit in them (after Jordan & Jacobs 1994, and DeepSeek-V3's group-limited routing)."""
 
@@ -210,7 +225,7 @@ class WithNull:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(_InRange):
     """k experts drawn without replacement from the softmax at a temperature, weighted by the softmax (at 1) over them;
     the statistics have the log probability of the choice, for a policy gradient. Without a generator: the k largest."""
 

@@ -214,3 +214,16 @@ def test_names_and_what_is_not_one() -> None:
         make_router("best")
     with pytest.raises(ValueError, match="from 1 to 4"):
         TopK(5)(LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("router", "option", "value"),
+    [
+        ("topk", "k", 0), ("topk", "noise", -1.0), ("switch", "capacity_factor", 0.0), ("top-p", "p", float("nan")),
+        ("top-p", "max_k", 0), ("hierarchical", "groups", 0), ("sampled", "temperature", 0.0),
+        ("expert-choice", "k", float("inf")),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused_when_a_router_is_made(router: str, option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{option}={value}: must be"):
+        make_router(router, options={option: value})
