@@ -17,7 +17,6 @@ import torch
 
 from experts.losses import entropy_weighted_balance_loss, load_balancing_loss, z_loss
 
-
 FROM_ZERO = "noise", "p"
 ABOVE_ZERO = "k", "capacity_factor", "max_k", "groups", "top_groups", "temperature"
 
