@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from benchmarks.jobs import locked
 
@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 
     from experts.model import MoEClassifier
 
+CONCERNS = {  # what a kind depends on, beside the data
+    "top-k": ("k",),
+    "graph": ("k",),
+    "metaopt": ("k", "timesteps"),
+    "compressed": ("k", "level", "gate_level"),
+    "rl-router": ("cost_weight", "timesteps"),
+}
 DECISIONS = 30  # of a policy that drives a training, as in MoEMetaOpt-v0
 Classify = Callable[["torch.Tensor"], "torch.Tensor"]  # inputs [B, D] -> class logits [B, C]
 
 
 class Setup(BaseModel):
-    """What a matrix may say of a setup; what does not concern its kind has no effect.
+    """What a matrix may say of a setup; what does not concern its kind is as if it were not said.
 
     `top-k`: the gate's `k` experts. `graph`: the same with an expert graph. `metaopt`: trained with learning rates by a
     policy of MoEMetaOpt-v0. `compressed`: stored at `level`, the gate at `gate_level`, names of
@@ -42,6 +49,16 @@ class Setup(BaseModel):
     gate_level: str = "int8"
     cost_weight: float = Field(default=0.1, ge=0)
     timesteps: int | None = Field(default=None, ge=1)  # of a policy's training, instead of the tuned number
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Setup:
+        """What has no effect on a row must not make it another one; levels must be known."""
+        for name, field in type(self).model_fields.items():
+            if name not in ("kind", "data", *CONCERNS[self.kind]):
+                setattr(self, name, field.default)
+        if self.kind == "compressed":
+            _number(self.level), _number(self.gate_level)
+        return self
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -65,7 +82,7 @@ class Subject(NamedTuple):
 
 
 def make(setup: Setup, seed: int, folder: Path) -> Subject:
-    """The model of a setup; raises `ValueError` for an unknown level."""
+    """The model of a setup."""
     if setup.kind == "rl-router":
         return _routed(setup, seed, folder)
     if setup.kind == "compressed":
@@ -73,6 +90,16 @@ def make(setup: Setup, seed: int, folder: Path) -> Subject:
     trainings = {"top-k": _train, "graph": _train_graph, "metaopt": _train_by_policy}
     model = _kept(setup, seed, folder, trainings[setup.kind])
     return _subject(model, setup.k)
+
+
+def _number(level: str) -> int:
+    """Of a level of compression; raises `ValueError` for an unknown one."""
+    from experts.compression import LEVELS
+
+    names = [each.name for each in LEVELS]
+    if level not in names:
+        raise ValueError(f"no level {level!r}; there are {'; '.join(names)}")
+    return names.index(level)
 
 
 def _subject(model: MoEClassifier, k: int, stored: int | None = None) -> Subject:
@@ -83,16 +110,11 @@ def _subject(model: MoEClassifier, k: int, stored: int | None = None) -> Subject
 
 
 def _compressed(setup: Setup, seed: int, folder: Path) -> Subject:
-    from experts.compression import LEVELS
     from experts.compression.plan import Plan
 
-    names = [level.name for level in LEVELS]
-    for level in (setup.level, setup.gate_level):
-        if level not in names:
-            raise ValueError(f"no level {level!r}; there are {'; '.join(names)}")
     model = _kept(setup, seed, folder, _train)
-    plan = Plan.of(model, names.index(setup.level))
-    levels = plan.levels | {"gate": names.index(setup.gate_level)}
+    plan = Plan.of(model, _number(setup.level))
+    levels = plan.levels | {"gate": _number(setup.gate_level)}
     raw, restored = Plan.of(model, levels).compress(model)
     return _subject(restored, setup.k, len(raw))  # type: ignore[arg-type]
 

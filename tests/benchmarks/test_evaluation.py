@@ -104,6 +104,12 @@ def test_costs_are_of_as_many_batches_for_all() -> None:
     assert found["energy_j"] > 0
 
 
+def test_what_does_not_concern_a_kind_is_as_if_it_were_not_said() -> None:
+    assert Setup(kind="graph", level="int2", timesteps=9, cost_weight=0.4) == Setup(kind="graph")
+    assert Setup(kind="rl-router", k=7, timesteps=9) == Setup(kind="rl-router", timesteps=9) != Setup(kind="rl-router")
+    assert Setup(kind="compressed", level="int2") != Setup(kind="compressed")
+
+
 def test_setups_are_what_they_say(tmp_path: Path) -> None:
     x, y = map(torch.from_numpy, data.load("digits")["test"])
     common = {"data": "digits", "timesteps": 2048}

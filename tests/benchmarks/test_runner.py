@@ -238,6 +238,7 @@ def test_only_one_runs_in_a_folder(tmp_path: Path) -> None:
         ("experiment: models\nseeds: [1, 1]", "1 is named twice"),
         ("experiment: models\nsetups: {mine: {kind: top-9}}", "setup 'mine': kind: Input should be 'top-k'"),
         ("experiment: models\nsettings: {colour: red}", "colour: Extra inputs"),
+        ("experiment: models\nsetups: {a: {kind: compressed, level: int5}}", "no level 'int5'; there are float32"),
     ],
 )
 def test_a_wrong_matrix_is_told_before_anything_runs(tmp_path: Path, content: str, message: str) -> None:
