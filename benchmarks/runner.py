@@ -6,8 +6,8 @@ many processes it was made, times aside. Reports are made from the lines alone.
 
 An experiment is a module, or an object in one, with `Setup` (a pydantic model of what a setup may say), `SETTINGS`
 (setups by name) and `SPLITS`, which a matrix takes where it names none, and the functions of `Experiment`. It may have
-`SEEDS`, its own default, `ONCE`, setups that are run with the first seed only, and `check(setups, splits)`, which
-raises `ValueError` for what does not go together.
+`SEEDS`, its own default, `once(setup)`, whether a setup is run with the first seed only, and `check(setups, splits)`,
+which raises `ValueError` for what does not go together.
 """
 
 from __future__ import annotations
@@ -176,13 +176,13 @@ def jobs_of(matrix: Matrix) -> list[Job]:
         getattr(experiment, "check", lambda setups, splits: None)(validated, splits)
     except ValueError as error:
         raise RunnerError(f"{matrix.experiment}: {error}") from error
-    once = getattr(experiment, "ONCE", ())
+    once = getattr(experiment, "once", lambda setup: False)
     return [
         Job(matrix.experiment, name, setup.model_dump(mode="json"), seed, split)
         for split in splits
         for seed in seeds
         for name, setup in validated.items()
-        if name not in once or seed == seeds[0]
+        if seed == seeds[0] or not once(setup)
     ]
 
 

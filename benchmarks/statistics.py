@@ -1,7 +1,7 @@
 """Interquartile means with stratified bootstrap, as rliable has them (Agarwal et al. 2021), normalised scores, and 95 %
 intervals of means, by scipy and numpy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -15,10 +15,15 @@ def iqm(scores: np.ndarray) -> float:
 
 
 def bootstrap_interval(
-    scores: np.ndarray, statistic: Callable[[np.ndarray], float] = iqm, seed: int = 0, resamples: int = RESAMPLES
+    scores: np.ndarray,
+    statistic: Callable[[np.ndarray], float] = iqm,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    trainings: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
     """95 % interval of a statistic of scores `[runs, tasks]`: percentiles of the bootstrap that draws runs for each
-    task apart. NaN of a single run, which says nothing of others; of a few it is too narrow. Raises `ValueError` for
+    task apart. `trainings [tasks]` are labels: tasks of the same one are learned by the same runs, which are drawn
+    together. NaN of a single run, which says nothing of others; of a few it is too narrow. Raises `ValueError` for
     another shape."""
     scores = np.asarray(scores)
     if scores.ndim != 2:
@@ -26,7 +31,9 @@ def bootstrap_interval(
     runs, tasks = scores.shape
     if runs < 2:
         return float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(runs, size=(resamples, runs, tasks))
+    labels = list(range(tasks) if trainings is None else trainings)
+    of_task = [labels.index(label) for label in labels]
+    drawn = np.random.default_rng(seed).integers(runs, size=(resamples, runs, tasks))[:, :, of_task]
     low, high = np.percentile([statistic(scores[rows, np.arange(tasks)]) for rows in drawn], [2.5, 97.5])
     return float(low), float(high)
 

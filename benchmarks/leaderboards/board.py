@@ -1,8 +1,9 @@
 """What the leaderboards of all environments share: how learners are trained and watched, and how all are scored.
 
 A split is what one training learns: data, a model, a cost weight. It has one task or several, each with a score on
-validation and on test, more being better. The best yardstick of a task is the one best on validation. Learners train on
-the training split, keep the weights that are best on validation, and are judged on test.
+validation and on test, more being better. Tasks of one unit are scored by their mean, and have one best yardstick: that
+of the best mean on validation. Learners train on the training split, keep the weights that are best on validation, and
+are judged on test.
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ class Problem(Protocol):
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
         """What nothing can beat, for the tasks that have a bound."""
 
+    def unit(self, task: str) -> str:
+        """The tasks that are scored by their mean."""
+
     def group(self, task: str) -> str:
         """The tasks whose points of cost and quality belong to one plane."""
 
@@ -97,7 +101,7 @@ class Leaderboard:
 
     Setup = BoardSetup
     SEEDS = SEEDS
-    ONCE = (YARDSTICKS, BOUND)  # are the same for all seeds
+    ONCE = (YARDSTICKS, BOUND)
 
     def __init__(
         self, problem: Problem, about: str, quick: tuple[str, ...], quick_without: tuple[str, ...] = ()
@@ -107,6 +111,10 @@ class Leaderboard:
         self.SPLITS = tuple(problem.SPLITS)
         self.SETTINGS = {name: {"policy": name} for name in (*problem.LEARNERS, YARDSTICKS, BOUND)}
         self.quick_setups = {name: each for name, each in self.SETTINGS.items() if name not in quick_without}
+
+    def once(self, setup: BoardSetup) -> bool:
+        """Whether it is the same for all seeds."""
+        return setup.policy in self.ONCE
 
     def measure(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> tuple[Row, Row]:
         """A learner trained, watched and judged; or all yardsticks; or the bound."""
@@ -151,7 +159,10 @@ class Leaderboard:
         """For each task all verdicts, for each learner the normalised score over all tasks, how likely it improves on
         the best yardstick and on the other learners, and what it took to beat that yardstick on validation."""
         tables = _tables(frame)
-        best = {task: _best(tables, task) for task in tables.tasks}
+        units: dict[str, list[str]] = {}
+        for task in tables.tasks:
+            units.setdefault(self.problem.unit(task), []).append(task)
+        best = {task: _best(tables, several) for several in units.values() for task in several}
         bounds = {task: found[0].scored for task, (_, found) in tables.of(BOUND).items()}
         tasks = [
             {
@@ -164,15 +175,19 @@ class Leaderboard:
         learned = [name for name in tables.verdicts if tables.kinds[name] == "learned"]
         rows: list[Row] = []
         for name in learned:
-            scored, names = _normalized(tables, name, best, bounds)
-            row: Row = {"policy": name, "seeds": len(scored), "scored": names, "of": len(tables.of(name))}
-            row |= {"normalized": scored.mean(0).tolist()} if scored.size else {}
-            row |= {"iqm": iqm(scored), "iqm_ci95": bootstrap_interval(scored)} if scored.size else {}
-            row["over_yardstick"] = _improvement(tables, name, best)
+            mine = [unit for unit, several in units.items() if _means(tables, name, several)]
+            scored, names = _normalized(tables, name, units, best)
+            trained = {seed for seeds, _ in tables.of(name).values() for seed in seeds}
+            row: Row = {"policy": name, "seeds": len(scored) or len(trained), "scored": names, "of": len(mine)}
+            if scored.size:
+                trainings = [tables.tasks[units[unit][0]] for unit in names]
+                row |= {"normalized": scored.mean(0).tolist(), "iqm": iqm(scored)}
+                row["iqm_ci95"] = bootstrap_interval(scored, trainings=trainings)
+            row["over_yardstick"] = _improvement(tables, name, units, best)
             others: dict[str, dict[str, str | None]] = {
                 other: dict.fromkeys(tables.tasks, other) for other in learned if other != name
             }
-            row["over"] = {other: _improvement(tables, name, of_task) for other, of_task in others.items()}
+            row["over"] = {other: _improvement(tables, name, units, of_task) for other, of_task in others.items()}
             rows.append(row | {"beats": self._beats(frame, name, tables, best)})
         usual = {"timesteps", "episodes"} & set(frame)
         settings = {key: sorted(set(frame[key].dropna().astype(int).tolist())) for key in sorted(usual)}
@@ -272,11 +287,11 @@ class _Watch:
 
 
 class _Tables(NamedTuple):
-    """By policy and task the seeds and their verdicts; kinds of the policies; all tasks in order."""
+    """By policy and task the seeds and their verdicts; kinds of the policies; all tasks in order, and their splits."""
 
     verdicts: dict[str, dict[str, tuple[list[int], list[Verdict]]]]
     kinds: dict[str, str]
-    tasks: list[str]
+    tasks: dict[str, str]
 
     def of(self, name: str) -> dict[str, tuple[list[int], list[Verdict]]]:
         """A policy's, by task."""
@@ -286,24 +301,41 @@ class _Tables(NamedTuple):
 def _tables(frame: pd.DataFrame) -> _Tables:
     verdicts: dict[str, dict[str, tuple[list[int], list[Verdict]]]] = {}
     kinds: dict[str, str] = {}
+    splits: dict[str, str] = {}
     for _, row in frame.iterrows():
         kind = {YARDSTICKS: "yardstick", BOUND: "bound"}.get(str(row["policy"]), "learned")
         for name, tasks in row["policies"].items():
             key = str(row["setup"]) if kind == "learned" else name
-            kinds[key] = kind
+            if kinds.setdefault(key, kind) != kind:
+                raise ValueError(f"a setup is named like the rule {key!r}")
             for task, found in tasks.items():
+                splits.setdefault(task, str(row["split"]))
                 seeds, several = verdicts.setdefault(key, {}).setdefault(task, ([], []))
                 seeds.append(int(row["seed"]))
                 several.append(Verdict(**found))
-    return _Tables(verdicts, kinds, list(dict.fromkeys(task for tasks in verdicts.values() for task in tasks)))
+    return _Tables(verdicts, kinds, splits)
 
 
-def _best(tables: _Tables, task: str) -> str | None:
-    """The yardstick that is best on validation; of equal ones the last, as the boards name the stronger rules later."""
+def _means(
+    tables: _Tables, name: str, tasks: list[str], value: Callable[[Verdict], float] = lambda verdict: verdict.scored
+) -> dict[int, float]:
+    """By seed the mean over tasks of what `value` says of a policy's verdicts, for the seeds that have all of them."""
+    values = [
+        dict(zip(seeds, map(value, verdicts), strict=True))
+        for seeds, verdicts in (tables.of(name).get(task, ([], [])) for task in tasks)
+    ]
+    common = [seed for seed in values[0] if all(seed in of_task for of_task in values)]
+    return {seed: float(np.mean([of_task[seed] for of_task in values])) for seed in common}
+
+
+def _best(tables: _Tables, tasks: list[str]) -> str | None:
+    """The yardstick that is best on validation, in the mean over tasks; of equal ones the last, as the boards name the
+    stronger rules later."""
     known = {
-        name: (_known(tasks[task][1][0].validation), place)
-        for place, (name, tasks) in enumerate(tables.verdicts.items())
-        if tables.kinds[name] == "yardstick" and task in tasks
+        name: (*means.values(), place)
+        for place, name in enumerate(tables.verdicts)
+        if tables.kinds[name] == "yardstick"
+        and (means := _means(tables, name, tasks, lambda verdict: _known(verdict.validation)))
     }
     return max(known, key=known.__getitem__) if known else None
 
@@ -322,30 +354,35 @@ def _line(name: str, verdicts: list[Verdict], kind: str) -> Row:
 
 
 def _normalized(
-    tables: _Tables, name: str, best: dict[str, str | None], bounds: dict[str, float]
+    tables: _Tables, name: str, units: dict[str, list[str]], best: dict[str, str | None]
 ) -> tuple[np.ndarray, list[str]]:
-    """Scores `[seeds, tasks]` of the tasks that have a yardstick and a bound above it, and of the seeds that all of
-    them have; with the tasks."""
+    """Scores `[seeds, units]` of the units that have a yardstick and a bound above it, and of the seeds that all of
+    them have; with the units."""
     found: dict[str, dict[int, float]] = {}
-    for task, (seeds, verdicts) in tables.of(name).items():
-        yardstick = best[task]
-        if yardstick is not None and task in bounds:
-            base = tables.of(yardstick)[task][1][0].scored
-            scored = normalized_score(np.array([each.scored for each in verdicts]), base, bounds[task])
+    for unit, tasks in units.items():
+        yardstick = best[tasks[0]]
+        mine, bound = _means(tables, name, tasks), _means(tables, BOUND, tasks)
+        if mine and bound and yardstick is not None:
+            (base,), (top,) = _means(tables, yardstick, tasks).values(), bound.values()
+            scored = normalized_score(np.array([*mine.values()]), base, top)
             if np.isfinite(scored).all():
-                found[task] = dict(zip(seeds, scored.tolist(), strict=True))
+                found[unit] = dict(zip(mine, scored.tolist(), strict=True))
     common = sorted(set.intersection(*map(set, found.values()))) if found else []
-    return np.array([[of_task[seed] for of_task in found.values()] for seed in common]), list(found)
+    return np.array([[of_unit[seed] for of_unit in found.values()] for seed in common]), list(found)
 
 
-def _improvement(tables: _Tables, name: str, others: dict[str, str | None]) -> float | None:
-    """How likely a training scores more on test than another policy, one for each task; None where no task has both."""
+def _improvement(
+    tables: _Tables, name: str, units: dict[str, list[str]], others: dict[str, str | None]
+) -> float | None:
+    """How likely a training scores more on test than another policy, one for each task; None where no unit has both."""
     shares = []
-    for task, (_, verdicts) in tables.of(name).items():
-        other = others[task]
-        if other is not None and task in tables.of(other):
-            both = (np.array([[each.test] for each in part]) for part in (verdicts, tables.of(other)[task][1]))
-            shares.append(probability_of_improvement(*both))
+    for tasks in units.values():
+        other = others[tasks[0]]
+        both = [_means(tables, each, tasks, lambda verdict: verdict.test) for each in (name, other) if each is not None]
+        if len(both) == 2 and all(both):
+            shares.append(
+                probability_of_improvement(*(np.array([[value] for value in each.values()]) for each in both))
+            )
     return float(np.mean(shares)) if shares else None
 
 

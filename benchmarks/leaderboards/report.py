@@ -48,16 +48,25 @@ def summary(result: Row) -> list[str]:
     lines = markdown_header("task", "best yardstick", *learners, "bound")
     for task in result["tasks"]:
         found = {row["policy"]: row for row in task["policies"]}
-        shown = [f"{found[name]['test']:.4g} ({_interval(found[name]['test_ci95'], 3)})" for name in learners]
-        best, bound = task["best_yardstick"], found.get("bound")
-        lines.append(markdown_row(task["task"], f"{found[best]['test']:.4g}, {best}", *shown,
-                                  f"{bound['test']:.4g}" if bound else ""))  # fmt: skip
-    scores = (
+        cells = [f"{_test(found, task['best_yardstick'])}, {task['best_yardstick']}" if task["best_yardstick"] else ""]
+        cells += [_with_interval(found[name]) if name in found else "" for name in learners]
+        lines.append(markdown_row(task["task"], *cells, _test(found, "bound")))
+    said = [
         f"{row['policy']} {row['iqm']:+.2f} ({_interval(row['iqm_ci95'], 2)})" for row in result["rows"] if "iqm" in row
-    )
-    seeds = " to ".join(map(str, sorted({row["seeds"] for row in result["rows"] if row["seeds"]})))
-    about = f"{seeds} seeds, 95 % intervals over them. Normalised scores, 0 the best yardstick, 1 the bound: "
-    return [*lines, "", f"{about}{', '.join(scores)}."]
+    ]
+    seeds = " to ".join(map(str, sorted({row["seeds"] for row in result["rows"]})))
+    about = f"{seeds} seeds, 95 % intervals over them." if seeds else ""
+    scores = f" Normalised scores, 0 the best yardstick, 1 the bound: {', '.join(said)}." if said else ""
+    return [*lines, "", about + scores]
+
+
+def _with_interval(row: Row) -> str:
+    interval = _interval(row["test_ci95"], 3)
+    return f"{row['test']:.4g} ({interval})" if interval else f"{row['test']:.4g}"
+
+
+def _test(found: dict[str, Row], name: str) -> str:
+    return f"{found[name]['test']:.4g}" if name in found else ""
 
 
 def _unusual(settings: Row) -> list[str]:
@@ -70,10 +79,10 @@ def _learners(rows: list[Row]) -> list[str]:
         return []
     return [
         "Normalised score: 0 is the yardstick that is best on validation, 1 the bound, interquartile mean over seeds "
-        "and tasks, 95 % by a bootstrap that draws seeds within each task, too narrow for a few seeds. Only tasks with "
-        "a bound above that yardstick have one. Improvement: probability that a training scores more than that "
-        "yardstick, over all tasks.", "",
-        *markdown_header("learner", "normalised", "95 %", "tasks, seeds", "improvement on the yardstick",
+        "and tasks, 95 % by a bootstrap that draws the seeds of each split, too narrow for a few seeds. Only tasks "
+        "with a bound above that yardstick have one. Improvement: probability that a training scores more than that "
+        "yardstick, over all tasks. Tasks of one unit count as one, by their mean.", "",
+        *markdown_header("learner", "normalised", "95 %", "units, seeds", "improvement on the yardstick",
                          "on other learners"),
         *(
             markdown_row(
@@ -158,8 +167,11 @@ def _scores(result: Row) -> Figure:
     return figure
 
 
-def _interval(ends: tuple[float, float] | None, digits: int) -> str:
-    return "" if ends is None or np.isnan(ends[0]) else f"{ends[0]:.{digits}f} .. {ends[1]:.{digits}f}"
+def _interval(ends: tuple[float | None, float | None] | None, digits: int) -> str:
+    """NaN, None in a file, is what a single seed has."""
+    return (
+        "" if ends is None or ends[0] is None or np.isnan(ends[0]) else f"{ends[0]:.{digits}f} .. {ends[1]:.{digits}f}"
+    )
 
 
 def _share(value: float | None) -> str:

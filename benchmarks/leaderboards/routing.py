@@ -47,6 +47,10 @@ class Routing:
 
         return self.judged(Oracle(), split, episodes, folder)
 
+    def unit(self, task: str) -> str:
+        """Each by itself."""
+        return task
+
     def group(self, task: str) -> str:
         """The cost weights of a data set."""
         return task.partition(",")[0]

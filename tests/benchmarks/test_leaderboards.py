@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from agents.ppo import PPO
-from benchmarks import runner, runner_commands  # noqa: F401, it registers commands
+from benchmarks import backends, runner, runner_commands  # noqa: F401, it registers commands
 from benchmarks.commands import benchmark_app
+from benchmarks.leaderboards import report
 from benchmarks.leaderboards.board import SEEDS, _Watch
 from benchmarks.leaderboards.routing import BOARD
 from benchmarks.runner import Matrix
@@ -107,21 +108,33 @@ def test_what_has_no_bound_does_not_count() -> None:
     rows = frame()
     result = BOARD.score(rows[rows["setup"] != "bound"])
     (row,) = result["rows"]
-    assert (row["scored"], "iqm" in row, row["over_yardstick"]) == ([], False, 1.0)
+    assert (row["scored"], "iqm" in row, row["over_yardstick"], row["seeds"]) == ([], False, 1.0, 3)
     assert "no bound" in BOARD.text(result)
     alone = BOARD.score(rows[rows["setup"] == "yardsticks"])
     assert alone["rows"] == []
     assert "good (best on validation)" in BOARD.text(alone)
 
 
+@pytest.mark.parametrize("backend", ["own", "sb3"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_weights_best_on_validation_are_kept(sign: int) -> None:
-    agent = PPO("moe_envs:MoERouting-v0", n_envs=4, n_steps=32, env_kwargs={"bundle": "digits"})
-    watch = _Watch(lambda agent: sign * agent.num_timesteps, 25)
-    agent.learn(512, watch)
+def test_the_weights_best_on_validation_are_kept(sign: int, backend: str) -> None:
+    settings = {"n_envs": 4, "n_steps": 32, "batch_size": 128, "total_timesteps": 512}
+    agent = backends.make("moe_envs:MoERouting-v0", "ppo", backend, {"bundle": "digits"}, 0, settings)
+    seen = gymnasium.make("moe_envs:MoERouting-v0", bundle="digits").observation_space.shape or ()
+    observations = np.random.default_rng(0).normal(size=(500, *seen)).astype(np.float32)
+    actions: list[np.ndarray] = []
+
+    def judge(agent: Any) -> float:
+        actions.append(agent.predict(observations, deterministic=True)[0])
+        return float(sign * agent.num_timesteps)
+
+    watch = _Watch(judge, 25)
+    backends.learn(agent, 512, watch)
     best = watch.end(agent)
     assert [look.steps for look in watch.curve] == [128, 256, 384, 512]
-    assert best.num_timesteps == (512 if sign > 0 else 128)
+    wanted, other = (actions[-1], actions[0])[::sign]
+    assert (best.predict(observations, deterministic=True)[0] == wanted).all()
+    assert (wanted != other).any()
     assert (np.diff([look.cpu for look in watch.curve]) > 0).all()
 
 
@@ -130,10 +143,49 @@ def test_yardsticks_and_bound_are_run_once() -> None:
     assert {job.seed for job in every} == set(SEEDS)
     short = runner.jobs_of(Matrix(experiment="MoERouting-v0", settings={"timesteps": 9}))
     assert {job.key for job in every} & {job.key for job in short} == {
-        job.key for job in every if job.setup in BOARD.ONCE
+        job.key for job in every if job.setup in ("yardsticks", "bound")
     }
     counts = {name: sum(job.setup == name for job in every) for name in BOARD.SETTINGS}
     assert counts == {"PPO": 40, "REINFORCE": 40, "SB3 PPO": 40, "yardsticks": 4, "bound": 4}
+
+
+def test_what_is_run_once_goes_by_the_policy() -> None:
+    named = {"rules": {"policy": "yardsticks"}, "bound": {"policy": "PPO"}}
+    planned = runner.jobs_of(Matrix(experiment="MoEMetaOpt-v0", seeds=[1, 2], splits=["digits"], setups=named))
+    assert [(job.setup, job.seed) for job in planned] == [("rules", 1), ("bound", 1), ("bound", 2)]
+
+
+def test_a_learner_named_like_a_rule_is_refused() -> None:
+    rows = frame().assign(setup=["lucky"] * 3 + ["yardsticks", "bound"])
+    with pytest.raises(ValueError, match="named like the rule 'lucky'"):
+        BOARD.score(rows)
+
+
+def test_tasks_of_a_unit_are_scored_by_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(BOARD.problem), "unit", lambda self, task: "both")
+    rows = frame()
+    result = BOARD.score(rows)
+    assert [task["best_yardstick"] for task in result["tasks"]] == ["good", "good"]  # 0.55 and 0.5 on validation
+    (row,) = result["rows"]
+    assert (row["scored"], row["of"]) == (["both"], 1)
+    means = np.array([0.8 + 0.5, 0.9 + 0.4, 0.7 + 0.6]) / 2  # of 0.45, which good has, to 0.9
+    assert row["normalized"] == pytest.approx([(means.mean() - 0.45) / 0.45])
+
+
+def test_a_summary_has_a_line_for_each_task() -> None:
+    result = json.loads(json.dumps(BOARD.score(frame())))
+    lines = report.summary(result)
+    assert lines[2:4] == [
+        "| easy | 0.6, good | 0.8 (0.552 .. 1.048) | 1 |", "| hard | 0.2, lucky | 0.5 (0.252 .. 0.748) | 0.8 |"
+    ]  # fmt: skip
+    assert lines[-1].startswith(
+        "3 seeds, 95 % intervals over them. Normalised scores, 0 the best yardstick, 1 the bound: "
+    )
+    for few in (frame()[2:], frame()[:3], frame()[3:], frame()[:1]):  # one seed; no rules; no learner; one row
+        result = BOARD.score(few.reset_index(drop=True))
+        single = json.loads(json.dumps(runner._finite(result)))
+        assert len(report.summary(single)) == 2 + 2 + 2
+        assert BOARD.text(result)
 
 
 @pytest.mark.parametrize(

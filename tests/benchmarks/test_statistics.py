@@ -70,3 +70,14 @@ def test_front_and_hypervolume() -> None:
     assert pareto.front(points[:3]).tolist() == [True, True, False]
     expected = (2.0 - 0.5) * 0.8 + (2.0 - 1.0) * 0.1
     assert pareto.hypervolume(points, "MoERouting-v0") == pytest.approx(expected)
+
+
+def test_tasks_of_one_training_are_drawn_together() -> None:
+    """Six tasks that say the same are one: drawn apart, the interval would be 6 ** 0.5 times narrower."""
+    one = np.random.default_rng(0).normal(size=(10, 1))
+    six = one.repeat(6, axis=1)
+    low, high = bootstrap_interval(six, np.mean, trainings=["a"] * 6)
+    assert (low, high) == pytest.approx(bootstrap_interval(one, np.mean), abs=0.05)
+    apart = bootstrap_interval(six, np.mean)
+    assert (high - low) / (apart[1] - apart[0]) == pytest.approx(6**0.5, rel=0.1)
+    assert bootstrap_interval(six, np.mean, trainings=range(6)) == apart
