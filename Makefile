@@ -38,7 +38,7 @@ docs: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_FLAGS) --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
 
-# Rendered copies, of the rows in runs/board where these are.
+# Rendered copies, of the published leaderboard's rows.
 notebooks: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_FLAGS) --editable '.[docs]'
 	$(BIN)/jupyter nbconvert --execute --to markdown --output-dir docs/notebooks notebooks/*.ipynb \

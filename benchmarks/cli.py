@@ -73,7 +73,7 @@ def _train(
     backend: Annotated[str, typer.Option(help="own, several times faster, or sb3, Stable-Baselines3.")] = "own",
     seed: int = 0,
     timesteps: Annotated[int | None, typer.Option(min=1, help="Instead of the tuned number.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/ENV-ALGO-seedSEED.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/ENV-BACKEND-ALGO-seedSEED.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is there first.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run of backend own.")] = None,
     tune: Annotated[int, typer.Option(min=0, help="Search settings on validation by so many trainings first.")] = 0,
@@ -143,7 +143,7 @@ def _evaluate(
 ) -> None:
     """Evaluate a trained policy: return, quality and cost with 95 % intervals, on inputs it never saw.
 
-    Example: moe-eval runs/MoERouting-v0-ppo-seed0 --split test --json result.json
+    Example: moe-eval runs/MoERouting-v0-own-ppo-seed0 --split test --json result.json
     """
     from agents.evaluate import evaluate as play
     from benchmarks import report, runs

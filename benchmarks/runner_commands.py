@@ -21,7 +21,7 @@ Out = Annotated[Path, typer.Option(help="Folder of the rows and of the report.")
 
 @benchmark_app.command("run")
 def _run(
-    matrix: Annotated[str, typer.Argument(help="A YAML or JSON file, or the name of an experiment: models")],
+    matrix: Annotated[str, typer.Argument(help="A YAML or JSON file, models, or an id of a leaderboard")],
     out: Out,
     jobs: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Names of setups; all by default.")] = None,

@@ -71,12 +71,14 @@ def test_commands_and_their_options_exist(path: Path) -> None:
 
 
 def called() -> set[str]:
-    """The first words that tests call commands with: the first texts of lists, tuples and calls."""
+    """The first words that tests call commands with: the first texts of lists and tuples, and of calls of helpers."""
     found = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            several = getattr(node, "elts", []) if isinstance(node, ast.List | ast.Tuple) else getattr(node, "args", [])
-            texts = [each.value for each in several if isinstance(each, ast.Constant)] if type(several) is list else []
+            several = getattr(node, "elts", []) if isinstance(node, ast.List | ast.Tuple) else []
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("said", "command", "run"):
+                several = node.args
+            texts = [each.value for each in several if isinstance(each, ast.Constant)]
             found.update(text for text in texts[:2] if isinstance(text, str))
     return found
 

@@ -10,14 +10,22 @@ import numpy as np
 
 from agents.yardsticks.metaopt import SCHEDULES, Heuristic, RandomActions, Round, Settings, search, trainings
 from benchmarks import policies
-from benchmarks.experiments.metaopt import BEAM, DECAY, FIRST_TEST_SEED, ROUNDS, SEARCHED_CONTEXTS
+from benchmarks.experiments.metaopt import (
+    BEAM,
+    BY_GROUP,
+    DECAY,
+    FIRST_TEST_SEED,
+    GROUP_ROUNDS,
+    ROUNDS,
+    SEARCHED_CONTEXTS,
+)
 from benchmarks.jobs import locked
 from benchmarks.leaderboards.board import SEEDS, Leaderboard, Verdict
 from cost.files import write_text
 
 CONTEXTS = {"validation": 128, "test": 256}
 STARTS = "random rate", "tuned rate"
-Tuned = dict[str, tuple[list[float], list[int]]]  # rates and places of decays, by schedule
+SEARCHED = {name: (name, False, ROUNDS) for name in SCHEDULES} | {BY_GROUP: ("constant", True, GROUP_ROUNDS)}
 
 
 class MetaOpt:
@@ -42,14 +50,18 @@ class MetaOpt:
         return {f"{split}, {name}": self._verdict(policy, split, start, episodes) for name, start in starts.items()}
 
     def yardsticks(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
-        """Schedules from the random rate, or with settings that were searched on validation; our rules; chance."""
+        """Schedules from the random rate; from the tuned one with settings that were searched on validation, the
+        constant one's also for gate and experts apart; our rules; chance."""
         found: dict[str, dict[str, Verdict]] = {}
-        settings = self._settings(split, episodes, folder)
         for start, arguments in self._starts(split, episodes, folder).items():
             rules: dict[str, Any] = {"random actions": RandomActions(), "rules": Heuristic()}
-            for name, make in SCHEDULES.items():
-                given = settings[name] if start == STARTS[1] else None
-                rules[name] = make(None if given is None else Settings(*map(np.array, given)))
+            if start == STARTS[0]:
+                rules |= {name: make(None) for name, make in SCHEDULES.items()}
+            else:
+                rules |= {
+                    name: SCHEDULES[schedule](self._settings(name, split, episodes, folder))
+                    for name, (schedule, _, _) in SEARCHED.items()
+                }
             for name, rule in rules.items():
                 verdict = self._verdict(rule, split, arguments, episodes)
                 found.setdefault(name, {})[f"{split}, {start}"] = verdict
@@ -90,22 +102,20 @@ class MetaOpt:
         return task
 
     def _starts(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Any]]:
-        rate = float(np.mean(self._settings(split, episodes, folder)["constant"][0]))
+        rate = float(self._settings("constant", split, episodes, folder).rates.mean())
         return {STARTS[0]: {"initial_decay": DECAY}, STARTS[1]: {"initial_decay": DECAY, "initial_rate": rate}}
 
-    def _settings(self, split: str, episodes: int | None, folder: Path) -> Tuned:
-        """Settings of all schedules, searched once for all runs; with `episodes` among a few on so many contexts."""
-        path = folder / f"schedules-{split}-{episodes or 'all'}.json"
-        rounds = ROUNDS if episodes is None else (Round(4, episodes),)
+    def _settings(self, name: str, split: str, episodes: int | None, folder: Path) -> Settings:
+        """Of a schedule, searched once for all runs; with `episodes` among a few on so many contexts."""
+        schedule, by_group, rounds = SEARCHED[name]
+        path = folder / f"schedule-{split}-{name.replace(', ', '-')}-{episodes or 'all'}.json"
         with locked(path):
             if not path.exists():
-                found = {name: search(make, False, rounds, **self.SPLITS[split]) for name, make in SCHEDULES.items()}
-                kept = {
-                    name: (each.settings.rates.tolist(), each.settings.ladder.tolist()) for name, each in found.items()
-                }
-                write_text(path, json.dumps(kept))
-            settings: Tuned = json.loads(path.read_text())
-            return settings
+                few = rounds if episodes is None else (Round(4, episodes),)
+                found = search(SCHEDULES[schedule], by_group, few, **self.SPLITS[split]).settings
+                write_text(path, json.dumps({"rates": found.rates.tolist(), "ladder": found.ladder.tolist()}))
+            kept = json.loads(path.read_text())
+            return Settings(np.array(kept["rates"]), np.array(kept["ladder"]))
 
 
 BOARD = Leaderboard(
