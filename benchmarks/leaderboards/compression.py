@@ -11,7 +11,8 @@ import numpy as np
 from agents.deploy.compression import levels_of
 from agents.yardsticks import compression as rules
 from benchmarks.experiments import compression, compression_bound
-from benchmarks.leaderboards.board import Leaderboard, Verdict
+from benchmarks.leaderboards.board import Leaderboard
+from benchmarks.leaderboards.scores import Verdict
 from moe_envs.compression import SHARES
 from moe_envs.compression_tables import CompressionTables
 

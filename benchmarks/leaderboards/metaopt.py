@@ -20,7 +20,8 @@ from benchmarks.experiments.metaopt import (
     SEARCHED_CONTEXTS,
 )
 from benchmarks.jobs import locked
-from benchmarks.leaderboards.board import SEEDS, Leaderboard, Verdict
+from benchmarks.leaderboards.board import SEEDS, Leaderboard
+from benchmarks.leaderboards.scores import Verdict
 from cost.files import write_text
 
 CONTEXTS = {"validation": 128, "test": 256}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from agents.evaluate import evaluate
-from benchmarks.leaderboards.board import Leaderboard, Verdict
+from benchmarks.leaderboards.board import Leaderboard
+from benchmarks.leaderboards.scores import Verdict
 
 EPISODES = {"validation": 1000, "test": 2000}
 FIRST_SEED = 10_000
