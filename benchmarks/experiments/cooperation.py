@@ -54,7 +54,7 @@ def setups() -> dict[str, Setup]:
                     network["router_options"] = {"normalize": False}
                 beside = None if options is None else f"{gate}, k={k}, no graph"
                 found[f"{gate}, k={k}, {graph}"] = Setup(network, {}, beside, "graph")
-    for name, weight in (("identity, no L1", 0.0), ("random, L1 times 10", 0.1)):
+    for name, weight in (("identity, no L1", 0.0), ("random, no L1", 0.0), ("random, L1 times 10", 0.1)):
         options = {"init": name.partition(",")[0]}
         found[f"flat, k=2, {name}"] = Setup({"k": 2, "graph": options}, {"sparsity": weight}, BASE, "graph")
     for mode in ("sum", "conv"):

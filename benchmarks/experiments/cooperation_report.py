@@ -31,6 +31,7 @@ from experts.network import MoENetwork
 GRAPHS = (
     "flat, k=2, identity",
     "flat, k=2, random",
+    "flat, k=2, random, no L1",
     "flat, k=2, random, sum",
     "flat, k=2, random, conv",
     "flat, k=3, random",
