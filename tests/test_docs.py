@@ -1,8 +1,10 @@
 """The documentation says what there is: pages are of the docstrings, commands and their options exist."""
 
 import ast
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import typer
 from PIL import Image
 
 import moe_envs
+from benchmarks import runner
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -98,6 +101,19 @@ def test_pages_are_those_of_the_docstrings(name: str) -> None:
     for picture in re.findall(r"\]\(([^)]+\.gif)\)", page):
         with Image.open(ROOT / "docs" / "environments" / picture) as drawn:
             assert drawn.n_frames > 5
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "leaderboards").iterdir()), ids=lambda folder: folder.name)
+def test_published_leaderboards_are_of_their_rows(folder: Path, tmp_path: Path) -> None:
+    """Pictures, and what made the report, aside."""
+    for name in (runner.RAW, runner.MATRIX):
+        shutil.copy(folder / name, tmp_path / name)
+    assert runner.rebuild(tmp_path)
+    assert (tmp_path / runner.REPORT).read_text() == (folder / runner.REPORT).read_text()
+    published, made = (json.loads((place / runner.RESULTS).read_text()) for place in (folder, tmp_path))
+    of_rows = ("rows", "of", "commits", "machines", "sha256")
+    assert {key: published["source"][key] for key in of_rows} == {key: made["source"][key] for key in of_rows}
+    assert published | {"source": None} == made | {"source": None}
 
 
 def test_pictures_are_drawn_anew(tmp_path: Path) -> None:

@@ -62,11 +62,11 @@ def summary(result: Row) -> list[str]:
 
 def _with_interval(row: Row) -> str:
     interval = _interval(row["test_ci95"], 3)
-    return f"{row['test']:.4g} ({interval})" if interval else f"{row['test']:.4g}"
+    return f"{row['test']:.3f} ({interval})" if interval else f"{row['test']:.3f}"
 
 
 def _test(found: dict[str, Row], name: str) -> str:
-    return f"{found[name]['test']:.4g}" if name in found else ""
+    return f"{found[name]['test']:.3f}" if name in found else ""
 
 
 def _unusual(settings: Row) -> list[str]:

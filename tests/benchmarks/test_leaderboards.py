@@ -176,7 +176,8 @@ def test_a_summary_has_a_line_for_each_task() -> None:
     result = json.loads(json.dumps(BOARD.score(frame())))
     lines = report.summary(result)
     assert lines[2:4] == [
-        "| easy | 0.6, good | 0.8 (0.552 .. 1.048) | 1 |", "| hard | 0.2, lucky | 0.5 (0.252 .. 0.748) | 0.8 |"
+        "| easy | 0.600, good | 0.800 (0.552 .. 1.048) | 1.000 |",
+        "| hard | 0.200, lucky | 0.500 (0.252 .. 0.748) | 0.800 |",
     ]  # fmt: skip
     assert lines[-1].startswith(
         "3 seeds, 95 % intervals over them. Normalised scores, 0 the best yardstick, 1 the bound: "
