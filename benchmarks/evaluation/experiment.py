@@ -80,6 +80,11 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         for row in rows:
             if row["setup"] in ranks.groups:
                 row["rank"] = float(ranks.mean()[row["setup"]])
+    clean = frame[frame["split"] == CLEAN].pivot(index="seed", columns="setup", values="accuracy")
+    clean = clean.reindex(columns=[row["setup"] for row in rows])
+    for row, points in zip(rows[1:], 100 * clean.sub(clean.iloc[:, 0], axis=0).to_numpy().T[1:], strict=True):
+        if len(both := points[np.isfinite(points)]):  # paired by seed
+            row |= {"points": float(both.mean()), "points_ci95": seeds_interval(both)}
     result: dict[str, Any] = {"data": str(frame["data"].iloc[0]), "rows": rows}
     known = [row for row in rows if "accuracy" in row]
     for cost in ("batch_ms", "energy_j"):

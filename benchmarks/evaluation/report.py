@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.evaluation.corruptions import KINDS
 from benchmarks.report import markdown_header as header
@@ -29,12 +30,13 @@ def text(result: Row) -> str:
         f"# Models on {result['data']}", "",
         f"Means of {seeds} seeds; each trains its own models. 95 % intervals are Student's t over seeds.", "",
         "## Clean test images", "",
-        *header("setup", "top-1", "95 %", "top-5", "loss", "experts per input", "parameters", "kB", "ms", "P95", "mJ",
-                "peak MB", "noisy"),
+        *header("setup", "top-1", "95 %", f"points over {rows[0]['setup']}, paired", "top-5", "loss",
+                "experts per input", "parameters", "kB", "ms", "P95", "mJ", "peak MB", "noisy"),
         *(
-            cells(row["setup"], f"{row['accuracy']:.2%}", _interval(row["accuracy_ci95"]), f"{row['top5']:.2%}",
-                 f"{row['loss']:.3f}", f"{row['experts_per_input']:.2f}", f"{row['parameters']:,.0f}",
-                 f"{row['bytes'] / 1000:.1f}", f"{row['batch_ms']:.2f}", f"{row['batch_p95_ms']:.2f}",
+            cells(row["setup"], f"{row['accuracy']:.2%}", _interval(row["accuracy_ci95"]), _points(row),
+                 f"{row['top5']:.2%}", f"{row['loss']:.3f}", f"{row['experts_per_input']:.2f}",
+                 f"{row['parameters']:,.0f}", f"{row['bytes'] / 1000:.1f}", f"{row['batch_ms']:.2f}",
+                 f"{row['batch_p95_ms']:.2f}",
                  f"{1000 * row['energy_j']:.3f}", f"{row['memory_bytes'] / 1e6:.2f}",
                  f"{row['noisy']} of {row['runs']}")
             for row in rows
@@ -54,6 +56,13 @@ def text(result: Row) -> str:
         *_recommendations(result, rows),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _points(row: Row) -> str:
+    if "points" not in row:
+        return ""
+    low, high = row["points_ci95"]
+    return f"{row['points']:+.2f}" + ("" if np.isnan(low) else f" ({low:+.2f} .. {high:+.2f})")
 
 
 def _robustness(rows: list[Row]) -> list[str]:
@@ -175,6 +184,8 @@ def _fronts(result: Row, rows: list[Row]) -> Figure:
         panel.step([row[cost] for row in front], [100 * row["accuracy"] for row in front], where="post", color="grey",
                    lw=0.8, zorder=0)  # fmt: skip
         panel.set(xlabel=label, ylabel="test accuracy [%]", xscale="log", title="diamonds: on the front")
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_minor_formatter(ScalarFormatter())
         panel.grid(alpha=0.3)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside right center")
     return figure

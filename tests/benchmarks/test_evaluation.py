@@ -175,6 +175,11 @@ def test_the_report_says_what_the_rows_say(report: Path) -> None:
     found = by_name["top-2"]
     clean = [mine[seed, "test"]["accuracy"] for seed in (17, 42)]
     assert found["accuracy"] == pytest.approx(np.mean(clean))
+    other = [row.metrics["accuracy"] for row in rows if (row.setup, row.split) == ("int2", "test")]
+    points = 100 * (np.array(other) - clean)
+    assert by_name["int2"]["points"] == pytest.approx(points.mean())
+    half = 12.706 * abs(points[0] - points[1]) / 2  # Student's t of one degree of freedom
+    assert by_name["int2"]["points_ci95"] == pytest.approx([points.mean() - half, points.mean() + half], rel=1e-3)
     drops = {
         kind: 100 * np.mean([mine[seed, "test"]["accuracy"] - mine[seed, f"{kind}-3"]["accuracy"] for seed in (17, 42)])
         for kind in ("gaussian-noise", "shift")
