@@ -84,7 +84,7 @@ class Leaderboard:
         """`quick` are the splits of a quick board, `quick_without` the learners that it does not have."""
         self.problem, self.about, self.quick = problem, about, quick
         self.SPLITS = tuple(problem.SPLITS)
-        self.SETTINGS = {name: {"policy": name} for name in (*problem.LEARNERS, YARDSTICKS, BOUND)}
+        self.SETTINGS = {name: {"policy": name} for name in (YARDSTICKS, BOUND, *problem.LEARNERS)}  # the longest first
         self.quick_setups = {name: each for name, each in self.SETTINGS.items() if name not in quick_without}
 
     def once(self, setup: BoardSetup) -> bool:

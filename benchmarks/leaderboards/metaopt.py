@@ -35,7 +35,7 @@ class MetaOpt:
     ID = "moe_envs:MoEMetaOpt-v0"
     SPLITS: dict[str, dict[str, Any]] = {name: {"task": name} for name in ("digits", "fashion-mnist")}
     LEARNERS = {"PPO": ("ppo", "own"), "SB3 PPO": ("ppo", "sb3")}
-    LOOKS = 10  # a look is 256 trainings
+    LOOKS = 5  # a look is 256 trainings
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
         """Over both starts."""
