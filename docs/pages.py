@@ -31,7 +31,8 @@ def leaderboard(name: str) -> str:
     if not path.exists():
         return ""
     lines = "\n".join(summary(json.loads(path.read_text())))
-    more = f"Every policy, what the bound is, learning curves, hypervolumes: [the report](../leaderboards/{name}/report.md)."
+    said = "Every policy, what the bound is, learning curves, hypervolumes"
+    more = f"{said}: [the report](../leaderboards/{name}/report.md)."
     return f"\n## Leaderboard\n\n{lines}\n\n{more}\n"
 
 

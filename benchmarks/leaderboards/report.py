@@ -134,6 +134,7 @@ def _curves(learned: pd.DataFrame, result: Row) -> Figure:
         for target in targets:
             panel.axhline(target, color="grey", ls="--", label="best yardstick")
         panel.set(title=split, xlabel="steps", ylabel="score on validation")
+        panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     return figure
