@@ -275,7 +275,7 @@ def _guarded(app: typer.Typer) -> None:
         _require_our_agents()
         from agents.checkpoints import CheckpointError
         from agents.rollouts import NotFiniteError
-        from benchmarks.runner import RunnerError
+        from benchmarks.matrix import RunnerError
         from benchmarks.runs import RunError
 
         app()

@@ -1,13 +1,8 @@
-"""The runs of a matrix, setups x seeds x splits, each made once and kept as one line of `raw.jsonl`.
+"""The runs of a matrix, each made once and kept as one line of `raw.jsonl`.
 
 A line is appended under a lock by the process that made it: what is finished survives a kill, what a kill cut short is
 made again. When all are there, the lines are put into the order of the matrix, so that the file is the same in however
 many processes it was made, times aside. Reports are made from the lines alone.
-
-An experiment is a module, or an object in one, with `Setup` (a pydantic model of what a setup may say), `SETTINGS`
-(setups by name) and `SPLITS`, which a matrix takes where it names none, and the functions of `Experiment`. It may have
-`SEEDS`, its own default, `once(setup)`, whether a setup is run with the first seed only, and `check(setups, splits)`,
-which raises `ValueError` for what does not go together.
 """
 
 from __future__ import annotations
@@ -15,214 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import pkgutil
 import shlex
 import tempfile
 import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks import jobs, runs
-from benchmarks.jobs import locked
+from benchmarks.matrix import EXPERIMENTS, Experiment, Job, Matrix, RunnerError, experiment_of, jobs_of, load_matrix
+from benchmarks.rows import RAW, Row, append, read, sort
 from cost.files import write_text
 
-EXPERIMENTS = {
-    "models": "benchmarks.evaluation.experiment",
-    "MoERouting-v0": "benchmarks.leaderboards.routing:BOARD",
-    "MoEMetaOpt-v0": "benchmarks.leaderboards.metaopt:BOARD",
-    "MoECompression-v0": "benchmarks.leaderboards.compression:BOARD",
-}
-RAW, MATRIX, RESULTS, REPORT, WORK = "raw.jsonl", "matrix.json", "results.json", "report.md", "work"
-NEEDED = "Setup", "SETTINGS", "SPLITS", "measure", "score", "plot", "text"
+MATRIX, RESULTS, REPORT, WORK = "matrix.json", "results.json", "report.md", "work"
 ATTEMPTS = 3
 MOST_FAILED = 0.05
-SEEDS = (17, 42, 1337)
-
-
-class RunnerError(RuntimeError):
-    """A matrix, a file of rows or a folder is not what it should be, or too many runs failed; the message says why."""
-
-
-class Experiment(Protocol):
-    """What a module of an experiment offers beside its constants."""
-
-    def measure(self, setup: Any, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One run: metrics, the same for the same arguments, and what was measured, times say, which differs. `folder`
-        keeps what several runs need."""
-
-    def score(self, frame: pd.DataFrame) -> dict[str, Any]:
-        """What the rows say, as JSON."""
-
-    def plot(self, frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
-        """Draw pictures into `out`; their names."""
-
-    def text(self, result: dict[str, Any]) -> str:
-        """The report, as Markdown."""
-
-
-class Matrix(BaseModel):
-    """What is run: an experiment's setups, by default all of its own, with each seed on each split. `settings` hold for
-    all setups that do not say otherwise."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    experiment: str
-    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
-    splits: list[str] = Field(default=[])
-    setups: dict[str, dict[str, Any]] = Field(default={})
-    settings: dict[str, Any] = Field(default={})
-
-
-class Job(NamedTuple):
-    """One run, and the hash of what it is of."""
-
-    experiment: str
-    setup: str
-    arguments: dict[str, Any]
-    seed: int
-    split: str
-
-    @property
-    def key(self) -> str:
-        return hashlib.sha256(json.dumps(self, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Row(BaseModel):
-    """A finished run, one line of `raw.jsonl`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format: Literal[1]
-    config_hash: str
-    experiment: str
-    setup: str
-    arguments: dict[str, Any]
-    seed: int
-    split: str
-    metrics: dict[str, Any]
-    measured: dict[str, Any]
-    attempts: int
-    commit: str | None
-    fingerprint: dict[str, str]
-    versions: dict[str, str]
-
-    @property
-    def job(self) -> Job:
-        return Job(self.experiment, self.setup, self.arguments, self.seed, self.split)
-
-
-def experiment_of(name: str) -> Any:
-    """An experiment of `EXPERIMENTS`, or your own by its dotted name."""
-    if name not in EXPERIMENTS and "." not in name:
-        raise RunnerError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}, or your own as package.module")
-    try:
-        found = pkgutil.resolve_name(EXPERIMENTS.get(name, name))
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        raise RunnerError(f"experiment {name!r}: {error}") from error
-    if missing := [each for each in NEEDED if not hasattr(found, each)]:
-        raise RunnerError(f"{name!r} is no experiment: it has no {', '.join(missing)}")
-    return found
-
-
-def load_matrix(path: Path) -> Matrix:
-    """A matrix of a YAML or JSON file; raises `RunnerError` that says what is wrong where."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise RunnerError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RunnerError(f"{path} is neither YAML nor JSON: {error}") from error
-    try:
-        return Matrix.model_validate(content)
-    except ValidationError as error:
-        raise RunnerError(f"{path}: {_said(error)}") from error
-
-
-def named(name: str) -> Matrix:
-    """The matrix in a file, or all of an experiment."""
-    return Matrix(experiment=name) if name in EXPERIMENTS else load_matrix(Path(name))
-
-
-def jobs_of(matrix: Matrix) -> list[Job]:
-    """All runs of a matrix: for each split and seed every setup; raises `RunnerError` for arguments it cannot have."""
-    experiment = experiment_of(matrix.experiment)
-    setups = matrix.setups or experiment.SETTINGS
-    seeds = matrix.seeds or list(getattr(experiment, "SEEDS", SEEDS))
-    splits = matrix.splits or list(experiment.SPLITS)
-    if unknown := [split for split in splits if split not in experiment.SPLITS]:
-        raise RunnerError(f"no split {unknown[0]!r} in {matrix.experiment}; there are {', '.join(experiment.SPLITS)}")
-    if twice := [value for value, times in Counter([*seeds, *splits]).items() if times > 1]:
-        raise RunnerError(f"{twice[0]} is named twice")
-    validated = {}
-    for name, setup in setups.items():
-        try:
-            validated[name] = experiment.Setup.model_validate(matrix.settings | setup)
-        except ValidationError as error:
-            raise RunnerError(f"setup {name!r}: {_said(error)}") from error
-    try:
-        getattr(experiment, "check", lambda setups, splits: None)(validated, splits)
-    except ValueError as error:
-        raise RunnerError(f"{matrix.experiment}: {error}") from error
-    once = getattr(experiment, "once", lambda setup: False)
-    return [
-        Job(matrix.experiment, name, setup.model_dump(mode="json"), seed, split)
-        for split in splits
-        for seed in seeds
-        for name, setup in validated.items()
-        if seed == seeds[0] or not once(setup)
-    ]
-
-
-def read(path: Path) -> list[Row]:
-    """All whole lines of a file of rows; raises `RunnerError` naming the first that is none. What follows the last line
-    feed was cut by a kill and does not count."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            row = Row.model_validate_json(line)
-        except ValidationError as error:
-            raise RunnerError(f"{path}, line {number + 1}, is not a row: {_said(error)}") from error
-        if row.config_hash != row.job.key:
-            raise RunnerError(f"{path}, line {number + 1}: its config_hash is not that of its arguments")
-        rows.append(row)
-    return rows
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row under a lock, unless one of the same hash is there."""
-    for name, value in (row.metrics | row.measured).items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except ValueError as error:
-            raise ValueError(f"{name} is {value}: what is not a finite number is no result") from error
-    line = json.dumps(row.model_dump()).encode() + b"\n"
-    with locked(path):
-        if row.config_hash in {each.config_hash for each in read(path)}:
-            return
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        with open(descriptor, "r+b") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.seek(0, os.SEEK_END)
-            file.write(line)
-            file.flush()
-            os.fsync(descriptor)
 
 
 def run(
@@ -241,7 +52,7 @@ def run(
         failed.unlink(missing_ok=True)
         todo = left(matrix, out, part, only)
         failures = _work(todo, out, processes, MOST_FAILED * len(every), failed, report) if todo else []
-        _sort(out / RAW, every)
+        sort(out / RAW, every)
     if failures:
         raise RunnerError(_overview(failures, len(todo), failed))
     return len(todo)
@@ -401,17 +212,6 @@ def _make(job: Job, attempt: int, out: Path) -> None:
     append(out / RAW, Row(format=1, metrics=metrics, measured=measured, attempts=attempt, **about))
 
 
-def _sort(path: Path, every: list[Job]) -> None:
-    """Rows in the order of the matrix, those of other matrices behind them."""
-    with locked(path):
-        raw = path.read_bytes() if path.exists() else b""
-        lines = raw[: raw.rfind(b"\n") + 1].splitlines(keepends=True)
-        place = {job.key: number for number, job in enumerate(every)}
-        order = sorted(lines, key=lambda line: place.get(json.loads(line)["config_hash"], len(place)))
-        if order != lines:
-            write_text(path, b"".join(order).decode())
-
-
 def _source_of(path: Path) -> Any:
     try:
         return json.loads(path.read_text())["source"]
@@ -447,17 +247,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which no key is named twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is named twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _said(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}" for each in error.errors())

@@ -14,7 +14,7 @@ from benchmarks.commands import benchmark_app
 from benchmarks.terminal import Json, bar, console, write
 
 if TYPE_CHECKING:
-    from benchmarks.runner import Matrix
+    from benchmarks.matrix import Matrix
 
 Out = Annotated[Path, typer.Option(help="Folder of the rows and of the report.")]
 
@@ -34,8 +34,9 @@ def _run(
     Example: moe-benchmark run models --out runs/models --jobs 2
     """
     from benchmarks import runner
+    from benchmarks.matrix import jobs_of, named
 
-    wanted = runner.named(matrix)
+    wanted = named(matrix)
     number, _, parts = part.partition("/")
     if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
         raise ValueError(f"--part {part}: I/N with I from 0 to N - 1")
@@ -44,7 +45,7 @@ def _run(
         return
     place = int(number), int(parts)
     if dry_run:
-        every, todo = runner.jobs_of(wanted), runner.left(wanted, out, place, only or ())
+        every, todo = jobs_of(wanted), runner.left(wanted, out, place, only or ())
         table = Table("setup", "seeds", "splits", "runs", "to do", title=f"{wanted.experiment}, nothing is run")
         for name in dict.fromkeys(job.setup for job in every):
             own, left = ([job for job in jobs if job.setup == name] for jobs in (every, todo))
@@ -57,13 +58,14 @@ def _run(
 
 def _make(matrix: Matrix, out: Path, jobs: int, part: tuple[int, int] = (0, 1), only: Collection[str] = ()) -> None:
     from benchmarks import runner
+    from benchmarks.rows import RAW
 
     with bar() as add:
         made = runner.run(matrix, out, jobs, part, only, add(f"runs of {matrix.experiment}"))
     if part[1] > 1:
         console.print(f"{made} runs; when all parts are through: moe-benchmark report {out}")
     elif runner.rebuild(out) or made:
-        console.print(f"[green]saved[/] {out}/{runner.RAW}, {out}/{runner.REPORT}, {out}/{runner.RESULTS}")
+        console.print(f"[green]saved[/] {out}/{RAW}, {out}/{runner.REPORT}, {out}/{runner.RESULTS}")
     else:
         console.print("nothing to do")
 
@@ -90,18 +92,18 @@ def _leaderboard(
     episodes: Annotated[int | None, typer.Option(min=2, help="Of each judgement, instead of the usual number.")] = None,
 ) -> None:
     """Learners beside every yardstick and the bound of an environment, on test data; the same as `run ENV_ID`."""
-    from benchmarks import runner
+    from benchmarks.matrix import EXPERIMENTS, SEEDS, Matrix, experiment_of
 
     name = env_id.removeprefix("moe_envs:")
-    boards = [each for each in runner.EXPERIMENTS if each != "models"]
+    boards = [each for each in EXPERIMENTS if each != "models"]
     if name not in boards:
         raise ValueError(f"no leaderboard of {env_id!r}; there are {', '.join(boards)}")
     settings = {"timesteps": timesteps, "episodes": episodes}
     given = {key: value for key, value in settings.items() if value is not None}
-    matrix = runner.Matrix(experiment=name, settings=given)
+    matrix = Matrix(experiment=name, settings=given)
     if quick:
-        board = runner.experiment_of(name)
-        matrix.seeds, matrix.splits, matrix.setups = list(runner.SEEDS), list(board.quick), board.quick_setups
+        board = experiment_of(name)
+        matrix.seeds, matrix.splits, matrix.setups = list(SEEDS), list(board.quick), board.quick_setups
     _make(matrix, out, jobs)
 
 

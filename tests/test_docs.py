@@ -14,6 +14,7 @@ from PIL import Image
 
 import moe_envs
 from benchmarks import runner
+from benchmarks.rows import RAW
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -106,7 +107,7 @@ def test_pages_are_those_of_the_docstrings(name: str) -> None:
 @pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "leaderboards").iterdir()), ids=lambda folder: folder.name)
 def test_published_leaderboards_are_of_their_rows(folder: Path, tmp_path: Path) -> None:
     """Pictures, and what made the report, aside."""
-    for name in (runner.RAW, runner.MATRIX):
+    for name in (RAW, runner.MATRIX):
         shutil.copy(folder / name, tmp_path / name)
     assert runner.rebuild(tmp_path)
     assert (tmp_path / runner.REPORT).read_text() == (folder / runner.REPORT).read_text()

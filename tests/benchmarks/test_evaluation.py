@@ -12,7 +12,8 @@ from benchmarks import pareto, runner
 from benchmarks.evaluation import experiment, measures
 from benchmarks.evaluation.corruptions import KINDS, corrupt, digest
 from benchmarks.evaluation.setups import Setup, make
-from benchmarks.runner import Matrix
+from benchmarks.matrix import Matrix
+from benchmarks.rows import read
 from experts import data
 from experts.compression.plan import Plan
 
@@ -159,7 +160,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_setups_of_a_seed_meet_the_same_images(report: Path) -> None:
-    rows = runner.read(report / "raw.jsonl")
+    rows = read(report / "raw.jsonl")
     hashes = {(row.seed, row.split, row.metrics["sha256"]) for row in rows}
     assert len(hashes) == 8
     clean = [row for row in rows if row.split == "test"]
@@ -168,7 +169,7 @@ def test_setups_of_a_seed_meet_the_same_images(report: Path) -> None:
 
 
 def test_the_report_says_what_the_rows_say(report: Path) -> None:
-    rows = runner.read(report / "raw.jsonl")
+    rows = read(report / "raw.jsonl")
     result = json.loads((report / "results.json").read_text())
     by_name = {row["setup"]: row for row in result["rows"]}
     mine = {(row.seed, row.split): row.metrics for row in rows if row.setup == "top-2"}
@@ -206,7 +207,7 @@ def test_the_report_says_what_the_rows_say(report: Path) -> None:
 def test_rows_of_one_seed_and_of_clean_images_alone_are_reported(report: Path) -> None:
     import pandas as pd
 
-    rows = [row for row in runner.read(report / "raw.jsonl") if (row.seed, row.split) == (17, "test")]
+    rows = [row for row in read(report / "raw.jsonl") if (row.seed, row.split) == (17, "test")]
     frame = pd.DataFrame([{"setup": r.setup, "seed": r.seed, "split": r.split, **r.arguments, **r.metrics, **r.measured}
                           for r in rows])  # fmt: skip
     result = experiment.score(frame)
@@ -219,7 +220,7 @@ def test_rows_of_one_seed_and_of_clean_images_alone_are_reported(report: Path) -
 def test_a_report_of_what_is_there_so_far(report: Path) -> None:
     import pandas as pd
 
-    rows = [row for row in runner.read(report / "raw.jsonl") if row.split == "test" or row.setup == "top-2"]
+    rows = [row for row in read(report / "raw.jsonl") if row.split == "test" or row.setup == "top-2"]
     frame = pd.DataFrame([{"setup": r.setup, "seed": r.seed, "split": r.split, **r.arguments, **r.metrics, **r.measured}
                           for r in rows])  # fmt: skip
     result = experiment.score(frame)

@@ -15,7 +15,8 @@ from benchmarks.commands import benchmark_app
 from benchmarks.leaderboards import report
 from benchmarks.leaderboards.board import SEEDS, _Watch
 from benchmarks.leaderboards.routing import BOARD
-from benchmarks.runner import Matrix
+from benchmarks.matrix import Matrix, RunnerError, experiment_of, jobs_of
+from benchmarks.rows import Row, read
 
 
 def verdicts(**tasks: tuple[float, float]) -> dict[str, dict[str, float]]:
@@ -139,9 +140,9 @@ def test_the_weights_best_on_validation_are_kept(sign: int, backend: str) -> Non
 
 
 def test_yardsticks_and_bound_are_run_once() -> None:
-    every = runner.jobs_of(Matrix(experiment="MoERouting-v0"))
+    every = jobs_of(Matrix(experiment="MoERouting-v0"))
     assert {job.seed for job in every} == set(SEEDS)
-    short = runner.jobs_of(Matrix(experiment="MoERouting-v0", settings={"timesteps": 9}))
+    short = jobs_of(Matrix(experiment="MoERouting-v0", settings={"timesteps": 9}))
     assert {job.key for job in every} & {job.key for job in short} == {
         job.key for job in every if job.setup in ("yardsticks", "bound")
     }
@@ -151,7 +152,7 @@ def test_yardsticks_and_bound_are_run_once() -> None:
 
 def test_what_is_run_once_goes_by_the_policy() -> None:
     named = {"rules": {"policy": "yardsticks"}, "bound": {"policy": "PPO"}}
-    planned = runner.jobs_of(Matrix(experiment="MoEMetaOpt-v0", seeds=[1, 2], splits=["digits"], setups=named))
+    planned = jobs_of(Matrix(experiment="MoEMetaOpt-v0", seeds=[1, 2], splits=["digits"], setups=named))
     assert [(job.setup, job.seed) for job in planned] == [("rules", 1), ("bound", 1), ("bound", 2)]
 
 
@@ -198,7 +199,7 @@ def test_a_summary_has_a_line_for_each_task() -> None:
 )
 def test_a_board_is_run_and_reported(tmp_path: Path, env: str, split: str, settings: dict[str, int]) -> None:
     wanted = Matrix(experiment=env, seeds=[17, 42], splits=[split], settings=settings)
-    learners = len(runner.experiment_of(env).problem.LEARNERS)
+    learners = len(experiment_of(env).problem.LEARNERS)
     assert runner.run(wanted, tmp_path, processes=2) == 2 * learners + 2
     assert runner.rebuild(tmp_path)
     rows = as_run(tmp_path, exact=env != "MoEMetaOpt-v0")  # whose stand-in for a bound is a search
@@ -206,9 +207,9 @@ def test_a_board_is_run_and_reported(tmp_path: Path, env: str, split: str, setti
     assert first != second
 
 
-def as_run(folder: Path, exact: bool) -> list[runner.Row]:
+def as_run(folder: Path, exact: bool) -> list[Row]:
     """The rows of a board, once they and its report have been looked at."""
-    rows = runner.read(folder / "raw.jsonl")
+    rows = read(folder / "raw.jsonl")
     policies = {name: tasks for row in rows for name, tasks in row.metrics["policies"].items()}
     assert {"PPO", "bound"} < policies.keys()
     assert len(policies) > 5
@@ -242,7 +243,7 @@ def test_a_board_by_its_commands(tmp_path: Path) -> None:
 
 
 def test_unknown_policies_are_told_before_anything_runs() -> None:
-    with pytest.raises(runner.RunnerError, match="'DQN' of the setup 'mine' is none of PPO, SB3 PPO, yard"):
-        runner.jobs_of(Matrix(experiment="MoEMetaOpt-v0", setups={"mine": {"policy": "DQN"}}))
-    with pytest.raises(runner.RunnerError, match="episodes=5: nothing is judged by episodes here"):
-        runner.jobs_of(Matrix(experiment="MoECompression-v0", settings={"episodes": 5}))
+    with pytest.raises(RunnerError, match="'DQN' of the setup 'mine' is none of PPO, SB3 PPO, yard"):
+        jobs_of(Matrix(experiment="MoEMetaOpt-v0", setups={"mine": {"policy": "DQN"}}))
+    with pytest.raises(RunnerError, match="episodes=5: nothing is judged by episodes here"):
+        jobs_of(Matrix(experiment="MoECompression-v0", settings={"episodes": 5}))

@@ -14,7 +14,8 @@ import pytest
 from filelock import FileLock
 
 from benchmarks import runner
-from benchmarks.runner import Matrix, RunnerError
+from benchmarks.matrix import EXPERIMENTS, Matrix, RunnerError, jobs_of, load_matrix
+from benchmarks.rows import read
 
 KILLS = int(os.environ.get("MOE_ENVS_KILLS", "6"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_runner.py
 TINY = """
@@ -122,15 +123,15 @@ def test_kills_lose_no_finished_row_and_duplicate_none(tmp_path: Path) -> None:
         time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        now = {row.config_hash: row for row in runner.read(out / "raw.jsonl")}
+        now = {row.config_hash: row for row in read(out / "raw.jsonl")}
         assert finished.items() <= now.items()
         finished = now
     assert 0 < len(finished) < 4 * len(setups)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    hashes = [row.config_hash for row in runner.read(out / "raw.jsonl")]
-    assert hashes == [job.key for job in runner.jobs_of(runner.load_matrix(path))]
-    assert finished.items() <= {row.config_hash: row for row in runner.read(out / "raw.jsonl")}.items()
+    hashes = [row.config_hash for row in read(out / "raw.jsonl")]
+    assert hashes == [job.key for job in jobs_of(load_matrix(path))]
+    assert finished.items() <= {row.config_hash: row for row in read(out / "raw.jsonl")}.items()
     again = subprocess.run(command, capture_output=True, text=True)
     assert (again.returncode, again.stdout.strip()) == (0, "nothing to do")
 
@@ -140,7 +141,7 @@ def test_what_a_kill_cut_short_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "raw.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    assert len(runner.read(path)) == 7
+    assert len(read(path)) == 7
     assert runner.run(matrix(), tmp_path) == 1
     assert len(path.read_bytes().splitlines()) == 8
     assert path.read_bytes().startswith(whole.rpartition(b"\n{")[0])
@@ -190,7 +191,7 @@ def test_too_many_failures_stop_the_rest_and_are_told(tmp_path: Path) -> None:
     wanted = matrix(setups=setups, seeds=list(range(8)), splits=["test"])
     with pytest.raises(RunnerError, match=r"1 of 16 runs failed 3 times[\s\S]*fails, seed 0, test: ValueError"):
         runner.run(wanted, tmp_path)
-    assert len(runner.read(tmp_path / "raw.jsonl")) < 8
+    assert len(read(tmp_path / "raw.jsonl")) < 8
     (failure,) = json.loads((tmp_path / "failed-0-of-1.json").read_text())
     assert (failure["setup"], failure["seed"], failure["error"]) == ("fails", 0, "ValueError('try 2')")
     assert "in measure" in failure["trace"]
@@ -208,7 +209,7 @@ def test_few_failures_let_the_rest_finish(tmp_path: Path) -> None:
 
 def test_parts_make_the_whole(tmp_path: Path) -> None:
     assert [runner.run(matrix(), tmp_path, part=(part, 3)) for part in range(3)] == [3, 3, 2]
-    assert [row.config_hash for row in runner.read(tmp_path / "raw.jsonl")] == [j.key for j in runner.jobs_of(matrix())]
+    assert [row.config_hash for row in read(tmp_path / "raw.jsonl")] == [j.key for j in jobs_of(matrix())]
     script = runner.slurm(tmp_path / "matrix.json", tmp_path, 3)
     assert "--array=0-2" in script
     assert f"moe-benchmark run {tmp_path}/matrix.json --out {tmp_path} --part" in script
@@ -245,12 +246,12 @@ def test_a_wrong_matrix_is_told_before_anything_runs(tmp_path: Path, content: st
     path = tmp_path / "matrix.yaml"
     path.write_text(content)
     with pytest.raises(RunnerError, match=message):
-        runner.jobs_of(runner.load_matrix(path))
+        jobs_of(load_matrix(path))
 
 
 def test_the_example_is_a_matrix() -> None:
-    example = runner.load_matrix(Path(__file__).parents[2] / "docs" / "examples" / "models.yaml")
-    assert len(runner.jobs_of(example)) == 4 * 3 * 8
+    example = load_matrix(Path(__file__).parents[2] / "docs" / "examples" / "models.yaml")
+    assert len(jobs_of(example)) == 4 * 3 * 8
 
 
 def test_damaged_rows_are_named_and_left_as_they_are(tmp_path: Path) -> None:
@@ -274,7 +275,7 @@ def test_a_submitted_file_is_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "raw.jsonl"
     with pytest.raises(RunnerError, match="is of the experiment 'small.tiny'; there are models"):
         runner.validate(path, 8, 0, 1e-6)
-    monkeypatch.setitem(runner.EXPERIMENTS, "small.tiny", "small.tiny")
+    monkeypatch.setitem(EXPERIMENTS, "small.tiny", "small.tiny")
     assert [each["differing"] for each in runner.validate(path, 8, 0, 1e-6)] == [[]] * 8
     path.write_text(path.read_text().replace('"value": 6', '"value": 6.1'))
     found = [each for each in runner.validate(path, 8, 0, 1e-6) if each["differing"]]
