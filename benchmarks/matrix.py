@@ -9,8 +9,8 @@ which raises `ValueError` for what does not go together.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-import pkgutil
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -31,6 +31,10 @@ SEEDS = (17, 42, 1337)
 
 class RunnerError(RuntimeError):
     """A matrix, a file of rows or a folder is not what it should be, or too many runs failed; the message says why."""
+
+
+class FailedRuns(RunnerError):
+    """Runs that failed each time; what is finished stays."""
 
 
 class Experiment(Protocol):
@@ -78,12 +82,14 @@ class Job(NamedTuple):
 
 
 def experiment_of(name: str) -> Any:
-    """An experiment of `EXPERIMENTS`, or your own by its dotted name."""
+    """An experiment of `EXPERIMENTS`, or your own, `package.module` or `package.module:object`."""
     if name not in EXPERIMENTS and "." not in name:
         raise RunnerError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}, or your own as package.module")
     try:
-        found = pkgutil.resolve_name(EXPERIMENTS.get(name, name))
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        module, _, member = EXPERIMENTS.get(name, name).partition(":")
+        found: Any = importlib.import_module(module)
+        found = getattr(found, member) if member else found
+    except (ImportError, SyntaxError, AttributeError) as error:
         raise RunnerError(f"experiment {name!r}: {error}") from error
     if missing := [each for each in NEEDED if not hasattr(found, each)]:
         raise RunnerError(f"{name!r} is no experiment: it has no {', '.join(missing)}")

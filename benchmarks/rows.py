@@ -64,8 +64,8 @@ def append(path: Path, row: Row) -> None:
     for name, value in (row.metrics | row.measured).items():
         try:
             json.dumps(value, allow_nan=False)
-        except ValueError as error:
-            raise ValueError(f"{name} is {value}: what is not a finite number is no result") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name} is {value!r}: a result is text, finite numbers or lists of them") from error
     line = json.dumps(row.model_dump()).encode() + b"\n"
     with locked(path):
         if row.config_hash in {each.config_hash for each in read(path)}:

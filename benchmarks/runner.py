@@ -14,7 +14,7 @@ import shlex
 import tempfile
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,9 +25,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from benchmarks import jobs, runs
-from benchmarks.matrix import EXPERIMENTS, Experiment, Job, Matrix, RunnerError, experiment_of, jobs_of, load_matrix
+from benchmarks.matrix import (
+    EXPERIMENTS,
+    Experiment,
+    FailedRuns,
+    Job,
+    Matrix,
+    RunnerError,
+    experiment_of,
+    jobs_of,
+    load_matrix,
+    said,
+)
 from benchmarks.rows import RAW, Row, append, read, sort
 from cost.files import write_text
 
@@ -40,21 +52,24 @@ def run(
     matrix: Matrix, out: Path, processes: int = 1, part: tuple[int, int] = (0, 1), only: Collection[str] = (),
     report: Callable[[float], object] = lambda share: None,
 ) -> int:  # fmt: skip
-    """Make the rows that are not there, in so many processes; how many were made. `part` (i, n) makes every n-th only,
-    `only` those of some setups.
+    """Make the rows that are not there, in so many processes; how many were made. `part` (i, n) makes the i-th of n
+    parts only, `only` those of some setups.
 
-    A run that fails is tried twice more. Raises `RunnerError`, with an overview in `failed-I-of-N.json`, where more
-    than 5 % fail for good, at once, or any at the end; what is finished stays, and the same call goes on.
+    A run that fails is tried twice more. Raises `FailedRuns`, with an overview in `failed-I-of-N.json`, where more than
+    5 % fail for good, at once, or any at the end; what is finished stays, and the same call goes on. Raises
+    `RunnerError` for a folder of another experiment.
     """
     every, failed = jobs_of(matrix), out / f"failed-{part[0]}-of-{part[1]}.json"
     with _alone(out, part):
+        if (out / MATRIX).exists() and (other := load_matrix(out / MATRIX).experiment) != matrix.experiment:
+            raise RunnerError(f"{out} is a folder of {other}, not of {matrix.experiment}: another --out")
         write_text(out / MATRIX, matrix.model_dump_json(indent=1))
         failed.unlink(missing_ok=True)
         todo = left(matrix, out, part, only)
         failures = _work(todo, out, processes, MOST_FAILED * len(every), failed, report) if todo else []
         sort(out / RAW, every)
     if failures:
-        raise RunnerError(_overview(failures, len(todo), failed))
+        raise FailedRuns(_overview(failures, len(todo), failed))
     return len(todo)
 
 
@@ -65,7 +80,22 @@ def left(matrix: Matrix, out: Path, part: tuple[int, int] = (0, 1), only: Collec
     if unknown := [name for name in only if name not in names]:
         raise RunnerError(f"no setup {unknown[0]!r}; there are {', '.join(names)}")
     there = {row.config_hash for row in read(out / RAW)}
-    return [job for job in every[part[0] :: part[1]] if job.key not in there and (not only or job.setup in only)]
+    mine = [job for job, place in zip(every, _places(every, part[1]), strict=True) if place == part[0]]
+    return [job for job in mine if job.key not in there and (not only or job.setup in only)]
+
+
+def _places(every: list[Job], parts: int) -> list[int]:
+    """The part of each run. What a seed of a setup needs, a trained model say, is made in one part; the seeds of a
+    setup are dealt out, to the parts that have the fewest runs first."""
+    groups = Counter((job.setup, job.seed) for job in every)
+    loads, places = [0] * parts, dict[tuple[str, int], int]()
+    for name in dict.fromkeys(job.setup for job in every):
+        order: list[int] = []
+        for group in (group for group in groups if group[0] == name):
+            order = order or sorted(range(parts), key=loads.__getitem__)
+            places[group] = order.pop(0)
+            loads[places[group]] += groups[group]
+    return [places[job.setup, job.seed] for job in every]
 
 
 def rebuild(out: Path) -> bool:
@@ -109,26 +139,42 @@ def validate(
 ) -> list[dict[str, Any]]:
     """Run so many drawn rows of a file again, from nothing, and list for each the metrics that differ.
 
-    Raises `RunnerError` for a file of no rows, or of an experiment that is not ours: what it names would be imported.
+    Raises `RunnerError` for a file of no rows, or of rows that are none of ours: what they name would be imported.
     """
-    rows, found = read(file), []
+    rows, found, here = read(file), [], runs.provenance()
     if not rows:
-        raise RunnerError(f"{file} holds no rows")
+        raise RunnerError(f"{file} holds no rows" if file.exists() else f"{file} is not there")
     if foreign := {row.experiment for row in rows} - EXPERIMENTS.keys():
         raise RunnerError(f"{file} is of the experiment {foreign.pop()!r}; there are {', '.join(EXPERIMENTS)}")
+    for row in rows:
+        _check(row, file)
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, jobs.pool(1) as pool:
         for number, row in enumerate(rows[place] for place in sorted(chosen)):
-            here, _ = measure(row.job, Path(folder))
+            metrics, _ = pool.submit(measure, row.job, Path(folder)).result()
             differing = [
-                {"metric": name, "submitted": row.metrics.get(name), "here": here.get(name)}
-                for name in sorted(row.metrics.keys() | here.keys())
-                if not _alike(row.metrics.get(name), here.get(name), tolerance)
+                {"metric": name, "submitted": row.metrics.get(name), "here": metrics.get(name)}
+                for name in sorted(row.metrics.keys() | metrics.keys())
+                if not _alike(row.metrics.get(name), metrics.get(name), tolerance)
             ]
-            found.append({"setup": row.setup, "seed": row.seed, "split": row.split, "metrics": len(here),
-                          "differing": differing})  # fmt: skip
+            unlike = [name for name in ("commit", "fingerprint", "versions") if getattr(row, name) != here[name]]
+            found.append({"setup": row.setup, "seed": row.seed, "split": row.split, "metrics": len(metrics),
+                          "differing": differing, "made_with_other": unlike})  # fmt: skip
             report((number + 1) / len(chosen))
     return found
+
+
+def _check(row: Row, file: Path) -> None:
+    """Raise `RunnerError` for a row that its experiment cannot have made."""
+    experiment = experiment_of(row.experiment)
+    try:
+        if row.split not in experiment.SPLITS:
+            raise ValueError(f"no split {row.split!r}")
+        setup = experiment.Setup.model_validate(row.arguments)
+        getattr(experiment, "check", lambda setups, splits: None)({row.setup: setup}, list(experiment.SPLITS))
+    except ValueError as error:
+        why = said(error) if isinstance(error, ValidationError) else error
+        raise RunnerError(f"{file}: a row of setup {row.setup!r} is none of {row.experiment}: {why}") from error
 
 
 def _alike(first: Any, second: Any, tolerance: float) -> bool:
@@ -180,7 +226,7 @@ def _work(
                     content = [{**each.job._asdict(), "error": each.error, "trace": each.trace} for each in failures]
                     write_text(failed, json.dumps(content, indent=1))
                 if len(failures) > most:
-                    raise RunnerError(_overview(failures, len(todo), failed))
+                    raise FailedRuns(_overview(failures, len(todo), failed))
                 report(1 - (len(waiting) + len(running)) / len(todo))
     finally:
         for pool in free:
@@ -206,9 +252,9 @@ def _end(pool: ProcessPoolExecutor) -> None:
 def _make(job: Job, attempt: int, out: Path) -> None:
     """In a process: one run, appended to the rows."""
     wall, cpu = time.perf_counter(), time.process_time()
-    metrics, measured = measure(job, out / WORK)
-    measured |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     about = {"config_hash": job.key, **job._asdict(), **runs.provenance()}
+    metrics, measured = measure(job, out / WORK / str(about["commit"]))  # what other code made is not taken
+    measured |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     append(out / RAW, Row(format=1, metrics=metrics, measured=measured, attempts=attempt, **about))
 
 

@@ -26,7 +26,7 @@ def _run(
     jobs: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Names of setups; all by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run.")] = False,
-    part: Annotated[str, typer.Option(help="I/N: every N-th run from the I-th on, for several machines.")] = "0/1",
+    part: Annotated[str, typer.Option(help="I/N: the I-th of N parts, from 0 on, for several machines.")] = "0/1",
     slurm: Annotated[Path | None, typer.Option(help="Write a Slurm script of --jobs tasks, and run nothing.")] = None,
 ) -> None:
     """Setups x seeds x splits, each run once; then the report. What is there already is not run again.
@@ -41,6 +41,8 @@ def _run(
     if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
         raise ValueError(f"--part {part}: I/N with I from 0 to N - 1")
     if slurm:
+        if only or dry_run or part != "0/1":
+            raise ValueError("--slurm writes a script of the whole matrix: without --only, --part and --dry-run")
         _write_slurm(slurm, wanted, out, jobs)
         return
     place = int(number), int(parts)
@@ -58,10 +60,16 @@ def _run(
 
 def _make(matrix: Matrix, out: Path, jobs: int, part: tuple[int, int] = (0, 1), only: Collection[str] = ()) -> None:
     from benchmarks import runner
-    from benchmarks.rows import RAW
+    from benchmarks.matrix import FailedRuns
+    from benchmarks.rows import RAW, read
 
     with bar() as add:
-        made = runner.run(matrix, out, jobs, part, only, add(f"runs of {matrix.experiment}"))
+        try:
+            made = runner.run(matrix, out, jobs, part, only, add(f"runs of {matrix.experiment}"))
+        except FailedRuns:
+            if read(out / RAW):
+                runner.rebuild(out)  # of the runs that did not fail
+            raise
     if part[1] > 1:
         console.print(f"{made} runs; when all parts are through: moe-benchmark report {out}")
     elif runner.rebuild(out) or made:
@@ -137,5 +145,7 @@ def _validate(
             cells = (json.dumps(metric[key])[:40] if metric[key] != "" else "" for key in ("submitted", "here"))
             table.add_row(each["setup"], str(each["seed"]), each["split"], metric["metric"], *cells)
     console.print(table)
+    if unlike := sorted({name for each in found for name in each["made_with_other"]}):
+        console.print(f"[yellow]made with another {', '.join(unlike)}: other processors round otherwise[/]")
     if any(each["differing"] for each in found):
         raise typer.Exit(1)

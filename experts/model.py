@@ -147,6 +147,19 @@ def mix(
     return combine(outputs_BEC, mixing_weights(gate_logits_BE, members_BE), members_BE, graph)
 
 
+def run_chosen(
+    experts: Iterable[nn.Module], h_BD: torch.Tensor, members_BE: torch.Tensor, num_outputs: int
+) -> torch.Tensor:
+    """The experts' outputs `[B, E, num_outputs]`, 0 where they are not chosen: each runs once, on the inputs that chose
+    it."""
+    outputs_BEC = h_BD.new_zeros(*members_BE.shape, num_outputs)
+    for number, expert in enumerate(experts):
+        rows = members_BE[:, number].nonzero()[:, 0]
+        if len(rows):
+            outputs_BEC[rows, number] = expert(h_BD[rows])
+    return outputs_BEC
+
+
 def combine(
     outputs_BEC: torch.Tensor, weights_BE: torch.Tensor, members_BE: torch.Tensor, graph: ExpertGraph | None
 ) -> torch.Tensor:

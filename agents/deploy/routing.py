@@ -19,7 +19,7 @@ from agents.learner import Learner
 from agents.networks import CLIP
 from experts import bundle as bundles
 from experts.bundle import FEATURE_BOUND, Bundle
-from experts.model import combine, mix
+from experts.model import combine, mix, run_chosen
 from experts.routers import mixing_weights
 from moe_envs.routing_tables import BATCH_SCALE, GATE_BOUND, edges_of
 
@@ -79,11 +79,7 @@ class RoutedMoE(nn.Module):
         h_BD = self.trunk(x_BD)
         gate_BE = self.gate(h_BD)
         members_BE = self.route(x_BD, gate_BE)
-        outputs_BEC = x_BD.new_zeros(len(x_BD), self.num_experts, self.num_classes)
-        for number, expert in enumerate(self.experts):
-            rows = members_BE[:, number].nonzero()[:, 0]
-            if len(rows):
-                outputs_BEC[rows, number] = expert(h_BD[rows])
+        outputs_BEC = run_chosen(self.experts, h_BD, members_BE, self.num_classes)
         weights_BE = mixing_weights(gate_BE, members_BE).nan_to_num(0.0)
         return combine(outputs_BEC, weights_BE, members_BE, self.graph)
 

@@ -1,7 +1,7 @@
 """How good are models that are routed, trained or stored in different ways: on test images and on corrupted ones?
 
-Models are trained on `train`; temperatures are fitted on `validation`; all figures are of `test`, corrupted with the
-seed that the model was trained with, so that setups of one seed meet the same images.
+Models are trained on `train`; temperatures are fitted and recommendations chosen on `validation`; all figures are of
+`test`, corrupted with the seed that the model was trained with, so that setups of one seed meet the same images.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SPLITS = (CLEAN, *(f"{kind}-{level}" for kind in KINDS for level in range(1, LEV
 SAME_COST = 0.05  # costs that are no further apart are ties
 MIDDLE = 3  # the level at which a drop of less than 20 points is asked for
 MEANS = (
-    "accuracy", "top5", "loss", "entropy", "top2_gap", "ece", "ece_calibrated", "mce", "mce_calibrated",
-    "experts_per_input", "parameters", "bytes",
+    "accuracy", "validation_accuracy", "top5", "loss", "entropy", "top2_gap", "ece", "ece_calibrated", "mce",
+    "mce_calibrated", "experts_per_input", "parameters", "bytes",
 )  # fmt: skip
 MEASURED = "batch_ms", "batch_p95_ms", "energy_j", "memory_bytes"
 __all__ = ["SETTINGS", "SPLITS", "Setup", "check", "measure", "plot", "score", "text"]
@@ -56,18 +56,20 @@ def measure(setup: Setup, seed: int, split: str, folder: Path) -> tuple[dict[str
         inputs = corrupt(clean, kind, int(level), seed)
     with torch.inference_mode():
         known, known_labels = content["validation"]
-        divisor = measures.temperature(subject.classify(torch.from_numpy(known)).numpy(), known_labels)
+        known_logits = subject.classify(torch.from_numpy(known)).numpy()
+        divisor = measures.temperature(known_logits, known_labels)
         x = torch.from_numpy(inputs)
         logits = subject.classify(x).numpy()
         before = subject.classify(torch.from_numpy(clean)).numpy()
         metrics = measures.quality(logits, labels) | measures.calibration(logits, labels, divisor)
         metrics |= {
             "stability": float((logits.argmax(1) == before.argmax(1)).mean()), "temperature": divisor,
+            "validation_accuracy": float((known_logits.argmax(1) == known_labels).mean()),
             "experts_per_input": float(subject.experts_per_input(x).float().mean()),
             "parameters": subject.parameters, "bytes": subject.bytes, "inputs": len(x), "sha256": digest(inputs),
         }  # fmt: skip
-        with locked(folder / "timing"):  # one at a time, so that runs side by side do not slow each other down
-            return metrics, measures.batch_costs(subject.classify, x)
+        with locked(folder / "timing"):  # no two at once; a training beside them is not kept out
+            return metrics, measures.least_costs(subject.ways, x)
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
@@ -97,8 +99,9 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             row["setup"]: pareto.hypervolume(points[number : number + 1], f"models, {cost}")
             for number, row in enumerate(known)
         } | {"all": pareto.hypervolume(points, f"models, {cost}")}
+        chosen_by = np.column_stack([points[:, 0], [row["validation_accuracy"] for row in known]])
         result[f"recommended_{cost}"] = {
-            name: known[place]["setup"] for name, place in pareto.recommended(points).items()
+            name: known[place]["setup"] for name, place in pareto.recommended(chosen_by).items()
         }
     return result
 
@@ -111,7 +114,8 @@ def _of_setup(name: str, part: pd.DataFrame) -> dict[str, Any]:
     row |= {key: float(clean[key].mean()) for key in MEANS}
     row |= {key: float(part[key].median()) for key in MEASURED}
     row |= {"accuracy_ci95": seeds_interval(clean["accuracy"].to_numpy()), "noisy": int(part["noisy"].sum()),
-            "runs": len(part), "energy_source": str(clean["energy_source"].iloc[0])}  # fmt: skip
+            "runs": len(part), "energy_source": str(clean["energy_source"].iloc[0]),
+            **{key: str(clean[key].mode()[0]) for key in ("fastest", "thriftiest")}}  # fmt: skip
     row["ece_down"] = 1 - row["ece_calibrated"] / row["ece"]
     for side in ("", "_calibrated"):
         bins = clean[f"reliability{side}"].tolist()

@@ -87,6 +87,18 @@ def batch_costs(classify: Classify, inputs: torch.Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def least_costs(ways: dict[str, Classify], inputs: torch.Tensor) -> dict[str, Any]:
+    """The costs of the ways to the same logits: time of the fastest, energy and memory of the thriftiest in each."""
+    costs = {way: batch_costs(classify, inputs) for way, classify in ways.items()}
+    fastest, thriftiest, smallest = (
+        min(costs, key=lambda way: float(costs[way][key])) for key in ("batch_ms", "energy_j", "memory_bytes")
+    )
+    chosen = {"fastest": fastest, "thriftiest": thriftiest}
+    return costs[fastest] | {
+        "energy_j": costs[thriftiest]["energy_j"], "memory_bytes": costs[smallest]["memory_bytes"], **chosen,
+    }  # fmt: skip
+
+
 def _batches(inputs: torch.Tensor) -> Iterator[torch.Tensor]:
     place = 0
     while True:

@@ -31,20 +31,26 @@ def text(result: Row) -> str:
         f"Means of {seeds} seeds; each trains its own models. 95 % intervals are Student's t over seeds.", "",
         "## Clean test images", "",
         *header("setup", "top-1", "95 %", f"points over {rows[0]['setup']}, paired", "top-5", "loss",
-                "experts per input", "parameters", "kB", "ms", "P95", "mJ", "peak MB", "noisy"),
+                "experts per input", "parameters", "kB", "ms", "P95", "fastest with", "mJ", "thriftiest with",
+                "peak MB", "noisy"),
         *(
             cells(row["setup"], f"{row['accuracy']:.2%}", _interval(row["accuracy_ci95"]), _points(row),
                  f"{row['top5']:.2%}", f"{row['loss']:.3f}", f"{row['experts_per_input']:.2f}",
                  f"{row['parameters']:,.0f}", f"{row['bytes'] / 1000:.1f}", f"{row['batch_ms']:.2f}",
-                 f"{row['batch_p95_ms']:.2f}",
-                 f"{1000 * row['energy_j']:.3f}", f"{row['memory_bytes'] / 1e6:.2f}",
+                 f"{row['batch_p95_ms']:.2f}", row["fastest"],
+                 f"{1000 * row['energy_j']:.3f}", row["thriftiest"], f"{row['memory_bytes'] / 1e6:.2f}",
                  f"{row['noisy']} of {row['runs']}")
             for row in rows
         ), "",
         f"Time is the median of 40 batches of 256 after two that do not count, energy ({source}) and peak memory are "
-        "of one; medians over all runs of a setup, of which noisy are those whose P95 is above twice the median.", "",
+        "of one; medians over all runs of a setup, of which noisy are those whose P95 is above twice the median. Each "
+        "cost is that of the cheaper of two ways to the same logits: all experts as two products, or the chosen "
+        "experts alone, each on its inputs. Other runs may have shared the machine. Adam trains all models but those "
+        "that AdamW is said of; a MetaOpt policy sees validation while it trains one, and the RL router learns from "
+        "labels of other inputs besides.", "",
         "## Calibration", "",
-        "Of the likeliest class, 15 bins; the temperature is fitted on validation. Asked for: 20 % less where it is "
+        "Of the likeliest class, 15 bins; the temperature is fitted on validation, to how sure the likeliest class is. "
+        "Asked for: 20 % less where it is "
         "above 0.02.", "",
         *header("setup", "ECE", "with temperature", "less by", "MCE", "with temperature", "entropy", "top-2 gap"),
         *(
@@ -99,10 +105,9 @@ def _recommendations(result: Row, rows: list[Row]) -> list[str]:
     by_name = {row["setup"]: row for row in rows}
     lines = [
         "## What to take", "",
-        "Of the front of accuracy against cost: the most accurate, the cheapest, and the one nearest to both; costs "
-        "within 5 % are ties; `matrix.json` lies beside this page. The classifier runs all its experts, as two "
-        "products, whatever its gate takes: at this size nothing is faster. The RL router runs those that it takes. "
-        "What is compressed is smaller on disk and runs in float32.", "",
+        "Of the front of accuracy on validation against cost: the most accurate, the cheapest, and the one nearest to "
+        "both; costs within 5 % are ties; accuracies here are on test; `matrix.json` lies beside this page. What is "
+        "compressed is smaller on disk and runs in float32.", "",
         *header("cost", "wanted", "setup", "accuracy", "cost", "command"),
     ]  # fmt: skip
     for cost in COSTS:

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 CONCERNS = {  # what a kind depends on, beside the data
     "top-k": ("k",),
     "graph": ("k",),
+    "adamw": ("k",),
     "metaopt": ("k", "timesteps"),
     "compressed": ("k", "level", "gate_level"),
     "rl-router": ("cost_weight", "timesteps"),
 }
+ALL, CHOSEN = "all experts", "chosen experts"
 DECISIONS = 30  # of a policy that drives a training, as in MoEMetaOpt-v0
 Classify = Callable[["torch.Tensor"], "torch.Tensor"]  # inputs [B, D] -> class logits [B, C]
 
@@ -35,14 +37,15 @@ Classify = Callable[["torch.Tensor"], "torch.Tensor"]  # inputs [B, D] -> class 
 class Setup(BaseModel):
     """What a matrix may say of a setup; what does not concern its kind is as if it were not said.
 
-    `top-k`: the gate's `k` experts. `graph`: the same with an expert graph. `metaopt`: trained with learning rates by a
-    policy of MoEMetaOpt-v0. `compressed`: stored at `level`, the gate at `gate_level`, names of
-    `experts.compression.LEVELS`. `rl-router`: routed by PPO, trained in MoERouting-v0 with `cost_weight`.
+    `top-k`: the gate's `k` experts. `graph`: the same with an expert graph. `adamw`: trained with AdamW. `metaopt`:
+    with AdamW, its rates by a policy of MoEMetaOpt-v0, which sees validation. `compressed`: stored at `level`, the gate
+    at `gate_level`, names of `experts.compression.LEVELS`. `rl-router`: routed by PPO, trained in MoERouting-v0 with
+    `cost_weight`, on labels of inputs that the other kinds do not learn from.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["top-k", "graph", "metaopt", "compressed", "rl-router"] = "top-k"
+    kind: Literal["top-k", "graph", "adamw", "metaopt", "compressed", "rl-router"] = "top-k"
     data: Literal["fashion-mnist", "digits"] = "fashion-mnist"
     k: int = Field(default=2, ge=1, le=8)
     level: str = "int4"
@@ -65,6 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top-2": {"kind": "top-k", "k": 2},
     "top-1": {"kind": "top-k", "k": 1},
     "graph": {"kind": "graph"},
+    "AdamW": {"kind": "adamw"},
     "MetaOpt-trained": {"kind": "metaopt"},
     "int4, gate int8": {"kind": "compressed", "level": "int4"},
     "int2, gate int8": {"kind": "compressed", "level": "int2"},
@@ -73,12 +77,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Subject(NamedTuple):
-    """A model to evaluate: how it classifies, the experts that answer each input `[B]`, and what it takes to store."""
+    """A model to evaluate: the ways to have its logits, all experts run or the chosen ones alone, the experts that
+    answer each input `[B]`, and what it takes to store."""
 
-    classify: Classify
+    ways: dict[str, Classify]
     experts_per_input: Callable[[torch.Tensor], torch.Tensor]
     parameters: int
     bytes: int
+
+    def classify(self, x: torch.Tensor) -> torch.Tensor:
+        """Class logits `[B, C]`, which are the same in all ways, rounding aside."""
+        return next(iter(self.ways.values()))(x)
 
 
 def make(setup: Setup, seed: int, folder: Path) -> Subject:
@@ -87,7 +96,7 @@ def make(setup: Setup, seed: int, folder: Path) -> Subject:
         return _routed(setup, seed, folder)
     if setup.kind == "compressed":
         return _compressed(setup, seed, folder)
-    trainings = {"top-k": _train, "graph": _train_graph, "metaopt": _train_by_policy}
+    trainings = {"top-k": _train, "graph": _train_graph, "adamw": _train_adamw, "metaopt": _train_by_policy}
     model = _kept(setup, seed, folder, trainings[setup.kind])
     return _subject(model, setup.k)
 
@@ -103,10 +112,20 @@ def _number(level: str) -> int:
 
 
 def _subject(model: MoEClassifier, k: int, stored: int | None = None) -> Subject:
+    from experts.model import combine, run_chosen
+    from experts.routers import TopK
+
     parameters = sum(weights.numel() for weights in model.parameters())
-    return Subject(
-        lambda x: model(x, k), lambda x: x.new_full((len(x),), k), parameters, stored or 4 * parameters
-    )  # fmt: skip
+    experts, classes = list(model.experts), model.experts.bias_EC.shape[1]
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        h = model.trunk(x)
+        weights, members, _ = TopK(k)(model.gate(h))
+        outputs = run_chosen(experts, h, members, classes)
+        return combine(outputs, weights, members, model.graph)
+
+    ways: dict[str, Classify] = {ALL: lambda x: model(x, k), CHOSEN: chosen}
+    return Subject(ways, lambda x: x.new_full((len(x),), k), parameters, stored or 4 * parameters)
 
 
 def _compressed(setup: Setup, seed: int, folder: Path) -> Subject:
@@ -124,6 +143,7 @@ def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
     from agents.deploy.routing import RoutedMoE
     from benchmarks import runs
     from experts import bundle, data, zoo
+    from experts.model import mix
     from experts.reference_bundles import Shipped
 
     model = _kept(setup, seed, folder, _train)
@@ -136,19 +156,25 @@ def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
                 "bundle", content.inputs, content.labels, model, splits=content.splits, folder=place, progress=False,
                 profile=lambda model, inputs: profile,
             )  # fmt: skip
-        env_kwargs = {"bundle": str(place / "bundle"), "cost_weight": setup.cost_weight}
+        env_kwargs = {"bundle": str(place / "bundle"), "cost_weight": setup.cost_weight, "stream": "iid"}
         if not (place / "run" / runs.SETTINGS).exists():
             more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
             runs.train("moe_envs:MoERouting-v0", "ppo", seed, place / "run", env_kwargs, more, backend="own",
                        overwrite=True)  # fmt: skip
         policy: Any = runs.load(place / "run")[0]
-    routed = RoutedMoE(bundle.load(place / "bundle"), policy, {"cost_weight": setup.cost_weight})
+    routed = RoutedMoE(bundle.load(place / "bundle"), policy, env_kwargs)
     parameters = sum(weights.numel() for part in (model, routed.policy) for weights in part.parameters())
 
     def experts_per_input(x: torch.Tensor) -> torch.Tensor:
         return routed.route(x, routed.gate(routed.trunk(x))).sum(1)
 
-    return Subject(routed, experts_per_input, parameters, 4 * parameters)
+    def all_experts(x: torch.Tensor) -> torch.Tensor:
+        h = routed.trunk(x)
+        gate = routed.gate(h)
+        return mix(gate, model.experts(h), routed.route(x, gate), routed.graph)
+
+    ways: dict[str, Classify] = {CHOSEN: routed, ALL: all_experts}
+    return Subject(ways, experts_per_input, parameters, 4 * parameters)
 
 
 def _train(setup: Setup, seed: int, folder: Path, graph: dict[str, Any] | None = None) -> MoEClassifier:
@@ -163,8 +189,29 @@ def _train_graph(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
     return _train(setup, seed, folder, graph={"mode": "weighted"})
 
 
+def _train_adamw(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
+    """The optimizer that `_train_by_policy` sets out with, its rates left as they are."""
+    from experts import data, training
+    from experts.reference_bundles import SETTINGS as REFERENCE
+
+    settings = replace(REFERENCE[setup.data], seed=seed)
+
+    def drive(model: MoEClassifier) -> tuple[torch.optim.Optimizer, Callable[[int, float], None]]:
+        return _adamw(model, settings.learning_rate), lambda step, loss: None
+
+    return training.train(*data.load(setup.data)["train"], settings, progress=False, drive=drive)
+
+
+def _adamw(model: MoEClassifier, rate: float) -> torch.optim.Optimizer:
+    """A group for the gate and one for the experts."""
+    import torch
+
+    groups = [{"params": part.parameters()} for part in (model.gate, model.experts)]
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=0.01)
+
+
 def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
-    """The training of top-k with AdamW, whose rates a policy changes 30 times; its target is what top-k's reaches."""
+    """The training with AdamW, whose rates a policy changes 30 times; its target is what top-k's reaches."""
     import torch
 
     from agents.meta_optimizer import PolicyMetaOptimizer, gate_metrics
@@ -185,8 +232,7 @@ def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
 
     def drive(model: MoEClassifier) -> tuple[torch.optim.Optimizer, Callable[[int, float], None]]:
         parts = {"gate": model.gate, "experts": model.experts}
-        groups = [{"params": part.parameters()} for part in parts.values()]
-        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.01)
+        optimizer = _adamw(model, settings.learning_rate)
         meta = PolicyMetaOptimizer(optimizer, policy, parts, target=target, max_actions=DECISIONS)
         losses: list[float] = []
 

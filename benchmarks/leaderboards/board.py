@@ -34,6 +34,7 @@ class Problem(Protocol):
     ID: str
     SPLITS: dict[str, dict[str, Any]]  # arguments of the environment that each training has
     LEARNERS: dict[str, tuple[str, str]]  # name -> algorithm and backend
+    BOUND_IS: str  # what stands in its place
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
         """The mean score over the split's tasks on validation."""
@@ -132,7 +133,8 @@ class Leaderboard:
 
     def score(self, frame: pd.DataFrame) -> Row:
         """For each task all verdicts, for each learner what it is worth over all of them."""
-        return score(frame, self.problem.ID, self.problem.unit, self.problem.group)
+        found = score(frame, self.problem.ID, self.problem.unit, self.problem.group)
+        return found | {"bound_is": self.problem.BOUND_IS}
 
     def plot(self, frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
         """The leaderboard's pictures."""

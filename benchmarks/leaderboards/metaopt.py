@@ -35,6 +35,7 @@ class MetaOpt:
     ID = "moe_envs:MoEMetaOpt-v0"
     SPLITS: dict[str, dict[str, Any]] = {name: {"task": name} for name in ("digits", "fashion-mnist")}
     LEARNERS = {"PPO": ("ppo", "own"), "SB3 PPO": ("ppo", "sb3")}
+    BOUND_IS = f"found by a search, {SEARCHED_CONTEXTS} trainings"
     LOOKS = 5  # a look is 256 trainings
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
@@ -124,7 +125,8 @@ BOARD = Leaderboard(
     "Scores are minus the mean decisions until the target, one more than the 30 allowed where it is not reached, over "
     "256 held-out trainings. From the tuned rate, which is the searched constant schedule's, schedules have settings "
     "searched on validation. In the place of a bound is what a beam search that sees the future finds on the first 16 "
-    "of them, setting out from a policy: more may be possible. Normalised scores compare all on these 16.",
+    "of them, setting out from a policy: more may be possible. Normalised scores compare all on these 16, which "
+    "are few, and their intervals do not say how few.",
     quick=("digits",),
     quick_without=("SB3 PPO",),
 )

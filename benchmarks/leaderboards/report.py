@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks.pareto import REFERENCE_POINTS
 from benchmarks.report import markdown_header, markdown_row
 
 Row = dict[str, Any]
@@ -21,17 +22,19 @@ def text(result: Row, about: str) -> str:
     lines = [f"# Leaderboard of {env}", "", about, "", *_unusual(result["settings"]), *_learners(result["rows"])]
     for task in result["tasks"]:
         lines += [f"## {task['task']}", "", *markdown_header(
-            "policy", "kind", "test", "95 % over seeds", "validation", "quality", "cost", "seeds"
+            "policy", "kind", "test", "95 % over seeds", "over the best yardstick", "validation", "quality", "cost",
+            "seeds",
         )]  # fmt: skip
         for row in sorted(task["policies"], key=lambda row: -row["test"]):
             name = f"**{row['policy']}**" if row["kind"] == "learned" else row["policy"]
             name += " (best on validation)" if row["policy"] == task["best_yardstick"] else ""
             numbers = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("validation", "quality", "cost"))
-            lines.append(markdown_row(name, row["kind"], f"{row['test']:.4f}", _interval(row["test_ci95"], 4), *numbers,
-                                      str(row["seeds"])))  # fmt: skip
+            lines.append(markdown_row(name, row["kind"], f"{row['test']:.4f}", _interval(row["test_ci95"], 4),
+                                      _over(row), *numbers, str(row["seeds"])))  # fmt: skip
         lines.append("")
+    cost, quality = REFERENCE_POINTS[env]
     lines += ["## Hypervolume", "", "Of (cost, quality) of the policies that have all tasks of a group, with the "
-              "environment's reference point of `benchmarks.pareto`.", ""]  # fmt: skip
+              f"reference point ({cost:g}, {quality:g}).", ""]  # fmt: skip
     for group, volumes in result["hypervolume"].items():
         ordered = sorted(volumes.items(), key=lambda item: -item[1])
         lines += [
@@ -45,7 +48,7 @@ def text(result: Row, about: str) -> str:
 def summary(result: Row) -> list[str]:
     """A line for each task: the yardstick that is best on validation, the learners, the bound, on test."""
     learners = [row["policy"] for row in result["rows"]]
-    lines = markdown_header("task", "best yardstick", *learners, "bound")
+    lines = markdown_header("task", "best yardstick", *learners, result["bound_is"])
     for task in result["tasks"]:
         found = {row["policy"]: row for row in task["policies"]}
         cells = [f"{_test(found, task['best_yardstick'])}, {task['best_yardstick']}" if task["best_yardstick"] else ""]
@@ -81,7 +84,8 @@ def _learners(rows: list[Row]) -> list[str]:
         "Normalised score: 0 is the yardstick that is best on validation, 1 the bound, interquartile mean over seeds "
         "and tasks, 95 % by a bootstrap that draws the seeds of each split, too narrow for a few seeds. Only tasks "
         "with a bound above that yardstick have one. Improvement: probability that a training scores more than that "
-        "yardstick, over all tasks. Tasks of one unit count as one, by their mean.", "",
+        "yardstick, over all tasks. Tasks of one unit count as one, by their mean. All policies meet the same test "
+        "episodes; intervals are over trainings alone, not over episodes.", "",
         *markdown_header("learner", "normalised", "95 %", "units, seeds", "improvement on the yardstick",
                          "on other learners"),
         *(
@@ -173,6 +177,13 @@ def _interval(ends: tuple[float | None, float | None] | None, digits: int) -> st
     return (
         "" if ends is None or ends[0] is None or np.isnan(ends[0]) else f"{ends[0]:.{digits}f} .. {ends[1]:.{digits}f}"
     )
+
+
+def _over(row: Row) -> str:
+    if "over" not in row:
+        return ""
+    interval = _interval(row["over_ci95"], 4)
+    return f"{row['over']:+.4f}" + (f" ({interval})" if interval else "")
 
 
 def _share(value: float | None) -> str:

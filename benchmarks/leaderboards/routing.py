@@ -23,6 +23,7 @@ class Routing:
         for weight in (0.1, 0.4)
     }
     LEARNERS = {"PPO": ("ppo", "own"), "REINFORCE": ("reinforce", "own"), "SB3 PPO": ("ppo", "sb3")}
+    BOUND_IS = "exact bound"
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
         """The mean return on validation."""

@@ -45,6 +45,7 @@ def score(frame: pd.DataFrame, env: str, unit: Callable[[str], str], group: Call
     """For each task all verdicts, for each learner the normalised score over all tasks, how likely it improves on
     the best yardstick and on the other learners, and what it took to beat that yardstick on validation. `unit` names
     the unit of a task, `group` the plane of cost and quality that it belongs to."""
+    frame = _told_apart(frame)
     tables = _tables(frame)
     units: dict[str, list[str]] = {}
     for task in tables.tasks:
@@ -54,7 +55,7 @@ def score(frame: pd.DataFrame, env: str, unit: Callable[[str], str], group: Call
     tasks = [
         {
             "task": task, "best_yardstick": best[task], "bound": bounds.get(task),
-            "policies": [_line(name, found[task][1], tables.kinds[name])
+            "policies": [_line(name, found[task][1], tables.kinds[name], _test_of(tables, best[task], task))
                          for name, found in tables.verdicts.items() if task in found],
         }
         for task in tables.tasks
@@ -138,14 +139,20 @@ def _tables(frame: pd.DataFrame) -> _Tables:
         kind = {YARDSTICKS: "yardstick", BOUND: "bound"}.get(str(row["policy"]), "learned")
         for name, tasks in row["policies"].items():
             key = str(row["setup"]) if kind == "learned" else name
-            if kinds.setdefault(key, kind) != kind:
-                raise ValueError(f"a setup is named like the rule {key!r}")
+            kinds[key] = kind
             for task, found in tasks.items():
                 splits.setdefault(task, str(row["split"]))
                 seeds, several = verdicts.setdefault(key, {}).setdefault(task, ([], []))
                 seeds.append(int(row["seed"]))
                 several.append(Verdict(**found))
     return _Tables(verdicts, kinds, splits)
+
+
+def _told_apart(frame: pd.DataFrame) -> pd.DataFrame:
+    """Learners that are named like a rule get another name."""
+    of_rules = frame["policy"].isin([YARDSTICKS, BOUND])
+    rules = {name for policies in frame[of_rules]["policies"] for name in policies}
+    return frame.assign(setup=frame["setup"].mask(~of_rules & frame["setup"].isin(rules), frame["setup"] + ", learned"))
 
 
 def _means(
@@ -177,12 +184,19 @@ def _known(validation: float | None) -> float:
     return validation
 
 
-def _line(name: str, verdicts: list[Verdict], kind: str) -> Row:
+def _test_of(tables: _Tables, name: str | None, task: str) -> float | None:
+    return None if name is None else tables.of(name)[task][1][0].test
+
+
+def _line(name: str, verdicts: list[Verdict], kind: str, base: float | None) -> Row:
     tests = np.array([each.test for each in verdicts])
     means = {key: float(np.mean([getattr(each, key) for each in verdicts])) for key in ("test", "quality", "cost")}
     known = [each.validation for each in verdicts if each.validation is not None]
-    return {"policy": name, "kind": kind, "seeds": len(tests), **means, "test_ci95": seeds_interval(tests),
-            "validation": float(np.mean(known)) if known else None}  # fmt: skip
+    row: Row = {"policy": name, "kind": kind, "seeds": len(tests), **means, "test_ci95": seeds_interval(tests),
+                "validation": float(np.mean(known)) if known else None}  # fmt: skip
+    if base is not None and kind == "learned":
+        row |= {"over": float(tests.mean() - base), "over_ci95": seeds_interval(tests - base)}
+    return row
 
 
 def _normalized(

@@ -1,7 +1,7 @@
 """Corruptions, measures and setups against numbers worked out by hand; then a whole matrix, as a person runs it."""
 
 import json
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +105,17 @@ def test_costs_are_of_as_many_batches_for_all() -> None:
     assert found["energy_j"] > 0
 
 
+def test_of_two_ways_the_cheaper_counts_for_each_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "all": {"batch_ms": 1.0, "batch_p95_ms": 4.0, "noisy": True, "energy_j": 3.0, "memory_bytes": 7},
+        "few": {"batch_ms": 2.0, "batch_p95_ms": 2.0, "noisy": False, "energy_j": 2.0, "memory_bytes": 9},
+    }
+    monkeypatch.setattr(measures, "batch_costs", lambda classify, inputs: found[classify])
+    assert measures.least_costs({"dense": "all", "sparse": "few"}, torch.zeros(1)) == {  # type: ignore[dict-item]
+        **found["all"], "energy_j": 2.0, "memory_bytes": 7, "fastest": "dense", "thriftiest": "sparse",
+    }  # fmt: skip
+
+
 def test_what_does_not_concern_a_kind_is_as_if_it_were_not_said() -> None:
     assert Setup(kind="graph", level="int2", timesteps=9, cost_weight=0.4) == Setup(kind="graph")
     assert Setup(kind="rl-router", k=7, timesteps=9) == Setup(kind="rl-router", timesteps=9) != Setup(kind="rl-router")
@@ -119,8 +130,8 @@ def test_setups_are_what_they_say(tmp_path: Path) -> None:
     )
     models = sorted(path.name for path in (tmp_path / "models").glob("*.safetensors"))
     assert len(models) == 1  # trained once
-    routed, driven, graph = (
-        make(Setup(**common, kind=kind), 17, tmp_path) for kind in ("rl-router", "metaopt", "graph")
+    routed, driven, graph, adamw = (
+        make(Setup(**common, kind=kind), 17, tmp_path) for kind in ("rl-router", "metaopt", "graph", "adamw")
     )
     again = make(Setup(**common, kind="rl-router"), 17, tmp_path)
     with torch.no_grad():
@@ -128,8 +139,12 @@ def test_setups_are_what_they_say(tmp_path: Path) -> None:
         assert not torch.equal(plain.classify(x), one.classify(x))
         assert routed.experts_per_input(x).tolist() == [1] * len(x)
         assert routed.parameters > plain.parameters
-        assert not torch.equal(driven.classify(x), plain.classify(x))
         assert torch.equal(again.classify(x), routed.classify(x))
+        trained = [subject.classify(x) for subject in (plain, adamw, driven)]
+        assert not any(torch.equal(one, other) for one, other in combinations(trained, 2))
+        for subject in (plain, one, small, routed, driven, graph):
+            first, second = (classify(x) for classify in subject.ways.values())
+            torch.testing.assert_close(first, second)
     assert graph.parameters == plain.parameters + 8 * 8
     assert plain.bytes == 4 * plain.parameters
     assert small.bytes < 0.2 * plain.bytes

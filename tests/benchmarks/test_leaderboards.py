@@ -156,10 +156,12 @@ def test_what_is_run_once_goes_by_the_policy() -> None:
     assert [(job.setup, job.seed) for job in planned] == [("rules", 1), ("bound", 1), ("bound", 2)]
 
 
-def test_a_learner_named_like_a_rule_is_refused() -> None:
-    rows = frame().assign(setup=["lucky"] * 3 + ["yardsticks", "bound"])
-    with pytest.raises(ValueError, match="named like the rule 'lucky'"):
-        BOARD.score(rows)
+@pytest.mark.parametrize("name", ["lucky", "bound"])
+def test_a_learner_may_be_named_like_a_rule(name: str) -> None:
+    plain, like = BOARD.score(frame()), BOARD.score(frame().assign(setup=[name] * 3 + ["yardsticks", "bound"]))
+    (row,), (other,) = plain["rows"], like["rows"]
+    assert other == {**row, "policy": f"{name}, learned"}
+    assert [task["bound"] for task in like["tasks"]] == [task["bound"] for task in plain["tasks"]]
 
 
 def test_tasks_of_a_unit_are_scored_by_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -18,54 +19,7 @@ from benchmarks.matrix import EXPERIMENTS, Matrix, RunnerError, jobs_of, load_ma
 from benchmarks.rows import read
 
 KILLS = int(os.environ.get("MOE_ENVS_KILLS", "6"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_runner.py
-TINY = """
-import os, time
-from pathlib import Path
-from pydantic import BaseModel, ConfigDict
-
-class Setup(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    factor: int = 1
-    seconds: float = 0.0
-    fails: int = 0
-    dies: int = 0
-
-SETTINGS = {"one": {}, "three": {"factor": 3}}
-SPLITS = ("test", "other")
-
-def measure(setup, seed, split, folder):
-    time.sleep(setup.seconds)
-    folder.mkdir(parents=True, exist_ok=True)
-    tried = folder / f"{setup.factor}-{seed}-{split}"
-    times = len(tried.read_text()) if tried.exists() else 0
-    tried.write_text("x" * (times + 1))
-    if times < setup.dies:
-        os._exit(9)
-    if times < setup.fails:
-        raise ValueError(f"try {times}")
-    return {"value": setup.factor * seed, "split": split}, {"at": time.time()}
-
-def score(frame):
-    return {"mean": float(frame["value"].mean())}
-
-def plot(frame, result, out):
-    (out / "drawn.png").write_bytes(b"png")
-    return ["drawn.png"]
-
-def text(result):
-    return f"mean {result['mean']:g}"
-"""
-
-
-@pytest.fixture(autouse=True)
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    package = tmp_path / "own" / "small"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "tiny.py").write_text(TINY)
-    monkeypatch.syspath_prepend(tmp_path / "own")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"))
-    return tmp_path / "own"
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def matrix(**more: Any) -> Matrix:
@@ -175,7 +129,7 @@ def test_a_number_that_is_none_is_no_result(tmp_path: Path) -> None:
         .replace('"value": setup.factor * seed', '"value": float("nan")')
     )
     (tmp_path / "own" / "small" / "tiny.py").write_text(code)
-    with pytest.raises(RunnerError, match="value is nan: what is not a finite number is no result"):
+    with pytest.raises(RunnerError, match="value is nan: a result is text, finite numbers or lists of them"):
         runner.run(matrix(setups=setups, seeds=[1], splits=["test"]), tmp_path)
 
 
@@ -208,7 +162,7 @@ def test_few_failures_let_the_rest_finish(tmp_path: Path) -> None:
 
 
 def test_parts_make_the_whole(tmp_path: Path) -> None:
-    assert [runner.run(matrix(), tmp_path, part=(part, 3)) for part in range(3)] == [3, 3, 2]
+    assert [runner.run(matrix(), tmp_path, part=(part, 3)) for part in range(3)] == [4, 2, 2]
     assert [row.config_hash for row in read(tmp_path / "raw.jsonl")] == [j.key for j in jobs_of(matrix())]
     script = runner.slurm(tmp_path / "matrix.json", tmp_path, 3)
     assert "--array=0-2" in script
@@ -219,39 +173,6 @@ def test_parts_make_the_whole(tmp_path: Path) -> None:
 def test_only_one_runs_in_a_folder(tmp_path: Path) -> None:
     with FileLock(tmp_path / ".running-0-of-1.lock"), pytest.raises(RunnerError, match="another process"):
         runner.run(matrix(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("experiment: models\nseed: [1]", "seed: Extra inputs"),
-        ("experiment: [", "neither YAML nor JSON"),
-        ("- 1", "the whole"),
-        ("experiment: models\nseeds: []", "seeds: List should have at least 1"),
-        ("experiment: nothing", "no experiment 'nothing'; there are models"),
-        ("experiment: no.such", "No module named 'no'"),
-        ("experiment: benchmarks.pareto", "it has no Setup, SETTINGS"),
-        ("experiment: models\nseeds: [-1]", "seeds.0: Input should be greater"),
-        ("experiment: models\nsetups: {a: {k: 1}, a: {k: 2}}", "'a' is named twice"),
-        ("experiment: models\nsplits: [shift-3]", "splits must have test"),
-        ("experiment: models\nsetups: {a: {}, b: {data: digits}}", "setups of different data, digits, fashion-mnist"),
-        ("experiment: models\nsplits: [train]", "no split 'train' in models; there are test, gaussian-noise-1"),
-        ("experiment: models\nseeds: [1, 1]", "1 is named twice"),
-        ("experiment: models\nsetups: {mine: {kind: top-9}}", "setup 'mine': kind: Input should be 'top-k'"),
-        ("experiment: models\nsettings: {colour: red}", "colour: Extra inputs"),
-        ("experiment: models\nsetups: {a: {kind: compressed, level: int5}}", "no level 'int5'; there are float32"),
-    ],
-)
-def test_a_wrong_matrix_is_told_before_anything_runs(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "matrix.yaml"
-    path.write_text(content)
-    with pytest.raises(RunnerError, match=message):
-        jobs_of(load_matrix(path))
-
-
-def test_the_example_is_a_matrix() -> None:
-    example = load_matrix(Path(__file__).parents[2] / "docs" / "examples" / "models.yaml")
-    assert len(jobs_of(example)) == 4 * 3 * 8
 
 
 def test_damaged_rows_are_named_and_left_as_they_are(tmp_path: Path) -> None:
@@ -282,3 +203,47 @@ def test_a_submitted_file_is_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert [(each["setup"], each["seed"]) for each in found] == [("three", 2)] * 2
     assert found[0]["differing"] == [{"metric": "value", "submitted": 6.1, "here": 6}]
     assert not any(each["differing"] for each in runner.validate(path, 8, 0, 0.1))
+
+
+def test_a_row_that_the_experiment_cannot_have_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "small.tiny", "small.tiny")
+    with pytest.raises(RunnerError, match="is not there"):
+        runner.validate(tmp_path / "raw.jsonl", 1, 0, 1e-6)
+    runner.run(matrix(), tmp_path)
+    row = read(tmp_path / "raw.jsonl")[0]
+    for more, message in (({"split": "none"}, "no split 'none'"), ({"arguments": {"colour": 1}}, "colour: Extra inpu")):
+        other = row.model_copy(update=more)
+        path = tmp_path / "other.jsonl"
+        path.write_text(other.model_copy(update={"config_hash": other.job.key}).model_dump_json() + "\n")
+        with pytest.raises(RunnerError, match=f"a row of setup 'one' is none of small.tiny: {message}"):
+            runner.validate(path, 1, 0, 1e-6)
+
+
+def test_parts_share_the_seeds_of_each_setup() -> None:
+    every = jobs_of(Matrix(experiment="models"))
+    for parts in (3, 7, 8):
+        places = runner._places(every, parts)
+        groups: dict[tuple[str, int], set[int]] = {}
+        for job, place in zip(every, places, strict=True):
+            groups.setdefault((job.setup, job.seed), set()).add(place)
+        assert {len(each) for each in groups.values()} == {1}
+        counts = np.bincount(places, minlength=parts)
+        assert counts.max() - counts.min() <= 36  # splits of one seed of a setup
+        for name in dict.fromkeys(job.setup for job in every):
+            mine = [part for (setup, _), (part,) in groups.items() if setup == name]
+            assert len(set(mine)) == len(mine)
+
+
+def test_a_folder_of_another_experiment_stays_as_it_is(tmp_path: Path) -> None:
+    runner.run(matrix(), tmp_path)
+    before = (tmp_path / "matrix.json").read_bytes()
+    with pytest.raises(RunnerError, match=r"is a folder of small.tiny, not of models: another --out"):
+        runner.run(Matrix(experiment="models"), tmp_path)
+    assert (tmp_path / "matrix.json").read_bytes() == before
+
+
+def test_a_result_that_is_no_json_is_named(tmp_path: Path, tiny: Path) -> None:
+    path = tiny / "small" / "tiny.py"
+    path.write_text(path.read_text().replace('"value": setup', '"value": object() or setup'))
+    with pytest.raises(RunnerError, match="value is <object object"):
+        runner.run(matrix(seeds=[1], splits=["test"], setups={"one": {}}), tmp_path)
