@@ -5,7 +5,7 @@ COSTS ?= reference
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test lint format type docs notebooks bench bundles clean
+.PHONY: setup demo test test-long lint format type docs notebooks bench bundles clean
 
 setup: $(READY)
 
@@ -22,6 +22,11 @@ demo: $(READY)
 test: lint type
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
 	$(BIN)/python tests/coverage_floors.py
+
+# What takes minutes beside: every experiment's command, small, and twenty kills.
+test-long: $(READY)
+	MOE_ENVS_LONG=1 MOE_ENVS_KILLS=20 $(BIN)/pytest --durations=10 tests/benchmarks/test_commands.py \
+		tests/benchmarks/test_runner.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

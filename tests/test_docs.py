@@ -70,8 +70,13 @@ def test_commands_and_their_options_exist(path: Path) -> None:
             if hasattr(command, "commands") and rest and not rest[0].startswith(("-", "[")) and rest[0] != "...":
                 assert rest[0] in command.commands, line
                 command = command.commands[rest[0]]
-            options = {name for parameter in command.params for name in parameter.opts}
-            assert all(word.partition("=")[0] in options for word in rest if word.startswith("-")), line
+            options = {name: parameter for parameter in command.params for name in parameter.opts}
+            given = {word.partition("=")[0] for word in rest if word.startswith("-")}
+            assert given <= options.keys(), line
+            if rest[hasattr(known[words[0]], "commands") :] and "..." not in rest:  # not a name alone
+                missing = [each.opts for each in command.params if each.required and each.param_type_name == "option"
+                           and not given & {*each.opts}]  # fmt: skip
+                assert not missing, line
 
 
 def called() -> set[str]:

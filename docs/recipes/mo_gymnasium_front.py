@@ -1,4 +1,4 @@
-"""A front with MO-Gymnasium: PPO for several weights of the reward vector. pip install moe-envs mo-gymnasium"""
+"""A front with MO-Gymnasium: PPO for several weights of the reward vector. pip install . mo-gymnasium"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""skrl's PPO on MoERouting-v0, in the native vector environment. pip install moe-envs skrl"""
+"""skrl's PPO on MoERouting-v0, in the native vector environment. pip install . skrl"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""TorchRL's PPO on MoERouting-v0. pip install moe-envs torchrl"""
+"""TorchRL's PPO on MoERouting-v0. pip install . torchrl"""
 
 import sys
 

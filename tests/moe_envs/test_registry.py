@@ -1,11 +1,14 @@
 """Rules for every registered environment: checkers, determinism, two faces, pickling, documentation."""
 
+import ast
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -289,8 +292,41 @@ def test_docstring_has_all_headings_and_its_tables_the_parts(env_id: str) -> Non
     doc = str(make(env_id).unwrapped.__doc__)
     headings = [line.removeprefix("## ") for line in map(str.strip, doc.splitlines()) if line.startswith("## ")]
     assert headings == [*HEADINGS, "Version History"]
-    layout = make(env_id).unwrapped.observation_layout  # type: ignore[attr-defined]
-    assert [name for name in layout if f"| `{name}` |" not in doc] == []
+
+
+def tables(env_id: str, first: str) -> list[list[str]]:
+    """The lines of the docstring's table whose first heading is `first`, as cells."""
+    doc = inspect.cleandoc(str(make(env_id).unwrapped.__doc__))
+    lines = doc[doc.index(f"\n| {first} |") + 1 :].splitlines()[2:]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines)
+    ]
+
+
+@each_id
+def test_table_of_parts_is_the_live_observation(env_id: str) -> None:
+    env: Any = make(env_id).unwrapped
+    rows = {line[0].strip("`"): line[1] for line in tables(env_id, "part")}
+    optional = {"edges"}  # of models with an expert graph
+    assert [name for name in rows if name not in optional] == [*env.observation_layout]
+    live = {name: part.slice.stop - part.slice.start for name, part in env.observation_layout.items()}
+    for name, size in live.items():
+        same = {live[other] for other in live if rows[other] == rows[name]}
+        assert same == ({int(rows[name])} if rows[name].isdigit() else {size})  # a letter stands for one number
+    assert sum(live.values()) == env.observation_space.shape[0]
+
+
+@each_id
+def test_table_of_arguments_has_the_live_defaults(env_id: str) -> None:
+    env: Any = make(env_id).unwrapped
+    live = inspect.signature(type(env.vector).__init__).parameters
+    shared = {"self", "num_envs", "autoreset_mode", "max_episode_steps", "unknown"}
+    told = [(name, line[1]) for line in tables(env_id, "argument") for name in re.findall(r"`(\w+)`", line[0])]
+    assert [name for name, _ in told] == [name for name in live if name not in shared]
+    for name, said in told:
+        if re.fullmatch(r'"[^"]*"|[\d.]+|None|True|False|\([\d., ]+\)', said) and live[name].default is not None:
+            assert ast.literal_eval(said) == live[name].default, name
 
 
 @pytest.mark.parametrize("env_id", IDS[:2])
