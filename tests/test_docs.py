@@ -109,8 +109,11 @@ def test_pages_are_those_of_the_docstrings(name: str) -> None:
             assert drawn.n_frames > 5
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "leaderboards").iterdir()), ids=lambda folder: folder.name)
-def test_published_leaderboards_are_of_their_rows(folder: Path, tmp_path: Path) -> None:
+PUBLISHED = sorted(path.parent for path in (ROOT / "docs").rglob(runner.MATRIX))
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_published_reports_are_of_their_rows(folder: Path, tmp_path: Path) -> None:
     """Pictures, and what made the report, aside."""
     for name in (RAW, runner.MATRIX):
         shutil.copy(folder / name, tmp_path / name)

@@ -13,11 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.evaluation.corruptions import KINDS
+from benchmarks.pareto import REFERENCE_POINTS
 from benchmarks.report import markdown_header as header
 from benchmarks.report import markdown_row as cells
 
 Row = dict[str, Any]
-COSTS = {"batch_ms": "time of a batch of 256 [ms]", "energy_j": "energy of a batch of 256 [J]"}
+COSTS = {  # label, and what the figure is multiplied with
+    "batch_ms": ("time of a batch of 256 [ms]", 1),
+    "energy_j": ("energy of a batch of 256 [mJ]", 1000),
+}
 
 
 def text(result: Row) -> str:
@@ -110,15 +114,17 @@ def _recommendations(result: Row, rows: list[Row]) -> list[str]:
         "compressed is smaller on disk and runs in float32.", "",
         *header("cost", "wanted", "setup", "accuracy", "cost", "command"),
     ]  # fmt: skip
-    for cost in COSTS:
+    for cost, (label, scale) in COSTS.items():
         for wanted, name in result[f"recommended_{cost}"].items():
             row = by_name[name]
             command = f'`moe-benchmark run matrix.json --only "{name}" --out DIR`'
-            lines.append(cells(COSTS[cost], wanted, name, f"{row['accuracy']:.2%}", f"{row[cost]:.3g}", command))
+            figures = f"{row['accuracy']:.2%}", f"{scale * row[cost]:.3g}"
+            lines.append(cells(label, wanted, name, *figures, command))
     volumes = {cost: result[f"hypervolume_{cost}"] for cost in COSTS}
     names = volumes["batch_ms"]
-    lines += ["", "Hypervolume of (cost, accuracy) with the reference points of `benchmarks.pareto`:", "",
-              *header("setup", *COSTS.values()),
+    worst = (f"({REFERENCE_POINTS[f'models, {cost}'][0] * scale:g}, 0)" for cost, (_, scale) in COSTS.items())
+    lines += ["", f"Hypervolume of (cost in ms or J, accuracy), reference points {' ms and '.join(worst)} mJ:", "",
+              *header("setup", "time", "energy"),
               *(cells(name, *(f"{volumes[cost][name]:.4g}" for cost in COSTS)) for name in names), ""]  # fmt: skip
     return lines
 
@@ -178,16 +184,16 @@ def _reliability(rows: list[Row]) -> Figure:
 
 def _fronts(result: Row, rows: list[Row]) -> Figure:
     figure = Figure((12, 4.8), layout="constrained")
-    for panel, (cost, label) in zip(figure.subplots(1, 2), COSTS.items(), strict=True):
+    for panel, (cost, (label, scale)) in zip(figure.subplots(1, 2), COSTS.items(), strict=True):
         for number, row in enumerate(rows):
             low, high = np.clip(row["accuracy_ci95"], 0, 1)
             on = row["setup"] in result[f"front_{cost}"]
-            panel.plot([row[cost]] * 2, [100 * low, 100 * high], f"C{number}", lw=1)
-            panel.plot(row[cost], 100 * row["accuracy"], f"C{number}", marker="D" if on else "o", ls="",
+            panel.plot([scale * row[cost]] * 2, [100 * low, 100 * high], f"C{number}", lw=1)
+            panel.plot(scale * row[cost], 100 * row["accuracy"], f"C{number}", marker="D" if on else "o", ls="",
                        ms=8 if on else 5, label=row["setup"])  # fmt: skip
         front = sorted((row for row in rows if row["setup"] in result[f"front_{cost}"]), key=lambda row: row[cost])
-        panel.step([row[cost] for row in front], [100 * row["accuracy"] for row in front], where="post", color="grey",
-                   lw=0.8, zorder=0)  # fmt: skip
+        corners = np.array([[scale * row[cost], 100 * row["accuracy"]] for row in front])
+        panel.step(*corners.T, where="post", color="grey", lw=0.8, zorder=0)
         panel.set(xlabel=label, ylabel="test accuracy [%]", xscale="log", title="diamonds: on the front")
         panel.xaxis.set_major_formatter(ScalarFormatter())
         panel.xaxis.set_minor_formatter(ScalarFormatter())

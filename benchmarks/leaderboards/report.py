@@ -97,7 +97,7 @@ def _learners(rows: list[Row]) -> list[str]:
             for row in rows
         ), "",
         "Training until validation was above the best yardstick's, medians of the seeds that got there, without the "
-        "looking.", "",
+        "looking; wall seconds beside whatever else the machine ran.", "",
         *markdown_header("learner", "split", "seeds that got there", "steps", "CPU s", "wall s", "CPU s of the whole"),
         *(
             markdown_row(
