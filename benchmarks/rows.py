@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from benchmarks.matrix import Job, RunnerError, said
 from cost.files import write_text
 
 RAW = "raw.jsonl"
+ABOUT = "setup", "seed", "split"
 
 
 class Row(BaseModel):
@@ -60,12 +62,16 @@ def read(path: Path) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row under a lock, unless one of the same hash is there."""
-    for name, value in (row.metrics | row.measured).items():
+    """Add a row under a lock, unless one of the same hash is there; raises `ValueError` for what is no result, or has a
+    name that something else has."""
+    names = Counter([*ABOUT, *row.arguments, *row.metrics, *row.measured])
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise ValueError(f"{', '.join(twice)}: of arguments, metrics and what is measured each needs a name of its own")
+    for name, value in [*row.metrics.items(), *row.measured.items()]:
         try:
             json.dumps(value, allow_nan=False)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{name} is {value!r}: a result is text, finite numbers or lists of them") from error
+            raise ValueError(f"{name} is {value!r}: no JSON; numbers must be finite") from error
     line = json.dumps(row.model_dump()).encode() + b"\n"
     with locked(path):
         if row.config_hash in {each.config_hash for each in read(path)}:

@@ -61,16 +61,23 @@ def run(
     """
     every, failed = jobs_of(matrix), out / f"failed-{part[0]}-of-{part[1]}.json"
     with _alone(out, part):
-        if (out / MATRIX).exists() and (other := load_matrix(out / MATRIX).experiment) != matrix.experiment:
-            raise RunnerError(f"{out} is a folder of {other}, not of {matrix.experiment}: another --out")
-        write_text(out / MATRIX, matrix.model_dump_json(indent=1))
-        failed.unlink(missing_ok=True)
         todo = left(matrix, out, part, only)
-        failures = _work(todo, out, processes, MOST_FAILED * len(every), failed, report) if todo else []
+        prepare(matrix, out)
+        failed.unlink(missing_ok=True)
+        failures = _work(todo, out, processes, MOST_FAILED * len(todo), failed, report) if todo else []
         sort(out / RAW, every)
     if failures:
         raise FailedRuns(_overview(failures, len(todo), failed))
     return len(todo)
+
+
+def prepare(matrix: Matrix, out: Path) -> None:
+    """Write the matrix into its folder; raises `RunnerError` for one that cannot be run, or a folder of another
+    experiment."""
+    jobs_of(matrix)
+    if (out / MATRIX).exists() and (other := load_matrix(out / MATRIX).experiment) != matrix.experiment:
+        raise RunnerError(f"{out} is a folder of {other}, not of {matrix.experiment}: another --out")
+    write_text(out / MATRIX, matrix.model_dump_json(indent=1))
 
 
 def left(matrix: Matrix, out: Path, part: tuple[int, int] = (0, 1), only: Collection[str] = ()) -> list[Job]:
@@ -214,7 +221,11 @@ def _work(
         while waiting or running:
             while waiting and free:
                 pool, (job, attempt) = free.pop(), waiting.popleft()
-                running[pool.submit(_make, job, attempt, out)] = pool, job, attempt
+                try:
+                    running[pool.submit(_make, job, attempt, out)] = pool, job, attempt
+                except BrokenProcessPool as broken:  # its process died while it had nothing to do
+                    free.append(_mended(pool, broken))
+                    waiting.appendleft((job, attempt))
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 pool, job, attempt = running.pop(future)
                 error = future.exception()

@@ -82,7 +82,7 @@ def _write_slurm(path: Path, matrix: Matrix, out: Path, parts: int) -> None:
     from benchmarks import runner
     from cost.files import write_text
 
-    write_text(out / runner.MATRIX, matrix.model_dump_json(indent=1))
+    runner.prepare(matrix, out)
     write_text(path, runner.slurm(out / runner.MATRIX, out, parts))
     console.print(f"[green]saved[/] {path}    start it: sbatch {path}")
 

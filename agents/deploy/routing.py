@@ -57,8 +57,7 @@ class RoutedMoE(nn.Module):
             )
         self.policy = policy_module(policy)
         mean, projection = (torch.from_numpy(part) for part in loaded.projection)
-        self.register_buffer("mean", mean)
-        self.register_buffer("projection", projection)
+        self.mean, self.projection = (nn.Parameter(part, requires_grad=False) for part in (mean, projection))
         costs = [
             torch.from_numpy(part[1 << np.arange(self.num_experts), 0]) for part in (env.tables.fixed, env.tables.slope)
         ]
@@ -68,8 +67,6 @@ class RoutedMoE(nn.Module):
         self.register_buffer("slope", costs[1])
         self.eval()
 
-    mean: torch.Tensor
-    projection: torch.Tensor
     edges: torch.Tensor | None
     fixed: torch.Tensor
     slope: torch.Tensor

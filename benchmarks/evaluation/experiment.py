@@ -115,7 +115,7 @@ def _of_setup(name: str, part: pd.DataFrame) -> dict[str, Any]:
     row |= {key: float(part[key].median()) for key in MEASURED}
     row |= {"accuracy_ci95": seeds_interval(clean["accuracy"].to_numpy()), "noisy": int(part["noisy"].sum()),
             "runs": len(part), "energy_source": str(clean["energy_source"].iloc[0]),
-            **{key: str(clean[key].mode()[0]) for key in ("fastest", "thriftiest")}}  # fmt: skip
+            **{key: str(part[key].mode()[0]) for key in ("fastest", "thriftiest")}}  # fmt: skip
     row["ece_down"] = 1 - row["ece_calibrated"] / row["ece"]
     for side in ("", "_calibrated"):
         bins = clean[f"reliability{side}"].tolist()

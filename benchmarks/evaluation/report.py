@@ -50,8 +50,9 @@ def text(result: Row) -> str:
         "of one; medians over all runs of a setup, of which noisy are those whose P95 is above twice the median. Each "
         "cost is that of the cheaper of two ways to the same logits: all experts as two products, or the chosen "
         "experts alone, each on its inputs. Other runs may have shared the machine. Adam trains all models but those "
-        "that AdamW is said of; a MetaOpt policy sees validation while it trains one, and the RL router learns from "
-        "labels of other inputs besides.", "",
+        "that AdamW is said of. Policies have learned from labels that the other setups do not see: the RL router's "
+        "from those of `rl_train`, MetaOpt's from some of `rl_train` and of validation, which it also sees while it "
+        "trains a model.", "",
         "## Calibration", "",
         "Of the likeliest class, 15 bins; the temperature is fitted on validation, to how sure the likeliest class is. "
         "Asked for: 20 % less where it is "
@@ -110,8 +111,9 @@ def _recommendations(result: Row, rows: list[Row]) -> list[str]:
     lines = [
         "## What to take", "",
         "Of the front of accuracy on validation against cost: the most accurate, the cheapest, and the one nearest to "
-        "both; costs within 5 % are ties; accuracies here are on test; `matrix.json` lies beside this page. What is "
-        "compressed is smaller on disk and runs in float32.", "",
+        "both; costs within 5 % are ties; accuracies here are on test; `matrix.json` lies beside this page. Validation "
+        "flatters the MetaOpt policy, which has seen it. What is compressed is smaller on disk and runs in float32.",
+        "",
         *header("cost", "wanted", "setup", "accuracy", "cost", "command"),
     ]  # fmt: skip
     for cost, (label, scale) in COSTS.items():

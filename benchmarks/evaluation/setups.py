@@ -40,7 +40,7 @@ class Setup(BaseModel):
     `top-k`: the gate's `k` experts. `graph`: the same with an expert graph. `adamw`: trained with AdamW. `metaopt`:
     with AdamW, its rates by a policy of MoEMetaOpt-v0, which sees validation. `compressed`: stored at `level`, the gate
     at `gate_level`, names of `experts.compression.LEVELS`. `rl-router`: routed by PPO, trained in MoERouting-v0 with
-    `cost_weight`, on labels of inputs that the other kinds do not learn from.
+    `cost_weight`. Policies learn from labels that the other kinds do not see: `rl_train`'s, MetaOpt's validation's too.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -163,7 +163,7 @@ def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
                        overwrite=True)  # fmt: skip
         policy: Any = runs.load(place / "run")[0]
     routed = RoutedMoE(bundle.load(place / "bundle"), policy, env_kwargs)
-    parameters = sum(weights.numel() for part in (model, routed.policy) for weights in part.parameters())
+    numbers = sum(each.numel() for each in routed.state_dict().values())
 
     def experts_per_input(x: torch.Tensor) -> torch.Tensor:
         return routed.route(x, routed.gate(routed.trunk(x))).sum(1)
@@ -174,7 +174,7 @@ def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
         return mix(gate, model.experts(h), routed.route(x, gate), routed.graph)
 
     ways: dict[str, Classify] = {CHOSEN: routed, ALL: all_experts}
-    return Subject(ways, experts_per_input, parameters, 4 * parameters)
+    return Subject(ways, experts_per_input, numbers, 4 * numbers)
 
 
 def _train(setup: Setup, seed: int, folder: Path, graph: dict[str, Any] | None = None) -> MoEClassifier:

@@ -29,7 +29,7 @@ def measure(setup, seed, split, folder):
         os._exit(9)
     if times < setup.fails:
         raise ValueError(f"try {times}")
-    return {"value": setup.factor * seed, "split": split}, {"at": time.time()}
+    return {"value": setup.factor * seed, "of": split}, {"at": time.time()}
 
 def score(frame):
     return {"mean": float(frame["value"].mean())}

@@ -138,7 +138,8 @@ def test_setups_are_what_they_say(tmp_path: Path) -> None:
         assert (plain.classify(x).argmax(1) == y).float().mean() > 0.8
         assert not torch.equal(plain.classify(x), one.classify(x))
         assert routed.experts_per_input(x).tolist() == [1] * len(x)
-        assert routed.parameters > plain.parameters
+        assert routed.parameters > plain.parameters + 64 * 32  # the projection of its features at least
+        assert routed.bytes == 4 * routed.parameters
         assert torch.equal(again.classify(x), routed.classify(x))
         trained = [subject.classify(x) for subject in (plain, adamw, driven)]
         assert not any(torch.equal(one, other) for one, other in combinations(trained, 2))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from benchmarks import runner
+from benchmarks import jobs, runner
 from benchmarks.matrix import EXPERIMENTS, Matrix, RunnerError, jobs_of, load_matrix
 from benchmarks.rows import read
 
@@ -129,7 +130,7 @@ def test_a_number_that_is_none_is_no_result(tmp_path: Path) -> None:
         .replace('"value": setup.factor * seed', '"value": float("nan")')
     )
     (tmp_path / "own" / "small" / "tiny.py").write_text(code)
-    with pytest.raises(RunnerError, match="value is nan: a result is text, finite numbers or lists of them"):
+    with pytest.raises(RunnerError, match="value is nan: no JSON; numbers must be finite"):
         runner.run(matrix(setups=setups, seeds=[1], splits=["test"]), tmp_path)
 
 
@@ -240,6 +241,51 @@ def test_a_folder_of_another_experiment_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"is a folder of small.tiny, not of models: another --out"):
         runner.run(Matrix(experiment="models"), tmp_path)
     assert (tmp_path / "matrix.json").read_bytes() == before
+
+
+def test_a_name_that_two_things_have_is_refused(tmp_path: Path, tiny: Path) -> None:
+    path = tiny / "small" / "tiny.py"
+    code = path.read_text()
+    for name in ("value", "seed", "factor"):
+        path.write_text(code.replace('{"at": time', f'{{"{name}": 1.0, "at": time'))
+        with pytest.raises(RunnerError, match=f"{name}: of arguments, metrics and what is measured each needs a name"):
+            runner.run(matrix(seeds=[1], splits=["test"], setups={"one": {}}), tmp_path)
+
+
+def test_a_call_that_cannot_run_changes_nothing(tmp_path: Path) -> None:
+    runner.run(matrix(), tmp_path)
+    (tmp_path / "failed-0-of-1.json").write_text("[]")
+    before = (tmp_path / "matrix.json").read_bytes()
+    with pytest.raises(RunnerError, match="no setup 'typo'"):
+        runner.run(matrix(seeds=[1, 2, 3]), tmp_path, only=["typo"])
+    assert (tmp_path / "matrix.json").read_bytes() == before
+    assert (tmp_path / "failed-0-of-1.json").exists()
+
+
+def test_more_than_five_percent_are_of_what_is_run(tmp_path: Path) -> None:
+    setups = {"fails": {"factor": 77, "fails": 99}, "well": {}}
+    wanted = matrix(setups=setups, seeds=list(range(30)), splits=["test"])
+    with pytest.raises(RunnerError, match="2 of 30 runs failed"):
+        runner.run(wanted, tmp_path, only=["fails"])
+
+
+def test_a_process_that_dies_with_nothing_to_do_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead:
+        def submit(self, *arguments: object) -> None:
+            raise BrokenProcessPool("its process died")
+
+        def shutdown(self) -> None:
+            pass
+
+    real, made = jobs.pool, list[Any]()
+
+    def pool(count: int) -> Any:
+        made.append(Dead() if not made else real(count))
+        return made[-1]
+
+    monkeypatch.setattr(jobs, "pool", pool)
+    assert runner.run(matrix(seeds=[1], splits=["test"]), tmp_path) == 2
+    assert {row["attempts"] for row in lasting(tmp_path)} == {1}
 
 
 def test_a_result_that_is_no_json_is_named(tmp_path: Path, tiny: Path) -> None:

@@ -48,6 +48,14 @@ def test_a_slurm_script_is_of_the_whole_matrix(tmp_path: Path, file: Path) -> No
     assert call("run", file, "--out", tmp_path / "out", "--slurm", script, "--jobs", 4).exit_code == 0
     assert "--array=0-3" in script.read_text()
     assert (tmp_path / "out" / "matrix.json").exists()
+    before = (tmp_path / "out" / "matrix.json").read_bytes()
+    other = tmp_path / "other.json"
+    for content, message in (({"experiment": "models"}, "is a folder of small.tiny"),
+                             ({"experiment": "small.tiny", "splits": ["none"]}, "no split 'none'")):  # fmt: skip
+        other.write_text(json.dumps(content))
+        refused = call("run", other, "--out", tmp_path / "out", "--slurm", script)
+        assert message in str(refused.exception)
+        assert (tmp_path / "out" / "matrix.json").read_bytes() == before
     for more in (("--only", "one"), ("--part", "1/2"), ("--dry-run",)):
         refused = call("run", file, "--out", tmp_path / "out", "--slurm", script, *more)
         assert "--slurm writes a script of the whole matrix" in str(refused.exception)
@@ -67,7 +75,7 @@ def test_validate_ends_with_1_where_a_metric_differs(tmp_path: Path, monkeypatch
     assert call("validate", path).exit_code == 0
     row = read(path)[0]
     path.write_text(
-        row.model_copy(update={"metrics": {"value": 9, "split": "test"}, "commit": "x"}).model_dump_json() + "\n"
+        row.model_copy(update={"metrics": {"value": 9, "of": "test"}, "commit": "x"}).model_dump_json() + "\n"
     )
     said = call("validate", path)
     assert said.exit_code == 1
