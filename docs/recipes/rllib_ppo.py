@@ -1,4 +1,4 @@
-"""RLlib's PPO on MoERouting-v0, in an environment of its own, as Ray pins gymnasium 1.2: moe-envs and ray[rllib]."""
+"""RLlib's PPO on MoERouting-v0, in an environment of its own, as Ray pins gymnasium 1.2: pip install '.[ray]'."""
 
 import sys
 

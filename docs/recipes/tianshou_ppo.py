@@ -1,4 +1,4 @@
-"""Tianshou's PPO on MoERouting-v0, in an environment of its own, as Tianshou wants pandas 2: moe-envs and tianshou."""
+"""Tianshou's PPO on MoERouting-v0, in an environment of its own, as Tianshou wants pandas 2: pip install . tianshou"""
 
 import sys
 
