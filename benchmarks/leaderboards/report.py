@@ -166,6 +166,7 @@ def _scores(result: Row) -> Figure:
             xlim=(left, np.nanmax(ends) + margin), title=task["task"], yticks=range(len(rows)), xlabel="score on test"
         )
         panel.set_yticklabels([row["policy"] for row in rows], fontsize=7)
+        panel.locator_params(axis="x", nbins=4)
         panel.grid(alpha=0.3)
     for panel in panels[len(tasks) :]:
         panel.axis("off")
