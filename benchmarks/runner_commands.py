@@ -146,6 +146,7 @@ def _validate(
             table.add_row(each["setup"], str(each["seed"]), each["split"], metric["metric"], *cells)
     console.print(table)
     if unlike := sorted({name for each in found for name in each["made_with_other"]}):
-        console.print(f"[yellow]made with another {', '.join(unlike)}: other processors round otherwise[/]")
+        why = ": other processors round otherwise" if "fingerprint" in unlike else ""
+        console.print(f"[yellow]made with another {', '.join(unlike)}{why}[/]")
     if any(each["differing"] for each in found):
         raise typer.Exit(1)
