@@ -106,13 +106,19 @@ def test_costs_are_of_as_many_batches_for_all() -> None:
 
 
 def test_of_two_ways_the_cheaper_counts_for_each_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dense(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def sparse(x: torch.Tensor) -> torch.Tensor:
+        return x
+
     found = {
-        "all": {"batch_ms": 1.0, "batch_p95_ms": 4.0, "noisy": True, "energy_j": 3.0, "memory_bytes": 7},
-        "few": {"batch_ms": 2.0, "batch_p95_ms": 2.0, "noisy": False, "energy_j": 2.0, "memory_bytes": 9},
+        dense: {"batch_ms": 1.0, "batch_p95_ms": 4.0, "noisy": True, "energy_j": 3.0, "memory_bytes": 7},
+        sparse: {"batch_ms": 2.0, "batch_p95_ms": 2.0, "noisy": False, "energy_j": 2.0, "memory_bytes": 9},
     }
     monkeypatch.setattr(measures, "batch_costs", lambda classify, inputs: found[classify])
-    assert measures.least_costs({"dense": "all", "sparse": "few"}, torch.zeros(1)) == {  # type: ignore[dict-item]
-        **found["all"], "energy_j": 2.0, "memory_bytes": 7, "fastest": "dense", "thriftiest": "sparse",
+    assert measures.least_costs({"dense": dense, "sparse": sparse}, torch.zeros(1)) == {
+        **found[dense], "energy_j": 2.0, "memory_bytes": 7, "fastest": "dense", "thriftiest": "sparse",
     }  # fmt: skip
 
 
