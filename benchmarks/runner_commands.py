@@ -133,10 +133,10 @@ def _validate(
     json_file: Json = None,
 ) -> None:
     """Run rows of a submitted result again and compare their metrics; exit code 1 where one differs."""
-    from benchmarks import runner
+    from benchmarks.validation import validate
 
     with bar() as add:
-        found = runner.validate(file, rows, seed, tolerance, add(f"up to {rows} rows again"))
+        found = validate(file, rows, seed, tolerance, add(f"up to {rows} rows again"))
     write(json_file, found)
     table = Table("setup", "seed", "split", "metric", "submitted", "here")
     for each in found:

@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 
 from benchmarks import jobs, runner
-from benchmarks.matrix import EXPERIMENTS, Matrix, RunnerError, jobs_of, load_matrix
+from benchmarks.matrix import Matrix, RunnerError, jobs_of, load_matrix
 from benchmarks.rows import read
 
 KILLS = int(os.environ.get("MOE_ENVS_KILLS", "6"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_runner.py
@@ -190,34 +190,6 @@ def test_damaged_rows_are_named_and_left_as_they_are(tmp_path: Path) -> None:
         with pytest.raises(RunnerError, match=message):
             runner.run(matrix(seeds=[1, 2, 3]), tmp_path)
         assert path.read_bytes() == before
-
-
-def test_a_submitted_file_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner.run(matrix(), tmp_path)
-    path = tmp_path / "raw.jsonl"
-    with pytest.raises(RunnerError, match="is of the experiment 'small.tiny'; there are models"):
-        runner.validate(path, 8, 0, 1e-6)
-    monkeypatch.setitem(EXPERIMENTS, "small.tiny", "small.tiny")
-    assert [each["differing"] for each in runner.validate(path, 8, 0, 1e-6)] == [[]] * 8
-    path.write_text(path.read_text().replace('"value": 6', '"value": 6.1'))
-    found = [each for each in runner.validate(path, 8, 0, 1e-6) if each["differing"]]
-    assert [(each["setup"], each["seed"]) for each in found] == [("three", 2)] * 2
-    assert found[0]["differing"] == [{"metric": "value", "submitted": 6.1, "here": 6}]
-    assert not any(each["differing"] for each in runner.validate(path, 8, 0, 0.1))
-
-
-def test_a_row_that_the_experiment_cannot_have_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EXPERIMENTS, "small.tiny", "small.tiny")
-    with pytest.raises(RunnerError, match="is not there"):
-        runner.validate(tmp_path / "raw.jsonl", 1, 0, 1e-6)
-    runner.run(matrix(), tmp_path)
-    row = read(tmp_path / "raw.jsonl")[0]
-    for more, message in (({"split": "none"}, "no split 'none'"), ({"arguments": {"colour": 1}}, "colour: Extra inpu")):
-        other = row.model_copy(update=more)
-        path = tmp_path / "other.jsonl"
-        path.write_text(other.model_copy(update={"config_hash": other.job.key}).model_dump_json() + "\n")
-        with pytest.raises(RunnerError, match=f"a row of setup 'one' is none of small.tiny: {message}"):
-            runner.validate(path, 1, 0, 1e-6)
 
 
 def test_parts_share_the_seeds_of_each_setup() -> None:
