@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,15 +61,15 @@ def _run(
 
 def _make(matrix: Matrix, out: Path, jobs: int, part: tuple[int, int] = (0, 1), only: Collection[str] = ()) -> None:
     from benchmarks import runner
-    from benchmarks.matrix import FailedRuns
-    from benchmarks.rows import RAW, read
+    from benchmarks.matrix import FailedRuns, RunnerError
+    from benchmarks.rows import RAW
 
     with bar() as add:
         try:
             made = runner.run(matrix, out, jobs, part, only, add(f"runs of {matrix.experiment}"))
         except FailedRuns:
-            if read(out / RAW):
-                runner.rebuild(out)  # of the runs that did not fail
+            with suppress(RunnerError):  # where all failed
+                runner.rebuild(out)
             raise
     if part[1] > 1:
         console.print(f"{made} runs; when all parts are through: moe-benchmark report {out}")
