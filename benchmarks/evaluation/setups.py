@@ -143,8 +143,8 @@ def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
     from agents.deploy.routing import RoutedMoE
     from benchmarks import runs
     from experts import bundle, data, zoo
-    from experts.model import mix
     from experts.reference_bundles import Shipped
+    from experts.routers import Decided
 
     model = _kept(setup, seed, folder, _train)
     place = folder / "routers" / _name(setup, seed, "cost_weight", "timesteps")
@@ -169,9 +169,7 @@ def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
         return routed.route(x, routed.gate(routed.trunk(x))).sum(1)
 
     def all_experts(x: torch.Tensor) -> torch.Tensor:
-        h = routed.trunk(x)
-        gate = routed.gate(h)
-        return mix(gate, model.experts(h), routed.route(x, gate), routed.graph)
+        return model(x, router=Decided(lambda gate: routed.route(x, gate)))
 
     ways: dict[str, Classify] = {CHOSEN: routed, ALL: all_experts}
     return Subject(ways, experts_per_input, numbers, 4 * numbers)
