@@ -16,7 +16,7 @@ MAX_ROWS = 1000
 class Policy(Protocol):
     """SB3's interface of a decision maker, batched.
 
-    It may have `env_kwargs`, arguments that its environment needs (a yardstick that chooses subsets, say), and
+    It may have `env_kwargs`, arguments that its environment needs (a baseline that chooses subsets, say), and
     `watch(env)`, by which a bound that looks at the answers gets the vector environment.
     """
 

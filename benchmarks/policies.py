@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agents import tuned
-from agents.yardsticks.metaopt import ID
+from agents.baselines.metaopt import ID
 from benchmarks import backends, runs
 from cost.files import write_text
 

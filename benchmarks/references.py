@@ -26,7 +26,7 @@ def rebuild(name: str, folder: Path | None = None) -> Bundle:
 
 def ship_models() -> dict[str, float]:
     """Train seed 0 of each recipe into the package, with its examples, profile and sensitivities; test accuracies."""
-    from moe_envs.compression_tables import ModelTables
+    from moe_envs.compression.tables import ModelTables
 
     for path in SHIPPED.glob("sensitivity-*"):
         path.unlink()
@@ -47,7 +47,7 @@ def profile_products(name: str, model: reference_models.Model) -> None:
     """Measure the products of a reference model, and of it with half its experts' neurons, into the package."""
     import torch
 
-    from moe_envs import profiles
+    from experts import profiles
 
     calibration = torch.from_numpy(reference_models.examples(name).calibration)
     smaller = smaller_experts(model, 0.5, importance(model, calibration))  # what `moe-compress run` tries as well

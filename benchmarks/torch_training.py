@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch.optim import lr_scheduler
 
-from agents.meta_optimizer import PolicyMetaOptimizer, gate_metrics
-from agents.yardsticks.metaopt import PATIENCE, cosine
+from agents.baselines.metaopt import PATIENCE, cosine
+from agents.deploy.metaopt import PolicyMetaOptimizer, gate_metrics
 from experts import data, tasks
 from experts.model import MoEClassifier
-from moe_envs.metaopt import INITIAL_RATES
-from moe_envs.metaopt_signals import DECAYS, RATES
+from moe_envs.metaopt.env import INITIAL_RATES
+from moe_envs.metaopt.signals import DECAYS, RATES
 
 # Called after each validation with its metrics and the number of decisions so far.
 Driver = Callable[[dict[str, Any], int], object]

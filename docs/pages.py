@@ -8,18 +8,17 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "environments"
 LEADERBOARDS = Path(__file__).parent / "leaderboards"
-SMALL = {"MoECompression-v0": {"model": "digits-mlp"}}  # arguments of the picture, where the default has too many lines
 
 
 def page(name: str) -> str:
     """The Markdown page of a registered environment."""
     from gymnasium.envs.registration import load_env_creator
 
-    from moe_envs import ENVIRONMENTS
+    from moe_envs import SPECS
 
-    doc = load_env_creator(ENVIRONMENTS[name]["entry_point"] + "Env").__doc__
+    doc = load_env_creator(SPECS[name].entry_point).__doc__
     make = f'```python\ngymnasium.make("moe_envs:{name}")\n```'
-    picture = "" if ENVIRONMENTS[name].get("nondeterministic") else f"![an episode of random actions]({name}.gif)\n\n"
+    picture = "" if SPECS[name].nondeterministic else f"![an episode of random actions]({name}.gif)\n\n"
     return f"# {name}\n\n{make}\n\n{picture}{inspect.cleandoc(str(doc))}\n{leaderboard(name)}"
 
 
@@ -41,7 +40,9 @@ def draw(name: str, path: Path) -> None:
     import gymnasium
     from PIL import Image
 
-    env = gymnasium.make(f"moe_envs:{name}", render_mode="rgb_array", **SMALL.get(name, {}))
+    from moe_envs import SPECS
+
+    env = gymnasium.make(f"moe_envs:{name}", render_mode="rgb_array", **SPECS[name].small)
     env.reset(seed=0)
     env.action_space.seed(0)
     frames, ended = [env.render()], False
@@ -55,9 +56,9 @@ def draw(name: str, path: Path) -> None:
 
 def on_pre_build(config: Any) -> None:
     """Write all pages and pictures."""
-    from moe_envs import ENVIRONMENTS
+    from moe_envs import SPECS
 
-    for name, specification in ENVIRONMENTS.items():
+    for name, spec in SPECS.items():
         (FOLDER / f"{name}.md").write_text(page(name))
-        if not specification.get("nondeterministic"):
+        if not spec.nondeterministic:
             draw(name, FOLDER / f"{name}.gif")

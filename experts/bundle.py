@@ -108,7 +108,8 @@ class Bundle:
             if self.metadata["architecture"] is None:
                 raise ValueError(f"{self.path.name} holds a module of your own: bundle.model(YourModule())")
             settings = dict(self.metadata["architecture"])
-            module = MoEClassifier(settings.pop("num_inputs"), settings.pop("num_classes"), **settings)
+            with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
+                module = MoEClassifier(settings.pop("num_inputs"), settings.pop("num_classes"), **settings)
         weights = {k[6:]: torch.from_numpy(v) for k, v in self._tensors(MODEL).items() if k.startswith("model.")}
         module.load_state_dict(weights)
         return module.eval()  # type: ignore[return-value]

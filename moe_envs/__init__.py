@@ -1,37 +1,16 @@
-"""The decisions: registered Gymnasium environments over real Mixture-of-Experts models with measured costs."""
+"""The decisions: registered Gymnasium environments over real Mixture-of-Experts models with measured costs.
 
-from importlib.util import find_spec
-from typing import Any
+Every module here that ends in a `Spec` is registered by importing this package.
+"""
 
-from gymnasium.envs.registration import register, registry
+from importlib import import_module
+from pkgutil import iter_modules
 
-ENVIRONMENTS: dict[str, dict[str, Any]] = {
-    "MoERouting-v0": {"entry_point": "moe_envs.routing:MoERouting"},
-    "MoERoutingLive-v0": {
-        "entry_point": "moe_envs.routing:MoERouting",
-        "kwargs": {"costs": "live"},
-        "nondeterministic": True,
-    },
-    "MoEMetaOpt-v0": {
-        "entry_point": "moe_envs.metaopt:MoEMetaOpt",
-        "vector_entry_point": "moe_envs.mixed:make_metaopt",
-    },
-    "MoECompression-v0": {"entry_point": "moe_envs.compression:MoECompression"},
-}
+from moe_envs.core.spec import SPECS, Spec, find, full_id, register
 
-MULTI_OBJECTIVE = {
-    "mo-moe-routing-v0": "moe_envs.multi_objective:MORoutingEnv",
-    "mo-moe-metaopt-v0": "moe_envs.multi_objective:MOMetaOptEnv",
-    "mo-moe-compression-v0": "moe_envs.multi_objective:MOCompressionEnv",
-}
+__all__ = ["SPECS", "Spec", "find", "full_id", "register"]
 
-for _id, _spec in ENVIRONMENTS.items():
-    if _id not in registry:
-        _point = _spec["entry_point"]
-        _vector = _spec.get("vector_entry_point", f"{_point}VectorEnv")
-        register(_id, **(_spec | {"entry_point": f"{_point}Env", "vector_entry_point": _vector}))
-
-if find_spec("mo_gymnasium") is not None:
-    for _id, _point in MULTI_OBJECTIVE.items():
-        if _id not in registry:
-            register(_id, _point)
+for _module in iter_modules(__path__):
+    for _value in vars(import_module(f"{__name__}.{_module.name}")).values():
+        if isinstance(_value, Spec):
+            register(_value)

@@ -15,8 +15,8 @@ ALLOWED = {
     "cost": set(),
     "moe_envs": {"experts", "cost"},
     "agents": set(),
-    "agents.meta_optimizer.py": {"moe_envs"},
-    "agents.yardsticks": {"moe_envs"},
+    "agents.deploy.metaopt.py": {"moe_envs"},
+    "agents.baselines": {"moe_envs"},
     "agents.deploy": {"moe_envs", "experts"},
     "benchmarks": {"moe_envs", "agents", "cost", "experts"},
 }

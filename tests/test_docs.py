@@ -13,8 +13,8 @@ import typer
 from PIL import Image
 
 import moe_envs
-from benchmarks import runner
-from benchmarks.rows import RAW
+from benchmarks.runner import runner
+from benchmarks.runner.rows import RAW
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -34,8 +34,8 @@ def of_docs(name: str) -> Any:
 def apps() -> dict[str, Any]:
     """Click's commands behind the console scripts."""
     from benchmarks import cli, compression_commands, metaopt_commands, profiling, runner_commands  # noqa: F401
-    from benchmarks.commands import benchmark_app
-    from benchmarks.compare import app as compare_app
+    from benchmarks.cli.benchmark import benchmark_app
+    from benchmarks.cli.compare import app as compare_app
 
     single = {}
     for name, function in (("moe-train", cli._train), ("moe-eval", cli._evaluate)):
@@ -100,7 +100,7 @@ def test_every_command_of_the_pages_is_called_by_a_test() -> None:
             assert words[1] in calls, " ".join(words[:2])
 
 
-@pytest.mark.parametrize("name", moe_envs.ENVIRONMENTS)
+@pytest.mark.parametrize("name", moe_envs.SPECS)
 def test_pages_are_those_of_the_docstrings(name: str) -> None:
     page = (ROOT / "docs" / "environments" / f"{name}.md").read_text()
     assert page == of_docs("page")(name)

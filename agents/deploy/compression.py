@@ -8,7 +8,7 @@ import numpy as np
 
 from agents.evaluate import takes_masks
 from experts.compression.plan import Plan
-from moe_envs.compression import MoECompressionVectorEnv
+from moe_envs.compression.env import MoECompressionVectorEnv
 
 # Arguments that a plan's walk has its own of.
 OF_TRAINING = ("model", "budget", "split", "evaluation", "shaped", "max_episode_steps", "autoreset_mode", "render_mode")

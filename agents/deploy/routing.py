@@ -21,7 +21,7 @@ from experts import bundle as bundles
 from experts.bundle import FEATURE_BOUND, Bundle
 from experts.model import combine, mix, run_chosen
 from experts.routers import mixing_weights
-from moe_envs.routing_tables import BATCH_SCALE, GATE_BOUND, edges_of
+from moe_envs.routing.tables import BATCH_SCALE, GATE_BOUND, edges_of
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -37,7 +37,7 @@ class RoutedMoE(nn.Module):
 
     def __init__(self, bundle: str | Bundle, policy: Learner | BaseAlgorithm, env_kwargs: dict[str, Any] | None = None):
         super().__init__()
-        from moe_envs.routing import MoERoutingVectorEnv
+        from moe_envs.routing.env import MoERoutingVectorEnv
 
         loaded = bundles.load(bundle) if isinstance(bundle, str) else bundle
         arguments = {**(env_kwargs or {}), "bundle": str(loaded.path), "split": "test"}

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks import pareto
 from benchmarks.evaluation import report
 from benchmarks.evaluation.corruptions import KINDS, LEVELS, corrupt, digest
 from benchmarks.evaluation.setups import SETTINGS, Setup, make
-from benchmarks.jobs import locked
-from benchmarks.statistics import seeds_interval
+from benchmarks.results import pareto
+from benchmarks.results.statistics import seeds_interval
+from benchmarks.runner.processes import locked
 
 CLEAN = "test"
 SPLITS = (CLEAN, *(f"{kind}-{level}" for kind in KINDS for level in range(1, LEVELS + 1)))

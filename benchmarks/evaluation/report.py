@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.evaluation.corruptions import KINDS
-from benchmarks.pareto import REFERENCE_POINTS
-from benchmarks.report import markdown_header as header
-from benchmarks.report import markdown_row as cells
+from benchmarks.results.pareto import REFERENCE_POINTS
+from benchmarks.results.tables import markdown_header as header
+from benchmarks.results.tables import markdown_row as cells
 
 Row = dict[str, Any]
 COSTS = {  # label, and what the figure is multiplied with

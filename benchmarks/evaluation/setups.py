@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from benchmarks.jobs import locked
+from benchmarks.runner.processes import locked
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +212,7 @@ def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
     """The training with AdamW, whose rates a policy changes 30 times; its target is what top-k's reaches."""
     import torch
 
-    from agents.meta_optimizer import PolicyMetaOptimizer, gate_metrics
+    from agents.deploy.metaopt import PolicyMetaOptimizer, gate_metrics
     from agents.ppo import PPO
     from benchmarks import policies
     from benchmarks.torch_training import validate

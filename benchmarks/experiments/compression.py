@@ -17,15 +17,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from agents import tuned
+from agents.baselines import compression as baselines
 from agents.deploy.compression import levels_of
 from agents.ppo import PPO
-from agents.yardsticks import compression as yardsticks
-from benchmarks import jobs, policies, runs
-from benchmarks.statistics import mean_interval
+from benchmarks import policies, runs
+from benchmarks.results.statistics import mean_interval
+from benchmarks.runner import processes as jobs
 from cost.files import write_text
 from experts import reference_models
-from moe_envs.compression import SHARES as SHARES_DRAWN
-from moe_envs.compression_tables import CompressionTables
+from moe_envs.compression.env import SHARES as SHARES_DRAWN
+from moe_envs.compression.tables import CompressionTables
 
 ID = "moe_envs:MoECompression-v0"
 SHARES = {
@@ -79,36 +80,36 @@ def judge_policy(path: str, name: str, seed: int, model: str, evaluations: int) 
 
 
 def find(name: str, tables: CompressionTables, room: float, evaluations: int, seed: int) -> np.ndarray:
-    """The plan of a yardstick of `YARDSTICKS` within `room` bytes for matrices, levels `[U]`."""
+    """The plan of a baseline of `BASELINES` within `room` bytes for matrices, levels `[U]`."""
     sizes, gains = tables.sizes, tables.gains[0]
 
     def scores(plans: np.ndarray) -> np.ndarray:
         return tables.quality(np.zeros(len(plans), dtype=np.int64), plans)[0]
 
     if name == "uniform":
-        return yardsticks.uniform(sizes, room)
+        return baselines.uniform(sizes, room)
     if name == "greedy":
-        return yardsticks.greedy(sizes, gains, room)
+        return baselines.greedy(sizes, gains, room)
     if name == "random search":
-        return yardsticks.random_search(scores, sizes, room, evaluations, seed).levels
-    exact = yardsticks.exact(sizes, gains, room)
+        return baselines.random_search(scores, sizes, room, evaluations, seed).levels
+    exact = baselines.exact(sizes, gains, room)
     if name == "exact on sensitivities":
         return exact
-    return yardsticks.local_search(
+    return baselines.local_search(
         lambda levels: float(scores(levels[None])[0]), exact, sizes, room, evaluations, seed
     ).levels
 
 
-def judge_yardstick(name: str, model: str, evaluations: int, seed: int) -> pd.DataFrame:
-    """A yardstick's plans for each budget."""
+def judge_baseline(name: str, model: str, evaluations: int, seed: int) -> pd.DataFrame:
+    """A baseline's plans for each budget."""
     tables, budgets = _tables(model), budgets_of(model)
     plans = [find(name, tables, budget - tables.overhead, evaluations, seed) for budget in budgets]
     measured = 0 if name in ("uniform", "random search") else _sensitivities(model)
     return _judged(model, budgets, plans, name, seed, measured + (evaluations if name in SEARCHES else 0))
 
 
-YARDSTICKS = ("uniform", "greedy", "exact on sensitivities", "random search", "exact, then local search")
-SEARCHES = YARDSTICKS[3:]
+BASELINES = ("uniform", "greedy", "exact on sensitivities", "random search", "exact, then local search")
+SEARCHES = BASELINES[3:]
 
 
 def run(
@@ -136,9 +137,9 @@ def run(
         for model, kind in every:
             for (name, seed), each in zip(todo, learned, strict=True):
                 judging.append((kind, pool.submit(judge_policy, each["path"], name, seed, model, evaluations)))
-            for name in YARDSTICKS:
+            for name in BASELINES:
                 for seed in range(searches if name in SEARCHES else 1):
-                    judging.append((kind, pool.submit(judge_yardstick, name, model, evaluations, seed)))
+                    judging.append((kind, pool.submit(judge_baseline, name, model, evaluations, seed)))
         found = jobs.gather([each for _, each in judging], add_task("searching and judging"))
     frame = pd.concat(
         [each.assign(kind=kind) for (kind, _), each in zip(judging, found, strict=True)], ignore_index=True
@@ -204,7 +205,7 @@ def _judged(
     """Changes of accuracy in points, and of loss, on the test images."""
     tables = _tables(model, "test")
     _, accuracy, loss = tables.quality(np.zeros(len(plans), dtype=np.int64), np.stack(plans))
-    sizes = [yardsticks.size(plan, tables.sizes) + tables.overhead for plan in plans]
+    sizes = [baselines.size(plan, tables.sizes) + tables.overhead for plan in plans]
     assert all(size <= budget for size, budget in zip(sizes, budgets, strict=True))
     return pd.DataFrame({
         "model": model, "policy": name, "seed": seed, "evaluations": evaluations, "budget": budgets, "bytes": sizes,

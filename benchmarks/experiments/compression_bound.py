@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from agents.baselines import compression as baselines
 from agents.deploy.compression import levels_of
 from agents.ppo import PPO
-from agents.yardsticks import compression as yardsticks
-from benchmarks import jobs, policies, runs
-from benchmarks.experiments.compression import ID, SEARCHES, YARDSTICKS, find, prepare
+from benchmarks import policies, runs
+from benchmarks.experiments.compression import BASELINES, ID, SEARCHES, find, prepare
+from benchmarks.runner import processes as jobs
 from cost.files import write_text
-from moe_envs.compression import SHARES as SHARES_DRAWN
-from moe_envs.compression_tables import CompressionTables
+from moe_envs.compression.env import SHARES as SHARES_DRAWN
+from moe_envs.compression.tables import CompressionTables
 
 TIMES_LEAST = 1.3, 1.6, 2.0, 2.5, 3.5, 5.0  # budgets, of the smallest plan
 MOST_PLANS = 200_000
@@ -35,7 +36,7 @@ def run(
     """Score all plans, search, train PPO; writes results.json, bound.png and the policies."""
     tables, test = (CompressionTables((model,), split, "layer", "accuracy and loss", "reference")
                     for split in ("train", "test"))  # fmt: skip
-    plans = yardsticks.all_plans(tables.sizes)
+    plans = baselines.all_plans(tables.sizes)
     if len(plans) > MOST_PLANS:
         raise ValueError(
             f"{model} has {len(plans):,} plans; all of them are scored, so that {MOST_PLANS:,} is the most"
@@ -60,7 +61,7 @@ def run(
         fitting = np.take_along_axis(sizes.T, plans, axis=0).sum(1) <= room
         found = {"best of all": [plans[np.where(fitting, quality, -np.inf).argmax()]]} | {
             name: [find(name, tables, room, evaluations, seed) for seed in range(seeds if name in SEARCHES else 1)]
-            for name in YARDSTICKS
+            for name in BASELINES
         }
         found |= {
             "PPO": [walk[number, 0] for walk in walks],

@@ -18,10 +18,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from agents.yardsticks import compression as yardsticks
+from agents.baselines import compression as baselines
 from benchmarks import runs
 from cost.files import write_text
-from experts import data, reference_models
+from experts import data, profiles, reference_models
 from experts.compression import LEVELS
 from experts.compression.activations import quantize_activations
 from experts.compression.evaluation import accuracy, loads
@@ -33,8 +33,7 @@ from experts.compression.plan import Plan
 from experts.compression.structured import smaller_experts
 from experts.files import write_bytes
 from experts.reference_models import Model
-from moe_envs import profiles
-from moe_envs.compression_tables import BATCH, CompressionTables, halves
+from moe_envs.compression.tables import BATCH, CompressionTables, halves
 
 EXACT, INT8, HALF, INT4, LOW_RANK, QUARTER, INT2, TENTH = 0, 1, 2, 3, 4, 6, 7, 10
 PRUNED = {1.0: INT8, 0.5: HALF, 0.25: QUARTER, 0.1: TENTH}  # share kept -> level
@@ -101,16 +100,16 @@ class Bench:
         return float(self.tables.quality(np.zeros(1, dtype=np.int64), levels[None])[0][0])
 
     def searched(self, kind: str) -> np.ndarray:
-        """The levels that a yardstick finds for the budget."""
+        """The levels that a baseline finds for the budget."""
         sizes, gains, room = self.tables.sizes, self.tables.gains[0], self.budget - self.tables.overhead
         if kind == "uniform":
-            return yardsticks.uniform(sizes, room)
+            return baselines.uniform(sizes, room)
         if kind == "greedy":
-            return yardsticks.greedy(sizes, gains, room)
-        best = yardsticks.exact(sizes, gains, room)
+            return baselines.greedy(sizes, gains, room)
+        best = baselines.exact(sizes, gains, room)
         if kind == "exact":
             return best
-        return yardsticks.local_search(self.score, best, sizes, room, self.evaluations, self.seed).levels
+        return baselines.local_search(self.score, best, sizes, room, self.evaluations, self.seed).levels
 
     def accuracy(self, model: nn.Module) -> float:
         """On the test images."""

@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks import jobs, runs
+from benchmarks import runs
 from benchmarks.experiments import cooperation_report
-from benchmarks.statistics import seeds_interval
+from benchmarks.results.statistics import seeds_interval
+from benchmarks.runner import processes as jobs
 from cost.files import write_text
 from experts import data
 from experts.checkpoints import load_model, save_model
 from experts.losses import diversity_loss
 from experts.network import MoENetwork, NetworkSettings, train_network
-from moe_envs.threads import one_thread
+from moe_envs.core.threads import one_thread
 
 EPOCHS = {"digits": (30, 32), "fashion-mnist": (8, 128)}  # and batch size
 EXPERTS, LAYERS, BATCH = 8, 2, 256

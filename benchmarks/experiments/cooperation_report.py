@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from benchmarks.report import markdown_header, markdown_row
+from benchmarks.results.tables import markdown_header, markdown_row
 from cost.files import write_text
 from experts import bundle, data
 from experts.checkpoints import load_model

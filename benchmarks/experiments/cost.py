@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import runs
 from benchmarks.experiments import cost_report
-from benchmarks.statistics import median_interval
+from benchmarks.results.statistics import median_interval
 from cost.files import write_text
 from cost.monitor import Monitor
 from cost.profile import Profile

@@ -35,7 +35,7 @@ from experts.hybrid import HybridSettings, train_hybrid
 from experts.model import MoEClassifier
 from experts.reference_bundles import SETTINGS
 from experts.training import TrainingSettings, train
-from moe_envs.routing_tables import RoutingTables, deal
+from moe_envs.routing.tables import RoutingTables, deal
 
 BATCHES = 1000
 Result = dict[str, Any]

@@ -1,6 +1,6 @@
 """What is a policy that was trained on profiled costs worth when the experts are really run and timed?
 
-PPO is trained and the yardsticks are tuned on this machine's profile, as in `routing`; then all of them play the same
+PPO is trained and the baselines are tuned on this machine's profile, as in `routing`; then all of them play the same
 test batches twice, paid by the profile and paid live, in blocks by turns, with nothing else running.
 """
 
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks import report, runs
+from benchmarks import runs
 from benchmarks.experiments import routing
-from benchmarks.statistics import mean_interval, paired_difference
+from benchmarks.results import tables as report
+from benchmarks.results.statistics import mean_interval, paired_difference
 from cost.files import write_text
 
 LIVE_ENV = "moe_envs:MoERoutingLive-v0"
@@ -42,7 +43,7 @@ def run(
     frame = _play(_policies(cost_weight, seeds, out, arguments), arguments, add_task("playing under both costs"))
     result: Result = {"rows": summarise(frame), "cost_weight": cost_weight, "seeds": seeds, "bundle": bundle}
     result["episodes"] = BLOCKS * EPISODES_A_BLOCK
-    result["ppo_less_best_yardstick"] = compare(frame, trained["summary"][0]["best_yardstick"])
+    result["ppo_less_best_baseline"] = compare(frame, trained["summary"][0]["best_baseline"])
     result |= runs.provenance()
     write_text(out / "live.json", json.dumps(result, indent=1))
     frame.to_csv(out / "live.csv", index=False)
@@ -73,11 +74,11 @@ def summarise(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["live"])
 
 
-def compare(frame: pd.DataFrame, yardstick: str) -> dict[str, Any]:
-    """PPO less the yardstick that was best on validation under the profile, under either cost."""
-    found: dict[str, Any] = {"yardstick": yardstick}
+def compare(frame: pd.DataFrame, baseline: str) -> dict[str, Any]:
+    """PPO less the baseline that was best on validation under the profile, under either cost."""
+    found: dict[str, Any] = {"baseline": baseline}
     for costs in ("machine", "live"):
-        ours, theirs = (_table(frame[frame["policy"] == name], costs, "return") for name in ("PPO", yardstick))
+        ours, theirs = (_table(frame[frame["policy"] == name], costs, "return") for name in ("PPO", baseline))
         difference, interval = paired_difference(ours, theirs[0])
         found[costs] = {"difference": difference, "ci95": list(interval)}
     return found
@@ -93,9 +94,9 @@ def tables(result: Result) -> list[Any]:
         difference = f"{row['difference']:+.4f} ({low:+.4f} .. {high:+.4f})"
         figures = f"{row['machine']:.4f}", f"{row['live']:.4f}", difference, f"{row['time_ratio_of_means']:.2f}"
         drawn.add_row(row["policy"], *figures, style=report.STYLES[row["kind"]])
-    gains = result["ppo_less_best_yardstick"]
+    gains = result["ppo_less_best_baseline"]
     lines = [
-        f"PPO less {gains['yardstick']}, {costs}: {gains[costs]['difference']:+.4f} "
+        f"PPO less {gains['baseline']}, {costs}: {gains[costs]['difference']:+.4f} "
         f"({gains[costs]['ci95'][0]:+.4f} .. {gains[costs]['ci95'][1]:+.4f})"
         for costs in ("machine", "live")
     ]
@@ -125,10 +126,10 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
 def _policies(
     cost_weight: float, seeds: list[int], out: Path, arguments: dict[str, Any]
 ) -> list[tuple[str, str, int, Any]]:
-    from agents.yardsticks.routing import yardsticks
+    from agents.baselines.routing import baselines
 
     learned = [("PPO", "learned", seed, runs.load(out / f"ppo-{cost_weight:g}-seed{seed}")[0]) for seed in seeds]
-    tuned = yardsticks(routing.ENV, **arguments, costs="machine")
+    tuned = baselines(routing.ENV, **arguments, costs="machine")
     return [*learned, *((name, policy.kind, 0, policy) for name, policy in tuned.items() if name != "random")]
 
 

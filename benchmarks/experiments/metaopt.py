@@ -16,15 +16,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from agents.baselines.metaopt import ID, SCHEDULES, Found, Heuristic, RandomActions, Round, Settings, search, trainings
+from agents.baselines.metaopt_bound import beam_search
 from agents.ppo import PPO
-from agents.yardsticks.metaopt import ID, SCHEDULES, Found, Heuristic, RandomActions, Round, Settings, search, trainings
-from agents.yardsticks.metaopt_bound import beam_search
-from benchmarks import jobs, policies, runs
-from benchmarks.statistics import mean_interval, paired_difference
+from benchmarks import policies, runs
+from benchmarks.results.statistics import mean_interval, paired_difference
+from benchmarks.runner import processes as jobs
 from cost.files import write_text
-from experts import tasks
-from moe_envs import profiles
-from moe_envs.metaopt_signals import DECAYS
+from experts import profiles, tasks
+from moe_envs.metaopt.signals import DECAYS
 
 FIRST_TEST_SEED = 10**6
 ROUNDS = (Round(48, 8), Round(12, 32), Round(4, 128))  # 1,280 trainings for each schedule
@@ -107,7 +107,7 @@ def run(
         judged = [
             pool.submit(learnt, env_kwargs, seed, each["path"], contexts, starts) for seed, each in enumerate(learned)
         ]
-        judged += [pool.submit(_yardstick, *each, contexts, env_kwargs) for each in _yardsticks(found, starts)]
+        judged += [pool.submit(_baseline, *each, contexts, env_kwargs) for each in _baselines(found, starts)]
         tables = jobs.gather(judged, add_task("judging them"))
         few = min(contexts, SEARCHED_CONTEXTS)
         searching = [pool.submit(look_ahead, env_kwargs, learned[0]["path"], start, few) for start in starts.values()]
@@ -135,7 +135,7 @@ def run(
     return result
 
 
-def _yardsticks(found: dict[str, Found], starts: Any) -> list[tuple[str, str, Settings | None, Any]]:
+def _baselines(found: dict[str, Found], starts: Any) -> list[tuple[str, str, Settings | None, Any]]:
     """Names, those of the policies, their settings, starts."""
     random, given = ({name: starts[name]} for name in ("random rate", "tuned rate"))
     todo: list[tuple[str, str, Settings | None, Any]] = [(name, name, None, random) for name in SCHEDULES]
@@ -144,7 +144,7 @@ def _yardsticks(found: dict[str, Found], starts: Any) -> list[tuple[str, str, Se
     return todo + [(name, name.split(",")[0], each.settings, given) for name, each in found.items()]
 
 
-def _yardstick(
+def _baseline(
     name: str, kind: str, settings: Settings | None, start: Any, contexts: int, env_kwargs: dict[str, Any]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     others: dict[str, Callable[[], Any]] = {"random actions": RandomActions, "rules": Heuristic}

@@ -1,4 +1,4 @@
-"""How long until a learner beats the best yardstick of MoERouting-v0 on validation? CPU seconds, ours and SB3's PPO.
+"""How long until a learner beats the best baseline of MoERouting-v0 on validation? CPU seconds, ours and SB3's PPO.
 
 Both train with their tuned settings and are judged at the same steps, on the same validation episodes; the seconds of
 judging are not counted.
@@ -61,12 +61,12 @@ def train(backend: str, seed: int, target: float) -> Row:
 
 def run(seeds: int, out: Path, jobs: int, report: Callable[[float], object]) -> Row:
     """All trainings; writes race.json."""
-    from agents.yardsticks.routing import yardsticks
+    from agents.baselines.routing import baselines
 
     targets = {
         name: float(evaluate(policy, ROUTING, EPISODES, split="validation", cost_weight=COST_WEIGHT)["return"].mean())
-        for name, policy in yardsticks(ROUTING, cost_weight=COST_WEIGHT).items()
-        if getattr(policy, "kind", "") == "yardstick"
+        for name, policy in baselines(ROUTING, cost_weight=COST_WEIGHT).items()
+        if getattr(policy, "kind", "") == "baseline"
     }
     best = max(targets, key=targets.__getitem__)
     rows: list[Row] = []
@@ -75,7 +75,7 @@ def run(seeds: int, out: Path, jobs: int, report: Callable[[float], object]) -> 
         for future in as_completed([pool.submit(train, *each) for each in todo]):
             rows.append(future.result())
             report(len(rows) / len(todo))
-    result = {"yardstick": best, "target": targets[best], "rows": rows, "settings": tuned.settings("ppo", ROUTING)}
+    result = {"baseline": best, "target": targets[best], "rows": rows, "settings": tuned.settings("ppo", ROUTING)}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "race.json", json.dumps(result | runs.provenance(), indent=1))
     return result

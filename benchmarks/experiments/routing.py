@@ -1,6 +1,6 @@
-"""Does a learned router earn its keep? PPO on MoERouting-v0 against every yardstick and the exact bound, on test data.
+"""Does a learned router earn its keep? PPO on MoERouting-v0 against every baseline and the exact bound, on test data.
 
-Learners train on `rl_train`; their weights, every yardstick's parameters and the best yardstick are chosen on
+Learners train on `rl_train`; their weights, every baseline's parameters and the best baseline are chosen on
 `validation`; all figures are of `test`, of episodes that are the same for every policy.
 """
 
@@ -17,8 +17,10 @@ import numpy as np
 import pandas as pd
 
 from agents import tuned
-from benchmarks import pareto, report, runs
-from benchmarks.statistics import paired_difference
+from benchmarks import runs
+from benchmarks.results import pareto
+from benchmarks.results import tables as report
+from benchmarks.results.statistics import paired_difference
 from cost.files import write_text
 
 ENV = "moe_envs:MoERouting-v0"
@@ -45,7 +47,7 @@ def run(
 
     Trainings that an earlier, interrupted call finished there, by the same commit and settings, are not repeated.
     """
-    from moe_envs import profiles
+    from experts import profiles
 
     fixed = {"bundle": bundle, "costs": costs, "action": action}
     profiles.prepare(bundle, costs)
@@ -58,9 +60,9 @@ def run(
             for index, (weight, seed, kwargs) in enumerate(learners)
         ]
         groups = [cost_weights[start::jobs] for start in range(min(jobs, len(cost_weights)))]
-        rules = [pool.submit(_yardsticks, fixed, group) for group in groups]
+        rules = [pool.submit(_baselines, fixed, group) for group in groups]
         names = [f"PPO, cost weight {weight:g}, seed {seed}" for weight, seed, _ in learners]
-        names += [f"yardsticks, cost weights {', '.join(f'{weight:g}' for weight in group)}" for group in groups]
+        names += [f"baselines, cost weights {', '.join(f'{weight:g}' for weight in group)}" for group in groups]
         _watch(pool, [*trainings, *rules], shares, [add_task(name) for name in names])
         scored = [item for future in (*trainings, *rules) for item in future.result()]
     result: Result = {"rows": [row for row, _ in scored], "summary": summarise(scored, cost_weights)}
@@ -71,24 +73,24 @@ def run(
 
 
 def summarise(scored: list[tuple[dict[str, Any], Returns]], cost_weights: list[float]) -> list[dict[str, Any]]:
-    """For each cost weight: the yardstick best on validation, the paired difference, and the share of the way from
-    that yardstick to the bound; marks the chosen yardstick's row."""
+    """For each cost weight: the baseline best on validation, the paired difference, and the share of the way from
+    that baseline to the bound; marks the chosen baseline's row."""
     summary = []
     for weight in cost_weights:
         here = [item for item in scored if item[0]["cost_weight"] == weight]
-        best = max((i for i in here if i[0]["kind"] == "yardstick"), key=lambda item: item[1]["validation"].mean())
+        best = max((i for i in here if i[0]["kind"] == "baseline"), key=lambda item: item[1]["validation"].mean())
         bound = next(item for item in here if item[0]["kind"] == "bound")
         ours = np.stack([returns["test"] for row, returns in here if row["kind"] == "learned"])
         best[0]["chosen"] = True
         difference, interval = paired_difference(ours, best[1]["test"])
         gap = float(bound[1]["test"].mean() - best[1]["test"].mean())
-        strongest = max((i for i in here if i[0]["kind"] == "yardstick"), key=lambda item: item[1]["test"].mean())
+        strongest = max((i for i in here if i[0]["kind"] == "baseline"), key=lambda item: item[1]["test"].mean())
         summary.append(
             {
                 "cost_weight": weight,
                 "ppo": float(ours.mean()),
-                "best_yardstick": best[0]["policy"],
-                "best_yardstick_return": best[0]["return"],
+                "best_baseline": best[0]["policy"],
+                "best_baseline_return": best[0]["return"],
                 "difference": difference,
                 "ci95": list(interval),
                 "seeds_above": int((ours.mean(1) > best[1]["test"].mean()).sum()),
@@ -113,14 +115,14 @@ def tables(result: Result) -> list[Any]:
         for weight in weights
     ]
     one = ", one training seed" if result["summary"][0]["seeds"] == 1 else ""
-    columns = ("λ", "PPO", "best yardstick", "gain", "95 %", "seeds", "way")
-    summary = report.plain_table(f"PPO less the yardstick best on validation, on test{one}", *columns)
+    columns = ("λ", "PPO", "best baseline", "gain", "95 %", "seeds", "way")
+    summary = report.plain_table(f"PPO less the baseline best on validation, on test{one}", *columns)
     for entry in result["summary"]:
         low, high = entry["ci95"]
         summary.add_row(
             f"{entry['cost_weight']:g}",
             f"{entry['ppo']:.4f}",
-            entry["best_yardstick"],
+            entry["best_baseline"],
             f"{entry['difference']:+.4f}",
             f"{low:+.3f} .. {high:+.3f}",
             f"{entry['seeds_above']}/{entry['seeds']}",
@@ -130,7 +132,7 @@ def tables(result: Result) -> list[Any]:
         f"λ={e['cost_weight']:g} {e['best_on_test_in_hindsight']} {e['best_on_test_in_hindsight_return']:.4f}"
         for e in result["summary"]
     )
-    return [*drawn, summary, f"best yardstick on test in hindsight: {hindsight}", _hypervolumes(rows)]
+    return [*drawn, summary, f"best baseline on test in hindsight: {hindsight}", _hypervolumes(rows)]
 
 
 def _hypervolumes(rows: list[dict[str, Any]]) -> str:
@@ -138,7 +140,7 @@ def _hypervolumes(rows: list[dict[str, Any]]) -> str:
         kind: pareto.hypervolume(
             np.array([[r["cost"], r["quality"]] for r in rows if r["kind"] == kind]), "MoERouting-v0"
         )
-        for kind in ("learned", "yardstick", "bound")
+        for kind in ("learned", "baseline", "bound")
     }
     return "hypervolume of (cost, accuracy): " + ", ".join(f"{kind} {volume:.4f}" for kind, volume in volumes.items())
 
@@ -155,16 +157,16 @@ def _learned(
     return [_score(model, "PPO", "learned", seed, env_kwargs)]
 
 
-def _yardsticks(fixed: dict[str, Any], cost_weights: list[float]) -> list[tuple[dict[str, Any], Returns]]:
+def _baselines(fixed: dict[str, Any], cost_weights: list[float]) -> list[tuple[dict[str, Any], Returns]]:
     import torch
 
-    from agents.yardsticks.routing import Problem, fit_scorers, yardsticks
+    from agents.baselines.routing import Problem, baselines, fit_scorers
 
     torch.set_num_threads(1)
     scorers, scored = fit_scorers(Problem(ENV, **fixed)), []
     for weight in cost_weights:
         env_kwargs = fixed | {"cost_weight": weight}
-        tuned = yardsticks(ENV, scorers, **env_kwargs)
+        tuned = baselines(ENV, scorers, **env_kwargs)
         scored += [_score(policy, name, policy.kind, 0, env_kwargs) for name, policy in tuned.items()]
     return scored
 

@@ -17,9 +17,10 @@ import pandas as pd
 import torch
 
 from agents.ppo import PPO
-from benchmarks import jobs, runs
+from benchmarks import runs
 from benchmarks.experiments import metaopt
-from benchmarks.statistics import median_interval
+from benchmarks.results.statistics import median_interval
+from benchmarks.runner import processes as jobs
 from benchmarks.torch_training import (
     SCHEDULERS,
     Driver,

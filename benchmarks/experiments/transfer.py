@@ -15,10 +15,11 @@ from typing import Any
 import pandas as pd
 import torch
 
+from agents.baselines.metaopt import SCHEDULES, Round
 from agents.ppo import PPO
-from agents.yardsticks.metaopt import SCHEDULES, Round
-from benchmarks import jobs, policies, runs, torch_training
+from benchmarks import policies, runs, torch_training
 from benchmarks.experiments import metaopt
+from benchmarks.runner import processes as jobs
 from cost.files import write_text
 from experts import tasks
 

@@ -1,1 +1,1 @@
-"""A leaderboard for each environment: learners beside every yardstick and the bound, on test data."""
+"""A leaderboard for each environment: learners beside every baseline and the bound, on test data."""

@@ -1,7 +1,7 @@
 """What the leaderboards of all environments share: how learners are trained and watched, and how all are scored.
 
 A split is what one training learns: data, a model, a cost weight. It has one task or several, each with a score on
-validation and on test, more being better. Tasks of one unit are scored by their mean, and have one best yardstick: that
+validation and on test, more being better. Tasks of one unit are scored by their mean, and have one best baseline: that
 of the best mean on validation. Learners train on the training split, keep the weights that are best on validation, and
 are judged on test.
 """
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from agents import tuned
 from benchmarks import backends
 from benchmarks.leaderboards import report
-from benchmarks.leaderboards.scores import BOUND, YARDSTICKS, Row, Verdict, score
+from benchmarks.results.scores import BASELINES, BOUND, Row, Verdict, score
 
 SEEDS = (17, 42, 1337, 7, 11, 23, 101, 271, 977, 3001)
 LOOKS = 20  # at a training, unless the problem says otherwise
@@ -42,7 +42,7 @@ class Problem(Protocol):
     def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
         """What a learner is worth in each task of the split."""
 
-    def yardsticks(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
+    def baselines(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
         """What each rule that does not learn is worth in each task."""
 
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
@@ -56,7 +56,7 @@ class Problem(Protocol):
 
 
 class BoardSetup(BaseModel):
-    """`policy` is a learner of the board, `yardsticks` or `bound`; `timesteps`, `episodes` replace the usual."""
+    """`policy` is a learner of the board, `baselines` or `bound`; `timesteps`, `episodes` replace the usual."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -67,17 +67,17 @@ class BoardSetup(BaseModel):
     @model_validator(mode="after")
     def _without_effect(self) -> BoardSetup:
         """What has no effect on a row must not make it another one."""
-        if self.policy in (YARDSTICKS, BOUND):
+        if self.policy in (BASELINES, BOUND):
             self.timesteps = None
         return self
 
 
 class Leaderboard:
-    """An experiment of `benchmarks.runner`."""
+    """An experiment of `benchmarks.runner.runner`."""
 
     Setup = BoardSetup
     SEEDS = SEEDS
-    ONCE = (YARDSTICKS, BOUND)
+    ONCE = (BASELINES, BOUND)
 
     def __init__(
         self, problem: Problem, about: str, quick: tuple[str, ...], quick_without: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ class Leaderboard:
         """`quick` are the splits of a quick board, `quick_without` the learners that it does not have."""
         self.problem, self.about, self.quick = problem, about, quick
         self.SPLITS = tuple(problem.SPLITS)
-        self.SETTINGS = {name: {"policy": name} for name in (YARDSTICKS, BOUND, *problem.LEARNERS)}  # the longest first
+        self.SETTINGS = {name: {"policy": name} for name in (BASELINES, BOUND, *problem.LEARNERS)}  # the longest first
         self.quick_setups = {name: each for name, each in self.SETTINGS.items() if name not in quick_without}
 
     def once(self, setup: BoardSetup) -> bool:
@@ -93,9 +93,9 @@ class Leaderboard:
         return setup.policy in self.ONCE
 
     def measure(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> tuple[Row, Row]:
-        """A learner trained, watched and judged; or all yardsticks; or the bound."""
-        if setup.policy == YARDSTICKS:
-            found = self.problem.yardsticks(split, setup.episodes, folder)
+        """A learner trained, watched and judged; or all baselines; or the bound."""
+        if setup.policy == BASELINES:
+            found = self.problem.baselines(split, setup.episodes, folder)
             return {"policies": _plain(found)}, {}
         if setup.policy == BOUND:
             return {"policies": _plain({BOUND: self.problem.bound(split, setup.episodes, folder)})}, {}

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from agents.baselines import compression as rules
 from agents.deploy.compression import levels_of
-from agents.yardsticks import compression as rules
 from benchmarks.experiments import compression, compression_bound
 from benchmarks.leaderboards.board import Leaderboard
-from benchmarks.leaderboards.scores import Verdict
-from moe_envs.compression import SHARES
-from moe_envs.compression_tables import CompressionTables
+from benchmarks.results.scores import Verdict
+from moe_envs.compression.env import SHARES
+from moe_envs.compression.tables import CompressionTables
 
 SMALL = "digits-mlp, by layer"
 EVALUATIONS = 400  # of a search
@@ -45,9 +45,9 @@ class Compression:
         """The policy's plan for each budget, from sensitivities alone."""
         return self._verdicts(split, self._plans(policy, split))
 
-    def yardsticks(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
+    def baselines(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
         """Uniform levels, greedy, exact allocation, and searches of 400 evaluations for each model and budget."""
-        plans: dict[str, list[list[np.ndarray]]] = {name: [] for name in compression.YARDSTICKS}
+        plans: dict[str, list[list[np.ndarray]]] = {name: [] for name in compression.BASELINES}
         for model in self.SPLITS[split]["model"]:
             tables = self._tables(model, split, "train")
             rooms = [budget - tables.overhead for budget in self._budgets(model, split)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.yardsticks.metaopt import SCHEDULES, Heuristic, RandomActions, Round, Settings, search, trainings
+from agents.baselines.metaopt import SCHEDULES, Heuristic, RandomActions, Round, Settings, search, trainings
 from benchmarks import policies
 from benchmarks.experiments.metaopt import (
     BEAM,
@@ -19,9 +19,9 @@ from benchmarks.experiments.metaopt import (
     ROUNDS,
     SEARCHED_CONTEXTS,
 )
-from benchmarks.jobs import locked
 from benchmarks.leaderboards.board import SEEDS, Leaderboard
-from benchmarks.leaderboards.scores import Verdict
+from benchmarks.results.scores import Verdict
+from benchmarks.runner.processes import locked
 from cost.files import write_text
 
 CONTEXTS = {"validation": 128, "test": 256}
@@ -51,7 +51,7 @@ class MetaOpt:
         starts = self._starts(split, episodes, folder)
         return {f"{split}, {name}": self._verdict(policy, split, start, episodes) for name, start in starts.items()}
 
-    def yardsticks(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
+    def baselines(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
         """Schedules from the random rate; from the tuned one with settings that were searched on validation, the
         constant one's also for gate and experts apart; our rules; chance."""
         found: dict[str, dict[str, Verdict]] = {}
@@ -71,8 +71,8 @@ class MetaOpt:
 
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
         """What a beam search that sees the future finds on the first test contexts, setting out from a policy."""
+        from agents.baselines.metaopt_bound import beam_search
         from agents.ppo import PPO
-        from agents.yardsticks.metaopt_bound import beam_search
 
         few = None if episodes is None else 1024
         policy = PPO.load(policies.learn(self.SPLITS[split], SEEDS[0], few, folder / f"guide-{split}-{few}")["path"])

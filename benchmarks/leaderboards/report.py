@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.pareto import REFERENCE_POINTS
-from benchmarks.report import markdown_header, markdown_row
+from benchmarks.results.pareto import REFERENCE_POINTS
+from benchmarks.results.tables import markdown_header, markdown_row
 
 Row = dict[str, Any]
-COLOURS = {"learned": "tab:red", "yardstick": "tab:gray", "bound": "tab:green"}
+COLOURS = {"learned": "tab:red", "baseline": "tab:gray", "bound": "tab:green"}
 
 
 def text(result: Row, about: str) -> str:
@@ -22,12 +22,12 @@ def text(result: Row, about: str) -> str:
     lines = [f"# Leaderboard of {env}", "", about, "", *_unusual(result["settings"]), *_learners(result["rows"])]
     for task in result["tasks"]:
         lines += [f"## {task['task']}", "", *markdown_header(
-            "policy", "kind", "test", "95 % over seeds", "over the best yardstick", "validation", "quality", "cost",
+            "policy", "kind", "test", "95 % over seeds", "over the best baseline", "validation", "quality", "cost",
             "seeds",
         )]  # fmt: skip
         for row in sorted(task["policies"], key=lambda row: -row["test"]):
             name = f"**{row['policy']}**" if row["kind"] == "learned" else row["policy"]
-            name += " (best on validation)" if row["policy"] == task["best_yardstick"] else ""
+            name += " (best on validation)" if row["policy"] == task["best_baseline"] else ""
             numbers = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("validation", "quality", "cost"))
             lines.append(markdown_row(name, row["kind"], f"{row['test']:.4f}", _interval(row["test_ci95"], 4),
                                       _over(row), *numbers, str(row["seeds"])))  # fmt: skip
@@ -46,12 +46,12 @@ def text(result: Row, about: str) -> str:
 
 
 def summary(result: Row) -> list[str]:
-    """A line for each task: the yardstick that is best on validation, the learners, the bound, on test."""
+    """A line for each task: the baseline that is best on validation, the learners, the bound, on test."""
     learners = [row["policy"] for row in result["rows"]]
-    lines = markdown_header("task", "best yardstick", *learners, result["bound_is"])
+    lines = markdown_header("task", "best baseline", *learners, result["bound_is"])
     for task in result["tasks"]:
         found = {row["policy"]: row for row in task["policies"]}
-        cells = [f"{_test(found, task['best_yardstick'])}, {task['best_yardstick']}" if task["best_yardstick"] else ""]
+        cells = [f"{_test(found, task['best_baseline'])}, {task['best_baseline']}" if task["best_baseline"] else ""]
         cells += [_with_interval(found[name]) if name in found else "" for name in learners]
         lines.append(markdown_row(task["task"], *cells, _test(found, "bound")))
     said = [
@@ -59,7 +59,7 @@ def summary(result: Row) -> list[str]:
     ]
     seeds = " to ".join(map(str, sorted({row["seeds"] for row in result["rows"]})))
     about = f"{seeds} seeds, 95 % intervals over them." if seeds else ""
-    scores = f" Normalised scores, 0 the best yardstick, 1 the bound: {', '.join(said)}." if said else ""
+    scores = f" Normalised scores, 0 the best baseline, 1 the bound: {', '.join(said)}." if said else ""
     return [*lines, "", about + scores]
 
 
@@ -81,22 +81,22 @@ def _learners(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     return [
-        "Normalised score: 0 is the yardstick that is best on validation, 1 the bound, interquartile mean over seeds "
+        "Normalised score: 0 is the baseline that is best on validation, 1 the bound, interquartile mean over seeds "
         "and tasks, 95 % by a bootstrap that draws the seeds of each split, too narrow for a few seeds. Only tasks "
-        "with a bound above that yardstick have one. Improvement: probability that a training scores more than that "
-        "yardstick, over all tasks. Tasks of one unit count as one, by their mean. All policies meet the same test "
+        "with a bound above that baseline have one. Improvement: probability that a training scores more than that "
+        "baseline, over all tasks. Tasks of one unit count as one, by their mean. All policies meet the same test "
         "episodes; intervals are over trainings alone, not over episodes.", "",
-        *markdown_header("learner", "normalised", "95 %", "units, seeds", "improvement on the yardstick",
+        *markdown_header("learner", "normalised", "95 %", "units, seeds", "improvement on the baseline",
                          "on other learners"),
         *(
             markdown_row(
                 row["policy"], f"{row['iqm']:+.3f}" if "iqm" in row else "no bound", _interval(row.get("iqm_ci95"), 3),
-                f"{len(row['scored'])} of {row['of']}, {row['seeds']}", _share(row["over_yardstick"]),
+                f"{len(row['scored'])} of {row['of']}, {row['seeds']}", _share(row["over_baseline"]),
                 ", ".join(f"{other} {_share(share)}" for other, share in row["over"].items()),
             )
             for row in rows
         ), "",
-        "Training until validation was above the best yardstick's, medians of the seeds that got there, without the "
+        "Training until validation was above the best baseline's, medians of the seeds that got there, without the "
         "looking; wall seconds beside whatever else the machine ran.", "",
         *markdown_header("learner", "split", "seeds that got there", "steps", "CPU s", "wall s", "CPU s of the whole"),
         *(
@@ -123,7 +123,7 @@ def plot(frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
 
 
 def _curves(learned: pd.DataFrame, result: Row) -> Figure:
-    """Validation over steps: means over seeds, what they span, and the best yardstick."""
+    """Validation over steps: means over seeds, what they span, and the best baseline."""
     splits = list(dict.fromkeys(learned["split"]))
     figure = Figure((5 * len(splits), 4), layout="constrained")
     for panel, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
@@ -136,7 +136,7 @@ def _curves(learned: pd.DataFrame, result: Row) -> Figure:
             panel.fill_between(steps[0][:most], table.min(0), table.max(0), color=f"C{number}", alpha=0.15, lw=0)
         targets = {each["target"] for row in result["rows"] for each in row["beats"] if each["split"] == split}
         for target in targets:
-            panel.axhline(target, color="grey", ls="--", label="best yardstick")
+            panel.axhline(target, color="grey", ls="--", label="best baseline")
         panel.set(title=split, xlabel="steps", ylabel="score on validation")
         panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
@@ -155,7 +155,7 @@ def _scores(result: Row) -> Figure:
     for panel, task in zip(panels, tasks, strict=False):
         rows = sorted(task["policies"], key=lambda row: row["test"])
         ends = [row["test"] for row in rows[len(rows) // 2 :]]
-        ends += [end for row in rows if row["kind"] != "yardstick" for end in (row["test"], *row["test_ci95"])]
+        ends += [end for row in rows if row["kind"] != "baseline" for end in (row["test"], *row["test_ci95"])]
         margin = 0.08 * (np.nanmax(ends) - np.nanmin(ends)) or 0.1
         left = np.nanmin(ends) - margin
         for place, row in enumerate(rows):

@@ -7,7 +7,7 @@ from typing import Any
 
 from agents.evaluate import evaluate
 from benchmarks.leaderboards.board import Leaderboard
-from benchmarks.leaderboards.scores import Verdict
+from benchmarks.results.scores import Verdict
 
 EPISODES = {"validation": 1000, "test": 2000}
 FIRST_SEED = 10_000
@@ -35,17 +35,17 @@ class Routing:
         found = (float(test[column].mean()) for column in ("return", "quality", "cost"))
         return {split: Verdict(self.watched(policy, split, episodes, folder), *found)}
 
-    def yardsticks(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
-        """Every yardstick, tuned on validation."""
-        from agents.yardsticks.routing import yardsticks
+    def baselines(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
+        """Every baseline, tuned on validation."""
+        from agents.baselines.routing import baselines
 
-        tuned = yardsticks(self.ID, **self.SPLITS[split])
-        rules = {name: policy for name, policy in tuned.items() if policy.kind == "yardstick"}
+        tuned = baselines(self.ID, **self.SPLITS[split])
+        rules = {name: policy for name, policy in tuned.items() if policy.kind == "baseline"}
         return {name: self.judged(policy, split, episodes, folder) for name, policy in rules.items()}
 
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
         """The exact bound."""
-        from agents.yardsticks.routing import Oracle
+        from agents.baselines.routing import Oracle
 
         return self.judged(Oracle(), split, episodes, folder)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from agents import PPO
-from agents.meta_optimizer import PolicyMetaOptimizer, gate_metrics
+from agents.deploy.metaopt import PolicyMetaOptimizer, gate_metrics
 from experts import data
 from experts.model import MoEClassifier
 

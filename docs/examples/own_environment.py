@@ -1,7 +1,7 @@
 """An environment of one's own: ask the gate's first expert, and the next only while that is worth what it costs."""
 
 import sys
-from typing import Any
+from typing import Any, Unpack
 
 import gymnasium
 import numpy as np
@@ -10,12 +10,11 @@ from scipy.special import softmax
 
 from agents import PPO
 from agents.evaluate import evaluate
-from cost.model import Cost, CostModel, RelativeCost
+from cost.model import Cost, CostModel
 from experts import bundle as bundles
-from moe_envs import profiles
-from moe_envs.batched import BatchedEnv, Outcome, SingleEnv
-from moe_envs.reward import Reward
-from moe_envs.spaces import layout
+from experts import profiles
+from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
+from moe_envs.core.spaces import layout
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
 
@@ -32,18 +31,15 @@ class CascadeVectorEnv(BatchedEnv):
         bundle: str = "digits",
         split: str = "rl_train",
         cost_weight: float = 0.2,
-        **more: Any,
+        **face: Unpack[Face],
     ) -> None:
         loaded = bundles.load(bundle)
         tables, costs = loaded.split(split), CostModel.from_profile(profiles.select(loaded, "reference"))
         one = costs.fixed + costs.slope  # [E, 3]: s, B, J of an expert for one input
         top_2 = np.argsort(-loaded.split("rl_train").gate_logits, axis=1)[:, :2]
         reference = one[top_2].sum(1).mean(0)
-        relative = RelativeCost(Cost(*reference.tolist()), Cost(1 / 3, 1 / 3, 1 / 3))
         order = np.argsort(-tables.gate_logits, axis=1)  # [N, E]
-        self.experts, paid = order.shape[1], one[order]
-        costs_first = [relative(*np.moveaxis(paid, -1, 0))[..., None], paid, np.zeros((*order.shape, 1))]
-        self.terms = np.concatenate([*costs_first, -paid / reference], axis=-1)  # [N, E, 8], see `Outcome`
+        self.experts, self.paid = order.shape[1], one[order]  # [N, E, 3], by how many were asked
         odds = np.exp(np.take_along_axis(tables.gate_logits, order, axis=1))[..., None]
         logits = np.take_along_axis(tables.logits, order[..., None], axis=1)
         mixed = np.cumsum(odds * logits, axis=1) / np.cumsum(odds, axis=1)  # [N, E, classes]
@@ -51,7 +47,8 @@ class CascadeVectorEnv(BatchedEnv):
         self.sure = np.pad(shares, ((0, 0), (1, 0)))  # [N, E + 1], by how many were asked
         self.right = np.pad(mixed.argmax(-1) == tables.labels[:, None], ((0, 0), (1, 0)))
         parts = layout([("confidence", 1, 0, 1, "of the experts asked so far"), ("asked", 1, 0, 1, "share of them")])
-        super().__init__(num_envs, parts, spaces.Discrete(2), Reward(cost_weight, relative), **more)
+        reward = Reward.of(cost_weight, Cost(*reference.tolist()), Cost(1 / 3, 1 / 3, 1 / 3))
+        super().__init__(num_envs, parts, spaces.Discrete(2), reward, **face)
         self._input, self._asked = np.zeros((2, num_envs), dtype=np.int64)
 
     def _begin(self, rows: np.ndarray) -> None:
@@ -59,11 +56,11 @@ class CascadeVectorEnv(BatchedEnv):
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         asks = (actions == 1) & (self._asked < self.experts)
-        terms = self.terms[self._input, self._asked.clip(max=self.experts - 1)] * asks[:, None]
+        cost = self.paid[self._input, self._asked.clip(max=self.experts - 1)] * asks[:, None]
         self._asked = self._asked + asks
         ended = ~asks | (self._asked == self.experts)
-        terms[:, 4] = ended & self.right[self._input, self._asked]  # quality: right when the answer is given
-        return Outcome(terms, ended, {"cascade/asked": self._asked.copy()})
+        quality = (ended & self.right[self._input, self._asked]).astype(np.float64)  # when the answer is given
+        return Outcome(quality, cost, ended, {"cascade/asked": self._asked.copy()})
 
     def _observe(self) -> np.ndarray:
         sure = self.sure[self._input, self._asked]
@@ -78,7 +75,7 @@ class CascadeEnv(SingleEnv):
 
 
 class Threshold:
-    """The yardstick: ask while the confidence is below a threshold, at most so many."""
+    """The baseline: ask while the confidence is below a threshold, at most so many."""
 
     def __init__(self, least: float, most: int) -> None:
         self.least, self.most = least, most

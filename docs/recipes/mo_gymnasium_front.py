@@ -9,7 +9,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import moe_envs  # noqa: F401, registers the environments
-from benchmarks import pareto
+from benchmarks.results import pareto
 
 ID, ROWS = "mo-moe-routing-v0", 16
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000

@@ -14,6 +14,7 @@ from experts.compression import lowrank, prune, quantize
 from experts.compression.packing import CompressedLayer
 
 Shape = tuple[int, int]
+KINDS = ("conv", "linear", "gate", "expert in", "expert out")  # of matrices
 
 
 class Level(NamedTuple):

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from agents import PPO
-from agents.meta_optimizer import HeuristicMetaOptimizer, MetaOptimizer, PolicyMetaOptimizer, gate_metrics
+from agents.deploy.metaopt import HeuristicMetaOptimizer, MetaOptimizer, PolicyMetaOptimizer, gate_metrics
 from experts import tasks
 from experts.model import MoEClassifier
-from moe_envs.metaopt_signals import apply, observe
+from moe_envs.metaopt.signals import apply, observe
 
 ID = "moe_envs:MoEMetaOpt-v0"
 

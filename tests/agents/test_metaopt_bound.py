@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.yardsticks.metaopt import KEEP
-from agents.yardsticks.metaopt_bound import ACTIONS, beam_search
-from moe_envs.metaopt import MoEMetaOptEnv
+from agents.baselines.metaopt import KEEP
+from agents.baselines.metaopt_bound import ACTIONS, beam_search
+from moe_envs.metaopt.env import MoEMetaOptEnv
 
 EASY: dict[str, Any] = {"initial_rate": 0.02, "target": 0.85, "max_actions": 6, "steps_per_action": 8}
 

@@ -109,8 +109,8 @@ def test_keep_best_ends_with_the_weights_best_on_validation() -> None:
 
 def test_ppo_learns_to_route_better_than_the_gate() -> None:
     """40,000 steps on digits: far above the gate's top-1, and cheaper, on validation."""
+    from agents.baselines.routing import Problem, _top_m
     from agents.evaluate import evaluate
-    from agents.yardsticks.routing import Problem, _top_m
 
     kwargs: dict[str, Any] = {"bundle": "digits", "cost_weight": 0.4}
     settings = tuned.settings("ppo", ID, n_envs=32, batch_size=256)

@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import metaopt_commands, speed  # noqa: F401, the first registers commands
-from benchmarks.commands import benchmark_app
-from benchmarks.experiments import jax_ppo, learners
+from benchmarks.cli.benchmark import benchmark_app
+from benchmarks.experiments import learners
+from benchmarks.speed import jax_ppo
 
 LONG = pytest.mark.skipif("MOE_ENVS_LONG" not in os.environ, reason="minutes")
 ROUTING = "moe_envs:MoERouting-v0"
@@ -42,7 +43,7 @@ def test_those_that_train_and_judge(tmp_path: Path) -> None:
     shown = said(
         "routing", "--cost-weights", "0.4", "--seeds", "1", "--bundle", "digits", "--timesteps", "4096", "--out", out
     )
-    assert "PPO less the yardstick best on validation" in shown
+    assert "PPO less the baseline best on validation" in shown
 
 
 @LONG

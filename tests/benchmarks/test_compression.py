@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks.commands import benchmark_app
-from benchmarks.compression_commands import compress_app
+from benchmarks.cli.benchmark import benchmark_app
+from benchmarks.cli.compress import compress_app
 from benchmarks.experiments import boundary_pruning, compression, compression_methods, shared_core
 from experts import data, reference_models
 from experts.compression.pieces import pieces
@@ -136,7 +136,7 @@ def test_a_learned_policy_beside_searches(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["kind"], row["budget"], row["policy"]): row for row in content["rows"]}
     budgets = compression.budgets_of(MODEL)
-    assert {key[2] for key in rows} == {*compression.VARIANTS, "PPO, best of 3", *compression.YARDSTICKS}
+    assert {key[2] for key in rows} == {*compression.VARIANTS, "PPO, best of 3", *compression.BASELINES}
     assert {key[:2] for key in rows} == {(kind, budget) for kind in ("known", "held out") for budget in budgets}
     assert rows["known", budgets[0], "greedy"]["points"] > rows["known", budgets[0], "uniform"]["points"]
     plan = tmp_path / "plan.json"

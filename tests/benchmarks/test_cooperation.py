@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import moe_layer
-from benchmarks.commands import benchmark_app
+from benchmarks.cli.benchmark import benchmark_app
 from benchmarks.experiments import cooperation
-from benchmarks.statistics import seeds_interval
+from benchmarks.results.statistics import seeds_interval
+from benchmarks.speed import layer as moe_layer
 from experts import data
 from experts.checkpoints import load_model
 from experts.network import MoENetwork

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.experiments import cost, cost_report
-from benchmarks.statistics import median_interval
+from benchmarks.results.statistics import median_interval
 from cost.normalize import BOUND
 from experts.data import load
 

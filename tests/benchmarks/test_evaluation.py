@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pareto, runner
 from benchmarks.evaluation import experiment, measures
 from benchmarks.evaluation.corruptions import KINDS, corrupt, digest
 from benchmarks.evaluation.setups import Setup, make
-from benchmarks.matrix import Matrix
-from benchmarks.rows import read
+from benchmarks.results import pareto
+from benchmarks.runner import runner
+from benchmarks.runner.matrix import Matrix
+from benchmarks.runner.rows import read
 from experts import data
 from experts.compression.plan import Plan
 

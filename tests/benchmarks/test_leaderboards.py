@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import backends, runner, runner_commands  # noqa: F401, it registers commands
-from benchmarks.commands import benchmark_app
+from benchmarks import backends
+from benchmarks.cli.benchmark import benchmark_app
 from benchmarks.leaderboards import report
 from benchmarks.leaderboards.board import SEEDS, _Watch
 from benchmarks.leaderboards.routing import BOARD
-from benchmarks.matrix import Matrix, RunnerError, experiment_of, jobs_of
-from benchmarks.rows import Row, read
+from benchmarks.runner import runner
+from benchmarks.runner.matrix import Matrix, RunnerError, experiment_of, jobs_of
+from benchmarks.runner.rows import Row, read
 
 
 def verdicts(**tasks: tuple[float, float]) -> dict[str, dict[str, float]]:
@@ -38,7 +39,7 @@ def frame() -> pd.DataFrame:
     ]  # fmt: skip
     rules = {"good": verdicts(easy=(0.7, 0.6), hard=(0.4, 0.3)), "lucky": verdicts(easy=(0.5, 0.7), hard=(0.5, 0.2))}
     rows += [
-        {"setup": "yardsticks", "policy": "yardsticks", "seed": 0, "policies": rules},
+        {"setup": "baselines", "policy": "baselines", "seed": 0, "policies": rules},
         {"setup": "bound", "policy": "bound", "seed": 0, "policies": {"bound": verdicts(easy=(1, 1.0), hard=(1, 0.8))}},
     ]
     return pd.DataFrame([{"split": "both", **row} for row in rows])
@@ -46,7 +47,7 @@ def frame() -> pd.DataFrame:
 
 def test_scores_by_hand(tmp_path: Path) -> None:
     result = BOARD.score(frame())
-    assert [(task["task"], task["best_yardstick"], task["bound"]) for task in result["tasks"]] == [
+    assert [(task["task"], task["best_baseline"], task["bound"]) for task in result["tasks"]] == [
         ("easy", "good", 1.0), ("hard", "lucky", 0.8),
     ]  # fmt: skip
     (row,) = result["rows"]
@@ -55,7 +56,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     both = np.sort(np.concatenate([easy, hard]))
     assert row["iqm"] == pytest.approx(both[1:5].mean())
     assert row["iqm_ci95"][0] < row["iqm"] < row["iqm_ci95"][1]
-    assert (row["over_yardstick"], row["over"], row["seeds"]) == (1.0, {}, 3)
+    assert (row["over_baseline"], row["over"], row["seeds"]) == (1.0, {}, 3)
     assert (row["scored"], row["of"]) == (["easy", "hard"], 2)
     (beats,) = row["beats"]
     about = {"split": "both", "target": 0.6, "seeds": 2, "of": 3, "whole_cpu_s": 3.0}
@@ -66,7 +67,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     t, error = 4.303, 0.1 / 3**0.5  # Student's t of 2 degrees of freedom; 0.8, 0.9 and 0.7
     assert ppo["test_ci95"] == (pytest.approx(0.8 - t * error, abs=1e-3), pytest.approx(0.8 + t * error, abs=1e-3))
     text = BOARD.text(result)
-    assert "| good (best on validation) | yardstick | 0.6000 |" in text
+    assert "| good (best on validation) | baseline | 0.6000 |" in text
     assert "| PPO | both | 2 of 3 | 200 | 2.5 | 4.0 | 3.0 |" in text
     assert BOARD.plot(frame(), result, tmp_path) == ["curves.png", "scores.png"]
 
@@ -79,7 +80,7 @@ def test_seeds_that_are_missing_in_a_task_do_not_hinder() -> None:
     assert row["seeds"] == 2
 
 
-def test_a_task_whose_yardstick_is_at_the_bound_is_counted_out_and_said() -> None:
+def test_a_task_whose_baseline_is_at_the_bound_is_counted_out_and_said() -> None:
     rows = frame()
     rows.loc[4, "policies"]["bound"]["hard"]["test"] = 0.2
     result = BOARD.score(rows)
@@ -98,20 +99,20 @@ def test_what_is_compared_with_a_bound_is_of_its_episodes() -> None:
     assert BOARD.score(rows)["rows"][0]["normalized"][0] == pytest.approx((1.0 + 0.75 + 0.25) / 3)
 
 
-def test_of_equal_yardsticks_the_stronger_rule_is_named() -> None:
+def test_of_equal_baselines_the_stronger_rule_is_named() -> None:
     rows = frame()
     for name in ("good", "lucky"):
         rows.loc[3, "policies"][name]["easy"]["validation"] = 0.7
-    assert BOARD.score(rows)["tasks"][0]["best_yardstick"] == "lucky"
+    assert BOARD.score(rows)["tasks"][0]["best_baseline"] == "lucky"
 
 
 def test_what_has_no_bound_does_not_count() -> None:
     rows = frame()
     result = BOARD.score(rows[rows["setup"] != "bound"])
     (row,) = result["rows"]
-    assert (row["scored"], "iqm" in row, row["over_yardstick"], row["seeds"]) == ([], False, 1.0, 3)
+    assert (row["scored"], "iqm" in row, row["over_baseline"], row["seeds"]) == ([], False, 1.0, 3)
     assert "no bound" in BOARD.text(result)
-    alone = BOARD.score(rows[rows["setup"] == "yardsticks"])
+    alone = BOARD.score(rows[rows["setup"] == "baselines"])
     assert alone["rows"] == []
     assert "good (best on validation)" in BOARD.text(alone)
 
@@ -139,26 +140,26 @@ def test_the_weights_best_on_validation_are_kept(sign: int, backend: str) -> Non
     assert (np.diff([look.cpu for look in watch.curve]) > 0).all()
 
 
-def test_yardsticks_and_bound_are_run_once() -> None:
+def test_baselines_and_bound_are_run_once() -> None:
     every = jobs_of(Matrix(experiment="MoERouting-v0"))
     assert {job.seed for job in every} == set(SEEDS)
     short = jobs_of(Matrix(experiment="MoERouting-v0", settings={"timesteps": 9}))
     assert {job.key for job in every} & {job.key for job in short} == {
-        job.key for job in every if job.setup in ("yardsticks", "bound")
+        job.key for job in every if job.setup in ("baselines", "bound")
     }
     counts = {name: sum(job.setup == name for job in every) for name in BOARD.SETTINGS}
-    assert counts == {"PPO": 40, "REINFORCE": 40, "SB3 PPO": 40, "yardsticks": 4, "bound": 4}
+    assert counts == {"PPO": 40, "REINFORCE": 40, "SB3 PPO": 40, "baselines": 4, "bound": 4}
 
 
 def test_what_is_run_once_goes_by_the_policy() -> None:
-    named = {"rules": {"policy": "yardsticks"}, "bound": {"policy": "PPO"}}
+    named = {"rules": {"policy": "baselines"}, "bound": {"policy": "PPO"}}
     planned = jobs_of(Matrix(experiment="MoEMetaOpt-v0", seeds=[1, 2], splits=["digits"], setups=named))
     assert [(job.setup, job.seed) for job in planned] == [("rules", 1), ("bound", 1), ("bound", 2)]
 
 
 @pytest.mark.parametrize("name", ["lucky", "bound"])
 def test_a_learner_may_be_named_like_a_rule(name: str) -> None:
-    plain, like = BOARD.score(frame()), BOARD.score(frame().assign(setup=[name] * 3 + ["yardsticks", "bound"]))
+    plain, like = BOARD.score(frame()), BOARD.score(frame().assign(setup=[name] * 3 + ["baselines", "bound"]))
     (row,), (other,) = plain["rows"], like["rows"]
     assert other == {**row, "policy": f"{name}, learned"}
     assert [task["bound"] for task in like["tasks"]] == [task["bound"] for task in plain["tasks"]]
@@ -168,7 +169,7 @@ def test_tasks_of_a_unit_are_scored_by_their_mean(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(type(BOARD.problem), "unit", lambda self, task: "both")
     rows = frame()
     result = BOARD.score(rows)
-    assert [task["best_yardstick"] for task in result["tasks"]] == ["good", "good"]  # 0.55 and 0.5 on validation
+    assert [task["best_baseline"] for task in result["tasks"]] == ["good", "good"]  # 0.55 and 0.5 on validation
     (row,) = result["rows"]
     assert (row["scored"], row["of"]) == (["both"], 1)
     means = np.array([0.8 + 0.5, 0.9 + 0.4, 0.7 + 0.6]) / 2  # of 0.45, which good has, to 0.9
@@ -183,7 +184,7 @@ def test_a_summary_has_a_line_for_each_task() -> None:
         "| hard | 0.200, lucky | 0.500 (0.252 .. 0.748) | 0.800 |",
     ]  # fmt: skip
     assert lines[-1].startswith(
-        "3 seeds, 95 % intervals over them. Normalised scores, 0 the best yardstick, 1 the bound: "
+        "3 seeds, 95 % intervals over them. Normalised scores, 0 the best baseline, 1 the bound: "
     )
     for few in (frame()[2:], frame()[:3], frame()[3:], frame()[:1]):  # one seed; no rules; no learner; one row
         result = BOARD.score(few.reset_index(drop=True))

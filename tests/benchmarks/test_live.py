@@ -20,7 +20,7 @@ def frame() -> pd.DataFrame:
     for name, kind, seed, gain in (
         ("PPO", "learned", 0, 0.1),
         ("PPO", "learned", 1, 0.3),
-        ("rule", "yardstick", 0, 0.0),
+        ("rule", "baseline", 0, 0.0),
     ):
         for costs, less, factor in (("machine", 0.0, 1.0), ("live", 0.05, 1.5)):
             for episode in range(4):
@@ -46,7 +46,7 @@ def test_played_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr(live, "BLOCKS", 2)
     monkeypatch.setattr(live, "EPISODES_A_BLOCK", 5)
     played = live._play(
-        [("first", "yardstick", 0, First())], {"bundle": "digits", "cost_weight": 0.2}, lambda share: None
+        [("first", "baseline", 0, First())], {"bundle": "digits", "cost_weight": 0.2}, lambda share: None
     )
     assert len(played) == 2 * 2 * 5
     by_costs = {costs: rows.reset_index() for costs, rows in played.groupby("costs")}
@@ -54,7 +54,7 @@ def test_played_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert (by_costs["live"]["cost/time"] != by_costs["machine"]["cost/time"]).all()
     (row,) = live.summarise(played)
     assert 0.3 < row["time_ratio_median"] < 30
-    result = {"rows": [row], "cost_weight": 0.2, "ppo_less_best_yardstick": live.compare(frame(), "rule")}
+    result = {"rows": [row], "cost_weight": 0.2, "ppo_less_best_baseline": live.compare(frame(), "rule")}
     assert "PPO less rule, live: +0.2000" in live.tables(result)[-1]
     live.plot(pd.concat([played, frame()]), tmp_path / "live.png")
     assert (tmp_path / "live.png").read_bytes().startswith(b"\x89PNG")

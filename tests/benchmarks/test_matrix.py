@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.matrix import Matrix, RunnerError, jobs_of, load_matrix
+from benchmarks.runner.matrix import Matrix, RunnerError, jobs_of, load_matrix
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from benchmarks.matrix import Matrix, RunnerError, jobs_of, load_matrix
         ("experiment: models\nseeds: []", "seeds: List should have at least 1"),
         ("experiment: nothing", "no experiment 'nothing'; there are models"),
         ("experiment: no.such", "No module named 'no'"),
-        ("experiment: benchmarks.pareto", "it has no Setup, SETTINGS"),
+        ("experiment: benchmarks.results.pareto", "it has no Setup, SETTINGS"),
         ("experiment: models\nseeds: [-1]", "seeds.0: Input should be greater"),
         ("experiment: models\nsetups: {a: {k: 1}, a: {k: 2}}", "'a' is named twice"),
         ("experiment: models\nsplits: [shift-3]", "splits must have test"),

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from agents.yardsticks.metaopt import Round
+from agents.baselines.metaopt import Round
+from benchmarks.cli.metaopt import benchmark_app
 from benchmarks.experiments import metaopt
-from benchmarks.metaopt_commands import benchmark_app
 
 
 class Here(ThreadPoolExecutor):

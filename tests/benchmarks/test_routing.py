@@ -1,4 +1,4 @@
-"""The experiment behind the demo, small: real trainings, real yardsticks, a result file and a picture."""
+"""The experiment behind the demo, small: real trainings, real baselines, a result file and a picture."""
 
 import json
 from pathlib import Path
@@ -24,11 +24,11 @@ def test_the_experiment_writes_rows_summary_and_picture(tmp_path: Path) -> None:
     assert (kinds.count("learned"), kinds.count("bound")) == (2, 1)
     (summary,) = written["summary"]
     chosen = [row for row in written["rows"] if row.get("chosen")]
-    assert [row["policy"] for row in chosen] == [summary["best_yardstick"]]
+    assert [row["policy"] for row in chosen] == [summary["best_baseline"]]
     ours = np.mean([row["return"] for row in written["rows"] if row["kind"] == "learned"])
     assert summary["difference"] == pytest.approx(ours - chosen[0]["return"])
     assert summary["ci95"][0] < summary["difference"] < summary["ci95"][1]
-    way = summary["difference"] / (summary["bound"] - summary["best_yardstick_return"])
+    way = summary["difference"] / (summary["bound"] - summary["best_baseline_return"])
     assert summary["share_of_way_to_bound"] == pytest.approx(way)
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "ppo-0.3-seed1" / "policy.safetensors").exists()

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from benchmarks import jobs, runner
-from benchmarks.matrix import Matrix, RunnerError, jobs_of, load_matrix
-from benchmarks.rows import read
+from benchmarks.runner import processes as jobs
+from benchmarks.runner import runner
+from benchmarks.runner.matrix import Matrix, RunnerError, jobs_of, load_matrix
+from benchmarks.runner.rows import read
 
 KILLS = int(os.environ.get("MOE_ENVS_KILLS", "6"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_runner.py
 pytestmark = pytest.mark.usefixtures("tiny")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import runner, runner_commands  # noqa: F401, it registers commands
-from benchmarks.commands import benchmark_app
-from benchmarks.matrix import EXPERIMENTS, Matrix, RunnerError
-from benchmarks.rows import read
+from benchmarks.cli.benchmark import benchmark_app
+from benchmarks.runner import runner
+from benchmarks.runner.matrix import EXPERIMENTS, Matrix, RunnerError
+from benchmarks.runner.rows import read
 
 pytestmark = pytest.mark.usefixtures("tiny")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks import pareto
-from benchmarks.statistics import (
+from benchmarks.results import pareto
+from benchmarks.results.statistics import (
     bootstrap_interval,
     iqm,
     mean_interval,
@@ -33,7 +33,7 @@ def test_probability_of_improvement_counts_pairs() -> None:
     assert probability_of_improvement(ours[:, :1], np.array([[0.0], [4.0]])) == 0.5
 
 
-def test_normalized_score_is_0_at_the_yardstick_and_1_at_the_bound() -> None:
+def test_normalized_score_is_0_at_the_baseline_and_1_at_the_bound() -> None:
     assert normalized_score(np.array([0.7, 0.8, 0.9]), 0.7, 0.9) == pytest.approx([0, 0.5, 1])
     assert np.isnan(normalized_score(0.7, 0.7, 0.7))
 

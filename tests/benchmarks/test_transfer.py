@@ -13,10 +13,12 @@ import torch
 from typer.testing import CliRunner
 
 from agents import PPO
-from agents.yardsticks.metaopt import Round
-from benchmarks import jobs, torch_training
-from benchmarks.experiments import sgd_env, torch_loop, transfer
-from benchmarks.metaopt_commands import benchmark_app
+from agents.baselines.metaopt import Round
+from benchmarks import torch_training
+from benchmarks.cli.metaopt import benchmark_app
+from benchmarks.experiments import torch_loop, transfer
+from benchmarks.runner import processes as jobs
+from benchmarks.speed import dacbench as sgd_env
 from experts import tasks
 
 SMALL: dict[str, Any] = {"n_envs": 4, "n_steps": 8, "batch_size": 32}

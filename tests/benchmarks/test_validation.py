@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import runner
-from benchmarks.matrix import EXPERIMENTS, Matrix, RunnerError
-from benchmarks.rows import read
-from benchmarks.validation import validate
+from benchmarks.runner import runner
+from benchmarks.runner.matrix import EXPERIMENTS, Matrix, RunnerError
+from benchmarks.runner.rows import read
+from benchmarks.runner.validate import validate
 
 pytestmark = pytest.mark.usefixtures("tiny")
 

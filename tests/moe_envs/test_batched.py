@@ -1,7 +1,7 @@
 """The two faces on the smallest problem there is: count to three, a unit of cost for each action 1."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import gymnasium
 import numpy as np
@@ -10,20 +10,17 @@ from gymnasium import spaces
 from gymnasium.error import InvalidAction
 
 from cost.model import Cost, RelativeCost
-from moe_envs.batched import BatchedEnv, Outcome, SingleEnv
-from moe_envs.reward import Reward
-from moe_envs.spaces import layout
+from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv
+from moe_envs.core.spaces import layout
 
 
 class CountingVectorEnv(BatchedEnv):
     STATE: ClassVar[tuple[str, ...]] = ("count", "start")
 
-    def __init__(
-        self, num_envs: int = 1, autoreset_mode: str = "NextStep", max_episode_steps: int | None = None
-    ) -> None:
+    def __init__(self, num_envs: int = 1, **face: Unpack[Face]) -> None:
         parts = layout([("count", 1, 0, 4, "steps so far"), ("start", 1, 0, 9, "a draw")])
         reward = Reward(0.5, RelativeCost(Cost(2, 2, 2), Cost(1, 0, 0)))
-        super().__init__(num_envs, parts, spaces.Discrete(2), reward, autoreset_mode, max_episode_steps)
+        super().__init__(num_envs, parts, spaces.Discrete(2), reward, **face)
         self.count, self.start = np.zeros((2, num_envs), dtype=np.int64)
 
     def _begin(self, rows: np.ndarray) -> None:
@@ -31,9 +28,9 @@ class CountingVectorEnv(BatchedEnv):
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         self.count += 1
-        terms = np.zeros((self.num_envs, 8))
-        terms[:, 0], terms[:, 1], terms[:, 4], terms[:, 5] = actions / 2, actions, 1, -actions / 2
-        return Outcome(terms, self.count >= 3, {})
+        cost = np.zeros((self.num_envs, 3))
+        cost[:, 0] = actions
+        return Outcome(np.ones(self.num_envs), cost, self.count >= 3, {})
 
     def _observe(self) -> np.ndarray:
         return np.stack([np.minimum(self.count, 3), self.start], axis=1).astype(np.float32)
@@ -45,7 +42,7 @@ class CountingEnv(SingleEnv):
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
 def test_faces_are_equal(mode: str, assert_same: Callable[[Any, Any], None]) -> None:
-    native = CountingVectorEnv(4, mode)
+    native = CountingVectorEnv(4, autoreset_mode=mode)
     single = gymnasium.vector.SyncVectorEnv([CountingEnv] * 4, autoreset_mode=mode)
     assert_same(native.reset(seed=[3, None, 5, 6])[0][[0, 2, 3]], single.reset(seed=[3, None, 5, 6])[0][[0, 2, 3]])
     assert_same(native.reset(seed=3), single.reset(seed=3))
@@ -72,7 +69,7 @@ def test_numbers_by_hand() -> None:
 
 
 def test_the_vector_cuts_episodes_by_itself() -> None:
-    env = CountingVectorEnv(2, "SameStep", max_episode_steps=2)
+    env = CountingVectorEnv(2, autoreset_mode="SameStep", max_episode_steps=2)
     env.reset(seed=0)
     _, _, terminated, truncated, _ = env.step(np.array([0, 0]))
     assert not truncated.any()
@@ -83,7 +80,7 @@ def test_the_vector_cuts_episodes_by_itself() -> None:
 
 
 def test_rows_have_draws_of_their_own() -> None:
-    many, alone = CountingVectorEnv(3, "SameStep"), CountingVectorEnv(1, "SameStep")
+    many, alone = CountingVectorEnv(3, autoreset_mode="SameStep"), CountingVectorEnv(1, autoreset_mode="SameStep")
     first, second = [many.reset(seed=7)[0][1, 1]], [alone.reset(seed=8)[0][0, 1]]
     for _ in range(60):
         first.append(many.step(np.zeros(3, dtype=np.int64))[0][1, 1])

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 
-from agents.yardsticks import compression as yardsticks
+from agents.baselines import compression as baselines
 from experts import reference_models
 from experts.compression import LEVELS, size_of
 from experts.compression.pieces import pieces
 from experts.compression.plan import Plan
-from moe_envs.compression_tables import halves
+from moe_envs.compression.tables import halves
 
 ID, MODEL = "moe_envs:MoECompression-v0", "digits-mlp"
 
@@ -117,7 +117,7 @@ def test_suggested_plans_are_next_to_the_exact_allocation() -> None:
     for _ in range(5):
         _, total, _ = walk(env, suggested)
         room = int(env.vector.budget[0]) - tables.overhead
-        best = yardsticks.exact(tables.sizes, tables.gains[0], room)
+        best = baselines.exact(tables.sizes, tables.gains[0], room)
         bound = float(tables.gains[0][range(18), best].sum())
         assert bound - 0.05 < total <= bound + 1e-9
 

@@ -15,8 +15,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from torch import nn
 
 from cost.timing import torch_threads
-from experts import bundle
-from moe_envs import profiles
+from experts import bundle, profiles
 
 LIVE, BATCH = "moe_envs:MoERoutingLive-v0", 8
 KWARGS: dict[str, Any] = {"bundle": "digits", "batch_size": BATCH}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_envs.metaopt_signals import DECAYS, RATES
+from moe_envs.metaopt.signals import DECAYS, RATES
 
 ID = "moe_envs:MoEMetaOpt-v0"
 KEEP = np.array([1, 1, 1, 1])

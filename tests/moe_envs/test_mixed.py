@@ -8,7 +8,7 @@ import pytest
 from gymnasium.error import InvalidAction
 from gymnasium.vector import AutoresetMode
 
-from moe_envs.mixed import MixedVectorEnv
+from moe_envs.core.mixed import MixedVectorEnv
 
 ID = "moe_envs:MoEMetaOpt-v0"
 

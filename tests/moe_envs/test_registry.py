@@ -26,37 +26,14 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-from moe_envs import ENVIRONMENTS
+from moe_envs import SPECS
 
-IDS = [f"moe_envs:{name}" for name in ENVIRONMENTS]
-REPEATABLE = [f"moe_envs:{name}" for name, spec in ENVIRONMENTS.items() if not spec.get("nondeterministic")]
+IDS = [f"moe_envs:{name}" for name in SPECS]
+REPEATABLE = [f"moe_envs:{name}" for name, spec in SPECS.items() if not spec.nondeterministic]
 HEADINGS = ["Description", "Action Space", "Observation Space", "Rewards", "Starting State", "Episode End", "Arguments"]
-SMALL: dict[str, dict[str, Any]] = {
-    "moe_envs:MoERouting-v0": {"bundle": "digits"},
-    "moe_envs:MoERoutingLive-v0": {"bundle": "digits"},
-    "moe_envs:MoEMetaOpt-v0": {"task": "digits", "steps_per_action": 1},
-    "moe_envs:MoECompression-v0": {"model": "digits-mlp"},
-}
-SHORT: dict[str, dict[str, Any]] = {  # episodes of four steps
-    "moe_envs:MoERouting-v0": {"batch_size": 4},
-    "moe_envs:MoERoutingLive-v0": {"batch_size": 4},
-    "moe_envs:MoEMetaOpt-v0": {"max_actions": 4},
-    "moe_envs:MoECompression-v0": {"granularity": "layer"},
-}
-LENGTHS = {
-    "moe_envs:MoERouting-v0": 32, "moe_envs:MoERoutingLive-v0": 32, "moe_envs:MoEMetaOpt-v0": 30,
-    "moe_envs:MoECompression-v0": 18,
-}  # fmt: skip
-VARIANTS = [
-    ("moe_envs:MoERouting-v0", {"bundle": "digits", "batch_size": 8, "action": action})
-    for action in ("expert", "subset", "top-m")
-] + [
-    ("moe_envs:MoEMetaOpt-v0", {"max_actions": 8, "steps_per_action": 2, **more})
-    for more in ({}, {"scales": (0.2, 5.0), "undo": False, "initial_rate": (0.1, 0.3), "widths": (3, 8)})
-] + [
-    ("moe_envs:MoECompression-v0", {"model": "digits-mlp", **more})
-    for more in ({}, {"shaped": True, "quality": "loss", "budget": 20_000}, {"evaluation": "additive"})
-]  # fmt: skip
+SMALL = {f"moe_envs:{name}": dict(spec.small) for name, spec in SPECS.items()}
+SHORT = {f"moe_envs:{name}": dict(spec.short) for name, spec in SPECS.items()}  # episodes of four steps
+VARIANTS = [(f"moe_envs:{name}", {**spec.small, **more}) for name, spec in SPECS.items() for more in spec.variants]
 MODES = [mode.value for mode in AutoresetMode]
 
 each_variant = pytest.mark.parametrize(("env_id", "kwargs"), VARIANTS, ids=lambda value: str(value))
@@ -257,12 +234,12 @@ def test_steps_outside_an_episode_are_refused(env_id: str) -> None:
 def test_reward_is_recomputed_from_info(env_id: str) -> None:
     env = make(env_id, cost_weight=0.3, time_weight=0.2, memory_weight=0.5, energy_weight=0.3)
     env.reset(seed=0)
-    for _ in range(LENGTHS[env_id]):
+    terminated = False
+    while not terminated:
         _, reward, terminated, _, info = env.step(env.action_space.sample())
         assert reward == pytest.approx(info["reward/quality"] - 0.3 * info["reward/cost"], abs=1e-15)
         weights = np.array([1, 0.3 * 0.2, 0.3 * 0.5, 0.3 * 0.3])
         assert reward == pytest.approx(info["vector_reward"] @ weights, abs=1e-15)
-    assert terminated
 
 
 @each_id
@@ -279,6 +256,16 @@ def test_observations_lie_in_bounds_and_nothing_returned_changes_later(
         kept.append(returned)
         copies.append(copy.deepcopy(returned))
     assert_same(kept, copies)
+
+
+@each_id
+def test_render_without_a_mode_warns_as_gymnasiums_environments_do(env_id: str) -> None:
+    env = make(env_id)
+    env.reset(seed=0)
+    with pytest.warns(UserWarning, match="without specifying any render mode"):
+        assert env.unwrapped.render() is None
+    with pytest.raises(ValueError, match="a vector environment does not render"):
+        gymnasium.make_vec(env_id, 2, vectorization_mode="vector_entry_point", render_mode="rgb_array", **SMALL[env_id])
 
 
 @each_id
@@ -322,8 +309,8 @@ def test_table_of_parts_is_the_live_observation(env_id: str) -> None:
 def test_table_of_arguments_has_the_live_defaults(env_id: str) -> None:
     env: Any = make(env_id).unwrapped
     parameters = inspect.signature(type(env.vector).__init__).parameters
-    shared = {"self", "num_envs", "autoreset_mode", "max_episode_steps", "unknown"}
-    live = {name: each.default for name, each in parameters.items() if name not in shared}
+    live = {name: each.default for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+    live["render_mode"] = None
     lines = [(re.findall(r"`(\w+)`", names), said) for names, said, _ in tables(env_id, "argument")]
     assert [name for names, _ in lines for name in names] == [*live]
     for names, said in lines:

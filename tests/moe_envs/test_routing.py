@@ -10,7 +10,7 @@ import pytest
 from cost.model import Cost, CostModel
 from cost.profile import Profile
 from experts import bundle
-from moe_envs.routing_tables import deal
+from moe_envs.routing.tables import deal
 
 ID = "moe_envs:MoERouting-v0"
 
@@ -129,7 +129,7 @@ def test_pictures_show_what_was_chosen() -> None:
 
 def test_machine_costs_are_measured_once_and_refused_elsewhere(own_cache: Path) -> None:
     from cost.profile import ProfileError
-    from moe_envs import profiles
+    from experts import profiles
 
     loaded = bundle.load("digits")
     first = gymnasium.make(ID, bundle="digits", costs="machine").unwrapped

@@ -1,0 +1,218 @@
+"""Baselines for MoEMetaOpt-v0: schedules as everyone uses them, and a search for their settings.
+
+They set the rates of the trainings that they watch, so that none is held back by the actions of the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import pandas as pd
+from gymnasium.vector import AutoresetMode
+
+from agents.deploy.metaopt import Rules
+from agents.evaluate import play
+from moe_envs.metaopt.env import INITIAL_RATES, MoEMetaOptVectorEnv
+from moe_envs.metaopt.signals import DECAYS, RATES
+
+ID = "moe_envs:MoEMetaOpt-v0"
+KEEP = np.array([1, 1, 1, 1])
+WARM_UP, START_SHARE, END_SHARE = 0.3, 1 / 25, 1e-4  # of one-cycle (Smith & Topin 2018), as torch's OneCycleLR
+PATIENCE = 3
+ROWS = 256  # trainings that a search has side by side
+
+
+class Settings(NamedTuple):
+    """Learning rates `[n, 2]` and places of the weight decays on the ladder `[n, 2]`, for gate and experts."""
+
+    rates: np.ndarray
+    ladder: np.ndarray
+
+
+def constant(progress: np.ndarray) -> np.ndarray:
+    return np.ones_like(progress)
+
+
+def linear(progress: np.ndarray) -> np.ndarray:
+    return 1 - progress
+
+
+def cosine(progress: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (1 + np.cos(np.pi * progress)) / 2
+    return found
+
+
+def one_cycle(progress: np.ndarray) -> np.ndarray:
+    rise = START_SHARE + (1 - START_SHARE) * (1 - np.cos(np.pi * progress / WARM_UP)) / 2
+    fall = END_SHARE + (1 - END_SHARE) * (1 + np.cos(np.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
+    return np.where(progress < WARM_UP, rise, fall)
+
+
+class Schedule:
+    """Learning rates times a shape over the training, in all rows of the environment it watches.
+
+    Without `settings` each training goes by the rates that it began with, which its context drew.
+    """
+
+    kind = "baseline"
+
+    def __init__(self, shape: Callable[[np.ndarray], np.ndarray] = constant, settings: Settings | None = None) -> None:
+        self.shape, self.settings = shape, settings
+
+    def watch(self, env: MoEMetaOptVectorEnv) -> None:
+        """Take hold of the trainings of an environment."""
+        self.env, self._first = env, np.zeros((env.num_envs, 2))
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Set the rates; the action changes nothing more."""
+        env, begun = self.env, self.env.taken == 0
+        self._first[begun] = env.training.rates[begun]
+        if self.settings is not None:
+            self._first[begun] = np.broadcast_to(self.settings.rates, self._first.shape)[begun]
+            env.ladder = np.broadcast_to(self.settings.ladder, env.ladder.shape).copy()
+        rates = self._first * self.factor(begun)[:, None]
+        env.training.set(np.clip(rates, *RATES), DECAYS[env.ladder])
+        return np.tile(KEEP, (len(observation), 1)), state
+
+    def factor(self, begun: np.ndarray) -> np.ndarray:
+        """What the first rates are multiplied by now, `[n]`."""
+        return self.shape(self.env.taken / self.env.max_actions)
+
+
+class Plateau(Schedule):
+    """Halves the rates when the validation loss has not fallen for three validations (torch's ReduceLROnPlateau)."""
+
+    def watch(self, env: MoEMetaOptVectorEnv) -> None:
+        """Take hold of the trainings of an environment."""
+        super().watch(env)
+        self._factor, self._best, self._waited = (
+            np.ones(env.num_envs),
+            np.full(env.num_envs, np.inf),
+            np.zeros(env.num_envs),
+        )
+
+    def factor(self, begun: np.ndarray) -> np.ndarray:
+        """1, halved for each plateau so far."""
+        loss = self.env.validation_loss
+        self._factor[begun], self._best[begun], self._waited[begun] = 1.0, np.inf, 0
+        better = loss < self._best
+        self._waited = np.where(better, 0, self._waited + 1)
+        self._best = np.minimum(self._best, loss)
+        plateau = self._waited >= PATIENCE
+        self._factor[plateau] /= 2
+        self._waited[plateau] = 0
+        return self._factor
+
+
+class Heuristic(Schedule):
+    """`agents.deploy.metaopt.Rules` in every row, from the rates that its context drew."""
+
+    def watch(self, env: MoEMetaOptVectorEnv) -> None:
+        """Take hold of the trainings of an environment."""
+        super().watch(env)
+        self._rules = [Rules() for _ in range(env.num_envs)]
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Set the rates and decays; the action changes nothing more."""
+        env, norms = self.env, self.env.training.weight_norms()
+        rates, ladder = env.training.rates.copy(), env.ladder.copy()
+        for row, rules in enumerate(self._rules):
+            if env.taken[row] == 0:
+                rules = self._rules[row] = Rules()
+            metrics = {"validation_loss": env.validation_loss[row], "gate_entropy": env.gate_entropy[row]}
+            rates[row], ladder[row] = rules(metrics, rates[row], ladder[row], norms[row])
+        env.ladder = ladder
+        env.training.set(rates, DECAYS[ladder])
+        return np.tile(KEEP, (len(observation), 1)), state
+
+
+class RandomActions:
+    """Any action, from a generator of its own."""
+
+    kind = "baseline"
+
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = np.random.default_rng(seed)
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Drawn actions."""
+        return self._generator.integers(0, 3, (len(observation), 4)), state
+
+
+SCHEDULES: dict[str, Callable[[Settings | None], Schedule]] = {
+    "constant": lambda settings: Schedule(constant, settings),
+    "linear": lambda settings: Schedule(linear, settings),
+    "cosine": lambda settings: Schedule(cosine, settings),
+    "one-cycle": lambda settings: Schedule(one_cycle, settings),
+    "plateau": lambda settings: Plateau(settings=settings),
+}
+
+
+def trainings(policy: Any, seeds: Iterable[int], split: str, **env_kwargs: Any) -> pd.DataFrame:
+    """One training for each seed, in this order; columns of `agents.evaluate` and `steps`: decisions until the target,
+    one more than the largest number where it was not reached."""
+    if not isinstance(env_kwargs.get("task", ""), str):
+        raise ValueError(f"task={env_kwargs['task']!r}: baselines judge one task at a time")
+    seeds = list(seeds)
+    env = gymnasium.make_vec(
+        ID, len(seeds), "vector_entry_point", autoreset_mode=AutoresetMode.SAME_STEP.value, split=split, **env_kwargs
+    )
+    frame = play(policy, env, len(seeds), seeds)
+    arrived, most = frame["meta/arrived"] == 1, env.unwrapped.max_actions  # type: ignore[attr-defined]
+    return frame.assign(arrived=arrived, steps=frame["meta/actions"].where(arrived, most + 1))
+
+
+class Found(NamedTuple):
+    """The best settings of a search, their mean steps in its last round, and the decisions that all its trainings
+    took."""
+
+    settings: Settings
+    steps: float
+    decisions: int
+
+
+class Round(NamedTuple):
+    """A round of a search: so many of the best candidates, on so many contexts each."""
+
+    candidates: int
+    contexts: int
+
+
+def search(
+    make: Callable[[Settings | None], Schedule], groups: bool, rounds: Iterable[Round], seed: int = 0, **env_kwargs: Any
+) -> Found:
+    """Settings with the fewest mean steps on validation contexts: random candidates, of which the best go on to the
+    next round.
+
+    With `groups` gate and experts have settings of their own.
+    """
+    rounds = list(rounds)
+    generator, count = np.random.default_rng(seed), rounds[0].candidates
+    size = (count, 2 if groups else 1)
+    low, high = np.log([INITIAL_RATES[0], RATES[1]])
+    rates = np.exp(generator.uniform(low, high, size)) * np.ones(2)
+    ladder = generator.integers(len(DECAYS), size=size) * np.ones(2, dtype=np.int64)
+    steps, decisions = np.zeros(count), 0
+    for candidates, contexts in rounds:
+        best = np.argsort(steps, kind="stable")[:candidates]
+        rates, ladder = rates[best], ladder[best]
+        frames = []
+        for first in range(0, candidates, max(1, ROWS // contexts)):  # more rows at once would leave the caches
+            chunk = slice(first, first + max(1, ROWS // contexts))
+            settings = Settings(np.repeat(rates[chunk], contexts, 0), np.repeat(ladder[chunk], contexts, 0))
+            seeds = list(range(contexts)) * len(rates[chunk])
+            frames.append(trainings(make(settings), seeds, "validation", **env_kwargs))
+        frame = pd.concat(frames, ignore_index=True)
+        steps = frame["steps"].to_numpy().reshape(candidates, contexts).mean(1)
+        decisions += int(frame["meta/actions"].sum())
+    best_one = int(steps.argmin())
+    return Found(Settings(rates[best_one], ladder[best_one]), float(steps[best_one]), decisions)

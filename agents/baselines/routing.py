@@ -1,0 +1,320 @@
+"""Baselines for MoERouting-v0: the strongest simple rules known, tuned on validation, and the exact bound.
+
+All see what a learner sees, the observation, and know the costs. A scorer says how good subsets of experts are for an
+input: the gate itself, nearest neighbours, or a supervised predictor. A planner weighs scores against costs: greedily
+with the experts already paid, within a fixed pool of experts, or within a pool chosen for each batch. Subset codes have
+bit e set for expert e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from agents.baselines.supervised import Predictor, nearest_neighbours, probabilities, values
+from agents.evaluate import make_rows, play
+from moe_envs.routing.env import MoERoutingVectorEnv
+
+Rule = Callable[[np.ndarray], np.ndarray]  # observations [n, d] -> subset codes [n]
+Scorers = dict[str, list[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]]]
+
+TUNING_EPISODES = 1000
+POOL_BATCHES = 2000
+AMORTISATIONS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+TOP_P = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+NEIGHBOURS = (10, 50)
+
+
+class Baseline:
+    """A rule with SB3's `predict`; `env_kwargs` asks for subset actions where the environment's cannot express it."""
+
+    def __init__(self, rule: Rule, problem: Problem, single: bool, kind: str = "baseline") -> None:
+        self.rule, self.kind = rule, kind
+        self.action = problem.action if single and problem.action == "expert" else "subset"
+        self.env_kwargs = {} if self.action == problem.action else {"action": self.action}
+        self._experts = np.arange(problem.num_experts)
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Actions `[n, ...]` for observations `[n, d]`; one observation `[d]` gives one action."""
+        codes = self.rule(np.atleast_2d(observation))
+        members = codes[:, None] >> self._experts & 1
+        actions = members.argmax(1) if self.action == "expert" else members.astype(np.int8)
+        return (actions if observation.ndim == 2 else actions[0]), state
+
+
+class Problem:
+    """What the baselines know of an environment: layout, costs of subsets relative to the reference, and tables of the
+    splits `rl_train` (to fit) and `validation` (to choose)."""
+
+    def __init__(self, env_id: str, **env_kwargs: Any) -> None:
+        self.env_id, self.env_kwargs = env_id, {**env_kwargs, "split": "validation"}
+        train, validation = (
+            _vector_env(env_id, {**env_kwargs, "split": split}) for split in ("rl_train", "validation")
+        )
+        self._envs: dict[str, gymnasium.vector.VectorEnv[Any, Any, Any]] = {}
+        self.train, self.validation = train.tables, validation.tables
+        self.action, self.cost_weight = train.action, train.reward.cost_weight
+        self.num_experts, self.batch_size, self.layout = (
+            self.train.num_experts,
+            self.train.batch_size,
+            self.train.layout,
+        )
+        self.fixed = self.cost_weight * self.train.fixed[:, 0]
+        self.slope = self.cost_weight * self.train.slope[:, 0]
+        self.singles = 1 << np.arange(self.num_experts)
+        pairs = self.singles[:, None] | self.singles
+        self.pairs = np.unique(pairs)  # of one or two experts
+
+    def part(self, observation: np.ndarray, name: str) -> np.ndarray:
+        """A named part of observations, `[n, size]`."""
+        return observation[:, self.layout[name].slice]
+
+    def features(self, observation: np.ndarray) -> np.ndarray:
+        """The features of the present input, `[n, F]`."""
+        return self.part(observation, "features")
+
+    def input(self, observation: np.ndarray) -> np.ndarray:
+        """All that an observation says of the present input, `[n, F + E]`."""
+        return np.hstack([self.features(observation), self.part(observation, "gate_logits")])
+
+    def batch(self, observation: np.ndarray) -> np.ndarray:
+        """All that an observation says of the whole batch, `[n, E + F]`."""
+        return np.hstack([self.part(observation, "batch_gate"), self.part(observation, "batch_features")])
+
+    def used(self, observation: np.ndarray) -> np.ndarray:
+        """The code of the experts already paid, `[n]`."""
+        return (self.part(observation, "experts_used") > 0.5) @ self.singles
+
+    def remaining(self, observation: np.ndarray) -> np.ndarray:
+        """The share of the batch that is still to be answered, the present input included, `[n, 1]`."""
+        return 1 - self.part(observation, "progress")
+
+    def gate(self, observation: np.ndarray) -> np.ndarray:
+        """The gate's probabilities, `[n, E]`."""
+        odds = np.exp(self.part(observation, "gate_logits"))
+        return odds / odds.sum(1, keepdims=True)
+
+    def tune(self, candidates: list[tuple[Rule, bool]]) -> Baseline:
+        """The candidate of largest mean return on validation."""
+        baselines = [Baseline(rule, self, single) for rule, single in candidates]
+        if len(baselines) == 1:
+            return baselines[0]
+        return max(baselines, key=self.mean_return)
+
+    def mean_return(self, baseline: Baseline) -> float:
+        """The mean return over episodes of validation."""
+        if baseline.action not in self._envs:
+            arguments = {**self.env_kwargs, "action": baseline.action}
+            self._envs[baseline.action] = make_rows(self.env_id, TUNING_EPISODES, **arguments)
+        return float(play(baseline, self._envs[baseline.action], TUNING_EPISODES, seed=0)["return"].mean())
+
+
+class Planner:
+    """Scores `[n, K]` of candidate subsets `codes [K]` for each input, and rules that weigh them against costs."""
+
+    def __init__(self, problem: Problem, scorer: Rule, codes: np.ndarray) -> None:
+        self.problem, self.scorer, self.codes = problem, scorer, codes
+        self.single = bool((codes & (codes - 1) == 0).all())
+        tables = (problem.train, problem.validation)
+        self.gains = [scorer(t.seen[:-1]) / problem.batch_size - problem.slope[codes] for t in tables]
+
+    def worth(self, observation: np.ndarray) -> np.ndarray:
+        """What each candidate adds to the return, its fixed cost apart, `[n, K]`."""
+        return self.scorer(observation) / self.problem.batch_size - self.problem.slope[self.codes]
+
+    def greedy(self, amortisation: float, rising: bool) -> Rule:
+        """The most worth less a share of the fixed cost of experts not yet paid: constant, or rising to the whole as
+        fewer inputs remain to share it."""
+
+        def rule(observation: np.ndarray) -> np.ndarray:
+            new = self.codes & ~self.problem.used(observation)[:, None]
+            share = amortisation if not rising else np.minimum(1, amortisation / self.problem.remaining(observation))
+            return self.codes[(self.worth(observation) - share * self.problem.fixed[new]).argmax(1)]
+
+        return rule
+
+    def in_pool(self, worth: np.ndarray, pool: np.ndarray | int) -> np.ndarray:
+        """The candidate of most worth among those that a pool holds (a code, or one for each row), `[n]`."""
+        outside = self.codes & ~np.asarray(pool)[..., None] != 0
+        return self.codes[np.where(outside, -np.inf, worth).argmax(1)]
+
+    def fixed_pool(self) -> Rule:
+        """The pool of largest mean return on validation batches, for all batches."""
+        best = self.pool_returns(validation=True).mean(0).argmax() + 1
+        return lambda observation: self.in_pool(self.worth(observation), best)
+
+    def batch_pool(self) -> Rule:
+        """The pool of largest predicted return, by a regression from batch summaries to the returns of all pools."""
+        tables = (self.problem.train, self.problem.validation)
+        returns = self.pool_returns(validation=False), self.pool_returns(validation=True)
+        train, validation = ((t.summaries[: len(r)], r) for t, r in zip(tables, returns, strict=True))
+        predict = values(train, validation)
+        return lambda observation: self.in_pool(
+            self.worth(observation), predict(self.problem.batch(observation)).argmax(1) + 1
+        )
+
+    def pool_returns(self, validation: bool) -> np.ndarray:
+        """The true return of each batch (validation: of 2,000) under each pool 1..2^E - 1, `[batches, pools]`."""
+        tables, worth = (self.problem.validation, self.gains[1]) if validation else (self.problem.train, self.gains[0])
+        count = POOL_BATCHES if validation else len(tables.summaries)
+        batches = tables.deck[:-1].reshape(-1, tables.batch_size + 1)[:count, :-1]
+        inputs = np.arange(tables.num_inputs)
+        correct = tables.outcomes(inputs)
+        result = np.empty((count, 2**tables.num_experts - 1), dtype=np.float32)
+        for pool in range(1, 2**tables.num_experts):
+            codes = self.in_pool(worth, pool)
+            gain = correct[inputs, codes] / tables.batch_size - self.problem.slope[codes]
+            used = np.bitwise_or.reduce(codes[batches], axis=1)
+            result[:, pool - 1] = gain[batches].sum(1) - self.problem.fixed[used]
+        return result
+
+
+class Oracle:
+    """The exact bound: for each batch the plan of largest return over all subsets of experts, labels known."""
+
+    kind = "bound"
+    env_kwargs = {"action": "subset"}
+
+    def watch(self, env: MoERoutingVectorEnv) -> None:
+        """Look at the environment's batches and answers."""
+        tables, reward = env.tables, env.reward
+        self._env, self._tables = env, tables
+        self._fixed = reward.cost_weight * tables.fixed[:, 0]
+        self._slope = reward.cost_weight * tables.slope[:, 0]
+        self._plans = np.zeros((env.num_envs, tables.batch_size, tables.num_experts), dtype=np.int8)
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """The planned subsets `[n, E]`; plans are made where a batch begins."""
+        done = observation[:, self._tables.layout["progress"].slice].ravel()
+        position = np.rint(done * self._tables.batch_size).astype(np.int64)
+        for row in (position == 0).nonzero()[0]:
+            codes = self.plan(self._env.batch_inputs(row))
+            self._plans[row] = codes[:, None] >> np.arange(self._tables.num_experts) & 1
+        return self._plans[np.arange(len(position)), position], state
+
+    def plan(self, inputs: np.ndarray) -> np.ndarray:
+        """The subset code for each input `[B]` of a batch.
+
+        For every set P of experts paid, an input's best subset of P is found by a maximum over subsets, one expert
+        after another; then the P of largest sum less its fixed cost is taken.
+        """
+        best = self._tables.outcomes(inputs) / len(inputs) - self._slope
+        codes = np.tile(np.arange(best.shape[1]), (len(inputs), 1))
+        for expert in range(self._tables.num_experts):
+            inside = (np.arange(best.shape[1]) >> expert & 1).nonzero()[0]
+            without = inside ^ (1 << expert)
+            better = best[:, without] > best[:, inside]
+            best[:, inside] = np.where(better, best[:, without], best[:, inside])
+            codes[:, inside] = np.where(better, codes[:, without], codes[:, inside])
+        return codes[:, (best.sum(0) - self._fixed).argmax()]
+
+
+def baselines(env_id: str, scorers: Scorers | None = None, **env_kwargs: Any) -> dict[str, Baseline | Oracle]:
+    """All baselines of an environment by name, each the best of its family on validation, and the bound `oracle`.
+
+    `scorers`, which `fit_scorers` makes of the same bundle, saves fitting them again for another cost weight.
+    """
+    problem = Problem(env_id, **env_kwargs)
+    found: dict[str, Baseline | Oracle] = {"random": problem.tune([(_random(problem), True)])}
+    sizes = range(1, problem.num_experts + 1)
+    found |= {f"gate top-{m}": problem.tune([(_top_m(problem, m), m == 1)]) for m in sizes}
+    found["top-p"] = problem.tune([(_top_p(problem, p), False) for p in TOP_P])
+    found["confidence threshold"] = problem.tune([(_threshold(problem, c), False) for c in CONFIDENCES])
+    found["pool by batch gate"] = problem.tune([(_top_gates(problem, size), True) for size in sizes])
+    for name, family in (scorers or fit_scorers(problem)).items():
+        planners = [Planner(problem, scorer, codes) for scorer, codes in family]
+        shares = product(planners, AMORTISATIONS, (False, True))
+        greedy = [(p.greedy(share, rising), p.single) for p, share, rising in shares]
+        found[f"greedy ({name})"] = problem.tune(greedy)
+        found[f"fixed pool ({name})"] = problem.tune([(p.fixed_pool(), p.single) for p in planners])
+        found[f"batch pool ({name})"] = problem.tune([(p.batch_pool(), p.single) for p in planners])
+    return found | {"oracle": Oracle()}
+
+
+def fit_scorers(problem: Problem) -> Scorers:
+    """What says how good subsets are for an input, fitted on `rl_train`: by name, scorers and the codes they score."""
+    train, validation = (
+        (problem.input(t.seen[:-1]), t.outcomes(np.arange(t.num_inputs))) for t in (problem.train, problem.validation)
+    )
+    predict = probabilities(train, validation)
+    singles = problem.singles
+    neighbours = nearest_neighbours(problem.features(problem.train.seen[:-1]), train[1][:, singles], NEIGHBOURS)
+    predicted = ((partial(_scores, predict=predict, see=problem.input, codes=c), c) for c in (singles, problem.pairs))
+    return {
+        "gate": [(problem.gate, singles)],
+        "kNN": [(partial(_scores, predict=near, see=problem.features), singles) for near in neighbours],
+        "predictor": list(predicted),
+    }
+
+
+def _scores(
+    observation: np.ndarray, predict: Predictor, see: Rule, codes: np.ndarray | slice = slice(None)
+) -> np.ndarray:
+    return predict(see(observation))[:, codes]
+
+
+def _random(problem: Problem) -> Rule:
+    generator = np.random.default_rng(0)
+    return lambda observation: 1 << generator.integers(problem.num_experts, size=len(observation))
+
+
+def _top_m(problem: Problem, m: int) -> Rule:
+    return lambda observation: _largest(problem.gate(observation), np.full(len(observation), m))
+
+
+def _top_p(problem: Problem, p: float) -> Rule:
+    """The fewest experts whose gate probabilities sum to p."""
+
+    def rule(observation: np.ndarray) -> np.ndarray:
+        gate = problem.gate(observation)
+        before = np.sort(gate, axis=1)[:, ::-1].cumsum(axis=1)
+        return _largest(gate, np.minimum((before < p).sum(1) + 1, problem.num_experts))
+
+    return rule
+
+
+def _threshold(problem: Problem, confidence: float) -> Rule:
+    """One expert where the gate is confident, else two."""
+
+    def rule(observation: np.ndarray) -> np.ndarray:
+        gate = problem.gate(observation)
+        return _largest(gate, np.where(gate.max(1) >= confidence, 1, 2))
+
+    return rule
+
+
+def _top_gates(problem: Problem, size: int) -> Rule:
+    """The largest gate among the `size` experts of largest mean gate in the batch."""
+
+    def rule(observation: np.ndarray) -> np.ndarray:
+        pool = _largest(problem.part(observation, "batch_gate"), np.full(len(observation), size))
+        inside = pool[:, None] >> np.arange(problem.num_experts) & 1
+        return 1 << (problem.gate(observation) * inside).argmax(1)
+
+    return rule
+
+
+def _largest(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The code of the `counts [n]` largest of scores `[n, E]`."""
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return ((1 << order) * (np.arange(scores.shape[1]) < counts[:, None])).sum(1)
+
+
+def _vector_env(env_id: str, env_kwargs: dict[str, Any]) -> MoERoutingVectorEnv:
+    try:
+        env = gymnasium.make_vec(env_id, num_envs=1, vectorization_mode="vector_entry_point", **env_kwargs).unwrapped
+    except TypeError as error:  # another environment's constructor, which does not know our arguments
+        raise ValueError(f"{env_id} is not a routing environment: {error}") from error
+    if not isinstance(env, MoERoutingVectorEnv):
+        raise ValueError(f"{env_id} is not a routing environment; these baselines are for MoERouting-v0")
+    return env

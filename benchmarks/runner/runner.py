@@ -1,0 +1,249 @@
+"""The runs of a matrix, each made once and kept as one line of `raw.jsonl`.
+
+A line is appended under a lock by the process that made it: what is finished survives a kill, what a kill cut short is
+made again. When all are there, the lines are put into the order of the matrix, so that the file is the same in however
+many processes it was made, times aside. Reports are made from the lines alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from benchmarks import runs
+from benchmarks.runner import processes as jobs
+from benchmarks.runner.matrix import (
+    Experiment,
+    FailedRuns,
+    Job,
+    Matrix,
+    RunnerError,
+    experiment_of,
+    jobs_of,
+    load_matrix,
+)
+from benchmarks.runner.rows import RAW, Row, append, read, sort
+from cost.files import write_text
+
+MATRIX, RESULTS, REPORT, WORK = "matrix.json", "results.json", "report.md", "work"
+ATTEMPTS = 3
+MOST_FAILED = 0.05
+
+
+def run(
+    matrix: Matrix, out: Path, processes: int = 1, part: tuple[int, int] = (0, 1), only: Collection[str] = (),
+    report: Callable[[float], object] = lambda share: None,
+) -> int:  # fmt: skip
+    """Make the rows that are not there, in so many processes; how many were made. `part` (i, n) makes the i-th of n
+    parts only, `only` those of some setups.
+
+    A run that fails is tried twice more. Raises `FailedRuns`, with an overview in `failed-I-of-N.json`, where more than
+    5 % fail for good, at once, or any at the end; what is finished stays, and the same call goes on. Raises
+    `RunnerError` for a folder of another experiment.
+    """
+    every, failed = jobs_of(matrix), out / f"failed-{part[0]}-of-{part[1]}.json"
+    with _alone(out, part):
+        todo = left(matrix, out, part, only)
+        prepare(matrix, out)
+        failed.unlink(missing_ok=True)
+        failures = _work(todo, out, processes, MOST_FAILED * len(todo), failed, report) if todo else []
+        sort(out / RAW, every)
+    if failures:
+        raise FailedRuns(_overview(failures, len(todo), failed))
+    return len(todo)
+
+
+def prepare(matrix: Matrix, out: Path) -> None:
+    """Write the matrix into its folder; raises `RunnerError` for one that cannot be run, or a folder of another
+    experiment."""
+    jobs_of(matrix)
+    if (out / MATRIX).exists() and (other := load_matrix(out / MATRIX).experiment) != matrix.experiment:
+        raise RunnerError(f"{out} is a folder of {other}, not of {matrix.experiment}: another --out")
+    write_text(out / MATRIX, matrix.model_dump_json(indent=1))
+
+
+def left(matrix: Matrix, out: Path, part: tuple[int, int] = (0, 1), only: Collection[str] = ()) -> list[Job]:
+    """The runs that `run` would make; raises `RunnerError` for a setup that the matrix does not have."""
+    every = jobs_of(matrix)
+    names = dict.fromkeys(job.setup for job in every)
+    if unknown := [name for name in only if name not in names]:
+        raise RunnerError(f"no setup {unknown[0]!r}; there are {', '.join(names)}")
+    there = {row.config_hash for row in read(out / RAW)}
+    mine = [job for job, place in zip(every, _places(every, part[1]), strict=True) if place == part[0]]
+    return [job for job in mine if job.key not in there and (not only or job.setup in only)]
+
+
+def _places(every: list[Job], parts: int) -> list[int]:
+    """The part of each run. What a seed of a setup needs, a trained model say, is made in one part; the seeds of a
+    setup are dealt out, to the parts that have the fewest runs first."""
+    groups = Counter((job.setup, job.seed) for job in every)
+    loads, places = [0] * parts, dict[tuple[str, int], int]()
+    for name in dict.fromkeys(job.setup for job in every):
+        order: list[int] = []
+        for group in (group for group in groups if group[0] == name):
+            order = order or sorted(range(parts), key=loads.__getitem__)
+            places[group] = order.pop(0)
+            loads[places[group]] += groups[group]
+    return [places[job.setup, job.seed] for job in every]
+
+
+def rebuild(out: Path) -> bool:
+    """Make the report of a folder of `run` from its rows; False where it is there, of the same rows and code."""
+    matrix = load_matrix(out / MATRIX)
+    wanted = {job.key: number for number, job in enumerate(jobs_of(matrix))}
+    rows = sorted((row for row in read(out / RAW) if row.config_hash in wanted), key=lambda r: wanted[r.config_hash])
+    if not rows:
+        raise RunnerError(f"{out} holds no row of its matrix: moe-benchmark run {out / MATRIX} --out {out}")
+    source = {
+        "rows": len(rows), "of": len(wanted), "commits": sorted({str(row.commit) for row in rows}),
+        "machines": sorted({row.fingerprint["cpu"] for row in rows}), **runs.provenance(),
+        "sha256": hashlib.sha256("".join(row.model_dump_json() for row in rows).encode()).hexdigest(),
+    }  # fmt: skip
+    if (out / REPORT).exists() and _source_of(out / RESULTS) == source:
+        return False
+    experiment: Experiment = experiment_of(matrix.experiment)
+    frame = pd.DataFrame(
+        [{"setup": r.setup, "seed": r.seed, "split": r.split, **r.arguments, **r.metrics, **r.measured} for r in rows]
+    )
+    result = experiment.score(frame)
+    pictures = experiment.plot(frame, result, out)
+    about = (
+        f"{source['rows']} of {source['of']} runs, at commit {', '.join(source['commits'])}, on "
+        f"{', '.join(source['machines'])}. `moe-benchmark report` makes this page from `{RAW}`."
+    )
+    drawn = "\n\n".join(f"![{name}]({name})" for name in pictures)
+    write_text(out / REPORT, f"{experiment.text(result)}\n\n{about}\n\n{drawn}\n")
+    write_text(out / RESULTS, json.dumps(_finite({"source": source, **result}), indent=1))
+    return True
+
+
+def measure(job: Job, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make one run."""
+    experiment = experiment_of(job.experiment)
+    return experiment.measure(experiment.Setup.model_validate(job.arguments), job.seed, job.split, folder)
+
+
+def slurm(path: Path, out: Path, parts: int) -> str:
+    """A Slurm script that runs a matrix in so many tasks and then makes the report."""
+    command = f"moe-benchmark run {shlex.quote(str(path))} --out {shlex.quote(str(out))}"
+    return "\n".join([
+        "#!/bin/bash",
+        "#SBATCH --job-name=moe-benchmark", f"#SBATCH --array=0-{parts - 1}", "#SBATCH --cpus-per-task=1",
+        f"# then: moe-benchmark report {shlex.quote(str(out))}",
+        f'srun {command} --part "$SLURM_ARRAY_TASK_ID/{parts}"', "",
+    ])  # fmt: skip
+
+
+class _Failure(NamedTuple):
+    job: Job
+    error: str
+    trace: str
+
+
+def _work(
+    todo: list[Job], out: Path, processes: int, most: float, failed: Path, report: Callable[[float], object]
+) -> list[_Failure]:
+    """Each process is a pool of its own, so that one that dies takes no other run with it."""
+    waiting = deque((job, 1) for job in todo)
+    free, running, failures = [jobs.pool(1) for _ in range(min(processes, len(todo)))], dict[Future[None], Any](), []
+    try:
+        while waiting or running:
+            while waiting and free:
+                pool, (job, attempt) = free.pop(), waiting.popleft()
+                try:
+                    running[pool.submit(_make, job, attempt, out)] = pool, job, attempt
+                except BrokenProcessPool as broken:  # its process died while it had nothing to do
+                    free.append(_mended(pool, broken))
+                    waiting.appendleft((job, attempt))
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                pool, job, attempt = running.pop(future)
+                error = future.exception()
+                free.append(_mended(pool, error))
+                if error is not None and attempt < ATTEMPTS:
+                    waiting.appendleft((job, attempt + 1))
+                elif error is not None:
+                    failures.append(_Failure(job, repr(error), "".join(traceback.format_exception(error))))
+                    content = [{**each.job._asdict(), "error": each.error, "trace": each.trace} for each in failures]
+                    write_text(failed, json.dumps(content, indent=1))
+                if len(failures) > most:
+                    raise FailedRuns(_overview(failures, len(todo), failed))
+                report(1 - (len(waiting) + len(running)) / len(todo))
+    finally:
+        for pool in free:
+            pool.shutdown()
+        for pool, _, _ in running.values():
+            _end(pool)
+    return failures
+
+
+def _mended(pool: ProcessPoolExecutor, error: BaseException | None) -> ProcessPoolExecutor:
+    if not isinstance(error, BrokenProcessPool):
+        return pool
+    pool.shutdown()
+    return jobs.pool(1)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+    pool.shutdown(cancel_futures=True)
+
+
+def _make(job: Job, attempt: int, out: Path) -> None:
+    """In a process: one run, appended to the rows."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    about = {"config_hash": job.key, **job._asdict(), **runs.provenance()}
+    metrics, measured = measure(job, out / WORK / str(about["commit"]))  # what other code made is not taken
+    measured |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    append(out / RAW, Row(format=1, metrics=metrics, measured=measured, attempts=attempt, **about))
+
+
+def _source_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _overview(failures: list[_Failure], total: int, failed: Path) -> str:
+    shown = [f"{each.job.setup}, seed {each.job.seed}, {each.job.split}: {each.error}" for each in failures[:10]]
+    more = [f"and {len(failures) - 10} more"] if len(failures) > 10 else []
+    head = f"{len(failures)} of {total} runs failed {ATTEMPTS} times; traces are in {failed}, the same call goes on"
+    return "\n  ".join([head, *shown, *more])
+
+
+@contextmanager
+def _alone(out: Path, part: tuple[int, int]) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / f".running-{part[0]}-of-{part[1]}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunnerError(f"another process is running this matrix in {out}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _finite(value: Any) -> Any:
+    """The same, with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

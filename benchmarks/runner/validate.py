@@ -1,0 +1,71 @@
+"""Rows that somebody submitted, made again and compared."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from benchmarks import runs
+from benchmarks.runner import processes as jobs
+from benchmarks.runner.matrix import EXPERIMENTS, RunnerError, experiment_of, said
+from benchmarks.runner.rows import Row, read
+from benchmarks.runner.runner import measure
+
+
+def validate(
+    file: Path, count: int, seed: int, tolerance: float, report: Callable[[float], object] = lambda share: None
+) -> list[dict[str, Any]]:
+    """Run so many drawn rows of a file again, from nothing, and list for each the metrics that differ.
+
+    Raises `RunnerError` for a file of no rows, or of rows that are none of ours: what they name would be imported.
+    """
+    rows, found, here = read(file), [], runs.provenance()
+    if not rows:
+        raise RunnerError(f"{file} holds no rows" if file.exists() else f"{file} is not there")
+    if foreign := {row.experiment for row in rows} - EXPERIMENTS.keys():
+        raise RunnerError(f"{file} is of the experiment {foreign.pop()!r}; there are {', '.join(EXPERIMENTS)}")
+    for row in rows:
+        _check(row, file)
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    with tempfile.TemporaryDirectory() as folder, jobs.pool(1) as pool:
+        for number, row in enumerate(rows[place] for place in sorted(chosen)):
+            metrics, _ = pool.submit(measure, row.job, Path(folder)).result()
+            differing = [
+                {"metric": name, "submitted": row.metrics.get(name), "here": metrics.get(name)}
+                for name in sorted(row.metrics.keys() | metrics.keys())
+                if not _alike(row.metrics.get(name), metrics.get(name), tolerance)
+            ]
+            unlike = [name for name in ("commit", "fingerprint", "versions") if getattr(row, name) != here[name]]
+            found.append({"setup": row.setup, "seed": row.seed, "split": row.split, "metrics": len(metrics),
+                          "differing": differing, "made_with_other": unlike})  # fmt: skip
+            report((number + 1) / len(chosen))
+    return found
+
+
+def _check(row: Row, file: Path) -> None:
+    """Raise `RunnerError` for a row that its experiment cannot have made."""
+    experiment = experiment_of(row.experiment)
+    try:
+        if row.split not in experiment.SPLITS:
+            raise ValueError(f"no split {row.split!r}")
+        setup = experiment.Setup.model_validate(row.arguments)
+        getattr(experiment, "check", lambda setups, splits: None)({row.setup: setup}, list(experiment.SPLITS))
+    except ValueError as error:
+        why = said(error) if isinstance(error, ValidationError) else error
+        raise RunnerError(f"{file}: a row of setup {row.setup!r} is none of {row.experiment}: {why}") from error
+
+
+def _alike(first: Any, second: Any, tolerance: float) -> bool:
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_alike(first[key], second[key], tolerance) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(_alike(*pair, tolerance) for pair in zip(first, second, strict=True))
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return math.isclose(first, second, rel_tol=tolerance, abs_tol=tolerance)
+    return bool(first == second)

@@ -1,0 +1,226 @@
+"""PPO and MoERouting-v0 in JAX as one jitted training (after PureJaxRL, Lu et al. 2022), to see how fast ours is.
+
+The same network, batches, epochs, loss and Adam as `agents.PPO` with its defaults, and the same look-ups as the
+environment, of its own tables. Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.nn.initializers import orthogonal
+
+from moe_envs.routing.env import MoERoutingVectorEnv
+
+ID = "moe_envs:MoERouting-v0"
+CASES = [(8, 128, 64), (64, 128, 64), (1024, 32, 64), (64, 128, 1024), (1024, 32, 4096)]  # rows, steps, minibatch
+STEPS, ROUNDS = 131_072, 3
+GAMMA, DECAY, CLIP, VF_COEF, MAX_NORM, RATE, EPOCHS, WIDTH = 0.99, 0.95, 0.2, 0.5, 0.5, 3e-4, 4, 64
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+class Rows(NamedTuple):
+    """The state of all rows: first places in the deck, steps taken, ledgers, costs so far, batches."""
+
+    place: Any
+    step: Any
+    ledger: Any
+    cost: Any
+    batch: Any
+
+
+class Environment:
+    """MoERouting-v0 with its default arguments, rows that begin anew when their batch is done."""
+
+    def __init__(self, num_rows: int) -> None:
+        tables = MoERoutingVectorEnv(1).tables
+        self.rows, self.length, self.width, self.actions = num_rows, tables.batch_size, tables.width, tables.num_experts
+        self.deck, self.correct, self.ledgers = map(jnp.array, (tables.deck, tables.correct, tables.ledger))
+        self.cost_of, self.paid = jnp.array(tables.terms[:, 0], jnp.float32), jnp.array(tables.seen_of_paid)
+        self.seen, self.summaries = jnp.array(tables.seen), jnp.array(tables.summaries)
+        self.first_ledger = int(tables.ledger_of(-1))
+
+    def begin(self, key: Any) -> Rows:
+        batch = jax.random.randint(key, (self.rows,), 0, len(self.summaries))
+        zeros = jnp.zeros(self.rows, jnp.int32)
+        return Rows(batch * (self.length + 1), zeros, zeros + self.first_ledger, jnp.zeros(self.rows), batch)
+
+    def observe(self, rows: Rows) -> Any:
+        inputs = self.deck[rows.place + rows.step]
+        parts = self.seen[inputs], self.summaries[rows.batch], self.paid[rows.ledger // self.actions]
+        return jnp.concatenate([*parts, rows.cost[:, None], (rows.step / self.length)[:, None]], axis=1)
+
+    def step(self, rows: Rows, action: Any, key: Any) -> tuple[Rows, Any, Any]:
+        move = rows.ledger + action
+        quality = self.correct[self.deck[rows.place + rows.step], action] / self.length
+        cost = self.cost_of[move]
+        after = Rows(rows.place, rows.step + 1, self.ledgers[move], rows.cost + cost, rows.batch)
+        done = after.step == self.length
+        found = Rows(*(jnp.where(done, new, old) for new, old in zip(self.begin(key), after, strict=True)))
+        return found, quality - 0.2 * cost, done
+
+
+def first_weights(inputs: int, outputs: int, key: Any) -> Any:
+    """Two tanh networks side by side, initialised as `agents.networks.Network`."""
+    keys = iter(jax.random.split(key, 8))
+    layers = [
+        (jnp.stack([orthogonal(2**0.5)(next(keys), (before, after)) for _ in range(2)]), jnp.zeros((2, 1, after)))
+        for before, after in pairwise((inputs, WIDTH, WIDTH))
+    ]
+    return {
+        "layers": layers,
+        "head": (orthogonal(0.01)(next(keys), (WIDTH, outputs)), jnp.zeros(outputs)),
+        "value": (orthogonal(1.0)(next(keys), (WIDTH, 1))[:, 0], jnp.zeros(())),
+    }
+
+
+def forward(weights: Any, x: Any) -> tuple[Any, Any]:
+    """Logits and values."""
+    hidden = [x, x]
+    for weight, bias in weights["layers"]:
+        hidden = [jnp.tanh(each @ weight[k] + bias[k]) for k, each in enumerate(hidden)]
+    head, value = weights["head"], weights["value"]
+    return hidden[0] @ head[0] + head[1], hidden[1] @ value[0] + value[1]
+
+
+def log_prob_of(logits: Any, actions: Any) -> Any:
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), actions[:, None], 1)[:, 0]
+
+
+def loss(weights: Any, x: Any, actions: Any, old: Any, advantages: Any, returns: Any) -> Any:
+    """PPO's clipped surrogate and the squared error of the values."""
+    logits, values = forward(weights, x)
+    advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
+    ratio = jnp.exp(log_prob_of(logits, actions) - old)
+    held = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
+    return -jnp.minimum(ratio * advantages, held * advantages).mean() + VF_COEF * ((values - returns) ** 2).mean()
+
+
+def descend(carry: Any, batch: Any) -> tuple[Any, None]:
+    """A step of torch's Adam with the gradient's norm clipped."""
+    weights, first, second, count = carry
+    gradient = jax.grad(loss)(weights, *batch)
+    norm = jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient)))
+    gradient = jax.tree.map(lambda leaf: leaf * jnp.minimum(1.0, MAX_NORM / (norm + 1e-6)), gradient)
+    count += 1
+    first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradient)
+    second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, gradient)
+    root = jnp.sqrt(1 - 0.999**count)
+    rate, epsilon = RATE * root / (1 - 0.9**count), 1e-5 * root
+    weights = jax.tree.map(lambda w, m, v: w - rate * m / (jnp.sqrt(v) + epsilon), weights, first, second)
+    return (weights, first, second, count), None
+
+
+def make(num_rows: int, num_steps: int, size: int, updates: int, seed: int = 0) -> Any:
+    """A jitted function from a training's state and a key to (the state after so many updates, mean return of the
+    episodes that ended in each), and the first state."""
+    env, of_weights, of_rows = Environment(num_rows), *jax.random.split(jax.random.key(seed))
+
+    def act(carry: Any, key: Any) -> tuple[Any, Any]:
+        rows, weights, sums = carry
+        x = env.observe(rows)
+        logits, values = forward(weights, x)
+        of_action, of_env = jax.random.split(key)
+        actions = jax.random.categorical(of_action, logits)
+        after, reward, done = env.step(rows, actions, of_env)
+        sums = sums + reward
+        kept = (x, actions, log_prob_of(logits, actions), values, reward, done, jnp.where(done, sums, 0.0))
+        return (after, weights, jnp.where(done, 0.0, sums)), kept
+
+    def back(carry: Any, item: Any) -> tuple[Any, Any]:
+        advantage, after = carry
+        reward, value, ended = item
+        advantage = reward - value + GAMMA * (1 - ended) * (after + DECAY * advantage)
+        return (advantage, value), advantage
+
+    def update(state: Any, key: Any) -> tuple[Any, Any]:
+        (weights, *rest), rows, sums = state
+        keys = jax.random.split(key, num_steps + EPOCHS)
+        (rows, _, sums), kept = jax.lax.scan(act, (rows, weights, sums), keys[:num_steps])
+        x, actions, old, values, rewards, done, returned = kept
+        last = jnp.zeros(num_rows), forward(weights, env.observe(rows))[1]
+        _, advantages = jax.lax.scan(back, last, (rewards, values, done), reverse=True)
+        parts = (x, actions, old, advantages, advantages + values)
+        flat = [part.reshape(num_rows * num_steps, *part.shape[2:]) for part in parts]
+
+        def epoch(carry: Any, key: Any) -> tuple[Any, None]:
+            order = jax.random.permutation(key, num_rows * num_steps)
+            return jax.lax.scan(descend, carry, [part[order].reshape(-1, size, *part.shape[1:]) for part in flat])
+
+        learnt, _ = jax.lax.scan(epoch, (weights, *rest), keys[num_steps:])
+        return (learnt, rows, sums), returned.sum() / jnp.maximum(1, done.sum())
+
+    @jax.jit
+    def train(state: Any, key: Any) -> tuple[Any, Any]:
+        return jax.lax.scan(update, state, jax.random.split(key, updates))
+
+    weights = first_weights(int(env.width), env.actions, of_weights)
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    return train, ((weights, zeros, zeros, jnp.zeros(())), env.begin(of_rows), jnp.zeros(num_rows))
+
+
+def compare(report: Any) -> list[dict[str, Any]]:
+    """Steps per second of CPU time, one thread, of ours and of JAX in turn: medians and the median ratio.
+
+    JAX runs in a process of its own, as its threads are chosen before it is imported; its compilation is not counted.
+    """
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    from agents import PPO
+    from benchmarks import backends
+
+    torch.set_num_threads(1)
+    environment = os.environ | {"XLA_FLAGS": ONE_THREAD, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+    found = []
+    with threadpool_limits(1, "blas"):
+        for number, (rows, steps, size) in enumerate(CASES):
+            agent = PPO(ID, n_envs=rows, n_steps=steps, batch_size=size, n_epochs=EPOCHS).learn(rows * steps)
+            command = [sys.executable, "-m", "benchmarks.speed.jax_ppo", str(rows), str(steps), str(size)]
+            with subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as process:
+                rates = [(backends.rate(agent, STEPS), _ask(process)) for _ in range(ROUNDS)]
+                process.communicate("\n")
+            ours, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
+            ratio = statistics.median(own / jax for own, jax in rates)
+            found.append({"rows": rows, "batch_size": size, "own": ours, "jax": theirs, "ratio": ratio})
+            report((number + 1) / len(CASES))
+    return found
+
+
+def _ask(process: subprocess.Popen[str]) -> float:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return float(json.loads(process.stdout.readline())["rate"])
+
+
+def main(rows: int, steps: int, size: int) -> None:
+    """Time a training for each line of stdin; a line of JSON each."""
+    updates = max(1, STEPS // (rows * steps))
+    train, state = make(rows, steps, size, updates)
+    compiled = train.lower(state, jax.random.key(0)).compile()
+    for number, line in enumerate(sys.stdin):
+        if not line.strip():
+            break
+        begun = time.process_time()
+        state, returns = compiled(state, jax.random.key(number))
+        last = float(np.asarray(returns)[-1])  # waits for the result
+        rate = updates * rows * steps / (time.process_time() - begun)
+        print(json.dumps({"rate": rate, "return": last}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,7 @@
+"""What all environments share: the two faces, the reward, spaces, registration."""
+
+from moe_envs.core.batched import BatchedEnv, Face, Outcome, SingleEnv, State
+from moe_envs.core.reward import Reward
+from moe_envs.core.spec import Spec
+
+__all__ = ["BatchedEnv", "Face", "Outcome", "Reward", "SingleEnv", "Spec", "State"]

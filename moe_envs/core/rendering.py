@@ -1,0 +1,18 @@
+"""What pictures of episodes are made of."""
+
+from typing import Protocol
+
+import numpy as np
+
+CELL, MARGIN = 16, 48
+GREY, GREEN, RED, BLUE, WHITE = (225, 225, 225), (46, 160, 67), (207, 34, 46), (9, 105, 218), (255, 255, 255)
+
+
+class Picture(Protocol):
+    """An episode so far."""
+
+    def ansi(self) -> str:
+        """As text."""
+
+    def rgb_array(self) -> np.ndarray:
+        """`[height, width, 3]` uint8."""

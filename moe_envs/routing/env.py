@@ -1,0 +1,229 @@
+"""MoERouting-v0: which experts of a trained Mixture of Experts answer each input of a mini-batch."""
+
+from dataclasses import replace
+from typing import Unpack
+
+import numpy as np
+from gymnasium import spaces
+
+from cost.model import Cost
+from experts import bundle as bundles
+from experts import profiles
+from moe_envs.core import BatchedEnv, Face, Outcome, Reward, Spec
+from moe_envs.core.spaces import choose
+from moe_envs.routing.live import LiveExperts
+from moe_envs.routing.single import SteppedBatch
+from moe_envs.routing.tables import ACTIONS, STREAMS, RoutingTables
+
+COSTS = ("reference", "machine", "live")
+
+
+class MoERoutingVectorEnv(BatchedEnv):
+    """MoERouting-v0 over `num_envs` mini-batches at once; see `MoERoutingEnv` for the problem and its arguments."""
+
+    STATE = ("batch", "_place", "_inputs", "_ledger", "_used", "_cost", "_summary", "_loads", "_seconds")
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        bundle: str = "fashion-mnist",
+        split: str = "rl_train",
+        cost_weight: float = 0.2,
+        costs: str = "reference",
+        batch_size: int = 32,
+        stream: str = "topical",
+        action: str = "expert",
+        time_weight: float = 1 / 3,
+        memory_weight: float = 1 / 3,
+        energy_weight: float = 1 / 3,
+        normalizer: str | None = None,
+        **face: Unpack[Face],
+    ) -> None:
+        choose("split", split, bundles.SPLITS)
+        choose("stream", stream, STREAMS)
+        choose("action", action, ACTIONS)
+        choose("costs", costs, COSTS)
+        loaded = bundles.load(bundle)
+        weights = Cost(time_weight, memory_weight, energy_weight)
+        profile = profiles.select(loaded, costs)
+        tables = RoutingTables(loaded, split, profile, weights, batch_size=batch_size, stream=stream, action=action)
+        reward = Reward.of(cost_weight, tables.reference, weights, normalizer)
+        experts = tables.num_experts
+        action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(experts)
+        super().__init__(num_envs, tables.layout, action_space, reward, **face)
+        self.tables, self.action = tables, action
+        self.batch, self._inputs, self._ledger = np.zeros((3, num_envs), dtype=np.int64)
+        self._place = np.zeros((2, num_envs), dtype=np.int64)  # in the deck, and in the batch
+        self._cost = np.zeros(num_envs)
+        self._summary = np.zeros(num_envs, dtype=tables.summary_blocks.dtype)
+        self._used = np.zeros(num_envs, dtype=tables.used.dtype)
+        self._num_choices = tables.correct.shape[1]
+        self.live = LiveExperts(loaded, tables) if costs == "live" else None
+        self._loads = np.zeros((num_envs, experts if self.live else 0), dtype=np.int64)
+        self._seconds = np.zeros(self._loads.shape)
+
+    def _begin(self, rows: np.ndarray) -> None:
+        batch = self._draw(rows, len(self.tables.summaries))
+        self.batch[rows], self._place[0, rows], self._place[1, rows] = batch, batch * (self.tables.batch_size + 1), 0
+        self._ledger[rows], self._used[rows], self._cost[rows] = self.tables.ledger_of(-1), self.tables.paid[-1], 0.0
+        self._summary[rows] = self.tables.summary_blocks[batch]
+        self._inputs = self.tables.deck.take(self._place[0])
+        if self.live is not None:
+            self._loads[rows], self._seconds[rows] = 0, 0.0
+
+    def _advance(self, actions: np.ndarray) -> Outcome:
+        tables = self.tables
+        choice: np.ndarray = actions.astype(np.int64) @ tables.codes if self.action == "subset" else actions
+        entry = self._inputs * self._num_choices + choice
+        option = tables.options.take(entry) if self.action == "top-m" else choice
+        move = self._ledger + option
+        terms = tables.terms.take(move, axis=0)
+        if self.live is not None:
+            self.live.charge(terms, tables.subsets.take(option), self._loads, self._seconds)
+        terms[:, 4] = quality = tables.quality.take(tables.correct.take(entry))
+        self._ledger, self._used = tables.ledger.take(move), tables.used.take(move)
+        self._cost += terms[:, 0]
+        self._place += 1
+        self._inputs = tables.deck.take(self._place[0])
+        details = {"routing/experts_used": tables.num_used.take(move)}
+        ended = self._place[1] == tables.batch_size
+        return Outcome(quality, terms[:, 1:4], ended, details, (terms[:, 0], terms[:, 4:]))
+
+    def _observe(self) -> np.ndarray:
+        tables = self.tables
+        observation = np.empty((self.num_envs, tables.width), dtype=np.float32)
+        record = observation.view(tables.record)[:, 0]
+        record["input"] = tables.seen_blocks.take(self._inputs)
+        record["batch"] = self._summary
+        record["experts_used"] = self._used
+        record["cost"] = self._cost if self.live is None else self._cost.clip(0, tables.max_cost)
+        record["progress"] = tables.progress.take(self._place[1])
+        return observation
+
+    def take_row(self) -> tuple[int, int, int, float]:
+        """Batch, position, code of the experts not paid yet, and cost so far, of a vector of one row."""
+        unpaid = self._ledger.item() // len(self.tables.subsets)
+        return self.batch.item(), self._place[1].item(), unpaid, self._cost.item()
+
+    def put_row(self, batch: int, position: int, unpaid: int, cost: float) -> None:
+        """The inverse of `take_row`."""
+        self.batch[0], self._cost[0] = batch, cost
+        self._ledger[0], self._used[0] = self.tables.ledger_of(unpaid), self.tables.paid[unpaid]
+        self._place[:, 0] = batch * (self.tables.batch_size + 1) + position, position
+        self._done[0] = position == self.tables.batch_size
+        self._summary[0] = self.tables.summary_blocks[batch]
+        self._inputs = self.tables.deck.take(self._place[0])
+
+    def pay_live(self, move: int, option: int) -> np.ndarray:
+        """The terms `[8]` of a move with live costs, of a vector of one row."""
+        assert self.live is not None
+        terms = self.tables.terms[[move]]
+        self.live.charge(terms, self.tables.subsets[[option]], self._loads, self._seconds)
+        return terms[0]
+
+    def begin_live(self) -> None:
+        """Forget what the experts of the batch before took."""
+        self._loads[:], self._seconds[:] = 0, 0.0
+
+    def batch_inputs(self, row: int) -> np.ndarray:
+        """The input indices `[batch_size]` of a row's present batch."""
+        return self.tables.batch(self.batch[row])[:-1]
+
+
+class MoERoutingEnv(SteppedBatch):
+    """
+    ## Description
+    A trained Mixture of Experts gets a mini-batch of real inputs; the agent says, input by input, which experts answer
+    it. Running an expert for the first time in a batch costs its fixed part (its call, its weights), each input it
+    answers costs a little more, and the experts differ: small ones are cheap, large ones are good, each is best on
+    something else. What was already paid in this batch is nearly free afterwards, so that the choice for one input
+    changes what is wise for the next: a sequential problem, not a bandit.
+
+    Models, data and costs are real: the answers of all 2^E subsets of experts are tabulated in a bundle, and the costs
+    are look-ups in a profile that was measured on a machine (where it has no energy counter, energy is a proxy).
+
+    With `costs="live"`, the default of `MoERoutingLive-v0` (nondeterministic), the experts are run in each step and
+    timed: an expert's time in a batch is that of its last run, on as many example inputs as it has inputs there, so
+    that a step costs what that run took more than the one before, or less. Memory and energy stay those of this
+    machine's profile.
+
+    ## Action Space
+    By the argument `action`, for a bundle of E experts (8 in the shipped ones):
+
+    | action | space | meaning |
+    |---|---|---|
+    | `"expert"` | `Discrete(E)` | this expert answers |
+    | `"subset"` | `MultiBinary(E)` | these experts answer, mixed by the gate's softmax over them |
+    | `"top-m"` | `Discrete(E)` | the m + 1 experts of largest gate logit answer |
+
+    The empty subset runs nothing, costs nothing and is never correct.
+
+    ## Observation Space
+    A `Box` of float32; `env.unwrapped.observation_layout` maps each name to its slice, its bounds and its meaning.
+
+    | part | size | range | meaning |
+    |---|---|---|---|
+    | `features` | F | -5..5 | principal components of the present input, scaled to variance 1 |
+    | `gate_logits` | E | -10..10 | the gate's logits for it, less their mean |
+    | `batch_gate` | E | 0..E | mean gate probability over the whole batch, times E: 1 if even |
+    | `batch_features` | F | -15..15 | mean features over the whole batch, times 3 |
+    | `experts_used` | E | 0..1 | 1 for experts already paid in this batch |
+    | `edges` | E | 0..1 | mean edge from those experts to each; only of models with an expert graph |
+    | `cost` | 1 | 0..all experts for all inputs | cost of this batch so far |
+    | `progress` | 1 | 0..1 | share of the batch that is done |
+
+    After the last input the parts about the present input are 0.
+
+    ## Rewards
+    R = quality - cost_weight * cost. Quality is 1 / batch_size for a correct answer, so that an episode's quality is
+    the batch's accuracy. Cost is the weighted sum of time, memory and energy, each relative to what the model's own
+    top-2 gate costs on a mean batch: an episode's cost is 1.0 for what everyone does today.
+
+    `info` has `reward/quality`, `reward/cost` (relative, unweighted; with a `normalizer` the reward takes
+    `reward/normalized_cost` instead), `cost/time` [s], `cost/memory` [B], `cost/energy`
+    [J], `vector_reward` (quality, -time, -memory, -energy, relative), and
+    `routing/experts_used`, the distinct ones in this batch so far.
+
+    ## Starting State
+    The row's next mini-batch out of 16,384 that the split is laid out in; no expert is paid.
+
+    ## Episode End
+    Terminated after the last input of the batch; never truncated by itself.
+
+    ## Arguments
+    | argument | default | meaning |
+    |---|---|---|
+    | `bundle` | `"fashion-mnist"` | name (`"digits"`, or your own) or folder of a bundle |
+    | `split` | `"rl_train"` | inputs of `"rl_train"`, `"validation"` or `"test"` |
+    | `cost_weight` | 0.2 | lambda of the reward |
+    | `costs` | `"reference"` | the shipped profile, this `"machine"`'s, or `"live"` (default of MoERoutingLive-v0) |
+    | `batch_size` | 32 | inputs in a batch, steps in an episode |
+    | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
+    | `action` | `"expert"` | see Action Space |
+    | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | weights of the terms; let them sum to 1 |
+    | `normalizer` | None | file of a `CostNormalizer` of `reward/cost`: the reward takes it normalised |
+    | `render_mode` | None | `"rgb_array"` or `"ansi"` |
+
+    ## Version History
+    * v0: initial version.
+    """
+
+    vector_class = MoERoutingVectorEnv
+
+
+SPEC = Spec(
+    id="MoERouting-v0",
+    entry_point="moe_envs.routing:MoERoutingEnv",
+    baselines="agents.baselines.routing",
+    reference_point=(2.0, 0.0),
+    boards={
+        f"{bundle}, cost weight {weight:g}": {"bundle": bundle, "cost_weight": weight}
+        for bundle in ("fashion-mnist", "digits")
+        for weight in (0.1, 0.4)
+    },
+    small={"bundle": "digits"},
+    short={"batch_size": 4},
+    variants=tuple({"batch_size": 8, "action": action} for action in ACTIONS),
+)
+LIVE = replace(SPEC, id="MoERoutingLive-v0", kwargs={"costs": "live"}, nondeterministic=True, variants=())

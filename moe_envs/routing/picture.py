@@ -1,0 +1,52 @@
+"""Picture of a mini-batch so far."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_envs.core.rendering import BLUE, CELL, GREEN, GREY, MARGIN, RED, WHITE
+
+
+@dataclass(frozen=True)
+class RoutingPicture:
+    """A mini-batch: an input a column, an expert a row; `choices` are (subset code, correct) of the inputs so far."""
+
+    num_experts: int
+    batch_size: int
+    choices: list[tuple[int, int]]
+    cost: float
+
+    def ansi(self) -> str:
+        """A line an expert: + where it took part in a correct answer, x in a wrong one, . where it was not asked."""
+        lines = [
+            f"expert {expert:2d} "
+            + "".join(("x", "+")[correct] if code >> expert & 1 else "." for code, correct in self.choices)
+            for expert in range(self.num_experts)
+        ]
+        return "\n".join([*lines, self._caption()])
+
+    def rgb_array(self) -> np.ndarray:
+        """`[height, width, 3]` uint8: green cells answered correctly, red ones wrongly, blue marks experts paid."""
+        from PIL import Image, ImageDraw
+
+        height = self.num_experts * CELL
+        image = Image.new("RGB", (MARGIN + self.batch_size * CELL + 8, height + 32), WHITE)
+        draw = ImageDraw.Draw(image)
+        paid = int(np.bitwise_or.reduce([0, *(code for code, _ in self.choices)]))
+        for expert in range(self.num_experts):
+            top = expert * CELL + 4
+            draw.text((4, top), f"e{expert}", fill=BLUE if paid >> expert & 1 else (0, 0, 0))
+            if paid >> expert & 1:
+                draw.rectangle((28, top + 1, 38, top + CELL - 4), fill=BLUE)
+            for column in range(self.batch_size):
+                code, correct = self.choices[column] if column < len(self.choices) else (0, 0)
+                colour = (RED, GREEN)[correct] if code >> expert & 1 else GREY
+                left = MARGIN + column * CELL
+                draw.rectangle((left, top, left + CELL - 3, top + CELL - 3), fill=colour)
+        draw.text((4, height + 12), self._caption(), fill=(0, 0, 0))
+        return np.asarray(image)
+
+    def _caption(self) -> str:
+        done = len(self.choices)
+        share = sum(correct for _, correct in self.choices) / max(done, 1)
+        return f"input {done} of {self.batch_size}   accuracy so far {share:.2f}   cost {self.cost:.3f} (top-2 gate: 1)"
