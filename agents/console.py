@@ -1,15 +1,12 @@
-"""Ctrl-C that waits for a good moment, and a progress bar."""
+"""Ctrl-C that waits for a good moment, a progress bar, and SB3's table of values."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from agents.learner import Learner
+from typing import Any
 
 
 @contextmanager
@@ -32,13 +29,28 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def progress(learner: Learner, shown: bool) -> Iterator[Callable[[], None]]:
-    """What brings a bar of the training's steps up to date; nothing where none is to be shown."""
+def progress(name: str, done: int, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Brings a bar of the training's steps up to date; nothing where none is to be shown."""
     if not shown:
-        yield lambda: None
+        yield lambda done: None
         return
     from rich.progress import Progress
 
     with Progress() as bar:
-        task = bar.add_task(learner.name, total=learner.goal, completed=learner.num_timesteps)
-        yield lambda: bar.update(task, completed=learner.num_timesteps)
+        task = bar.add_task(name, total=total, completed=done)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def show(values: Mapping[str, float]) -> None:
+    """Print values by name, grouped by what stands before the slash."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table, group = Table(show_header=False), ""
+    for key in sorted(values):
+        before, _, name = key.rpartition("/")
+        if before != group:
+            table.add_row(f"{before}/", "")
+            group = before
+        table.add_row(f"   {name}", f"{values[key]:.4g}")
+    Console().print(table)

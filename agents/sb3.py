@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,15 +12,14 @@ from typing import Any
 import gymnasium
 import numpy as np
 import stable_baselines3
-import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
-from agents.evaluate import evaluate
-
+log = logging.getLogger("moe_envs")
 SUMMED = ("reward/", "cost/")
 ALGORITHMS: dict[str, tuple[str, str]] = {  # class, policy
     "ppo": ("PPO", "MlpPolicy"),
@@ -117,6 +118,20 @@ def make_sb3_vec(env_id: str, n_envs: int, **env_kwargs: Any) -> VecMonitor:
     return VecMonitor(NativeVecEnv(env))
 
 
+def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: dict[str, Any]) -> VecEnv:
+    """A VecEnv of any registered environment: over its native vector face where that has all autoreset modes, else of
+    single ones, seeded with `seed`, `seed` + 1, ..."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if gymnasium.spec(name).vector_entry_point is not None:
+        try:
+            return make_sb3_vec(env_id, n_envs, **env_kwargs)
+        except TypeError as error:  # a vector face that has no autoreset mode DISABLED
+            log.debug("%s: single environments, as its vector face does not fit SB3: %s", env_id, error)
+    return make_vec_env(env_id, n_envs, seed=seed, env_kwargs=env_kwargs)
+
+
 def _rows(batch_info: dict[str, Any], count: int) -> list[dict[str, Any]]:
     keys = [key for key in batch_info if not key.startswith("_")]
     columns = [value if value.ndim > 1 else value.tolist() for value in map(batch_info.__getitem__, keys)]
@@ -158,45 +173,21 @@ class CostLogger(BaseCallback):
             self.logger.record(key, float(np.mean([record[key] for record in new])))
 
 
-class Progress(BaseCallback):
-    """Calls `report` with the share of the training that is done."""
+class AfterUpdate(BaseCallback):
+    """Calls a function of the algorithm after each update, and after the last one of `learn`; the training ends where
+    it returns False. An `agents.training.Watcher` is such a function."""
 
-    def __init__(self, report: Callable[[float], object]) -> None:
+    def __init__(self, after_update: Callable[[Any], bool | None]) -> None:
         super().__init__()
-        self.report = report
+        self.after_update, self._going_on, self._seen = after_update, True, 0
+
+    def _on_training_start(self) -> None:
+        self._going_on, self._seen = True, self.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps > self._seen:
+            self._seen = self.num_timesteps
+            self._going_on = self.after_update(self.model) is not False
 
     def _on_step(self) -> bool:
-        if self.n_calls % 50 == 0:
-            self.report(self.num_timesteps / self.locals["total_timesteps"])
-        return True
-
-
-class KeepBest(BaseCallback):
-    """Evaluates on the split `validation` at `checks` moments of a training and ends with the best weights seen."""
-
-    def __init__(self, env_id: str, env_kwargs: dict[str, Any], checks: int = 10, episodes: int = 1000) -> None:
-        super().__init__()
-        self.env_id, self.env_kwargs = env_id, {**env_kwargs, "split": "validation"}
-        self.checks, self.episodes, self.best = checks, episodes, -np.inf
-        self._weights: dict[str, torch.Tensor] = {}
-        self._checked = 0
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        progress = int(self.num_timesteps * self.checks / self.locals["total_timesteps"])
-        if progress > self._checked:
-            self._checked = progress
-            self._check()
-
-    def _on_training_end(self) -> None:
-        self._check()
-        self.model.policy.load_state_dict(self._weights)
-
-    def _check(self) -> None:
-        frame = evaluate(self.model, self.env_id, self.episodes, **self.env_kwargs)
-        self.logger.record("eval/mean_reward", frame["return"].mean())
-        if frame["return"].mean() > self.best:
-            self.best = frame["return"].mean()
-            self._weights = copy.deepcopy(self.model.policy.state_dict())
+        return self._going_on

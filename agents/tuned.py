@@ -98,7 +98,7 @@ TUNED["MoECompression-v0"] = {
 TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 
 
-def settings(algo: str, env_id: str, backend: str = "sb3", **overrides: Any) -> dict[str, Any]:
+def settings(algo: str, env_id: str, backend: str = "own", **overrides: Any) -> dict[str, Any]:
     """The tuned settings of an algorithm for an environment, with overrides; the defaults where none are tuned."""
     if algo not in BACKENDS.get(backend, ()):
         known = "; ".join(f"{name}: {', '.join(algorithms)}" for name, algorithms in BACKENDS.items())

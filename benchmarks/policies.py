@@ -10,8 +10,9 @@ from typing import Any
 
 from agents import tuned
 from agents.baselines.metaopt import ID
-from benchmarks import backends, runs
+from benchmarks import backends
 from cost.files import write_text
+from cost.machine import provenance
 
 Record = dict[str, Any]
 
@@ -47,7 +48,7 @@ def learn(
     agent = backends.make(env_id, "ppo", "own", env_kwargs, seed, settings)
     total = settings["total_timesteps"]
     agent.learn(total, prepare(agent, total, **options) if prepare else None)
-    record: Record = {"path": str(path), **wanted, "seconds": time.process_time() - begun, **runs.provenance()}
+    record: Record = {"path": str(path), **wanted, "seconds": time.process_time() - begun, **provenance()}
     agent.save(path)
     write_text(beside, json.dumps(record, indent=1))
     return record

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cost.files import write_bytes
 from cost.profile import measure_experts
 from experts import data, reference_bundles, reference_models, zoo
 from experts.bundle import PROFILE, Bundle
@@ -11,7 +12,6 @@ from experts.compression.execution import products
 from experts.compression.pieces import importance
 from experts.compression.sensitivity import GRANULARITIES, SHIPPED
 from experts.compression.structured import smaller_experts
-from experts.files import write_bytes
 
 
 def rebuild(name: str, folder: Path | None = None) -> Bundle:

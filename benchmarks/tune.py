@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from agents import tuned
 from agents.evaluate import evaluate
 from agents.rollouts import NotFiniteError
-from benchmarks import backends, runs
+from benchmarks import backends
 from cost.files import save_json
+from cost.machine import provenance
 
 if TYPE_CHECKING:
     import optuna
@@ -90,7 +91,7 @@ def search(
         "env_kwargs": env_kwargs,
         "settings": found,
     }
-    content |= {"validation": study.best_value, "trials": done(), "seed": seed, **runs.provenance()}
+    content |= {"validation": study.best_value, "trials": done(), "seed": seed, **provenance()}
     save_json(folder / BEST, content)
     return found
 

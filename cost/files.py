@@ -1,28 +1,54 @@
-"""Files that are whole or absent, and JSON that carries its own SHA-256."""
+"""Files that are whole or absent, and that say whether they are damaged."""
 
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from filelock import FileLock
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in UTF-8; a device such as /dev/stdout is written to."""
+
+def write_bytes(path: Path, raw: bytes) -> None:
+    """Write a file whole or not at all, readable by all; a device such as /dev/stdout is written to."""
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(raw)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            file.write(raw)
         os.chmod(partial, 0o644)  # a temporary file is its owner's alone
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A lock beside a file or a folder, which other processes wait for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
+def digest(arrays: Mapping[str, Any]) -> str:
+    """SHA-256 of named arrays or tensors: their names, shapes and bytes."""
+    shapes = json.dumps({key: list(arrays[key].shape) for key in sorted(arrays)})
+    return hashlib.sha256(
+        shapes.encode() + b"".join(np.asarray(arrays[key]).tobytes() for key in sorted(arrays))
+    ).hexdigest()
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,9 +1,13 @@
-"""The fingerprint of a machine: a profile is true only where it was measured."""
+"""Where a figure comes from: the machine, the commit, the versions. A profile is true only where it was measured."""
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+PACKAGES = ("moe-envs", "gymnasium", "stable-baselines3", "torch", "numpy")
 
 
 def fingerprint() -> dict[str, str]:
@@ -48,3 +52,25 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
+
+
+def provenance() -> dict[str, Any]:
+    """The commit (None outside a git checkout), the machine's fingerprint and the versions of the main libraries."""
+    versions = {package: _version(package) for package in PACKAGES}
+    return {"commit": source_commit(), "fingerprint": fingerprint(), "versions": versions}
+
+
+def source_commit() -> str | None:
+    """The commit of this code, with `-dirty` where a Python file differs from it; None outside its own checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from cost.files import digest, write_bytes
 from experts.data import DataError
-from experts.files import digest, write_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
 

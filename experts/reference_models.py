@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as numpy_bytes
 from safetensors.torch import save as to_bytes
 
+from cost.files import digest, write_bytes
 from experts import data, zoo
 from experts.data import DataError
-from experts.files import digest, write_bytes
 from experts.losses import load_balancing_loss
 from experts.model import ConvMoEClassifier, MoEClassifier, mix
 from experts.routers import top_k

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cost.files import write_bytes
 from experts import data
 from experts.data import DataError
-from experts.files import write_bytes
 from experts.zoo import ASSETS
 
 SOFTENING = 0.05  # added to deviations, for pixels that hardly ever change

@@ -7,15 +7,21 @@ to the quality at each level; `budget` is for the matrices together. Where nothi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import gymnasium
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+
+if TYPE_CHECKING:
+    from moe_envs.compression import MoECompressionVectorEnv
+    from moe_envs.compression.tables import CompressionTables
 
 Score = Callable[[np.ndarray], float]
 
 
-class Found(NamedTuple):
+class SearchedPlan(NamedTuple):
     """Levels `[P]`, their quality as far as it was evaluated, and how many plans were evaluated for it."""
 
     levels: np.ndarray
@@ -63,7 +69,7 @@ def exact(sizes: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray:
 
 def random_search(
     scores: Callable[[np.ndarray], np.ndarray], sizes: np.ndarray, budget: float, evaluations: int, seed: int = 0
-) -> Found:
+) -> SearchedPlan:
     """The best of random plans that fit: levels are drawn matrix by matrix, in random order, of those that leave enough
     for the rest. `scores` takes all plans `[n, P]` at once."""
     _check(sizes, budget)
@@ -76,15 +82,15 @@ def random_search(
             levels[row] = generator.choice((sizes[row] + rest <= left).nonzero()[0])
             left -= float(sizes[row, levels[row]])
     found = scores(plans)
-    return Found(plans[found.argmax()], float(found.max()), evaluations)
+    return SearchedPlan(plans[found.argmax()], float(found.max()), evaluations)
 
 
 def local_search(
     score: Score, start: np.ndarray, sizes: np.ndarray, budget: float, evaluations: int, seed: int = 0
-) -> Found:
+) -> SearchedPlan:
     """Hill climbing from a plan: one matrix, or two at once, get other levels; what fits and is better is kept."""
     generator = np.random.default_rng(seed)
-    best, known = Found(start.copy(), score(start), 1), {start.tobytes()}
+    best, known = SearchedPlan(start.copy(), score(start), 1), {start.tobytes()}
     done = tries = 1
     while done < evaluations and tries < 100 * evaluations:
         tries += 1
@@ -96,7 +102,7 @@ def local_search(
         known.add(levels.tobytes())
         done += 1
         if (quality := score(levels)) > best.quality:
-            best = Found(levels, quality, done)
+            best = SearchedPlan(levels, quality, done)
     return best._replace(evaluations=done)
 
 
@@ -110,3 +116,110 @@ def _check(sizes: np.ndarray, budget: float) -> None:
     least = int(sizes.min(1).sum())
     if budget < least:
         raise ValueError(f"a budget of {budget:,.0f} bytes: the smallest plan takes {least:,}")
+
+
+RULES = ("uniform", "greedy", "exact on sensitivities", "random search", "exact, then local search")
+SEARCHES = RULES[3:]
+EVALUATIONS = 400  # of a search, for each model and budget
+MOST_PLANS = 200_000  # that a bound scores
+
+
+def find_plan(name: str, tables: CompressionTables, model: int, room: float, evaluations: int, seed: int) -> np.ndarray:
+    """The plan of a rule of `RULES` for a model of the tables within `room` bytes for matrices, levels `[U]`."""
+    sizes, gains = tables.sizes, tables.gains[model]
+
+    def scores(plans: np.ndarray) -> np.ndarray:
+        return tables.quality(np.full(len(plans), model), plans)[0]
+
+    if name == "uniform":
+        return uniform(sizes, room)
+    if name == "greedy":
+        return greedy(sizes, gains, room)
+    if name == "random search":
+        return random_search(scores, sizes, room, evaluations, seed).levels
+    best = exact(sizes, gains, room)
+    if name == "exact on sensitivities":
+        return best
+    return local_search(lambda levels: float(scores(levels[None])[0]), best, sizes, room, evaluations, seed).levels
+
+
+class Planned:
+    """A rule as a policy: for each walk a plan made when it begins, by `plan` of the tables, model and room in bytes;
+    the plan of a model and a budget is made once."""
+
+    def __init__(self, plan: Callable[[CompressionTables, int, float], np.ndarray], kind: str = "baseline") -> None:
+        self.plan, self.kind = plan, kind
+
+    def watch(self, env: MoECompressionVectorEnv) -> None:
+        """Take hold of the walks of an environment."""
+        self._env, self._plans = env, np.zeros_like(env.levels)
+        self._made: dict[tuple[int, int], np.ndarray] = {}
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """The planned levels `[n]`."""
+        env, place = self._env, self._env.place
+        for row in (place == 0).nonzero()[0]:
+            key = int(env.model[row]), int(env.budget[row])
+            if key not in self._made:
+                self._made[key] = self.plan(env.tables, key[0], key[1] - env.tables.overhead)
+            self._plans[row] = self._made[key]
+        return self._plans[np.arange(len(place)), np.minimum(place, self._plans.shape[1] - 1)], state
+
+
+def baselines(
+    env_id: str,
+    *,
+    report: Callable[[float], object] = lambda share: None,
+    evaluations: int = EVALUATIONS,
+    **env_kwargs: Any,
+) -> dict[str, Any]:
+    """Uniform levels, greedy and exact allocation on sensitivities; where the budget is the same in all episodes also
+    two searches of so many evaluations, on the images that the environment trains on."""
+    tables = _tables(env_id, {**env_kwargs, "split": "train"})
+    names = RULES if env_kwargs.get("budget") is not None else RULES[:3]
+    found: dict[str, Any] = {}
+    for number, name in enumerate(names):
+        known: dict[tuple[int, float], np.ndarray] = {}
+
+        def plan(
+            _: CompressionTables, model: int, room: float, name: str = name, known: dict[Any, Any] = known
+        ) -> np.ndarray:
+            if (model, room) not in known:
+                known[model, room] = find_plan(name, tables, model, room, evaluations, 0)
+            return np.asarray(known[model, room])
+
+        found[name] = Planned(plan)
+        report((number + 1) / len(names))
+    return found
+
+
+def bound(env_id: str, **env_kwargs: Any) -> Planned | None:
+    """The best of all plans on the images that are judged by; None where there are more than 200,000."""
+    tables = _tables(env_id, env_kwargs)
+    if np.prod([float(len(np.unique(row))) for row in tables.sizes]) > MOST_PLANS:
+        return None
+    plans = all_plans(tables.sizes)
+    used = np.take_along_axis(tables.sizes.T, plans, axis=0).sum(1)
+
+    @cache
+    def quality(model: int) -> np.ndarray:
+        return score_all(tables, model, plans)
+
+    def best(_: CompressionTables, model: int, room: float) -> np.ndarray:
+        return np.asarray(plans[np.where(used <= room, quality(model), -np.inf).argmax()])
+
+    return Planned(best, kind="bound")
+
+
+def score_all(tables: CompressionTables, model: int, plans: np.ndarray) -> np.ndarray:
+    """The quality of many plans `[n, U]` of a model of the tables."""
+    parts = np.array_split(plans, max(1, len(plans) // 500))
+    return np.concatenate([tables.quality(np.full(len(part), model), part)[0] for part in parts])
+
+
+def _tables(env_id: str, env_kwargs: dict[str, Any]) -> CompressionTables:
+    env: Any = gymnasium.make_vec(env_id, 1, vectorization_mode="vector_entry_point", **env_kwargs).unwrapped
+    tables: CompressionTables = env.tables
+    return tables

@@ -25,7 +25,7 @@ PATIENCE = 3
 ROWS = 256  # trainings that a search has side by side
 
 
-class Settings(NamedTuple):
+class Rates(NamedTuple):
     """Learning rates `[n, 2]` and places of the weight decays on the ladder `[n, 2]`, for gate and experts."""
 
     rates: np.ndarray
@@ -59,7 +59,7 @@ class Schedule:
 
     kind = "baseline"
 
-    def __init__(self, shape: Callable[[np.ndarray], np.ndarray] = constant, settings: Settings | None = None) -> None:
+    def __init__(self, shape: Callable[[np.ndarray], np.ndarray] = constant, settings: Rates | None = None) -> None:
         self.shape, self.settings = shape, settings
 
     def watch(self, env: MoEMetaOptVectorEnv) -> None:
@@ -148,7 +148,7 @@ class RandomActions:
         return self._generator.integers(0, 3, (len(observation), 4)), state
 
 
-SCHEDULES: dict[str, Callable[[Settings | None], Schedule]] = {
+SCHEDULES: dict[str, Callable[[Rates | None], Schedule]] = {
     "constant": lambda settings: Schedule(constant, settings),
     "linear": lambda settings: Schedule(linear, settings),
     "cosine": lambda settings: Schedule(cosine, settings),
@@ -171,11 +171,11 @@ def trainings(policy: Any, seeds: Iterable[int], split: str, **env_kwargs: Any) 
     return frame.assign(arrived=arrived, steps=frame["meta/actions"].where(arrived, most + 1))
 
 
-class Found(NamedTuple):
+class Searched(NamedTuple):
     """The best settings of a search, their mean steps in its last round, and the decisions that all its trainings
     took."""
 
-    settings: Settings
+    settings: Rates
     steps: float
     decisions: int
 
@@ -188,8 +188,8 @@ class Round(NamedTuple):
 
 
 def search(
-    make: Callable[[Settings | None], Schedule], groups: bool, rounds: Iterable[Round], seed: int = 0, **env_kwargs: Any
-) -> Found:
+    make: Callable[[Rates | None], Schedule], groups: bool, rounds: Iterable[Round], seed: int = 0, **env_kwargs: Any
+) -> Searched:
     """Settings with the fewest mean steps on validation contexts: random candidates, of which the best go on to the
     next round.
 
@@ -208,11 +208,40 @@ def search(
         frames = []
         for first in range(0, candidates, max(1, ROWS // contexts)):  # more rows at once would leave the caches
             chunk = slice(first, first + max(1, ROWS // contexts))
-            settings = Settings(np.repeat(rates[chunk], contexts, 0), np.repeat(ladder[chunk], contexts, 0))
+            settings = Rates(np.repeat(rates[chunk], contexts, 0), np.repeat(ladder[chunk], contexts, 0))
             seeds = list(range(contexts)) * len(rates[chunk])
             frames.append(trainings(make(settings), seeds, "validation", **env_kwargs))
         frame = pd.concat(frames, ignore_index=True)
         steps = frame["steps"].to_numpy().reshape(candidates, contexts).mean(1)
         decisions += int(frame["meta/actions"].sum())
     best_one = int(steps.argmin())
-    return Found(Settings(rates[best_one], ladder[best_one]), float(steps[best_one]), decisions)
+    return Searched(Rates(rates[best_one], ladder[best_one]), float(steps[best_one]), decisions)
+
+
+ROUNDS = (Round(48, 8), Round(12, 32), Round(4, 128))  # 1,280 trainings for each schedule
+BY_GROUP = "constant, by group"  # gate and experts apart
+DECAY = 1e-2  # the weight decay that trainings begin with, AdamW's default
+
+
+def baselines(
+    env_id: str,
+    *,
+    report: Callable[[float], object] = lambda share: None,
+    rounds: Iterable[Round] = ROUNDS,
+    **env_kwargs: Any,
+) -> dict[str, Any]:
+    """Schedules from the rate that each training begins with, and with settings searched on validation, whatever it
+    begins with; our rules; chance. `rounds` are those of each search, of which there are six."""
+    arguments = {key: value for key, value in env_kwargs.items() if key != "split"}
+    found: dict[str, Any] = {"random actions": RandomActions(), "rules": Heuristic()}
+    found |= {name: make(None) for name, make in SCHEDULES.items()}
+    searches = {f"{name}, searched": (make, False) for name, make in SCHEDULES.items()}
+    searches[f"{BY_GROUP}, searched"] = SCHEDULES["constant"], True
+    for number, (name, (make, groups)) in enumerate(searches.items()):
+        found[name] = make(search(make, groups, list(rounds), **arguments).settings)
+        report((number + 1) / len(searches))
+    return found
+
+
+def bound(env_id: str, **env_kwargs: Any) -> None:
+    """None is known: `agents.baselines.metaopt_bound.beam_search` finds good sequences, not the best."""

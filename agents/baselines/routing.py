@@ -9,7 +9,7 @@ bit e set for expert e.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 
 from agents.baselines.supervised import Predictor, nearest_neighbours, probabilities, values
-from agents.evaluate import make_rows, play
+from agents.evaluate import Policy, make_rows, play
 from moe_envs.routing.env import MoERoutingVectorEnv
 
 Rule = Callable[[np.ndarray], np.ndarray]  # observations [n, d] -> subset codes [n]
@@ -34,8 +34,10 @@ NEIGHBOURS = (10, 50)
 class Baseline:
     """A rule with SB3's `predict`; `env_kwargs` asks for subset actions where the environment's cannot express it."""
 
-    def __init__(self, rule: Rule, problem: Problem, single: bool, kind: str = "baseline") -> None:
-        self.rule, self.kind = rule, kind
+    kind = "baseline"
+
+    def __init__(self, rule: Rule, problem: Problem, single: bool) -> None:
+        self.rule = rule
         self.action = problem.action if single and problem.action == "expert" else "subset"
         self.env_kwargs = {} if self.action == problem.action else {"action": self.action}
         self._experts = np.arange(problem.num_experts)
@@ -219,26 +221,58 @@ class Oracle:
         return codes[:, (best.sum(0) - self._fixed).argmax()]
 
 
-def baselines(env_id: str, scorers: Scorers | None = None, **env_kwargs: Any) -> dict[str, Baseline | Oracle]:
-    """All baselines of an environment by name, each the best of its family on validation, and the bound `oracle`.
+def baselines(
+    env_id: str,
+    *,
+    report: Callable[[float], object] = lambda share: None,
+    scorers: Scorers | None = None,
+    **env_kwargs: Any,
+) -> dict[str, Policy]:
+    """All baselines of an environment by name, each the best of its family on validation.
 
-    `scorers`, which `fit_scorers` makes of the same bundle, saves fitting them again for another cost weight.
+    `scorers`, which `fit_scorers` makes of the same bundle, saves fitting them again for another cost weight. `report`
+    gets the share that is done.
     """
     problem = Problem(env_id, **env_kwargs)
-    found: dict[str, Baseline | Oracle] = {"random": problem.tune([(_random(problem), True)])}
+    fitted = scorers or fit_scorers(problem)
     sizes = range(1, problem.num_experts + 1)
-    found |= {f"gate top-{m}": problem.tune([(_top_m(problem, m), m == 1)]) for m in sizes}
-    found["top-p"] = problem.tune([(_top_p(problem, p), False) for p in TOP_P])
-    found["confidence threshold"] = problem.tune([(_threshold(problem, c), False) for c in CONFIDENCES])
-    found["pool by batch gate"] = problem.tune([(_top_gates(problem, size), True) for size in sizes])
-    for name, family in (scorers or fit_scorers(problem)).items():
-        planners = [Planner(problem, scorer, codes) for scorer, codes in family]
-        shares = product(planners, AMORTISATIONS, (False, True))
-        greedy = [(p.greedy(share, rising), p.single) for p, share, rising in shares]
-        found[f"greedy ({name})"] = problem.tune(greedy)
-        found[f"fixed pool ({name})"] = problem.tune([(p.fixed_pool(), p.single) for p in planners])
-        found[f"batch pool ({name})"] = problem.tune([(p.batch_pool(), p.single) for p in planners])
-    return found | {"oracle": Oracle()}
+    families: dict[str, Callable[[], list[tuple[Rule, bool]]]] = {"random": lambda: [(_random(problem), True)]}
+    families |= {f"gate top-{m}": partial(lambda m: [(_top_m(problem, m), m == 1)], m) for m in sizes}
+    families["top-p"] = lambda: [(_top_p(problem, p), False) for p in TOP_P]
+    families["confidence threshold"] = lambda: [(_threshold(problem, c), False) for c in CONFIDENCES]
+    families["pool by batch gate"] = lambda: [(_top_gates(problem, size), True) for size in sizes]
+    for name, several in fitted.items():
+        families |= _planned(problem, name, several)
+    found: dict[str, Policy] = {}
+    for number, (name, family) in enumerate(families.items()):
+        found[name] = problem.tune(family())
+        report((number + 1) / len(families))
+    return found
+
+
+def _planned(
+    problem: Problem, name: str, family: list[tuple[Rule, np.ndarray]]
+) -> dict[str, Callable[[], list[tuple[Rule, bool]]]]:
+    """The three ways to weigh a scorer against costs."""
+
+    @cache
+    def planners() -> list[Planner]:
+        return [Planner(problem, scorer, codes) for scorer, codes in family]
+
+    def greedy() -> list[tuple[Rule, bool]]:
+        shares = product(planners(), AMORTISATIONS, (False, True))
+        return [(p.greedy(share, rising), p.single) for p, share, rising in shares]
+
+    return {
+        f"greedy ({name})": greedy,
+        f"fixed pool ({name})": lambda: [(p.fixed_pool(), p.single) for p in planners()],
+        f"batch pool ({name})": lambda: [(p.batch_pool(), p.single) for p in planners()],
+    }
+
+
+def bound(env_id: str, **env_kwargs: Any) -> Policy:
+    """The exact bound."""
+    return Oracle()
 
 
 def fit_scorers(problem: Problem) -> Scorers:

@@ -144,7 +144,6 @@ def _race(
 @benchmark_app.command("jax")
 def _jax(json_file: Json = None) -> None:
     """Our PPO beside one written in JAX as a single jitted training, on MoERouting-v0; needs the extra bench."""
-    from benchmarks import runs
 
     if find_spec("jax") is None:
         raise ValueError("jax is not installed: pip install 'moe-envs[bench]'")
@@ -152,7 +151,7 @@ def _jax(json_file: Json = None) -> None:
 
     with bar() as add:
         rows = jax_ppo.compare(add("ours and JAX by turns"))
-    write(json_file, {"rows": rows, **runs.provenance()})
+    write(json_file, {"rows": rows, **provenance()})
     table = Table("rows", "minibatch", "own", "JAX", "ratio", title="steps/s of CPU time, medians, one thread")
     for row in rows:
         numbers = f"{row['own']:,.0f}", f"{row['jax']:,.0f}", f"{row['ratio']:.2f}"
@@ -206,11 +205,10 @@ def _deploy(
     json_file: Json = None,
 ) -> None:
     """Put a learned policy into the real model as its router: accuracy, cost and wall time beside the top-2 gate's."""
-    from benchmarks import runs
     from benchmarks.experiments import deploy
 
     result = deploy.run(run_dir, episodes)
-    write(json_file, result | runs.provenance())
+    write(json_file, result | provenance())
     table = Table("", "accuracy", "cost", "return", title=f"{episodes} test batches; cost 1 is the top-2 gate's")
     for row in result["rows"]:
         table.add_row(row["case"], *(f"{row[name]:.4f}" for name in ("accuracy", "cost", "return")))
@@ -271,12 +269,11 @@ def _layer(
         raise ValueError(f"--device {device}: cpu or cuda")
     if find_spec("transformers") is None:
         raise ValueError("transformers is not installed: pip install 'moe-envs[hf]'")
-    from benchmarks import runs
     from benchmarks.speed import layer as moe_layer
 
     with bar() as add:
         result = moe_layer.measure(device, add)
-    write(json_file, result | runs.provenance())
+    write(json_file, result | provenance())
     columns = "tokens", "block", "ours", "our bf16", "products", "block / ours", "block / our bf16", "ours / products"
     table = Table(*columns, title=f"forward, ms on {device}, medians; 256 wide, 8 experts of 1,024, top-2")
     both = Table("tokens", "block", "ours", "products", "block / ours", "ours / products", title="with backward")

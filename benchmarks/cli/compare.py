@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
-from benchmarks import runs
+from agents import runs
 from benchmarks.results import pareto
 from benchmarks.results import tables as report
 from cost.files import write_text
+from cost.machine import provenance
 
 CURVES = {"return": "return", "reward/quality": "accuracy", "reward/cost": "cost", "entropy": "policy entropy"}
 POINTS = 200  # of a curve
@@ -72,7 +73,7 @@ def compare(folders: list[Path], out: Path, by: list[str], smoothing: float) -> 
         for group, part in table.groupby("group", sort=False)
     ]
     runs_ended = json.loads(table.to_json(orient="records"))
-    result = {"groups": groups, "runs": runs_ended, "by": by, "smoothing": smoothing, **runs.provenance()}
+    result = {"groups": groups, "runs": runs_ended, "by": by, "smoothing": smoothing, **provenance()}
     out.mkdir(parents=True, exist_ok=True)
     long = pd.concat(frame.assign(group=group) for group, frame in bands.items())
     write_text(out / "curves.csv", long.to_csv(index=False))

@@ -84,7 +84,7 @@ def _train(
     Example: moe-train --env MoERouting-v0 --algo ppo --seed 0 -k cost_weight=0.4
     """
     import moe_envs
-    from benchmarks import runs
+    from agents import runs
 
     env_id, env_kwargs = moe_envs.full_id(env), _parse(env_kwarg)
     name = algo if backend == "sb3" else f"{backend}-{algo}"
@@ -145,8 +145,8 @@ def _evaluate(
 
     Example: moe-eval runs/MoERouting-v0-own-ppo-seed0 --split test --json result.json
     """
+    from agents import runs
     from agents.evaluate import evaluate as play
-    from benchmarks import runs
     from benchmarks.results import tables as report
 
     model, config = runs.load(run_dir)
@@ -166,7 +166,7 @@ def _evaluate(
         frame = play(policy, config["env"], episodes, seed, **arguments)
         kind = getattr(policy, "kind", "learned")
         rows.append(report.row(frame, config["env"], name, kind, seed=config["seed"], **arguments))
-    write(json_file, {"rows": rows, "run": str(run_dir), "episodes": episodes, **runs.provenance()})
+    write(json_file, {"rows": rows, "run": str(run_dir), "episodes": episodes, **provenance()})
     console.print(report.table(rows, f"{config['env']}, {split}, {episodes} episodes"))
 
 
@@ -263,8 +263,8 @@ def _guarded(app: typer.Typer) -> None:
         _require_our_agents()
         from agents.checkpoints import CheckpointError
         from agents.rollouts import NotFiniteError
+        from agents.runs import RunError
         from benchmarks.runner.matrix import RunnerError
-        from benchmarks.runs import RunError
 
         app()
     except (

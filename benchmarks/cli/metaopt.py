@@ -126,12 +126,11 @@ def _dacbench(
     json_file: Json = None,
 ) -> None:
     """Our trainings beside DACBench's SGDEnv, which runs in an environment of its own."""
-    from benchmarks import runs
     from benchmarks.speed import dacbench as sgd_env
 
     with bar() as add:
         result = sgd_env.compare(str(python), add("ours and DACBench by turns"))
-    write(json_file, result | runs.provenance())
+    write(json_file, result | provenance())
     title = "optimiser steps/s of CPU time, medians, one thread"
     table = Table(
         "steps between validations", "DACBench gets", "SGDEnv", "ours", "64 of ours", "ratio", "of 64", title=title

@@ -17,7 +17,7 @@ from benchmarks.evaluation.corruptions import KINDS, LEVELS, corrupt, digest
 from benchmarks.evaluation.setups import SETTINGS, Setup, make
 from benchmarks.results import pareto
 from benchmarks.results.statistics import seeds_interval
-from benchmarks.runner.processes import locked
+from cost.files import locked
 
 CLEAN = "test"
 SPLITS = (CLEAN, *(f"{kind}-{level}" for kind in KINDS for level in range(1, LEVELS + 1)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from benchmarks.runner.processes import locked
+from cost.files import locked
 
 if TYPE_CHECKING:
     import torch
@@ -140,8 +140,8 @@ def _compressed(setup: Setup, seed: int, folder: Path) -> Subject:
 
 def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
     """PPO as the router of the top-2 setup's model; costs are those of the shipped bundle, whose model is as large."""
+    from agents import runs
     from agents.deploy.routing import RoutedMoE
-    from benchmarks import runs
     from experts import bundle, data, zoo
     from experts.reference_bundles import Shipped
     from experts.routers import Decided

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks import runs
 from cost.timing import torch_threads
 from experts import data, reference_models
 from experts.compression.evaluation import accuracy
@@ -45,7 +44,7 @@ def run(names: list[str], progress: Callable[[float], object]) -> Result:
                 }
             )  # fmt: skip
             progress(len(rows) / (len(names) * len(TAUS)))
-    return {"rows": rows, **runs.provenance()}
+    return {"rows": rows, **provenance()}
 
 
 def _cut(model: Any, tau: float) -> tuple[Any, float]:

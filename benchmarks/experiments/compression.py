@@ -20,10 +20,11 @@ from agents import tuned
 from agents.baselines import compression as baselines
 from agents.deploy.compression import levels_of
 from agents.ppo import PPO
-from benchmarks import policies, runs
+from benchmarks import policies
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner import processes as jobs
 from cost.files import write_text
+from cost.machine import provenance
 from experts import reference_models
 from moe_envs.compression.env import SHARES as SHARES_DRAWN
 from moe_envs.compression.tables import CompressionTables
@@ -150,7 +151,7 @@ def run(
     ]
     result: Result = {
         "models": models, "held_out": held_out, "evaluations": evaluations, "tie": TIE, "rows": summarise(frame),
-        "policies": kept, **runs.provenance(),
+        "policies": kept, **provenance(),
     }  # fmt: skip
     frame.to_csv(out / "plans.csv", index=False)
     write_text(out / "results.json", json.dumps(result, indent=1))

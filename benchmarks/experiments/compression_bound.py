@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from agents.baselines import compression as baselines
 from agents.deploy.compression import levels_of
 from agents.ppo import PPO
-from benchmarks import policies, runs
+from benchmarks import policies
 from benchmarks.experiments.compression import BASELINES, ID, SEARCHES, find, prepare
 from benchmarks.runner import processes as jobs
 from cost.files import write_text
+from cost.machine import provenance
 from moe_envs.compression.env import SHARES as SHARES_DRAWN
 from moe_envs.compression.tables import CompressionTables
 
@@ -79,7 +80,7 @@ def run(
             })  # fmt: skip
     result: Result = {
         "model": model, "plans": len(plans), "evaluations": evaluations, "rows": rows, "policies": learned,
-        **runs.provenance(),
+        **provenance(),
     }  # fmt: skip
     write_text(out / "results.json", json.dumps(result, indent=1))
     _draw(rows, out / "bound.png")

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from agents.baselines import compression as baselines
-from benchmarks import runs
-from cost.files import write_text
+from cost.files import write_bytes, write_text
+from cost.machine import provenance
 from experts import data, profiles, reference_models
 from experts.compression import LEVELS
 from experts.compression.activations import quantize_activations
@@ -31,7 +31,6 @@ from experts.compression.lowrank import automatic_rank
 from experts.compression.pieces import importance, pieces
 from experts.compression.plan import Plan
 from experts.compression.structured import smaller_experts
-from experts.files import write_bytes
 from experts.reference_models import Model
 from moe_envs.compression.tables import BATCH, CompressionTables, halves
 
@@ -238,7 +237,7 @@ def run(
     best = smallest(fitting)
     result: Result = {
         "model": name, "limit": limit, "steps": steps, "evaluations": evaluations, "seed": seed, "rows": rows,
-        "best": best[0]["method"] if best else None, "levels": [level.name for level in LEVELS], **runs.provenance(),
+        "best": best[0]["method"] if best else None, "levels": [level.name for level in LEVELS], **provenance(),
     }  # fmt: skip
     if best:
         write_bytes(out / "best.safetensors", best[1].file)
@@ -380,4 +379,4 @@ def apply(plan: Path, checkpoint: Path, out: Path, steps: int, limit: int) -> Re
          "time_s": bench.seconds(each), "finetuned": each.finetuned}
         for method, each in (("float32", before), (plan.stem, made))
     ]  # fmt: skip
-    return {"rows": rows, "out": str(out), **runs.provenance()}
+    return {"rows": rows, "out": str(out), **provenance()}

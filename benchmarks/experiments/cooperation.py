@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks import runs
 from benchmarks.experiments import cooperation_report
 from benchmarks.results.statistics import seeds_interval
 from benchmarks.runner import processes as jobs
 from cost.files import write_text
+from cost.machine import provenance
 from experts import data
 from experts.checkpoints import load_model, save_model
 from experts.losses import diversity_loss
@@ -113,7 +113,7 @@ def train_one(source: str, name: str, seed: int, epochs: int, path: Path) -> Res
     result["sparsity_before"] = [float((np.array(each)[others] < THRESHOLD).mean()) for each in (edges or [[]])[0]]
     result["drift"] = float((moved[-1] - moved[-2]).norm() / moved[-2].norm())
     save_model(network, path)
-    result |= runs.provenance()
+    result |= provenance()
     write_text(record, json.dumps(result))
     return result
 
@@ -143,7 +143,7 @@ def run(
         "data": source, "threshold": THRESHOLD, "utilisation_asked": UTILISATION, "rows": summarise(trained),
         "beside": BASE if BASE in names else names[0], "commits": sorted({str(each["commit"]) for each in trained}),
         "best": {key: best[key] for key in ("name", "seed", "validation", "accuracy", "network", "training")},
-        **runs.provenance(),
+        **provenance(),
     }  # fmt: skip
     write_text(out / "results.json", json.dumps(result, indent=1))
     with one_thread():

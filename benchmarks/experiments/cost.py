@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import runs
 from benchmarks.experiments import cost_report
 from benchmarks.results.statistics import median_interval
 from cost.files import write_text
+from cost.machine import provenance
 from cost.monitor import Monitor
 from cost.profile import Profile
 from cost.timing import torch_threads
@@ -58,7 +58,7 @@ def run(
 
 def write(logs: Path, out: Path, more: Result) -> Result:
     """The report of a monitor's folder; `more` goes into results.json."""
-    result = cost_report.analyse(logs) | more | runs.provenance()
+    result = cost_report.analyse(logs) | more | provenance()
     out.mkdir(parents=True, exist_ok=True)
     cost_report.plot(logs, result, out)
     write_text(out / "results.json", json.dumps(result, indent=1))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents import runs
 from agents.deploy.routing import RoutedMoE
 from agents.evaluate import make_rows
-from benchmarks import runs
 from cost.model import Cost
 from cost.profile import measure
 from cost.timing import torch_threads

@@ -24,8 +24,8 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks import runs
 from cost.files import write_text
+from cost.machine import provenance
 from cost.model import Cost
 from cost.profile import parse
 from experts import bundle as bundles
@@ -77,7 +77,7 @@ def run(name: str, seeds: int, settings: HybridSettings, out: Path, report: Call
     trends = [_trend(pd.DataFrame(logs), seed) for seed in range(seeds)]
     result = {"data": name, "settings": vars(settings), "rows": rows, "logs": logs, "trends": trends}
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "hybrid.json", json.dumps(result | runs.provenance(), indent=1))
+    write_text(out / "hybrid.json", json.dumps(result | provenance(), indent=1))
     _draw(pd.DataFrame(logs), out / "hybrid.png")
     return result
 

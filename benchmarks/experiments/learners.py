@@ -20,8 +20,9 @@ import pandas as pd
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from agents import tuned
-from benchmarks import backends, runs
+from benchmarks import backends
 from cost.files import write_text
+from cost.machine import provenance
 
 ROUTING = "moe_envs:MoERouting-v0"
 # CartPole's are those of RL Baselines3 Zoo with a constant clip range, Acrobot's near them without its normalisation.
@@ -79,7 +80,7 @@ def run(
         raise ValueError(f"no settings for {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "raw.jsonl"
-    origin = runs.provenance()
+    origin = provenance()
     rows = [
         row
         for row in _read(raw)
@@ -159,5 +160,5 @@ def _both(name: str, values: dict[str, Any]) -> list[Any]:
     agents = [backends.make(env_id, "ppo", backend, {}, 0, values) for backend in ("own", "sb3")]
     if env_id != name:
         makers = [lambda: gymnasium.make(env_id)] * values["n_envs"]
-        agents[0] = PPO(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), **values)
+        agents[0] = PPO("MlpPolicy", SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), **values)
     return agents

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks import runs
+from agents import runs
 from benchmarks.experiments import routing
 from benchmarks.results import tables as report
 from benchmarks.results.statistics import mean_interval, paired_difference
 from cost.files import write_text
+from cost.machine import provenance
 
 LIVE_ENV = "moe_envs:MoERoutingLive-v0"
 BLOCKS, EPISODES_A_BLOCK = 5, 200
@@ -44,7 +45,7 @@ def run(
     result: Result = {"rows": summarise(frame), "cost_weight": cost_weight, "seeds": seeds, "bundle": bundle}
     result["episodes"] = BLOCKS * EPISODES_A_BLOCK
     result["ppo_less_best_baseline"] = compare(frame, trained["summary"][0]["best_baseline"])
-    result |= runs.provenance()
+    result |= provenance()
     write_text(out / "live.json", json.dumps(result, indent=1))
     frame.to_csv(out / "live.csv", index=False)
     plot(frame, out / "live.png")

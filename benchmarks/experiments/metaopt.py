@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from agents.baselines.metaopt import ID, SCHEDULES, Found, Heuristic, RandomActions, Round, Settings, search, trainings
 from agents.baselines.metaopt_bound import beam_search
 from agents.ppo import PPO
-from benchmarks import policies, runs
+from benchmarks import policies
 from benchmarks.results.statistics import mean_interval, paired_difference
 from benchmarks.runner import processes as jobs
 from cost.files import write_text
+from cost.machine import provenance
 from experts import profiles, tasks
 from moe_envs.metaopt.signals import DECAYS
 
@@ -125,7 +126,7 @@ def run(
     result: Result = {
         "task": task, "rate": rate, "settings": settings, "rows": summarise(frame),
         "searched": dict(zip(starts, searched, strict=True)), "policies": learned,
-        **runs.provenance(),
+        **provenance(),
     }  # fmt: skip
     frame.to_csv(out / "trainings.csv", index=False)
     lines.to_csv(out / "timelines.csv", index=False)

@@ -16,9 +16,10 @@ from typing import Any
 
 from agents import tuned
 from agents.evaluate import evaluate
-from benchmarks import backends, runs
+from benchmarks import backends
 from benchmarks.experiments.learners import ROUTING
 from cost.files import write_text
+from cost.machine import provenance
 
 CHECKS, EPISODES, COST_WEIGHT = 60, 1000, 0.2
 Row = dict[str, Any]
@@ -77,5 +78,5 @@ def run(seeds: int, out: Path, jobs: int, report: Callable[[float], object]) -> 
             report(len(rows) / len(todo))
     result = {"baseline": best, "target": targets[best], "rows": rows, "settings": tuned.settings("ppo", ROUTING)}
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "race.json", json.dumps(result | runs.provenance(), indent=1))
+    write_text(out / "race.json", json.dumps(result | provenance(), indent=1))
     return result

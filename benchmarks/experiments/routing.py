@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from agents import tuned
-from benchmarks import runs
+from agents import runs, tuned
 from benchmarks.results import pareto
 from benchmarks.results import tables as report
 from benchmarks.results.statistics import paired_difference
 from cost.files import write_text
+from cost.machine import provenance
 
 ENV = "moe_envs:MoERouting-v0"
 EPISODES = {"validation": 1000, "test": 2000}
@@ -66,7 +66,7 @@ def run(
         _watch(pool, [*trainings, *rules], shares, [add_task(name) for name in names])
         scored = [item for future in (*trainings, *rules) for item in future.result()]
     result: Result = {"rows": [row for row, _ in scored], "summary": summarise(scored, cost_weights)}
-    result |= {"settings": fixed | {"seeds": seeds, "episodes": EPISODES}, **runs.provenance()}
+    result |= {"settings": fixed | {"seeds": seeds, "episodes": EPISODES}, **provenance()}
     write_text(out / "results.json", json.dumps(result, indent=1))
     pareto.plot(pd.DataFrame(result["rows"]), out / "pareto.png", f"MoERouting-v0, {bundle}, test, costs: {costs}")
     return result

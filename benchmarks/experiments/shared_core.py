@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import runs
 from experts import data, reference_models
 from experts.compression.evaluation import accuracy
 from experts.compression.lowrank import factors
@@ -57,7 +56,7 @@ def run(name: str, out: Path, processes: int, progress: Callable[[float], object
                 )  # fmt: skip
         progress((number + 1) / len(RANKS))
     whole = {kind: _accuracy(model, stacks[kind], inputs, labels) for kind, model in models.items()}
-    return {"model": name, "rows": rows, "accuracy": whole, **runs.provenance()}
+    return {"model": name, "rows": rows, "accuracy": whole, **provenance()}
 
 
 def _first_matrices(model: Any) -> np.ndarray:

@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 
 from agents.ppo import PPO
-from benchmarks import runs
 from benchmarks.experiments import metaopt
 from benchmarks.results.statistics import median_interval
 from benchmarks.runner import processes as jobs
@@ -33,6 +32,7 @@ from benchmarks.torch_training import (
     train,
 )
 from cost.files import write_text
+from cost.machine import provenance
 from experts.model import MoEClassifier
 
 FIRST_JUDGED_SEED = 1000
@@ -107,7 +107,7 @@ def run(policies: list[Path], seeds: int, pairs: int, processes: int, out: Path,
     result = {
         "settings": {name: {"rate": rate, "decay": decay} for name, (rate, decay) in settings.items()},
         "policies": list(map(str, policies)), "trained_on": json.loads(trained_on.pop()), "rows": summarise(rows),
-        "overhead": overhead(agents[0], pairs), **runs.provenance(),
+        "overhead": overhead(agents[0], pairs), **provenance(),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "trainings.csv", index=False)

@@ -17,10 +17,11 @@ import torch
 
 from agents.baselines.metaopt import SCHEDULES, Round
 from agents.ppo import PPO
-from benchmarks import policies, runs, torch_training
+from benchmarks import policies, torch_training
 from benchmarks.experiments import metaopt
 from benchmarks.runner import processes as jobs
 from cost.files import write_text
+from cost.machine import provenance
 from experts import tasks
 
 ROUNDS = (Round(16, 8), Round(4, 32), Round(2, 64))  # 384 trainings for each schedule
@@ -138,7 +139,7 @@ def run(
     result = {
         "rows": rows,
         "policies": list(paths.values()),
-        **runs.provenance(),
+        **provenance(),
     }
     frame.to_csv(out / "trainings.csv", index=False)
     write_text(out / "results.json", json.dumps(result, indent=1))

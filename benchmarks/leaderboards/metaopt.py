@@ -21,8 +21,7 @@ from benchmarks.experiments.metaopt import (
 )
 from benchmarks.leaderboards.board import SEEDS, Leaderboard
 from benchmarks.results.scores import Verdict
-from benchmarks.runner.processes import locked
-from cost.files import write_text
+from cost.files import locked, write_text
 
 CONTEXTS = {"validation": 128, "test": 256}
 STARTS = "random rate", "tuned rate"

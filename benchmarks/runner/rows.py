@@ -11,8 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.runner.matrix import Job, RunnerError, said
-from benchmarks.runner.processes import locked
-from cost.files import write_text
+from cost.files import locked, write_text
 
 RAW = "raw.jsonl"
 ABOUT = "setup", "seed", "split"

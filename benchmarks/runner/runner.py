@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from benchmarks import runs
 from benchmarks.runner import processes as jobs
 from benchmarks.runner.matrix import (
     Experiment,
@@ -38,6 +37,7 @@ from benchmarks.runner.matrix import (
 )
 from benchmarks.runner.rows import RAW, Row, append, read, sort
 from cost.files import write_text
+from cost.machine import provenance
 
 MATRIX, RESULTS, REPORT, WORK = "matrix.json", "results.json", "report.md", "work"
 ATTEMPTS = 3
@@ -110,7 +110,7 @@ def rebuild(out: Path) -> bool:
         raise RunnerError(f"{out} holds no row of its matrix: moe-benchmark run {out / MATRIX} --out {out}")
     source = {
         "rows": len(rows), "of": len(wanted), "commits": sorted({str(row.commit) for row in rows}),
-        "machines": sorted({row.fingerprint["cpu"] for row in rows}), **runs.provenance(),
+        "machines": sorted({row.fingerprint["cpu"] for row in rows}), **provenance(),
         "sha256": hashlib.sha256("".join(row.model_dump_json() for row in rows).encode()).hexdigest(),
     }  # fmt: skip
     if (out / REPORT).exists() and _source_of(out / RESULTS) == source:
@@ -206,7 +206,7 @@ def _end(pool: ProcessPoolExecutor) -> None:
 def _make(job: Job, attempt: int, out: Path) -> None:
     """In a process: one run, appended to the rows."""
     wall, cpu = time.perf_counter(), time.process_time()
-    about = {"config_hash": job.key, **job._asdict(), **runs.provenance()}
+    about = {"config_hash": job.key, **job._asdict(), **provenance()}
     metrics, measured = measure(job, out / WORK / str(about["commit"]))  # what other code made is not taken
     measured |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     append(out / RAW, Row(format=1, metrics=metrics, measured=measured, attempts=attempt, **about))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from benchmarks import runs
 from benchmarks.runner import processes as jobs
 from benchmarks.runner.matrix import EXPERIMENTS, RunnerError, experiment_of, said
 from benchmarks.runner.rows import Row, read
@@ -25,7 +24,7 @@ def validate(
 
     Raises `RunnerError` for a file of no rows, or of rows that are none of ours: what they name would be imported.
     """
-    rows, found, here = read(file), [], runs.provenance()
+    rows, found, here = read(file), [], provenance()
     if not rows:
         raise RunnerError(f"{file} holds no rows" if file.exists() else f"{file} is not there")
     if foreign := {row.experiment for row in rows} - EXPERIMENTS.keys():

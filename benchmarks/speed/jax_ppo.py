@@ -185,7 +185,7 @@ def compare(report: Any) -> list[dict[str, Any]]:
     found = []
     with threadpool_limits(1, "blas"):
         for number, (rows, steps, size) in enumerate(CASES):
-            agent = PPO(ID, n_envs=rows, n_steps=steps, batch_size=size, n_epochs=EPOCHS).learn(rows * steps)
+            agent = PPO("MlpPolicy", ID, n_envs=rows, n_steps=steps, batch_size=size, n_epochs=EPOCHS).learn(rows * steps)
             command = [sys.executable, "-m", "benchmarks.speed.jax_ppo", str(rows), str(steps), str(size)]
             with subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

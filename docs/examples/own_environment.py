@@ -13,7 +13,7 @@ from agents.evaluate import evaluate
 from cost.model import Cost, CostModel
 from experts import bundle as bundles
 from experts import profiles
-from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
+from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv
 from moe_envs.core.spaces import layout
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
@@ -91,7 +91,7 @@ if __name__ == "__main__":
     from gymnasium.utils.env_checker import check_env
 
     check_env(gymnasium.make("Cascade-v0").unwrapped, skip_render_check=True)
-    learner = PPO("Cascade-v0", n_envs=64, n_steps=32, batch_size=512, seed=0).learn(STEPS)
+    learner = PPO("MlpPolicy", "Cascade-v0", n_envs=64, n_steps=32, batch_size=512, seed=0).learn(STEPS)
     rules = [Threshold(least, most) for least in np.linspace(0.1, 1, 10) for most in range(1, 9)]
     best = max(rules, key=lambda rule: evaluate(rule, "Cascade-v0", 1000, split="validation")["return"].mean())
     rule = f"confidence below {best.least:.1f}, at most {best.most}"

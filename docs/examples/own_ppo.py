@@ -10,7 +10,7 @@ kwargs = {"bundle": "digits", "cost_weight": 0.2}
 
 if __name__ == "__main__":
     agent = PPO(
-        "moe_envs:MoERouting-v0", n_envs=128, env_kwargs=kwargs, seed=0, tensorboard_log="runs/own_ppo/tensorboard",
+        "MlpPolicy", "moe_envs:MoERouting-v0", n_envs=128, env_kwargs=kwargs, seed=0, tensorboard_log="runs/own_ppo",
         n_steps=32, batch_size=512, n_epochs=5, learning_rate="linear 1e-3", gae_lambda=0.8, ent_coef=0.003,
         policy_kwargs={"net_arch": [128, 128]},
     )  # fmt: skip

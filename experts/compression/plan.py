@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 from torch import nn
 
+from cost.files import write_bytes
 from experts.compression import LEVELS, compress, decompress, size_of
 from experts.compression.pieces import other_parameters, pieces
-from experts.files import write_bytes
 
 DIGITS = string.digits + string.ascii_lowercase  # a level in the metadata is one character, whatever it is
 FORMAT = "moe-envs compressed model 1"

@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 from torch import nn
 
+from cost.files import write_bytes
 from experts import zoo
 from experts.compression import LEVELS, quantize, size_of
 from experts.compression.evaluation import PlanEvaluator
 from experts.compression.pieces import pieces
-from experts.files import write_bytes
 
 GRANULARITIES = ("expert", "layer")
 SHIPPED = zoo.ASSETS / "_models"

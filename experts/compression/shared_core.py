@@ -20,7 +20,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from experts.files import write_bytes
+from cost.files import write_bytes
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ LOWS, HIGHS = box(LAYOUT).low, box(LAYOUT).high
 class MoECompressionVectorEnv(BatchedEnv):
     """MoECompression-v0 over `num_envs` walks at once; see `MoECompressionEnv` for the problem and its arguments."""
 
-    STATE = ("_model", "budget", "_place", "levels", "_spent", "_surrogate", "_ended_with")
+    STATE = ("model", "budget", "place", "levels", "_spent", "_surrogate", "_ended_with")
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class MoECompressionVectorEnv(BatchedEnv):
         reference = Cost(whole[0], tables.bytes, whole[2])
         reward = Reward.of(cost_weight, reference, Cost(time_weight, memory_weight, energy_weight))
         super().__init__(num_envs, LAYOUT, spaces.Discrete(COUNT), reward, **face)
-        self._model, self.budget, self._place, self._spent = np.zeros((4, num_envs), dtype=np.int64)
+        self.model, self.budget, self.place, self._spent = np.zeros((4, num_envs), dtype=np.int64)
         self.levels = np.zeros((num_envs, len(tables.units)), dtype=np.int64)
         self._surrogate = np.zeros(num_envs)
         self._ended_with = np.zeros((num_envs, 2))  # change of accuracy and of loss
@@ -105,25 +105,25 @@ class MoECompressionVectorEnv(BatchedEnv):
         contexts, count = self._draw(rows, CONTEXTS), len(self.tables.models)
         low, high = np.log(self.budgets)
         share = (contexts // count + 0.5) / (CONTEXTS // count + 1)
-        self._model[rows] = contexts % count
+        self.model[rows] = contexts % count
         self.budget[rows] = np.floor(np.exp(low + (high - low) * share) + 1e-6)
-        self._place[rows], self.levels[rows], self._spent[rows] = 0, 0, self.tables.overhead
+        self.place[rows], self.levels[rows], self._spent[rows] = 0, 0, self.tables.overhead
         self._surrogate[rows], self._ended_with[rows] = 0.0, 0.0
 
     def _advance(self, actions: np.ndarray) -> Outcome:
-        tables, place = self.tables, np.minimum(self._place, len(self.tables.units) - 1)
+        tables, place = self.tables, np.minimum(self.place, len(self.tables.units) - 1)
         taken = np.maximum(actions, self._wall())  # sizes fall with the level: what does not fit becomes what does
         self.levels[self._rows, place] = taken
         self._spent = self._spent + tables.sizes[place, taken]
-        gain = tables.gains[self._model, place, taken]
+        gain = tables.gains[self.model, place, taken]
         self._surrogate += gain
-        self._place += 1
-        ended = self._place >= len(tables.units)
+        self.place += 1
+        ended = self.place >= len(tables.units)
         quality = gain if self.shaped else np.zeros(self.num_envs)
         if (rows := ended.nonzero()[0]).size:
             quality = quality.copy()
             quality[rows] = self._final(rows) - (self._surrogate[rows] - gain[rows] if self.shaped else 0.0)
-        cost = tables.costs[self._model, place, taken]
+        cost = tables.costs[self.model, place, taken]
         cost[:, 1] += tables.overhead * ended
         details = {
             "compression/level": taken,
@@ -134,7 +134,7 @@ class MoECompressionVectorEnv(BatchedEnv):
         return Outcome(quality, cost, ended, details)
 
     def _observe(self) -> np.ndarray:
-        tables, place, model = self.tables, self._place, self._model
+        tables, place, model = self.tables, self.place, self.model
         ended = place >= len(tables.units)
         left = np.maximum(self.budget - self._spent, 0)
         observation = np.empty((self.num_envs, LAYOUT["progress"].slice.stop), dtype=np.float32)
@@ -159,7 +159,7 @@ class MoECompressionVectorEnv(BatchedEnv):
 
     def _wall(self) -> np.ndarray:
         """The first level that fits, `[n]`."""
-        tables, place = self.tables, np.minimum(self._place, len(self.tables.units) - 1)
+        tables, place = self.tables, np.minimum(self.place, len(self.tables.units) - 1)
         room = self.budget - self._spent - tables.least[place + 1]
         return np.minimum((tables.sizes[place] > room[:, None]).sum(1), COUNT - 1)
 
@@ -167,7 +167,7 @@ class MoECompressionVectorEnv(BatchedEnv):
         """The quality `[rows]` of finished plans."""
         if self.additive:
             return np.asarray(self._surrogate[rows])
-        quality, accuracy, loss = self.tables.quality(self._model[rows], self.levels[rows])
+        quality, accuracy, loss = self.tables.quality(self.model[rows], self.levels[rows])
         self._ended_with[rows] = np.stack([accuracy, loss], axis=1)
         return quality
 
@@ -263,7 +263,7 @@ class MoECompressionEnv(SingleEnv):
         return np.asarray(self.vector.action_masks()[0])
 
     def _picture(self) -> PlanPicture:
-        vector, done = self.vector, int(self.vector._place[0])
+        vector, done = self.vector, int(self.vector.place[0])
         levels = vector.levels[0, :done].tolist()
         shares = (vector.tables.sizes[range(done), levels] / vector.tables.sizes[:done, 0]).tolist()
         picked = list(zip(levels, shares, strict=True))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agents.baselines import metaopt
-from agents.baselines.metaopt import Heuristic, Plateau, RandomActions, Round, Schedule, Settings, search, trainings
+from agents.baselines.metaopt import Heuristic, Plateau, RandomActions, Rates, Round, Schedule, search, trainings
 
 
 def test_shapes_by_hand() -> None:
@@ -32,7 +32,7 @@ def rates(policy: Any, steps: int, **kwargs: Any) -> np.ndarray:
 
 
 def test_the_rates_are_those_of_the_schedule() -> None:
-    settings = Settings(np.array([0.02, 0.01]), np.array([0, 3]))
+    settings = Rates(np.array([0.02, 0.01]), np.array([0, 3]))
     found = rates(Schedule(metaopt.linear, settings), 5, max_actions=10)
     np.testing.assert_allclose(found, np.outer([1, 0.9, 0.8, 0.7, 0.6], [0.02, 0.02]))
     drawn = rates(Schedule(metaopt.constant), 3)
@@ -41,7 +41,7 @@ def test_the_rates_are_those_of_the_schedule() -> None:
 
 
 def test_a_plateau_halves_the_rates() -> None:
-    found = rates(Plateau(settings=Settings(np.array([1e-5 * 8, 1e-5 * 8]), np.array([5, 5]))), 12, scales=(1e-3, 1e-3))
+    found = rates(Plateau(settings=Rates(np.array([1e-5 * 8, 1e-5 * 8]), np.array([5, 5]))), 12, scales=(1e-3, 1e-3))
     assert set(np.round(found.ravel() / 1e-5, 6)) <= {8.0, 4.0, 2.0, 1.0}
     stuck = Plateau()
     stuck.watch(gymnasium.make_vec(metaopt.ID, 1, "vector_entry_point").unwrapped)  # type: ignore[arg-type]
@@ -52,9 +52,7 @@ def test_a_plateau_halves_the_rates() -> None:
 
 
 def test_trainings_are_one_a_seed_and_the_same_for_all() -> None:
-    frame = trainings(
-        Schedule(settings=Settings(np.array([0.02, 0.02]), np.array([3, 3]))), [5, 5, 6], "test", target=0.9
-    )
+    frame = trainings(Schedule(settings=Rates(np.array([0.02, 0.02]), np.array([3, 3]))), [5, 5, 6], "test", target=0.9)
     assert len(frame) == 3
     assert frame["steps"][0] == frame["steps"][1]
     assert frame["arrived"].all()

@@ -29,7 +29,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from agents import PPO
-agent = PPO("moe_envs:MoERouting-v0", n_envs=4, n_steps=4, env_kwargs={"bundle": "digits"})
+agent = PPO("MlpPolicy", "moe_envs:MoERouting-v0", n_envs=4, n_steps=4, env_kwargs={"bundle": "digits"})
 print("ready", flush=True)
 say = lambda agent: print(agent.num_timesteps, flush=True)
 agent.learn(10**9, say, checkpoint_path=sys.argv[1], checkpoint_every=1)
@@ -95,7 +95,7 @@ def test_a_run_falls_back_on_the_newest_whole_checkpoint(tmp_path: Path) -> None
 
 
 def test_another_algorithms_checkpoint_is_refused(tmp_path: Path) -> None:
-    REINFORCE("CartPole-v1", n_envs=1).save(tmp_path / "agent")
+    REINFORCE("MlpPolicy", "CartPole-v1", n_envs=1).save(tmp_path / "agent")
     with pytest.raises(CheckpointError, match="REINFORCE, not of PPO"):
         PPO.load(tmp_path / "agent")
 
@@ -124,10 +124,10 @@ def test_nothing_else_is_ever_deleted(saved: Path) -> None:
 
 def test_a_run_is_one_trainings(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    agent = PPO(**DIGITS).learn(256, checkpoint_path=run)
+    agent = PPO("MlpPolicy", **DIGITS).learn(256, checkpoint_path=run)
     (run / "checkpoint-notes.txt").write_text("mine")
     before = sorted(run.rglob("*"))
-    for another in (PPO(**DIGITS), PPO.load(run), PPO.resume(run / "checkpoint-000000000256")):
+    for another in (PPO("MlpPolicy", **DIGITS), PPO.load(run), PPO.resume(run / "checkpoint-000000000256")):
         with pytest.raises(ValueError, match="another training"):
             another.learn(128, checkpoint_path=run)
     assert sorted(run.rglob("*")) == before
@@ -142,7 +142,7 @@ def test_a_run_is_one_trainings(tmp_path: Path) -> None:
 
 def test_two_learners_do_not_write_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    first = PPO(**DIGITS).learn(128, checkpoint_path=run)
+    first = PPO("MlpPolicy", **DIGITS).learn(128, checkpoint_path=run)
     monkeypatch.chdir(tmp_path)
     second = PPO.resume("run").learn(256, checkpoint_path=run)
     episodes = (run / "episodes.csv").read_bytes()
@@ -154,17 +154,17 @@ def test_two_learners_do_not_write_one_run(tmp_path: Path, monkeypatch: pytest.M
     mine.parent.mkdir()
     mine.write_text("not yours")
     with pytest.raises(ValueError, match=r"another training wrote \(episodes.csv\)"):
-        PPO(**DIGITS).learn(128, checkpoint_path=mine.parent)
+        PPO("MlpPolicy", **DIGITS).learn(128, checkpoint_path=mine.parent)
     assert mine.read_text() == "not yours"
 
 
 def test_a_loaded_learner_begins_new_episodes(tmp_path: Path) -> None:
-    agent = PPO("CartPole-v1", n_envs=2, n_steps=16, temperature="linear 2 1", normalize_rewards=True)
+    agent = PPO("MlpPolicy", "CartPole-v1", n_envs=2, n_steps=16, temperature="linear 2 1", normalize_rewards=True)
     agent.learn(32)
     agent.save(tmp_path / "agent")
     for again in (PPO.load(tmp_path / "agent"), PPO.resume(tmp_path / "agent")):
         assert again.episodes.carry["length"].sum() == 0
-        assert again._discounted.sum() == 0
+        assert again.reward_scale.discounted.sum() == 0
         assert again._temperature == agent._temperature
         again.learn(2000)
         frame = again.episodes.frame()

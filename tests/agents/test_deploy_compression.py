@@ -18,7 +18,15 @@ def sb3() -> Any:
 
 
 def ours() -> Any:
-    return PPO(ID, env_kwargs={"model": MODEL, "evaluation": "additive"}, n_envs=2, n_steps=8, batch_size=16, seed=0)
+    return PPO(
+        "MlpPolicy",
+        ID,
+        env_kwargs={"model": MODEL, "evaluation": "additive"},
+        n_envs=2,
+        n_steps=8,
+        batch_size=16,
+        seed=0,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*mini-batch")

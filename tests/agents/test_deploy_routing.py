@@ -24,7 +24,9 @@ def policies() -> list[tuple[str, dict[str, Any], Any]]:
     found = []
     for action in ("expert", "subset"):
         kwargs = {"bundle": "digits", "action": action, "cost_weight": 0.1}
-        own = PPO(ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=5, normalize_observations=True).learn(15_000)
+        own = PPO(
+            "MlpPolicy", ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=5, normalize_observations=True
+        ).learn(15_000)
         found.append((f"own {action}", kwargs, own))
         model = sb3.PPO("MlpPolicy", make_sb3_vec(ID, 16, **kwargs), n_steps=32, batch_size=256, device="cpu", seed=0)
         found.append((f"sb3 {action}", kwargs, model.learn(4_000)))
@@ -60,7 +62,7 @@ def test_a_deployed_router_is_the_environments_policy() -> None:
 
 def test_experts_that_are_not_chosen_are_not_run() -> None:
     kwargs = {"bundle": "digits"}
-    policy = PPO(ID, env_kwargs=kwargs, n_envs=1)
+    policy = PPO("MlpPolicy", ID, env_kwargs=kwargs, n_envs=1)
     policy.network.weights["policy.bias"][:] = np.eye(8, dtype=np.float32)[5] * 100
     routed = RoutedMoE("digits", policy, kwargs)
     ran: list[tuple[int, int]] = []
@@ -77,7 +79,7 @@ def test_the_onnx_model_gives_the_same_answers(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     kwargs = {"bundle": "digits", "cost_weight": 0.1, "batch_size": 8}
-    policy = PPO(ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=5).learn(8_000)
+    policy = PPO("MlpPolicy", ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=5).learn(8_000)
     routed = RoutedMoE("digits", policy, kwargs)
     routed.export_onnx(tmp_path / "routed.onnx", batch_size=16)
     assert len(list(tmp_path.iterdir())) == 1
@@ -90,11 +92,11 @@ def test_the_onnx_model_gives_the_same_answers(tmp_path: Path) -> None:
 
 def test_what_cannot_be_deployed_is_said() -> None:
     with pytest.raises(ValueError, match="gru=0"):
-        RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1, policy_kwargs={"gru": 4}))
+        RoutedMoE("digits", PPO("MlpPolicy", ID, env_kwargs={"bundle": "digits"}, n_envs=1, policy_kwargs={"gru": 4}))
     with pytest.raises(ValueError, match="top-m"):
-        RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1), {"action": "top-m"})
+        RoutedMoE("digits", PPO("MlpPolicy", ID, env_kwargs={"bundle": "digits"}, n_envs=1), {"action": "top-m"})
     with pytest.raises(ValueError, match="the policy observes"):
-        RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1), {"action": "subset"})
+        RoutedMoE("digits", PPO("MlpPolicy", ID, env_kwargs={"bundle": "digits"}, n_envs=1), {"action": "subset"})
 
 
 def test_dqn_and_qr_dqn_are_deployed_and_recurrent_policies_refused() -> None:
@@ -115,5 +117,5 @@ def test_dqn_and_qr_dqn_are_deployed_and_recurrent_policies_refused() -> None:
 
 
 def test_an_empty_batch_has_no_answers() -> None:
-    routed = RoutedMoE("digits", PPO(ID, env_kwargs={"bundle": "digits"}, n_envs=1))
+    routed = RoutedMoE("digits", PPO("MlpPolicy", ID, env_kwargs={"bundle": "digits"}, n_envs=1))
     assert routed(torch.zeros(0, 64)).shape == (0, 10)

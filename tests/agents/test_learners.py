@@ -10,7 +10,8 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from agents import PPO, REINFORCE
-from agents.learner import EPISODES, Learner
+from agents.learner import Learner
+from agents.resumable import EPISODES
 from agents.rollouts import NotFiniteError
 from tests.agents import problems  # noqa: F401
 
@@ -37,13 +38,21 @@ def last_return(agent: Learner) -> float:
 def test_it_learns(learner: type[Learner], env: str, best: float, steps: int) -> None:
     kwargs: Any = FAST | ({"n_steps": 8, "learning_rate": "linear 1e-2"} if learner is REINFORCE else {"n_epochs": 5})
     agent: Any = learner
-    agent = agent(env, n_envs=16, seed=0, **kwargs).learn(steps)
+    agent = agent("MlpPolicy", env, n_envs=16, seed=0, **kwargs).learn(steps)
     assert last_return(agent) > best - max(0.1, 0.1 * best)
 
 
 def test_only_a_memory_remembers() -> None:
     with_memory, without = (
-        PPO("Memory-v0", n_envs=32, batch_size=256, n_epochs=4, policy_kwargs={"net_arch": [32], "gru": gru}, **FAST)
+        PPO(
+            "MlpPolicy",
+            "Memory-v0",
+            n_envs=32,
+            batch_size=256,
+            n_epochs=4,
+            policy_kwargs={"net_arch": [32], "gru": gru},
+            **FAST,
+        )
         for gru in (16, 0)
     )
     assert last_return(with_memory.learn(40_000)) > 0.9
@@ -54,7 +63,7 @@ def test_only_a_memory_remembers() -> None:
 def test_a_truncated_episode_is_worth_what_comes_after(gru: int) -> None:
     policy = {"net_arch": [16], "gru": gru}
     settings: dict[str, Any] = {"n_steps": 20, "n_epochs": 5, "gamma": 0.9, "learning_rate": "linear 3e-2"}
-    agent = PPO("Forever-v0", n_envs=8, batch_size=80, **settings, policy_kwargs=policy).learn(12_000)
+    agent = PPO("MlpPolicy", "Forever-v0", n_envs=8, batch_size=80, **settings, policy_kwargs=policy).learn(12_000)
     inputs = np.zeros((1, 1), dtype=np.float32)
     values = agent.descent.evaluate(inputs[None], np.zeros((1, 1)), agent.network.begin(1))[1]
     assert values.item() == pytest.approx(10, rel=0.1)
@@ -72,7 +81,7 @@ def test_a_truncated_episode_is_worth_what_comes_after(gru: int) -> None:
 )
 def test_resume_is_bit_for_bit(learner: Callable[..., Learner], kwargs: dict[str, Any], tmp_path: Path) -> None:
     def make() -> Learner:
-        return learner(n_envs=4, n_steps=16, learning_rate="linear 1e-3", **kwargs)
+        return learner("MlpPolicy", n_envs=4, n_steps=16, learning_rate="linear 1e-3", **kwargs)
 
     def stop(agent: Learner) -> None:
         if agent.num_timesteps >= cut:
@@ -92,14 +101,16 @@ def test_resume_is_bit_for_bit(learner: Callable[..., Learner], kwargs: dict[str
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
-    first, second, other = (PPO(**ROUTING, n_envs=4, n_steps=16, seed=seed).learn(600) for seed in (0, 0, 1))
+    first, second, other = (
+        PPO("MlpPolicy", **ROUTING, n_envs=4, n_steps=16, seed=seed).learn(600) for seed in (0, 0, 1)
+    )
     assert np.array_equal(first.network.flat, second.network.flat)
     assert not np.array_equal(first.network.flat, other.network.flat)
 
 
 def test_exploration_is_independent_of_the_environment() -> None:
     """A policy that draws from the stream that the environment was reset by learns worse than one that does not."""
-    agent = PPO("CartPole-v1", n_envs=2, seed=5)
+    agent = PPO("MlpPolicy", "CartPole-v1", n_envs=2, seed=5)
     rows = [gymnasium.utils.seeding.np_random(seed)[0] for seed in (5, 6)]
     streams = [generator.bit_generator.state["state"]["inc"] for generator in (*rows, agent.generator)]
     agent.rows.reset(5)
@@ -113,7 +124,7 @@ def test_all_autoreset_modes_teach_the_same() -> None:
         env = gymnasium.make_vec(
             ROUTING["env"], 4, "vector_entry_point", autoreset_mode=mode.value, **ROUTING["env_kwargs"]
         )
-        agent = PPO(env, n_steps=40, n_epochs=2).learn(160)
+        agent = PPO("MlpPolicy", env, n_steps=40, n_epochs=2).learn(160)
         found.append(agent)
     assert np.array_equal(found[0].network.flat, found[1].network.flat)
     frames = [agent.episodes.frame() for agent in found]
@@ -124,14 +135,14 @@ def test_all_autoreset_modes_teach_the_same() -> None:
 
 def test_steps_spent_on_resets_do_not_count() -> None:
     env = gymnasium.make_vec("CartPole-v1", 4, "vector_entry_point")
-    agent = PPO(env, n_steps=64, n_epochs=1, normalize_rewards=True).learn(2000)
+    agent = PPO("MlpPolicy", env, n_steps=64, n_epochs=1, normalize_rewards=True).learn(2000)
     frame = agent.episodes.frame()
     assert (frame["length"] == frame["return"]).all()
     assert frame["entropy"].max() <= np.log(2) + 1e-6
     assert frame["timesteps"].is_monotonic_increasing
     unfinished = agent.episodes.carry["length"].sum()
     assert frame["length"].sum() + unfinished == agent.num_timesteps
-    assert agent._of_returns.count == agent.num_timesteps
+    assert agent.reward_scale.moments.count == agent.num_timesteps
 
 
 @pytest.mark.parametrize("gru", [0, 4])
@@ -139,9 +150,9 @@ def test_a_rollout_of_resets_alone_is_no_update(gru: int) -> None:
     from gymnasium.vector import SyncVectorEnv
 
     env = SyncVectorEnv([lambda: gymnasium.make("Target-v0")] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
-    agent = PPO(env, n_steps=1, batch_size=1, policy_kwargs={"gru": gru}).learn(10)
+    agent = PPO("MlpPolicy", env, n_steps=1, batch_size=1, policy_kwargs={"gru": gru}).learn(10)
     assert agent.num_timesteps == 10
-    assert agent.num_updates == 50
+    assert agent.updates.count == 50
 
 
 def test_masks_come_from_wrapped_and_remote_environments() -> None:
@@ -151,7 +162,7 @@ def test_masks_come_from_wrapped_and_remote_environments() -> None:
     makers = [lambda: gymnasium.make("Masked-v0")] * 2
     wrapped = RecordEpisodeStatistics(SyncVectorEnv(makers))
     for env in (wrapped, AsyncVectorEnv(makers, context="fork")):
-        agent = PPO(env, n_steps=32)
+        agent = PPO("MlpPolicy", env, n_steps=32)
         assert agent.rows.has_masks
         agent.learn(64)  # a masked action would be an error
         agent.close()
@@ -178,16 +189,16 @@ def test_masks_come_from_wrapped_and_remote_environments() -> None:
 )
 def test_settings_that_cannot_be_meant_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PPO("Identity-v0", **settings)
+        PPO("MlpPolicy", "Identity-v0", **settings)
 
 
 def test_no_temperature_for_a_box() -> None:
     with pytest.raises(ValueError, match="temperature is for actions drawn from logits"):
-        PPO("Target-v0", temperature=2.0)
+        PPO("MlpPolicy", "Target-v0", temperature=2.0)
 
 
 def test_nothing_to_do_is_said() -> None:
-    agent = PPO("Identity-v0")
+    agent = PPO("MlpPolicy", "Identity-v0")
     agent.goal = 100
     for steps in (0, -5):
         with pytest.raises(ValueError, match="nothing to do"):
@@ -198,13 +209,13 @@ def test_nothing_to_do_is_said() -> None:
 
 
 def test_a_callback_ends_a_training() -> None:
-    agent = PPO("Identity-v0", n_envs=2, n_steps=8)
+    agent = PPO("MlpPolicy", "Identity-v0", n_envs=2, n_steps=8)
     agent.learn(1000, lambda agent: agent.num_timesteps < 32)
     assert agent.num_timesteps == 32
 
 
 def test_after_an_error_of_the_environment_episodes_begin_anew() -> None:
-    agent = PPO("Masked-v0", n_envs=2, n_steps=8)
+    agent = PPO("MlpPolicy", "Masked-v0", n_envs=2, n_steps=8)
     act, agent._act = agent._act, lambda *arguments: (np.array([0, 1]), arguments[1])  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="a masked action"):
         agent.learn(16)
@@ -215,7 +226,7 @@ def test_after_an_error_of_the_environment_episodes_begin_anew() -> None:
 
 @pytest.mark.parametrize("field", ["reward", "observation"])
 def test_what_is_not_finite_is_an_error_that_says_where(field: str) -> None:
-    agent = PPO("Broken-v0", n_envs=2, n_steps=8, env_kwargs={"field": field})
+    agent = PPO("MlpPolicy", "Broken-v0", n_envs=2, n_steps=8, env_kwargs={"field": field})
     before = agent.network.flat.clone()
     with pytest.raises(NotFiniteError, match=f"Broken-v0: the {field} of row 0 at step [23]"):
         agent.learn(100)
@@ -223,7 +234,7 @@ def test_what_is_not_finite_is_an_error_that_says_where(field: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:
-    agent = PPO("Forever-v0", n_envs=2, n_steps=8, vf_coef=float("inf"))
+    agent = PPO("MlpPolicy", "Forever-v0", n_envs=2, n_steps=8, vf_coef=float("inf"))
     with pytest.raises(NotFiniteError, match="lower learning_rate"):
         agent.learn(100)
     assert np.isfinite(agent.network.flat.numpy()).all()
@@ -233,7 +244,7 @@ def test_a_gradient_that_is_not_finite_is_an_error() -> None:
 
 
 def test_predict_is_sb3s(tmp_path: Path) -> None:
-    agent = PPO(**ROUTING, n_envs=4, n_steps=16)
+    agent = PPO("MlpPolicy", **ROUTING, n_envs=4, n_steps=16)
     observations = agent.rows.reset(0)
     actions, state = agent.predict(observations, deterministic=True)
     assert actions.shape == (4,)
@@ -246,7 +257,7 @@ def test_predict_is_sb3s(tmp_path: Path) -> None:
     assert np.array_equal(again, actions)
     masked, _ = agent.predict(observations[0], action_masks=np.arange(8) == 3)
     assert masked == 3
-    box = PPO("Target-v0", n_envs=1)
+    box = PPO("MlpPolicy", "Target-v0", n_envs=1)
     action, _ = box.predict(np.zeros(1, dtype=np.float32))
     assert box.rows.action_space.contains(action)
 
@@ -254,8 +265,8 @@ def test_predict_is_sb3s(tmp_path: Path) -> None:
 def test_the_curves_are_on_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    PPO(**ROUTING, n_envs=8, n_steps=32, tensorboard_log=tmp_path).learn(1024)
-    events = EventAccumulator(str(tmp_path)).Reload()
+    PPO("MlpPolicy", **ROUTING, n_envs=8, n_steps=32, tensorboard_log=tmp_path).learn(1024)
+    events = EventAccumulator(str(tmp_path / "PPO_1")).Reload()
     wanted = {
         *("rollout/ep_rew_mean", "rollout/ep_len_mean", "train/approx_kl", "train/value_loss", "train/entropy_loss"),
         *("time/fps", "reward/quality", "reward/cost", "cost/time", "cost/energy", "routing/experts_used"),
@@ -266,7 +277,7 @@ def test_the_curves_are_on_tensorboard(tmp_path: Path) -> None:
 
 
 def test_episodes_are_what_the_environment_says() -> None:
-    agent = PPO(**ROUTING, n_envs=8, n_steps=40).learn(640)
+    agent = PPO("MlpPolicy", **ROUTING, n_envs=8, n_steps=40).learn(640)
     frame = agent.episodes.frame()
     assert len(frame) == 16
     assert (frame["length"] == 32).all()
@@ -277,19 +288,20 @@ def test_episodes_are_what_the_environment_says() -> None:
 
 def test_target_kl_stops_an_update() -> None:
     runs = [
-        PPO(**ROUTING, n_envs=8, n_steps=32, learning_rate=0.03, target_kl=limit).learn(512) for limit in (None, 0.01)
+        PPO("MlpPolicy", **ROUTING, n_envs=8, n_steps=32, learning_rate=0.03, target_kl=limit).learn(512)
+        for limit in (None, 0.01)
     ]
-    assert runs[0].num_updates == 20
-    assert runs[1].num_updates < 20
+    assert runs[0].updates.count == 20
+    assert runs[1].updates.count < 20
     assert runs[1].logs["train/approx_kl"] > 0.01
 
 
 def test_an_environment_object_trains_and_cannot_be_saved(tmp_path: Path) -> None:
-    agent = PPO(gymnasium.make("Identity-v0"), n_steps=64).learn(128)
+    agent = PPO("MlpPolicy", gymnasium.make("Identity-v0"), n_steps=64).learn(128)
     assert agent.num_timesteps == 128
     with pytest.raises(ValueError, match="environment's id"):
         agent.save(tmp_path / "agent")
-    other = PPO("Forever-v0", env_kwargs={}, n_steps=8)
+    other = PPO("MlpPolicy", "Forever-v0", env_kwargs={}, n_steps=8)
     other.arguments["env_kwargs"] = {"made": object()}
     with pytest.raises(ValueError, match="cannot be saved"):
         other.learn(8, checkpoint_path=tmp_path / "run")
@@ -307,7 +319,7 @@ def test_an_update_is_sb3s() -> None:
     rows, steps = 8, 40
     settings: dict[str, Any] = {"n_steps": steps, "batch_size": rows * steps, "n_epochs": 5, "learning_rate": 1e-3}
     settings |= {"gae_lambda": 0.8, "ent_coef": 0.01, "max_grad_norm": 0.05}
-    ours = PPO(**ROUTING, n_envs=rows, **settings)
+    ours = PPO("MlpPolicy", **ROUTING, n_envs=rows, **settings)
     env = make_sb3_vec(ROUTING["env"], rows, **ROUTING["env_kwargs"])
     theirs = stable_baselines3.PPO("MlpPolicy", env, policy_kwargs={"net_arch": [64, 64]}, device="cpu", **settings)
 
@@ -322,7 +334,7 @@ def test_an_update_is_sb3s() -> None:
     for name, values in their_weights().items():
         ours.network.weights[name][:] = values
     ours.collector.begin(0)
-    batch = ours._batch()
+    batch = ours._batch(ours.collector.collect(steps, ours._act))
     observations, actions = batch.inputs.reshape(steps, rows, -1), batch.actions.reshape(steps, rows)
     theirs._setup_learn(10**6)
     theirs.set_logger(configure(None, []))
@@ -342,6 +354,6 @@ def test_an_update_is_sb3s() -> None:
     theirs.rollout_buffer.compute_returns_and_advantage(last, starts)
     np.testing.assert_allclose(theirs.rollout_buffer.advantages.ravel(), batch.advantages, atol=1e-5)
     theirs.train()
-    ours._update(batch)
+    ours.updates(batch, ours.generator, 1e-3, np.float32(1))
     for name, values in their_weights().items():
         np.testing.assert_allclose(ours.network.weights[name], values, atol=1e-5)

@@ -141,7 +141,7 @@ def test_groups_of_one_part_keep_their_proportions() -> None:
 
 @pytest.fixture(scope="module")
 def policy() -> PPO:
-    return PPO(ID, n_envs=8, n_steps=32, env_kwargs={"steps_per_action": 1}).learn(512)
+    return PPO("MlpPolicy", ID, n_envs=8, n_steps=32, env_kwargs={"steps_per_action": 1}).learn(512)
 
 
 def make(kind: str, optimizer: torch.optim.Optimizer, groups: dict[str, Any], policy: PPO) -> MetaOptimizer:

@@ -19,9 +19,8 @@ def test_trainings_are_kept_and_compared(tmp_path: Path, monkeypatch: pytest.Mon
     rows = [
         {**row, "return": 20 + seed, "backend": backend, "seed": seed} for backend in ("own", "sb3") for seed in (0, 1)
     ]
-    from benchmarks import runs
 
-    origin = {"settings": small, "commit": runs.provenance()["commit"]}
+    origin = {"settings": small, "commit": provenance()["commit"]}
     stale = {**rows[0], "return": 99} | origin | {"commit": "another"}
     lines = [json.dumps(each | origin) + "\n" for each in rows] + [json.dumps(stale) + "\n", '{"env": "cut']
     (tmp_path / "raw.jsonl").write_text("".join(lines))

@@ -42,7 +42,7 @@ def problem() -> torch_training.Problem:
 
 
 def policy(folder: Path) -> Path:
-    PPO("moe_envs:MoEMetaOpt-v0", seed=1, **SMALL).save(folder / "policy")
+    PPO("MlpPolicy", "moe_envs:MoEMetaOpt-v0", seed=1, **SMALL).save(folder / "policy")
     return folder / "policy"
 
 
@@ -140,7 +140,7 @@ def test_dacbench_is_asked_for_where_it_is_absent() -> None:
 
 def test_policies_of_different_tasks_are_refused(tmp_path: Path) -> None:
     one = policy(tmp_path)
-    PPO("moe_envs:MoEMetaOpt-v0", env_kwargs={"task": "fashion-mnist"}, **SMALL).save(tmp_path / "other")
+    PPO("MlpPolicy", "moe_envs:MoEMetaOpt-v0", env_kwargs={"task": "fashion-mnist"}, **SMALL).save(tmp_path / "other")
     for several in ([one, one], [one, tmp_path / "other"]):
         with pytest.raises(ValueError, match="different ones, trained on the same tasks"):
             torch_loop.run(several, 2, 4, 1, tmp_path / "out", lambda name: lambda share: None)

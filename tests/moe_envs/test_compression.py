@@ -22,7 +22,7 @@ ID, MODEL = "moe_envs:MoECompression-v0", "digits-mlp"
 
 
 def drawn(levels: list[int], env: Any, observation: np.ndarray) -> int:
-    return levels[env.vector._place[0]]
+    return levels[env.vector.place[0]]
 
 
 def make(**kwargs: Any) -> Any:
@@ -136,10 +136,10 @@ def test_each_row_is_of_its_own_model(own_cache: Path) -> None:
     names = [MODEL, f"{MODEL}-1"]
     both: Any = gymnasium.make_vec(ID, 6, "vector_entry_point", model=names, cost_weight=0.3).unwrapped
     observation, _ = both.reset(seed=0)
-    assert set(both._model.tolist()) == {0, 1}
+    assert set(both.model.tolist()) == {0, 1}
     alone = []
     for row in range(6):
-        env = make(model=names[both._model[row]], budget=int(both.budget[row]), cost_weight=0.3)
+        env = make(model=names[both.model[row]], budget=int(both.budget[row]), cost_weight=0.3)
         alone.append((env, env.reset(seed=0)[0]))
     for actions in np.random.default_rng(0).integers(len(LEVELS), size=(18, 6)):
         np.testing.assert_array_equal(observation, [seen for _, seen in alone])
@@ -162,7 +162,7 @@ def test_budgets_are_drawn_over_their_range_and_models_in_turn(monkeypatch: pyte
     assert 0 <= shares.min() < 0.02
     assert 0.98 < shares.max() <= 1
     assert abs(shares.mean() - 0.5) < 0.05
-    assert abs(env._model.mean() - 0.5) < 0.1
+    assert abs(env.model.mean() - 0.5) < 0.1
 
 
 @pytest.mark.filterwarnings("ignore:.*doesn't natively support")

@@ -70,7 +70,7 @@ def test_edges_of_the_experts_already_chosen_are_seen(cooperating: Bundle) -> No
 
 def test_a_deployed_team_answers_as_in_the_environment(cooperating: Bundle) -> None:
     kwargs = {"bundle": "team", "action": "subset"}
-    policy = PPO(ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=3).learn(4_000)
+    policy = PPO("MlpPolicy", ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=3).learn(4_000)
     routed = RoutedMoE(cooperating, policy, kwargs)
     inputs, labels = data.load("digits")["test"]
     env: Any = gymnasium.make(ID, **kwargs, split="test").unwrapped

@@ -10,42 +10,27 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from agents import checkpoints, tuned
+from agents import checkpoints, training, tuned
 from agents.checkpoints import MANIFEST, foreign
-from benchmarks import backends
-from cost.files import load_json, save_json, write_text
-from cost.machine import fingerprint
-from experts.bundle import source_commit
+from agents.training import BEST, CURVE, Watcher
+from cost.files import load_json, save_json, write_bytes, write_text
+from cost.machine import provenance, source_commit
 
 if TYPE_CHECKING:
-    from stable_baselines3.common.base_class import BaseAlgorithm
-
     from agents.evaluate import Policy
-    from agents.learner import Learner
 
 FORMAT = 1
 SETTINGS, WEIGHTS, EPISODES = "run.json", "policy.safetensors", "episodes.csv"
-STARTED, BEST = "started.json", "best"
-PACKAGES = ("moe-envs", "gymnasium", "stable-baselines3", "torch", "numpy")
+STARTED, TENSORBOARD = "started.json", "tensorboard"
 
 
 class RunError(RuntimeError):
     """A run folder is absent, damaged or foreign; the message names the file and the cause."""
-
-
-def provenance() -> dict[str, Any]:
-    """The commit (None outside a git checkout), the machine's fingerprint and the versions of the main libraries."""
-    return {
-        "commit": source_commit(),
-        "fingerprint": fingerprint(),
-        "versions": {package: version(package) for package in PACKAGES},
-    }
 
 
 def train(
@@ -56,7 +41,7 @@ def train(
     env_kwargs: dict[str, Any],
     overrides: dict[str, Any] | None = None,
     progress: Callable[[float], object] = lambda share: None,
-    backend: str = "sb3",
+    backend: str = "own",
     overwrite: bool = False,
 ) -> Policy:
     """Train an algorithm with its tuned settings, keep the weights that are best on validation, save the run.
@@ -68,9 +53,9 @@ def train(
     settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
     config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "backend": backend, "seed": seed}
     config["settings"] = settings
-    if backend == "sb3":
-        return _train_sb3(folder, config, progress)
-    return _begin_own(folder, config, progress)
+    agent = _make(folder, config)
+    _clear(folder, config)
+    return _train(agent, folder, config, progress)
 
 
 def require_free(folder: Path, env_kwargs: dict[str, Any], overwrite: bool) -> None:
@@ -96,58 +81,65 @@ def resume(folder: Path, progress: Callable[[float], object] = lambda share: Non
     if config["backend"] != "own":
         raise ValueError(f"{folder} is a run of {config['backend']}, which cannot be resumed; --overwrite begins anew")
     if not checkpoints.of_run(folder):
-        return _begin_own(folder, config, progress)
-    agent = backends.own(config["algo"]).resume(folder, folder / "tensorboard")
-    return _train_own(agent, folder, config, progress)
+        agent: Any = _make(folder, config)
+    else:
+        agent = training.own(config["algo"]).resume(folder, folder / TENSORBOARD)
+    return _train(agent, folder, config, progress)
 
 
-def _begin_own(folder: Path, config: dict[str, Any], progress: Callable[[float], object]) -> Learner:
-    settings = config["settings"]
-    agent = backends.make(config["env"], config["algo"], "own", config["env_kwargs"], config["seed"], settings)
-    agent.tensorboard_log, agent.goal = folder / "tensorboard", settings["total_timesteps"]
-    _clear(folder, config)
-    return _train_own(agent, folder, config, progress)
+def _make(folder: Path, config: dict[str, Any]) -> Any:
+    env, algo, backend, kwargs = (config[key] for key in ("env", "algo", "backend", "env_kwargs"))
+    return training.make(env, algo, backend, kwargs, config["seed"], config["settings"], str(folder / TENSORBOARD))
 
 
-def _train_sb3(folder: Path, config: dict[str, Any], progress: Callable[[float], object]) -> BaseAlgorithm:
-    import torch
+def _train(agent: Any, folder: Path, config: dict[str, Any], progress: Callable[[float], object]) -> Policy:
+    """Train a new or resumed agent to the end and finish the run."""
+    total = config["settings"]["total_timesteps"]
+    judge = training.by_return(config["env"], config["env_kwargs"])
+    sb3 = training.is_sb3(agent)
+    watcher = Watcher(judge, total // training.LOOKS, None if sb3 else folder)
+
+    def after_update(agent: Any) -> bool:
+        progress(agent.num_timesteps / total)
+        return watcher(agent)
+
+    if sb3:
+        return _finish_sb3(agent, watcher, after_update, folder, config)
+    if agent.num_timesteps:
+        watcher.resume(agent)
+        remaining = None
+    else:
+        remaining = total
+    if agent.num_timesteps < total:  # not if all but run.json was written
+        agent.learn(remaining, after_update, checkpoint_path=folder)
+    best = watcher.end(agent)
+    _finish(folder, config | _weight(agent.get_env().unwrapped), (folder / BEST / MANIFEST).read_bytes())
+    policy: Policy = best
+    return policy
+
+
+def _finish_sb3(
+    agent: Any, watcher: Watcher, after_update: Callable[[Any], bool], folder: Path, config: dict[str, Any]
+) -> Policy:
     from safetensors.torch import save as dump
 
-    from agents import sb3
+    from agents.sb3 import CostLogger
 
-    torch.set_num_threads(1)
-    settings, env_kwargs = config["settings"], config["env_kwargs"]
-    env = sb3.make_sb3_vec(config["env"], settings["n_envs"], **env_kwargs)
-    model = sb3.make_algorithm(config["algo"], env, config["seed"], settings, log=str(folder / "tensorboard"))
-    _clear(folder, config)
-    costs = sb3.CostLogger()
-    callbacks = [costs, sb3.KeepBest(config["env"], env_kwargs), sb3.Progress(progress)]
-    model.learn(settings["total_timesteps"], callbacks)
-    weights = dump({name: value.contiguous() for name, value in model.policy.state_dict().items()})
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}"
-    partial.write_bytes(weights)
-    partial.replace(folder / WEIGHTS)
+    costs = CostLogger()
+    training.learn(agent, config["settings"]["total_timesteps"], after_update, costs)
+    watcher.end(agent)
+    weights = dump({name: value.contiguous() for name, value in agent.policy.state_dict().items()})
+    write_bytes(folder / WEIGHTS, weights)
     write_text(folder / EPISODES, pd.DataFrame(costs.records).to_csv(index=False))
-    _finish(folder, config | {"cost_weight": env.get_attr("reward")[0].cost_weight}, weights)
-    return model
+    write_text(folder / CURVE, pd.DataFrame(watcher.curve).to_csv(index=False))
+    _finish(folder, config | _weight(agent.get_env().unwrapped.env), weights)
+    policy: Policy = agent
+    return policy
 
 
-def _train_own(agent: Learner, folder: Path, config: dict[str, Any], progress: Callable[[float], object]) -> Learner:
-    from agents.best import Best
-
-    best = Best(folder / BEST, agent, config["env"], config["env_kwargs"])
-
-    def after(agent: Learner) -> None:
-        best(agent)
-        progress(agent.num_timesteps / agent.goal)
-
-    if agent.num_timesteps < agent.goal:  # not if all but run.json was written
-        agent.learn(callback=after, checkpoint_path=folder)
-    reward: Any = agent.rows.env.unwrapped
-    config = config | {"cost_weight": reward.reward.cost_weight}
-    _finish(folder, config, (folder / BEST / MANIFEST).read_bytes())
-    return type(agent).load(folder / BEST)
+def _weight(env: Any) -> dict[str, Any]:
+    """The weight of the cost in an environment's reward; None where it has no such thing."""
+    return {"cost_weight": getattr(getattr(env, "reward", None), "cost_weight", None)}
 
 
 def _clear(folder: Path, config: dict[str, Any]) -> None:
@@ -161,7 +153,7 @@ def _clear(folder: Path, config: dict[str, Any]) -> None:
 def _files(folder: Path) -> list[Path]:
     """What a run writes beside `run.json` and `started.json`, as far as it is there."""
     ours = [path for path in (*folder.glob("checkpoint-*"), folder / BEST) if path.is_dir() and not foreign(path)]
-    return ours + [path for name in (WEIGHTS, EPISODES, "tensorboard") if (path := folder / name).exists()]
+    return ours + [path for name in (WEIGHTS, EPISODES, CURVE, TENSORBOARD) if (path := folder / name).exists()]
 
 
 def _finish(folder: Path, config: dict[str, Any], weights: bytes) -> None:
@@ -199,7 +191,7 @@ def load(folder: Path) -> tuple[Policy, dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
-    from agents.sb3 import make_algorithm, make_sb3_vec
+    from agents.sb3 import make_algorithm, make_env
 
     config = load_config(folder)
     own = config.get("backend") == "own"
@@ -211,8 +203,8 @@ def load(folder: Path) -> tuple[Policy, dict[str, Any]]:
     if hashlib.sha256(raw).hexdigest() != config["sha256"]:
         raise RunError(f"{weights} is damaged: its SHA-256 is not the one in {SETTINGS}")
     if own:
-        return backends.own(config["algo"]).load(folder / BEST), config
-    env = make_sb3_vec(config["env"], config["settings"]["n_envs"], **config["env_kwargs"])
+        return training.own(config["algo"]).load(folder / BEST), config
+    env = make_env(config["env"], config["settings"]["n_envs"], config["seed"], config["env_kwargs"])
     model = make_algorithm(config["algo"], env, config["seed"], config["settings"])
     try:
         model.policy.load_state_dict(parse(raw))

@@ -1,0 +1,93 @@
+"""From a rollout to what an update learns from: advantages, returns, scaled rewards.
+
+Shape legend: rollouts are `[time, rows, ...]`; a batch is flat `[time * rows, ...]` unless the policy is recurrent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from agents.networks import Moments
+from agents.rollouts import Rollout
+
+CLIP_REWARD = 10.0  # of normalised rewards
+
+
+class Batch(NamedTuple):
+    """What an update learns from: flat `[time * rows, ...]`, or `[time, rows, ...]` for a recurrent policy."""
+
+    inputs: np.ndarray
+    actions: np.ndarray
+    masks: np.ndarray | None
+    log_prob: np.ndarray
+    advantages: np.ndarray
+    returns: np.ndarray
+    starts: np.ndarray
+    valid: np.ndarray
+    state: np.ndarray  # `[rows, gru]`
+
+    def take(self, places: np.ndarray | slice) -> Batch:
+        """The transitions at these places, or the rows of a recurrent batch."""
+        if self.inputs.ndim == 2:
+            return Batch._make([None if each is None else each[places] for each in self[:6]] + list(self[6:]))
+        return Batch._make([*(None if each is None else each[:, places] for each in self[:-1]), self.state[places]])
+
+    def flat(self) -> Batch:
+        """The same with time and rows as one axis."""
+        count = self.starts.size
+        parts: Any = (None if each is None else each.reshape(count, *each.shape[2:]) for each in self[:-1])
+        return Batch._make([*parts, self.state])
+
+
+def gae(
+    rewards: np.ndarray, values: np.ndarray, following: np.ndarray, done: np.ndarray, gamma: float, gae_lambda: float
+) -> np.ndarray:
+    """Generalised advantage estimation (Schulman et al. 2016), `[time, rows]`; `following` are the values after each
+    step, 0 where it terminated an episode."""
+    decay = np.float32(gamma * gae_lambda)
+    found: np.ndarray = (rewards + gamma * following - values).astype(np.float32)
+    going_on = decay * (~done).astype(np.float32)
+    for step in range(len(found) - 2, -1, -1):
+        found[step] += going_on[step] * found[step + 1]
+    return found
+
+
+class RewardScale:
+    """Rewards over the running deviation of discounted returns, as SB3's VecNormalize."""
+
+    def __init__(self, rows: int, gamma: float) -> None:
+        self.gamma, self.moments, self.discounted = gamma, Moments(1), np.zeros(rows)
+
+    def __call__(self, rollout: Rollout, done: np.ndarray) -> np.ndarray:
+        """The scaled rewards of a rollout, whose returns are taken in."""
+        rewards = rollout.rewards
+        returns = np.empty_like(rewards)
+        for step, reward in enumerate(rewards):
+            self.discounted = returns[step] = self.discounted * self.gamma + reward
+            self.discounted = np.where(done[step], 0.0, self.discounted)
+        self.moments.update(returns[rollout.valid][:, None])
+        found: np.ndarray = np.clip(rewards * self.moments.scale(), -CLIP_REWARD, CLIP_REWARD)
+        return found
+
+    def forget(self) -> None:
+        """New episodes begin in all rows."""
+        self.discounted = np.zeros_like(self.discounted)
+
+    def state(self) -> dict[str, Any]:
+        """For `restore`."""
+        return vars(self.moments) | {"discounted": self.discounted}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state()`."""
+        self.discounted = state.pop("discounted")
+        vars(self.moments).update(state)
+
+
+def normalized(values: np.ndarray) -> np.ndarray:
+    """Values less their mean, over their deviation."""
+    size = np.float32(len(values))
+    values = values - np.add.reduce(values) / size
+    values /= np.sqrt(values.dot(values) / (size - 1)) + np.float32(1e-8)
+    return values

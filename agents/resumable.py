@@ -1,0 +1,175 @@
+"""A learner as a folder: saved, checkpointed on its way, loaded, and resumed bit for bit; nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pandas as pd
+
+from agents import checkpoints
+from agents.batches import RewardScale
+from agents.checkpoints import CheckpointError
+from agents.descent import Descent
+from agents.episodes import Episodes
+from agents.logs import Logs
+from agents.networks import Preprocessor
+from agents.rollouts import Collector, Rows
+from agents.settings import Settings
+from agents.updates import Updates
+
+EPISODES = "episodes.csv"
+
+
+class Resumable:
+    """What of a learner is written and read again."""
+
+    name: ClassVar[str]
+    env_id: str | None
+    arguments: dict[str, Any]
+    settings: Settings
+    rows: Rows
+    preprocessor: Preprocessor
+    descent: Descent
+    generator: np.random.Generator
+    updates: Updates
+    collector: Collector
+    reward_scale: RewardScale
+    log: Logs
+    num_timesteps: int
+    goal: int
+    _temperature: np.float32
+    # The folder of this training's checkpoints and what tells the newest of them; the size of its episodes.csv.
+    _run: tuple[Path, str | None] | None = None
+    _episodes_size = 0
+
+    @property
+    def episodes(self) -> Episodes:
+        """All episodes so far; `episodes.frame()` has a row for each."""
+        return self.log.episodes
+
+    def save(self, path: str | Path, **more: Any) -> None:
+        """Write all that `load` and `resume` need, and `more`, into the folder `path`; nothing is pickled.
+
+        Raises `ValueError` where the folder holds anything but a checkpoint.
+        """
+        self._check_saveable()
+        checkpoints.save(Path(path), self._content() | more)
+
+    def checkpoint(self, run: str | Path) -> None:
+        """Save as the newest checkpoint of the folder `run`, of which two are kept; its episodes.csv grows.
+
+        An environment without `state` and `restore` begins new episodes here, as it will when this is resumed.
+        """
+        run = Path(run)
+        self._claim(run)
+        if not self.rows.has_state:
+            self.collector.begin(int(self.generator.integers(2**31)))
+            self._forget()
+        self._episodes_size = self.episodes.append_to(run / EPISODES, self._episodes_size)
+        self.save(checkpoints.numbered(run, self.num_timesteps))
+        checkpoints.prune(run)
+        self._run = run.resolve(), checkpoints.newest(run)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | None = None) -> Self:
+        """The learner in a folder of `save`, or in a run's newest whole checkpoint; it will begin new episodes.
+
+        Raises `CheckpointError` where a byte of it is not what was written, or where it is another algorithm's.
+        """
+        found, _ = cls._load(Path(path), device)
+        found.collector.observations = None
+        found._forget()
+        return found
+
+    @classmethod
+    def resume(cls, path: str | Path, tensorboard_log: str | Path | None = None, device: str | None = None) -> Self:
+        """As `load`, and all else as it was: `learn()` goes on as if it had never stopped, bit for bit.
+
+        An environment without `state` and `restore` begins new episodes, which for a folder of `checkpoint` is what the
+        training that wrote it did too.
+        """
+        found, content = cls._load(Path(path), device)
+        found.log.tensorboard_log = tensorboard_log or content["tensorboard_log"]
+        if newest := checkpoints.newest(Path(path)):
+            found._run = Path(path).resolve(), newest
+        return found
+
+    @classmethod
+    def _load(cls, path: Path, device: str | None) -> tuple[Self, dict[str, Any]]:
+        content = checkpoints.find(path)
+        if content.get("algorithm") != cls.name:
+            raise CheckpointError(f"{path} holds a checkpoint of {content.get('algorithm')}, not of {cls.name}")
+        arguments = content["arguments"] | ({"device": device} if device else {})
+        made: Any = cls
+        found = made(arguments.pop("policy"), content["env"], **arguments, **content["settings"])
+        try:
+            found._restore(content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} does not fit {content['env']} as it is made here: {error}") from error
+        return found, content
+
+    def _forget(self) -> None:
+        """New episodes begin in all rows: what is unfinished does not count."""
+        self.episodes.forget()
+        self.reward_scale.forget()
+
+    def _check_saveable(self) -> None:
+        if self.env_id is None:
+            raise ValueError("only a learner made with an environment's id can be saved: `load` must make it again")
+        try:
+            json.dumps(self.arguments)
+        except TypeError as error:
+            raise ValueError(f"env_kwargs cannot be saved: {error}; use numbers, strings and lists") from error
+
+    def _claim(self, run: Path) -> None:
+        """Make a folder this training's own; nobody else's checkpoints may be there, its episodes must be."""
+        self._check_saveable()
+        newest, size = checkpoints.newest(run), (run / EPISODES).stat().st_size if (run / EPISODES).exists() else 0
+        if self._run != (run.resolve(), newest):
+            if newest is not None or size:
+                raise ValueError(
+                    f"{run} holds what another training wrote ({newest.split()[0] if newest else EPISODES}): "
+                    f"{self.name}.resume goes on with its newest checkpoint; for a new one name another folder"
+                )
+            self._run, self._episodes_size = (run.resolve(), None), 0
+            self.episodes.rewind()
+        if self._episodes_size > size:
+            raise CheckpointError(
+                f"{run / EPISODES} had {self._episodes_size} bytes and has {size}: put it back, or checkpoint to "
+                "another folder"
+            )
+
+    def _content(self) -> dict[str, Any]:
+        log = self.log.tensorboard_log
+        return {
+            "algorithm": self.name,
+            "env": self.env_id,
+            "arguments": self.arguments,
+            "settings": vars(self.settings),
+            "tensorboard_log": None if log is None else str(log),
+            "descent": self.descent.state(),
+            "generator": self.generator.bit_generator.state,
+            "observations": vars(self.preprocessor.moments),
+            "returns": self.reward_scale.state(),
+            "counts": [self.num_timesteps, self.goal, self.updates.count, self._episodes_size],
+            "temperature": float(self._temperature),
+            "collector": self.collector.state(),
+            "episodes": self.episodes.carry,
+            "window": {name: column.to_numpy() for name, column in self.log.window.items()},
+        }
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        self.descent.restore(content["descent"])
+        self.generator.bit_generator.state = content["generator"]
+        vars(self.preprocessor.moments).update(content["observations"])
+        self.preprocessor.refresh()
+        self.reward_scale.restore(content["returns"])
+        self.num_timesteps, self.goal, self.updates.count, self._episodes_size = content["counts"]
+        self._temperature = np.float32(content["temperature"])
+        self.collector.restore(content["collector"])
+        self.episodes.carry, self.log.window = content["episodes"], pd.DataFrame(content["window"])
+        if content["collector"]["env"] is None:
+            self._forget()

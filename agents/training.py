@@ -1,0 +1,212 @@
+"""The one way to train: any algorithm, ours or SB3's, looked at on validation, the best weights kept."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from agents import tuned
+from agents.baselines import on_split
+from agents.evaluate import evaluate
+from cost.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agents.learner import Learner
+
+LOOKS, EPISODES = 10, 1000
+BEST, CURVE = "best", "validation.csv"
+Judge = Callable[[Any], float]  # an agent's score on validation, more being better
+Prepare = Callable[[Any, int], Callable[[Any], object]]  # of an agent and its steps: what is called after each update
+
+
+class Look(NamedTuple):
+    """A look at a training: steps, CPU and wall seconds of training so far, and the score on validation."""
+
+    steps: int
+    cpu_s: float
+    wall_s: float
+    score: float
+
+
+class Trained(NamedTuple):
+    """The agent with the weights that were best on validation, and every look at its training."""
+
+    agent: Any
+    curve: list[Look]
+
+
+class Watcher:
+    """Looks at a training every so many steps and at its end; keeps the weights of the best score.
+
+    `on_look` is called with each look and ends the training by returning False. With a `folder` of one of our learners
+    the looks are kept there, so that a resumed training goes on as if it had never stopped.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        every: int,
+        folder: Path | None = None,
+        on_look: Callable[[Look], bool | None] = lambda look: None,
+    ) -> None:
+        self.judge, self.every, self.folder, self.on_look = judge, max(1, every), folder, on_look
+        self.curve: list[Look] = []
+        self._begun = time.process_time(), time.perf_counter()
+        self._weights: Any = None
+        self._scratch = None if folder else tempfile.TemporaryDirectory()
+        self._best = folder / BEST if folder else Path(self._scratch.name) / BEST  # type: ignore[union-attr]
+
+    def resume(self, agent: Any) -> None:
+        """Take up the looks that were made up to where a training goes on."""
+        assert self.folder is not None
+        path = self.folder / CURVE
+        frame = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=Look._fields)
+        there = frame[frame["steps"] <= agent.num_timesteps]
+        self.curve = [Look(int(row.steps), row.cpu_s, row.wall_s, row.score) for row in there.itertuples()]
+        if self.curve:
+            now = time.process_time(), time.perf_counter()
+            self._begun = now[0] - self.curve[-1].cpu_s, now[1] - self.curve[-1].wall_s
+
+    def __call__(self, agent: Any) -> bool:
+        """After an update; whether the training is to go on."""
+        if agent.num_timesteps < (self.curve[-1].steps if self.curve else 0) + self.every:
+            return True
+        return self._look(agent)
+
+    def end(self, agent: Any) -> Any:
+        """The agent with the best weights; the last ones are looked at as well."""
+        if not self.curve or self.curve[-1].steps != agent.num_timesteps:
+            self._look(agent)
+        if is_sb3(agent):
+            agent.policy.load_state_dict(self._weights)
+        else:
+            agent = type(agent).load(self._best)
+        if self._scratch:
+            self._scratch.cleanup()
+        return agent
+
+    def _look(self, agent: Any) -> bool:
+        cpu, wall = time.process_time(), time.perf_counter()
+        best = max((look.score for look in self.curve), default=-np.inf)
+        look = Look(agent.num_timesteps, cpu - self._begun[0], wall - self._begun[1], self.judge(agent))
+        self.curve.append(look)
+        if look.score > best:
+            self._keep(agent, look.score)
+        if is_sb3(agent):
+            agent.logger.record("eval/mean_reward", look.score)
+        else:
+            agent.logs["eval/mean_reward"] = look.score
+        if self.folder:
+            write_text(self.folder / CURVE, pd.DataFrame(self.curve).to_csv(index=False))
+        going_on = self.on_look(look) is not False
+        self._begun = self._begun[0] + time.process_time() - cpu, self._begun[1] + time.perf_counter() - wall
+        return going_on
+
+    def _keep(self, agent: Any, score: float) -> None:
+        if is_sb3(agent):
+            self._weights = copy.deepcopy(agent.policy.state_dict())
+        else:
+            agent.save(self._best, validation=score)
+
+
+def train(
+    env_id: str,
+    algo: str = "ppo",
+    backend: str = "own",
+    *,
+    seed: int = 0,
+    env_kwargs: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    judge: Judge | None = None,
+    looks: int = LOOKS,
+    on_look: Callable[[Look], bool | None] = lambda look: None,
+    prepare: Prepare = lambda agent, total: lambda agent: None,
+    report: Callable[[float], object] = lambda share: None,
+) -> Trained:
+    """Train an algorithm, with its tuned settings unless others are given, on an environment's training split.
+
+    `looks` moments of the training are judged, by the mean return of 1,000 episodes of validation unless `judge` says
+    otherwise. `prepare` may change the agent and gives what is called after each update; `report` gets the share that
+    is done. One torch thread: more would only slow such small networks down.
+    """
+    kwargs, values = env_kwargs or {}, settings or tuned.settings(algo, env_id, backend)
+    agent = make(env_id, algo, backend, kwargs, seed, values)
+    total = values["total_timesteps"]
+    watcher = Watcher(judge or by_return(env_id, kwargs), total // looks, on_look=on_look)
+    between = prepare(agent, total)
+
+    def after_update(agent: Any) -> bool:
+        between(agent)
+        report(agent.num_timesteps / total)
+        return watcher(agent)
+
+    learn(agent, total, after_update)
+    return Trained(watcher.end(agent), watcher.curve)
+
+
+def by_return(env_id: str, env_kwargs: dict[str, Any], episodes: int = EPISODES) -> Judge:
+    """Judges an agent by its mean return on validation."""
+    arguments = on_split(env_id, env_kwargs, "validation")
+    return lambda agent: float(evaluate(agent, env_id, episodes, **arguments)["return"].mean())
+
+
+def own(algo: str) -> type[Learner]:
+    """The class of one of our learners."""
+    from agents.ppo import PPO
+    from agents.reinforce import REINFORCE
+
+    return {"ppo": PPO, "reinforce": REINFORCE}[algo]
+
+
+def is_sb3(agent: Any) -> bool:
+    """Whether an agent is one of SB3's algorithms."""
+    return hasattr(agent, "policy")
+
+
+def make(
+    env_id: str, algo: str, backend: str, env_kwargs: dict[str, Any], seed: int, settings: dict[str, Any],
+    tensorboard_log: str | None = None,
+) -> Any:  # fmt: skip
+    """An untrained agent with `settings`, of which `total_timesteps` is left out."""
+    values = {name: value for name, value in settings.items() if name != "total_timesteps"}
+    if backend == "own":
+        agent: Any = own(algo)
+        return agent("MlpPolicy", env_id, env_kwargs=env_kwargs, seed=seed, tensorboard_log=tensorboard_log, **values)
+    from agents.sb3 import make_algorithm, make_env
+
+    return make_algorithm(algo, make_env(env_id, values["n_envs"], seed, env_kwargs), seed, values, tensorboard_log)
+
+
+def learn(agent: Any, total_timesteps: int, after_update: Callable[[Any], bool | None], *callbacks: Any) -> None:
+    """Train an agent of either backend; `after_update(agent)` ends the training where it returns False. Further
+    callbacks are SB3's."""
+    if is_sb3(agent):
+        from agents.sb3 import AfterUpdate
+
+        with one_torch_thread():
+            agent.learn(total_timesteps, [AfterUpdate(after_update), *callbacks])
+    else:
+        agent.learn(total_timesteps, after_update)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """As many as before afterwards."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
