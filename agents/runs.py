@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,31 @@ def train(
     agent = _make(folder, config)
     _clear(folder, config)
     return _train(agent, folder, config, progress)
+
+
+def default_name(env_id: str, algo: str, backend: str, env_kwargs: dict[str, Any], seed: int) -> str:
+    """The name of a run's folder: what tells it from others."""
+    parts = [env_id.split(":")[-1], algo if backend == "own" else f"{backend}-{algo}"]
+    parts += [f"{key}={json.dumps(value)}" for key, value in sorted(env_kwargs.items())]
+    return re.sub(r"[^A-Za-z0-9._=,-]+", "", "-".join([*parts, f"seed{seed}"]))
+
+
+def load_zip(
+    path: Path, env: str | None, algo: str, env_kwargs: dict[str, Any], trust: bool
+) -> tuple[Policy, dict[str, Any]]:
+    """An algorithm in SB3's own zip, and a configuration like a run's. Raises `ValueError` unless it is trusted."""
+    if not trust:
+        raise ValueError(
+            f"{path}: loading SB3's zip can run code that is in it; --trust loads a file you made yourself"
+        )
+    if env is None:
+        raise ValueError(f"{path}: which environment? --env ID")
+    from agents.sb3 import algorithm_class, make_env
+
+    policy: Any = algorithm_class(algo).load(path, device="cpu")
+    found: Any = make_env(env, 1, 0, env_kwargs)
+    weight = _weight(found.unwrapped.env if hasattr(found.unwrapped, "env") else None)
+    return policy, {"env": env, "env_kwargs": env_kwargs, "algo": f"SB3 {algo}", "seed": 0, **weight}
 
 
 def require_free(folder: Path, env_kwargs: dict[str, Any], overwrite: bool) -> None:

@@ -37,12 +37,17 @@ def make_algorithm(algo: str, env: VecEnv, seed: int, values: dict[str, Any], lo
     rate = str(keywords.get("learning_rate", ""))
     if rate.startswith("linear "):
         keywords["learning_rate"] = LinearSchedule(float(rate.removeprefix("linear ")), 0.0, 1.0)
-    name, policy = ALGORITHMS[algo]
+    _, policy = ALGORITHMS[algo]
     if algo == "ppo_mask" and not env.has_attr("action_masks"):
         raise ValueError("algo='ppo_mask': this environment has no action_masks(), each action is valid; take ppo")
-    kind = getattr(stable_baselines3, name, None) or getattr(_contrib(), name)
-    made: BaseAlgorithm = kind(policy, env, seed=seed, device="cpu", tensorboard_log=log, **keywords)
+    made: BaseAlgorithm = algorithm_class(algo)(policy, env, seed=seed, device="cpu", tensorboard_log=log, **keywords)
     return made
+
+
+def algorithm_class(algo: str) -> Any:
+    """The class of an algorithm of `ALGORITHMS`, SB3's or sb3-contrib's."""
+    name, _ = ALGORITHMS[algo]
+    return getattr(stable_baselines3, name, None) or getattr(_contrib(), name)
 
 
 def _contrib() -> Any:

@@ -21,10 +21,10 @@ from moe_envs.metaopt.signals import DECAYS, RATES
 
 # Called after each validation with its metrics and the number of decisions so far.
 Driver = Callable[[dict[str, Any], int], object]
-Drive = Callable[[torch.optim.Optimizer, MoEClassifier, "Problem"], Driver]
+Drive = Callable[[torch.optim.Optimizer, MoEClassifier, "LoopTask"], Driver]
 
 
-class Problem(NamedTuple):
+class LoopTask(NamedTuple):
     """What is trained, for how long, and how often a decision is taken."""
 
     inputs: torch.Tensor
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
 
 
 @cache
-def fashion_images() -> Problem:
+def fashion_images() -> LoopTask:
     """Fashion-MNIST, 55,000 images of 28 x 28 and 5,000 to validate on; 8 experts of 64 hidden units."""
     found = data.load("fashion-mnist")
     rows = np.concatenate([found.splits["train"], found.splits["rl_train"]])
@@ -47,21 +47,21 @@ def fashion_images() -> Problem:
     validation, labels = found["validation"]
     arrays = (found.inputs[rows] - mean) / deviation, found.labels[rows], (validation - mean) / deviation, labels
     inputs, given, others, wanted = map(torch.from_numpy, arrays)
-    return Problem(inputs, given, others, wanted, (64,) * 8, 128, steps_per_action=30, max_actions=30, target=0.87)
+    return LoopTask(inputs, given, others, wanted, (64,) * 8, 128, steps_per_action=30, max_actions=30, target=0.87)
 
 
 @cache
-def small(name: str) -> Problem:
+def small(name: str) -> LoopTask:
     """The data, model, batches and target of a task of MoEMetaOpt-v0, trained on all inputs."""
     task = tasks.load(name)
     arrays = task.inputs, task.labels, task.validation_inputs, task.validation_labels
     inputs, given, others, wanted = (torch.from_numpy(array.copy()) for array in arrays)
     steps, target = task.recipe.steps, task.recipe.target
-    return Problem(inputs, given, others, wanted, (16,) * 4, 64, steps_per_action=steps, max_actions=30, target=target)
+    return LoopTask(inputs, given, others, wanted, (16,) * 4, 64, steps_per_action=steps, max_actions=30, target=target)
 
 
 def train(
-    problem: Problem, optimizer: Callable[[Any], torch.optim.Optimizer], drive: Drive, seed: int
+    problem: LoopTask, optimizer: Callable[[Any], torch.optim.Optimizer], drive: Drive, seed: int
 ) -> dict[str, Any]:
     """A training until the target or the last decision: steps, epochs and CPU seconds to the target, and a timeline.
 
@@ -97,14 +97,14 @@ def train(
     }  # fmt: skip
 
 
-def _batches(problem: Problem, seed: int) -> Any:
+def _batches(problem: LoopTask, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(problem.labels), generator=generator)
         yield from order.split(problem.batch_size)[: len(order) // problem.batch_size]
 
 
-def _step(problem: Problem, model: MoEClassifier, optimizer: torch.optim.Optimizer, rows: torch.Tensor) -> float:
+def _step(problem: LoopTask, model: MoEClassifier, optimizer: torch.optim.Optimizer, rows: torch.Tensor) -> float:
     loss = F.cross_entropy(model(problem.inputs[rows]), problem.labels[rows])
     optimizer.zero_grad()
     loss.backward()
@@ -125,7 +125,7 @@ def validate(model: MoEClassifier, inputs: torch.Tensor, labels: torch.Tensor) -
 def by_policy(policy: Any) -> Drive:
     """A learned policy drives; what it asks of the gate is a part of its decision."""
 
-    def drive(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
+    def drive(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: LoopTask) -> Driver:
         groups = {"gate": model.gate, "experts": model.experts}
         meta = PolicyMetaOptimizer(optimizer, policy, groups, target=problem.target, max_actions=problem.max_actions)
 
@@ -139,18 +139,18 @@ def by_policy(policy: Any) -> Drive:
     return drive
 
 
-def constant(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
+def constant(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: LoopTask) -> Driver:
     """Nothing changes."""
     return lambda metrics, action: None
 
 
-def by_cosine(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
+def by_cosine(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: LoopTask) -> Driver:
     """torch's LambdaLR with half a cosine over all decisions."""
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda action: float(cosine(np.array(action / problem.max_actions))))
     return lambda metrics, action: scheduler.step()
 
 
-def by_plateau(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: Problem) -> Driver:
+def by_plateau(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: LoopTask) -> Driver:
     """torch's ReduceLROnPlateau, with the patience and factor of our rules."""
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=PATIENCE - 1)
     return lambda metrics, action: scheduler.step(metrics["validation_loss"])
@@ -165,7 +165,7 @@ def drawn_rate(seed: int) -> float:
 
 
 def search(
-    problem: Problem, make: Callable[[float, float], Callable[[Any], torch.optim.Optimizer]], drive: Drive,
+    problem: LoopTask, make: Callable[[float, float], Callable[[Any], torch.optim.Optimizer]], drive: Drive,
     rounds: Sequence[tuple[int, int]],
 ) -> tuple[float, float]:  # fmt: skip
     """The learning rate and weight decay with the fewest mean steps: random candidates, of which so many meet so many

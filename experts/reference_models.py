@@ -70,6 +70,12 @@ class Examples(NamedTuple):
     inputs: np.ndarray
     labels: np.ndarray
 
+    def half(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels of the first half ("train", plans are searched by it) or of the second ("validation")."""
+        middle = len(self.labels) // 2
+        rows = slice(None, middle) if split == "train" else slice(middle, None)
+        return self.inputs[rows], self.labels[rows]
+
 
 def examples(name: str) -> Examples:
     """What a reference model is compressed by; shipped ones need no data set."""

@@ -8,8 +8,9 @@ bit e set for expert e.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -36,7 +37,7 @@ class Baseline:
 
     kind = "baseline"
 
-    def __init__(self, rule: Rule, problem: Problem, single: bool) -> None:
+    def __init__(self, rule: Rule, problem: RoutingProblem, single: bool) -> None:
         self.rule = rule
         self.action = problem.action if single and problem.action == "expert" else "subset"
         self.env_kwargs = {} if self.action == problem.action else {"action": self.action}
@@ -52,7 +53,7 @@ class Baseline:
         return (actions if observation.ndim == 2 else actions[0]), state
 
 
-class Problem:
+class RoutingProblem:
     """What the baselines know of an environment: layout, costs of subsets relative to the reference, and tables of the
     splits `rl_train` (to fit) and `validation` (to choose)."""
 
@@ -122,7 +123,7 @@ class Problem:
 class Planner:
     """Scores `[n, K]` of candidate subsets `codes [K]` for each input, and rules that weigh them against costs."""
 
-    def __init__(self, problem: Problem, scorer: Rule, codes: np.ndarray) -> None:
+    def __init__(self, problem: RoutingProblem, scorer: Rule, codes: np.ndarray) -> None:
         self.problem, self.scorer, self.codes = problem, scorer, codes
         self.single = bool((codes & (codes - 1) == 0).all())
         tables = (problem.train, problem.validation)
@@ -233,8 +234,8 @@ def baselines(
     `scorers`, which `fit_scorers` makes of the same bundle, saves fitting them again for another cost weight. `report`
     gets the share that is done.
     """
-    problem = Problem(env_id, **env_kwargs)
-    fitted = scorers or fit_scorers(problem)
+    problem = RoutingProblem(env_id, **env_kwargs)
+    fitted = scorers or _fitted(env_id, json.dumps(_of_scorers(env_kwargs), sort_keys=True))
     sizes = range(1, problem.num_experts + 1)
     families: dict[str, Callable[[], list[tuple[Rule, bool]]]] = {"random": lambda: [(_random(problem), True)]}
     families |= {f"gate top-{m}": partial(lambda m: [(_top_m(problem, m), m == 1)], m) for m in sizes}
@@ -251,7 +252,7 @@ def baselines(
 
 
 def _planned(
-    problem: Problem, name: str, family: list[tuple[Rule, np.ndarray]]
+    problem: RoutingProblem, name: str, family: list[tuple[Rule, np.ndarray]]
 ) -> dict[str, Callable[[], list[tuple[Rule, bool]]]]:
     """The three ways to weigh a scorer against costs."""
 
@@ -275,7 +276,17 @@ def bound(env_id: str, **env_kwargs: Any) -> Policy:
     return Oracle()
 
 
-def fit_scorers(problem: Problem) -> Scorers:
+def _of_scorers(env_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that scorers depend on: the same for all cost weights."""
+    return {key: value for key, value in env_kwargs.items() if not key.endswith("_weight") and key != "split"}
+
+
+@lru_cache(maxsize=2)
+def _fitted(env_id: str, arguments: str) -> Scorers:
+    return fit_scorers(RoutingProblem(env_id, **json.loads(arguments)))
+
+
+def fit_scorers(problem: RoutingProblem) -> Scorers:
     """What says how good subsets are for an input, fitted on `rl_train`: by name, scorers and the codes they score."""
     train, validation = (
         (problem.input(t.seen[:-1]), t.outcomes(np.arange(t.num_inputs))) for t in (problem.train, problem.validation)
@@ -297,16 +308,16 @@ def _scores(
     return predict(see(observation))[:, codes]
 
 
-def _random(problem: Problem) -> Rule:
+def _random(problem: RoutingProblem) -> Rule:
     generator = np.random.default_rng(0)
     return lambda observation: 1 << generator.integers(problem.num_experts, size=len(observation))
 
 
-def _top_m(problem: Problem, m: int) -> Rule:
+def _top_m(problem: RoutingProblem, m: int) -> Rule:
     return lambda observation: _largest(problem.gate(observation), np.full(len(observation), m))
 
 
-def _top_p(problem: Problem, p: float) -> Rule:
+def _top_p(problem: RoutingProblem, p: float) -> Rule:
     """The fewest experts whose gate probabilities sum to p."""
 
     def rule(observation: np.ndarray) -> np.ndarray:
@@ -317,7 +328,7 @@ def _top_p(problem: Problem, p: float) -> Rule:
     return rule
 
 
-def _threshold(problem: Problem, confidence: float) -> Rule:
+def _threshold(problem: RoutingProblem, confidence: float) -> Rule:
     """One expert where the gate is confident, else two."""
 
     def rule(observation: np.ndarray) -> np.ndarray:
@@ -327,7 +338,7 @@ def _threshold(problem: Problem, confidence: float) -> Rule:
     return rule
 
 
-def _top_gates(problem: Problem, size: int) -> Rule:
+def _top_gates(problem: RoutingProblem, size: int) -> Rule:
     """The largest gate among the `size` experts of largest mean gate in the batch."""
 
     def rule(observation: np.ndarray) -> np.ndarray:

@@ -1,319 +1,242 @@
-"""The subcommands of `moe-benchmark`."""
+"""The command `moe-benchmark`: matrices of runs, their reports, leaderboards."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import json
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from benchmarks.cli.terminal import Json, bar, console, write
+from benchmarks.cli.terminal import Json, Out, bar, console_of, group, pairs, write
 
-benchmark_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Experiments and benchmarks.")
+if TYPE_CHECKING:
+    from benchmarks.runner.matrix import Matrix
+    from benchmarks.runner.processes import Executor
 
-
-@benchmark_app.command("demo")
-def _demo(
-    out: Path = Path("runs/demo"),
-    costs: Annotated[str, typer.Option(help="reference or machine")] = "reference",
-    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
-    timesteps: Annotated[int | None, typer.Option(help="Of each training, instead of the tuned number.")] = None,
-) -> None:
-    """Train PPO on MoERouting-v0 for four cost weights; compare it with all baselines and the bound on test data."""
-    _compare([0.05, 0.1, 0.2, 0.4], [0], "fashion-mnist", costs, jobs, timesteps, out)
-
-
-@benchmark_app.command("routing")
-def _routing(
-    cost_weights: Annotated[str, typer.Option(help="Separated by commas.")] = "0.2,0.4",
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings for each cost weight.")] = 5,
-    bundle: str = "fashion-mnist",
-    costs: Annotated[str, typer.Option(help="reference or machine")] = "reference",
-    action: Annotated[str, typer.Option(help="Of PPO: expert, subset or top-m.")] = "expert",
-    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
-    timesteps: Annotated[int | None, typer.Option(help="Of each training, instead of the tuned number.")] = None,
-    out: Path = Path("runs/routing"),
-) -> None:
-    """The same with several training seeds and intervals over seeds and episodes."""
-    weights = [float(part) for part in cost_weights.split(",")]
-    _compare(weights, list(range(seeds)), bundle, costs, jobs, timesteps, out, action)
+app = group("Questions: experiments and leaderboards, each run made once and reported.")
+Jobs = Annotated[int, typer.Option(min=1, help="Processes side by side; with --ray, tasks side by side.")]
+Set = Annotated[list[str], typer.Option("--set", help="name=value, for all setups; values are JSON.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Make the runs with Ray: 'local', or the address of a cluster that shares the folder."),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="A first look: few seeds, small sizes.")]
+Again = Annotated[bool, typer.Option("--overwrite", help="Delete the rows that are there first.")]
 
 
-@benchmark_app.command("live")
-def _live(
-    cost_weight: float = 0.2,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings.")] = 5,
-    bundle: str = "fashion-mnist",
-    jobs: Annotated[int, typer.Option(help="Processes side by side, for the training.")] = 2,
-    timesteps: Annotated[int | None, typer.Option(help="Of each training, instead of the tuned number.")] = None,
-    out: Path = Path("runs/live"),
-) -> None:
-    """What PPO trained on this machine's profile, and all baselines, are worth when the experts are run and timed."""
-    from benchmarks.experiments import live
+@app.command("list")
+def _list(json_file: Json = None) -> None:
+    """List all experiments and leaderboards, with what they ask.
 
-    with bar() as add:
-        result = live.run(
-            cost_weight, list(range(seeds)), out, bundle=bundle, jobs=jobs, timesteps=timesteps, add_task=add
-        )
-    for renderable in live.tables(result):
-        console.print(renderable)
-    console.print(f"[green]saved[/] {out}/live.json, {out}/live.png")
+    Example: moe-benchmark list
+    """
+    from benchmarks.runner.experiments import listed
+
+    found = [{"name": each.name, "kind": kind, "question": each.question} for each, kind in listed()]
+    write(json_file, found)
+    table = Table("name", "question", title="moe-benchmark run NAME --out DIR")
+    for row in found:
+        table.add_row(row["name"], row["question"])
+    console_of(json_file).print(table)
 
 
-@benchmark_app.command("cost")
-def _cost(
-    data: Annotated[str, typer.Option(help="fashion-mnist or digits")] = "fashion-mnist",
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
-    pairs: Annotated[int, typer.Option(min=0, help="Epochs with the monitor, each beside one without.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
-    logs: Annotated[Path | None, typer.Option(help="Report this folder of a Monitor; train nothing.")] = None,
-    out: Path = Path("runs/cost"),
-) -> None:
-    """Report what a training costs by epoch, against accuracy, normalised; and what the monitor costs it."""
-    from benchmarks.experiments import cost, cost_report
-    from benchmarks.results import tables as report
-
-    if logs is None:
-        with bar() as add:
-            result = cost.run(data, epochs, pairs, out, batch_size=batch_size, add_task=add)
-    else:
-        result = cost.write(logs, out, {})
-    for title, frame in cost_report.frames(result).items():
-        table = report.plain_table(title, *map(str, frame.columns))
-        for row in frame.itertuples(index=False):
-            table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-        console.print(table)
-    for alert in result["alerts"]:
-        console.print(f"[yellow]alert:[/] {alert}")
-    console.print(f"[green]saved[/] {out}/report.md, results.json and pictures")
-
-
-@benchmark_app.command("learners")
-def _learners(
-    seeds: Annotated[int, typer.Option(min=2)] = 10,
-    environments: Annotated[str, typer.Option(help="Separated by commas; empty: speed only.")] = ",".join(
-        ("CartPole-v1", "Acrobot-v1", "moe_envs:MoERouting-v0")
-    ),
-    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
-    out: Path = Path("runs/learners"),
-) -> None:
-    """Our PPO beside SB3's with the same settings: returns of final policies, CPU seconds, steps per second."""
-    from benchmarks.experiments import learners
-
-    with bar() as add:
-        result = learners.run(seeds, out, jobs, [name for name in environments.split(",") if name], add)
-    table = Table("environment", "seeds", "own", "SB3", "difference, 95 %", "CPU s", title="returns of final policies")
-    for row in result["learning"]:
-        low, high = row["ci95"]
-        difference = f"{row['difference']:+.4g} ({low:+.4g} .. {high:+.4g})"
-        seconds = f"{row['own_seconds']:.1f}, {row['sb3_seconds']:.1f}"
-        table.add_row(row["env"], str(row["seeds"]), f"{row['own']:.4f}", f"{row['sb3']:.4f}", difference, seconds)
-    rates = Table("environment", "rows", "minibatch", "own", "SB3", "ratio", title="steps/s of CPU time, medians")
-    for row in result["speed"]:
-        numbers = f"{row['own']:,.0f}", f"{row['sb3']:,.0f}", f"{row['ratio']:.2f}"
-        rates.add_row(row["env"], str(row["rows"]), str(row["batch_size"]), *numbers)
-    console.print(table, rates)
-    console.print(f"[green]saved[/] {out}/raw.jsonl, {out}/results.json")
-
-
-@benchmark_app.command("race")
-def _race(
-    seeds: Annotated[int, typer.Option(min=2)] = 5,
-    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
-    out: Path = Path("runs/race"),
-) -> None:
-    """CPU seconds until PPO, ours and SB3's, beats the best baseline of MoERouting-v0 on validation."""
-    import pandas as pd
-
-    from benchmarks.experiments import race
-
-    with bar() as add:
-        result = race.run(seeds, out, jobs, add(f"{2 * seeds} trainings"))
-    table = Table("backend", "seeds", "that beat it", "CPU s, median", "all", "steps, median")
-    for backend, group in pd.DataFrame(result["rows"]).groupby("backend"):
-        beaten = group.dropna().sort_values("seconds")
-        every = ", ".join(f"{value:.1f}" for value in beaten["seconds"])
-        medians = f"{beaten['seconds'].median():.1f}", every, f"{beaten['steps'].median():,.0f}"
-        table.add_row(str(backend), str(len(group)), str(len(beaten)), *medians)
-    console.print(f"to beat: {result['baseline']}, {result['target']:.4f} on validation", table)
-    console.print(f"[green]saved[/] {out}/race.json")
-
-
-@benchmark_app.command("jax")
-def _jax(json_file: Json = None) -> None:
-    """Our PPO beside one written in JAX as a single jitted training, on MoERouting-v0; needs the extra bench."""
-
-    if find_spec("jax") is None:
-        raise ValueError("jax is not installed: pip install 'moe-envs[bench]'")
-    from benchmarks.speed import jax_ppo
-
-    with bar() as add:
-        rows = jax_ppo.compare(add("ours and JAX by turns"))
-    write(json_file, {"rows": rows, **provenance()})
-    table = Table("rows", "minibatch", "own", "JAX", "ratio", title="steps/s of CPU time, medians, one thread")
-    for row in rows:
-        numbers = f"{row['own']:,.0f}", f"{row['jax']:,.0f}", f"{row['ratio']:.2f}"
-        table.add_row(str(row["rows"]), str(row["batch_size"]), *numbers)
-    console.print(table)
-
-
-@benchmark_app.command("hybrid")
-def _hybrid(
-    data: Annotated[str, typer.Option(help="digits or fashion-mnist")] = "fashion-mnist",
-    seeds: Annotated[int, typer.Option(min=2)] = 3,
-    epochs: Annotated[int, typer.Option(min=2)] = 8,
-    alpha: Annotated[float, typer.Option(help="Weight of the policy gradient.")] = 1.0,
-    cost_weight: float = 0.2,
-    straight_through: Annotated[
-        bool, typer.Option("--straight-through", help="Let CE's gradient reach the gate.")
-    ] = False,
-    out: Path = Path("runs/hybrid"),
-) -> None:
-    """Train experts by cross-entropy and the gate by policy gradient, beside a gate that learns by cross-entropy."""
-    from benchmarks.experiments import hybrid
-    from benchmarks.results import tables as report
-    from experts.hybrid import HybridSettings
-
-    settings = HybridSettings(alpha=alpha, cost_weight=cost_weight, straight_through=straight_through, epochs=epochs)
-    with bar() as add:
-        result = hybrid.run(data, seeds, settings, out, add(f"{seeds} seeds of both gates"))
-    table = report.plain_table(
-        f"{data}, test, cost weight {cost_weight:g}", "gate", "return", "95 %", "accuracy", "cost", "experts a batch"
-    )
-    for row in hybrid.summary(result).to_dict("records"):
-        interval = f"{row['low']:.4f} .. {row['high']:.4f}"
-        table.add_row(
-            str(row["gate"]),
-            f"{row['return']:.4f}",
-            interval,
-            f"{row['accuracy']:.4f}",
-            f"{row['cost']:.4f}",
-            f"{row['experts']:.2f}",
-        )
-    console.print(table)
-    for row in result["trends"]:
-        console.print(f"seed {row['seed']}: reward {row['reward']:+.4f} an epoch, cost {row['cost']:+.4f} an epoch")
-    console.print(f"[green]saved[/] {out}/hybrid.json, {out}/hybrid.png")
-
-
-@benchmark_app.command("deploy")
-def _deploy(
-    run_dir: Annotated[Path, typer.Argument(help="A run folder of moe-train.")],
-    episodes: Annotated[int, typer.Option(min=1)] = 500,
+@app.command("run")
+def _run(
+    name: Annotated[str, typer.Argument(help="An experiment (moe-benchmark list), an environment's id, or a matrix.")],
+    out: Out,
+    jobs: Jobs = 1,
+    settings: Set = [],  # noqa: B006
+    only: Annotated[list[str] | None, typer.Option(help="Names of setups; all by default.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="So many of the experiment's seeds.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Names of splits; all by default.")] = None,
+    quick: Quick = False,
+    overwrite: Again = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run.")] = False,
+    part: Annotated[str, typer.Option(help="I/N: the I-th of N parts, from 0 on, for several machines.")] = "0/1",
+    ray: RayAddress = None,
+    slurm: Annotated[Path | None, typer.Option(help="Write a Slurm script of --jobs tasks, and run nothing.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Put a learned policy into the real model as its router: accuracy, cost and wall time beside the top-2 gate's."""
-    from benchmarks.experiments import deploy
+    """Run an experiment: setups x seeds x splits, each once; then report it. What is there is not run again.
 
-    result = deploy.run(run_dir, episodes)
-    write(json_file, result | provenance())
-    table = Table("", "accuracy", "cost", "return", title=f"{episodes} test batches; cost 1 is the top-2 gate's")
-    for row in result["rows"]:
-        table.add_row(row["case"], *(f"{row[name]:.4f}" for name in ("accuracy", "cost", "return")))
-    times = Table("batch", "top-2, ms", "routed, ms", "of that the router, ms", title="wall time, medians, one thread")
-    for row in result["times"]:
-        times.add_row(str(row["batch_size"]), *(f"{row[case] * 1e3:.3f}" for case in ("top-2", "routed", "router")))
-    console.print(table, times)
-    console.print(f"decisions equal to the environment's: {result['decisions_equal']:.4%}")
+    Example: moe-benchmark run hybrid --out runs/hybrid --set data=digits --jobs 2
+    """
+    from benchmarks.runner import runner
+    from benchmarks.runner.experiments import find
+    from benchmarks.runner.matrix import jobs_of, named
 
-
-@benchmark_app.command("speed")
-def _speed(json_file: Json = None) -> None:
-    """CPU time, one thread: MoERouting-v0 beside CartPole-v1, trainings beside torch's, plans beside decompression."""
-    from benchmarks.speed.environments import measure, measure_plans, measure_trainings
-
-    rows, trainings, plans = measure(), measure_trainings(), measure_plans()
-    write(json_file, {"routing": rows, "trainings": trainings, "plans": plans})
-    table = Table("rows", "CartPole-v1", "MoERouting-v0", "ratio", "floor", title="steps/s of CPU time, medians")
-    for row in rows:
-        floor = "-" if row["floor"] is None else f"{row['floor']:.2f}"
-        table.add_row(
-            str(row["rows"]), f"{row['cartpole']:,.0f}", f"{row['routing']:,.0f}", f"{row['ratio']:.2f}", floor
-        )
-    title = "optimiser steps/s of trainings on the digits"
-    other = Table("side by side", "torch, one by one", "batched", "ratio", "MoEMetaOpt-v0", "slower by", title=title)
-    for row in trainings:
-        numbers = f"{row['torch']:,.0f}", f"{row['batched']:,.0f}", f"{row['ratio']:.1f}", f"{row['env']:,.0f}"
-        other.add_row(str(row["trainings"]), *numbers, f"{row['env_overhead']:.0%}")
-    title = "evaluation of a plan of fashion-mnist-conv on 5,000 images"
-    third = Table("plans", "from caches", "decompress and run", "ratio", "losses differ by", title=title)
-    for row in plans:
-        both = f"{row['cached_s']:.3f} s", f"{row['decompressed_s']:.3f} s"
-        third.add_row(row["plans"], *both, f"{row['ratio']:.0f}", f"{row['difference']:.0e}")
-    console.print(table, other, third)
+    wanted = named(name, quick)
+    wanted.settings |= pairs(settings, "--set")
+    wanted.splits = list(split or wanted.splits)
+    if seeds is not None:
+        wanted.seeds = (wanted.seeds or list(find(wanted.experiment).seeds))[:seeds]
+    number, _, parts = part.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise ValueError(f"--part {part}: I/N with I from 0 to N - 1")
+    if slurm:
+        if only or dry_run or part != "0/1":
+            raise ValueError("--slurm writes a script of the whole matrix: without --only, --part and --dry-run")
+        _write_slurm(slurm, wanted, out, jobs)
+        return
+    place = int(number), int(parts)
+    if dry_run:
+        every, todo = jobs_of(wanted), runner.left(wanted, out, place, only or ())
+        _show_plan(wanted, every, todo, json_file)
+        return
+    _make(wanted, out, jobs, place, only or (), ray, overwrite, json_file)
 
 
-def _compare(
-    weights: list[float], seeds: list[int], bundle: str, costs: str, jobs: int, timesteps: int | None, out: Path,
-    action: str = "expert",
-) -> None:  # fmt: skip
-    from benchmarks.experiments import routing
-
-    with bar() as add:
-        result = routing.run(
-            weights, seeds, out, bundle=bundle, costs=costs, action=action, jobs=jobs, timesteps=timesteps, add_task=add
-        )
-    for renderable in routing.tables(result):
-        console.print(renderable)
-    console.print(f"[green]saved[/] {out}/results.json, {out}/pareto.png    curves: tensorboard --logdir {out}")
-
-
-@benchmark_app.command("layer")
-def _layer(
-    device: Annotated[str, typer.Option(help="cpu (CPU time, one thread) or cuda")] = "cpu", json_file: Json = None
+@app.command("leaderboard")
+def _leaderboard(
+    env_id: Annotated[str, typer.Argument(help="A registered id; one of your own as package:Id-v0.")],
+    out: Out,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Your own beside the board's: module:attribute, with predict.")
+    ] = None,
+    quick: Quick = False,
+    jobs: Jobs = 2,
+    settings: Set = [],  # noqa: B006
+    overwrite: Again = False,
+    ray: RayAddress = None,
+    json_file: Json = None,
 ) -> None:
-    """Our MoE layer beside Hugging Face's Mixtral block, and beside its bare matrix products."""
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}: cpu or cuda")
-    if find_spec("transformers") is None:
-        raise ValueError("transformers is not installed: pip install 'moe-envs[hf]'")
-    from benchmarks.speed import layer as moe_layer
+    """Compare learners with every baseline and the bound of an environment, on test data; as `run ENV_ID`.
 
-    with bar() as add:
-        result = moe_layer.measure(device, add)
-    write(json_file, result | provenance())
-    columns = "tokens", "block", "ours", "our bf16", "products", "block / ours", "block / our bf16", "ours / products"
-    table = Table(*columns, title=f"forward, ms on {device}, medians; 256 wide, 8 experts of 1,024, top-2")
-    both = Table("tokens", "block", "ours", "products", "block / ours", "ours / products", title="with backward")
-    for row in result["rows"]:
-        times = (f"{row[f'{name}_ms']:.2f}" for name in ("block", "ours", "ours_bf16", "products"))
-        ratios = (f"{row[name]:.2f}" for name in ("forward_ratio", "bf16_ratio", "over_products"))
-        table.add_row(f"{row['tokens']:,}", *times, *ratios)
-        times = (f"{row[f'{name}_backward_ms']:.2f}" for name in ("block", "ours", "products"))
-        both.add_row(
-            f"{row['tokens']:,}", *times, f"{row['backward_ratio']:.2f}", f"{row['backward_over_products']:.2f}"
-        )
-    console.print(table, both, f"largest difference of outputs {max(row['difference'] for row in result['rows']):.1e}")
+    Example: moe-benchmark leaderboard MoERouting-v0 --out runs/board --quick
+    """
+    import moe_envs
+    from benchmarks.runner.experiments import find
+    from benchmarks.runner.matrix import named
+
+    spec = moe_envs.find(env_id)
+    name = spec.id if spec.entry_point.startswith("moe_envs.") else env_id
+    wanted = named(name, quick)
+    wanted.settings |= pairs(settings, "--set")
+    if policy:
+        setups = wanted.setups or {key: dict(each) for key, each in find(name).settings.items()}
+        wanted.setups = setups | {each: {"policy": each} for each in policy}
+    _make(wanted, out, jobs, ray=ray, overwrite=overwrite, json_file=json_file)
 
 
-@benchmark_app.command("cooperation")
-def _cooperation(
-    data: Annotated[str, typer.Option(help="digits or fashion-mnist")] = "digits",
-    seeds: Annotated[int, typer.Option(min=2, help="Trainings of each network.")] = 5,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of 30 on the digits, 8 on Fashion-MNIST.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Names of networks; all by default.")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Default: runs/cooperation-DATA.")] = None,
+@app.command("report")
+def _report(
+    folder: Annotated[Path, typer.Argument(help="A folder of moe-benchmark run.")], json_file: Json = None
 ) -> None:
-    """Networks with and without an expert graph, under every router and regulariser: accuracy, diversity, time."""
-    from benchmarks.experiments import cooperation
+    """Rebuild tables and pictures from the rows.
 
-    if data not in cooperation.EPOCHS:
-        raise ValueError(f"--data {data}: digits or fashion-mnist")
-    if unknown := set(only or []) - set(cooperation.setups()):
-        raise ValueError(f"--only {', '.join(sorted(unknown))}: there are {'; '.join(cooperation.setups())}")
-    out = out or Path("runs") / f"cooperation-{data}"
+    Example: moe-benchmark report runs/hybrid
+    """
+    from benchmarks.runner import runner
+
+    done = runner.rebuild(folder)
+    _show(folder, json_file, "saved" if done else "up to date")
+
+
+@app.command("validate")
+def _validate(
+    file: Annotated[Path, typer.Argument(help="Rows of moe-benchmark run: a raw.jsonl.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many to run again, drawn with --seed.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    tolerance: Annotated[float, typer.Option(min=0, help="Of each metric, relative and absolute.")] = 1e-6,
+    json_file: Json = None,
+) -> None:
+    """Run rows of a submitted result again and compare their metrics; exit code 1 where one differs.
+
+    Example: moe-benchmark validate docs/leaderboards/MoERouting-v0/raw.jsonl --rows 1
+    """
+    from benchmarks.runner.validate import validate
+
     with bar() as add:
-        result = cooperation.run(data, seeds, epochs, only or [], jobs, out, add)
-    columns = "network", "accuracy", "points more than beside", "95 %", "utilisation", "diversity", "time"
-    table = Table(*columns, title=f"{data}, {seeds} seeds")
-    for row in result["rows"]:
-        points, interval = "", ""
-        if "points" in row:
-            points, interval = f"{row['points']:+.2f}", "{:+.2f} .. {:+.2f}".format(*row["points_ci95"])
-        figures = f"{min(row['utilisation']):.1%}", f"{row['diversity']:.2f}", f"{row['time']:.2f}"
-        table.add_row(row["name"], f"{row['accuracy']:.2%}", points, interval, *figures)
+        found = validate(file, rows, seed, tolerance, add(f"up to {rows} rows again"))
+    write(json_file, found)
+    table = Table("setup", "seed", "split", "metric", "submitted", "here")
+    for each in found:
+        shown = each["differing"] or [{"metric": f"all {each['metrics']} the same", "submitted": "", "here": ""}]
+        for metric in shown:
+            cells = (json.dumps(metric[key])[:40] if metric[key] != "" else "" for key in ("submitted", "here"))
+            table.add_row(each["setup"], str(each["seed"]), each["split"], metric["metric"], *cells)
+    console = console_of(json_file)
     console.print(table)
-    console.print(f"[green]saved[/] {out}/report.md, results.json, runs.csv, pictures, best.safetensors, networks/")
+    if unlike := sorted({name for each in found for name in each["made_with_other"]}):
+        why = ": other processors round differently" if "fingerprint" in unlike else ""
+        console.print(f"[yellow]made with another {', '.join(unlike)}{why}[/]")
+    if any(each["differing"] for each in found):
+        raise typer.Exit(1)
+
+
+def _executor(jobs: int, ray: str | None) -> Callable[[int], Executor]:
+    from benchmarks.runner.processes import Local, Ray
+
+    if ray is None:
+        return lambda count: Local(min(jobs, count))
+    return partial(_ray, Ray, "" if ray == "local" else ray, jobs)
+
+
+def _ray(kind: Any, address: str, jobs: int, count: int) -> Any:
+    return kind(address, min(jobs, count))
+
+
+def _make(
+    matrix: Matrix, out: Path, jobs: int, part: tuple[int, int] = (0, 1), only: Collection[str] = (),
+    ray: str | None = None, overwrite: bool = False, json_file: str | None = None,
+) -> None:  # fmt: skip
+    from benchmarks.runner import runner
+    from benchmarks.runner.experiments import RunnerError
+
+    if overwrite:
+        runner.clear(out)
+    console = console_of(json_file)
+    with bar() as add:
+        try:
+            report = add(f"runs of {matrix.experiment}")
+            made = runner.run(matrix, out, _executor(jobs, ray), part, only, report, console.print)
+        except runner.FailedRuns:
+            with suppress(RunnerError):  # where all failed
+                runner.rebuild(out)
+            raise
+    if part[1] > 1:
+        console.print(f"{made} runs; when all parts are through: moe-benchmark report {out}")
+        return
+    done = runner.rebuild(out) or made
+    _show(out, json_file, "saved" if done else "nothing to do:")
+
+
+def _show(out: Path, json_file: str | None, word: str) -> None:
+    """The tables of a folder's result."""
+    from benchmarks.results.tables import terminal
+    from benchmarks.runner import runner
+
+    result, console = json.loads((out / runner.RESULTS).read_text()), console_of(json_file)
+    write(json_file, result)
+    for title, rows in result.get("tables", {}).items():
+        console.print(terminal(title, rows))
+    for note in result.get("notes", []):
+        console.print(note)
+    console.print(f"[green]{word}[/] {out}/{runner.REPORT}, {runner.RESULTS}, raw.jsonl", soft_wrap=True)
+
+
+def _show_plan(matrix: Matrix, every: list[Any], todo: list[Any], json_file: str | None) -> None:
+    rows = []
+    for name in dict.fromkeys(job.setup for job in every):
+        own, left = ([job for job in jobs if job.setup == name] for jobs in (every, todo))
+        seeds, splits = (sorted({getattr(job, what) for job in own}) for what in ("seed", "split"))
+        rows.append({"setup": name, "seeds": seeds, "splits": len(splits), "runs": len(own), "to do": len(left)})
+    write(json_file, rows)
+    table = Table("setup", "seeds", "splits", "runs", "to do", title=f"{matrix.experiment}, nothing is run")
+    for row in rows:
+        table.add_row(*(str(each).strip("[]") for each in row.values()))
+    console_of(json_file).print(table, f"{len(todo)} of {len(every)} runs to do")
+
+
+def _write_slurm(path: Path, matrix: Matrix, out: Path, parts: int) -> None:
+    from benchmarks.runner import runner
+    from cost.files import write_text
+
+    runner.prepare(matrix, out)
+    write_text(path, runner.slurm(out / runner.MATRIX, out, parts))
+    console_of(None).print(f"[green]saved[/] {path}    start it: sbatch {path}")

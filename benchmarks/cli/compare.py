@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import typer
 from matplotlib.figure import Figure
-from rich.console import Console
 from scipy import stats
 
 from agents import runs
+from benchmarks.cli.terminal import _version, console_of
 from benchmarks.results import pareto
 from benchmarks.results import tables as report
 from cost.files import write_text
@@ -22,7 +22,7 @@ from cost.machine import provenance
 CURVES = {"return": "return", "reward/quality": "accuracy", "reward/cost": "cost", "entropy": "policy entropy"}
 POINTS = 200  # of a curve
 LAST = 0.1  # share of a training that its end is the mean of
-app = typer.Typer(add_completion=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -33,12 +33,15 @@ def _compare(
         str, typer.Option(help="What makes runs one curve, separated by commas.")
     ] = "env,algo,backend,cost_weight",
     smoothing: Annotated[float, typer.Option(min=0, max=0.999, help="Of the moving average; 0 for none.")] = 0.9,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Compare the trainings of several runs: curves with 95 % bands over seeds, the Pareto front, a table.
 
     Example: moe-compare runs/* --out runs/compare
     """
-    console = Console()
+    console = console_of(None)
     result = compare(run_dirs, out, by.split(","), smoothing)
     table = report.plain_table(
         f"means over the last {LAST:.0%} of each training",

@@ -14,14 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.cli.terminal import Json, group, write
 from cost.profile import SIZES, Profile, ProfileError
 
 if TYPE_CHECKING:
     from torch import nn
 
 console = Console()
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="What models cost on this machine.")
-Json = Annotated[Path | None, typer.Option("--json", help="Save the profile in this file, too.")]
+app = group("What models cost on this machine.")
+Save = Annotated[Path | None, typer.Option("--out", help="Save the profile in this file, too.")]
 Repeats = Annotated[int, typer.Option(help="Rounds over all operations and sizes, at least 50.")]
 Name = Annotated[str, typer.Argument(help="A profile's file, or a bundle's name for its reference profile.")]
 
@@ -30,11 +31,11 @@ Name = Annotated[str, typer.Argument(help="A profile's file, or a bundle's name 
 def measure_bundle(
     name: Annotated[str, typer.Argument(help="Name or folder of a bundle.")] = "fashion-mnist",
     repeats: Repeats = 200,
-    json_file: Json = None,
+    save: Save = None,
 ) -> None:
     """Measure what a bundle's experts cost on this machine, for costs="machine".
 
-    Example: moe-profile bundle fashion-mnist --json mine.json
+    Example: moe-profile bundle fashion-mnist --out mine.json
     """
     from experts import bundle as bundles
     from experts import profiles
@@ -42,7 +43,7 @@ def measure_bundle(
     loaded = bundles.load(name)
     measured = profiles.measure(loaded, repeats, progress=True)
     _print(measured, f"{name}: time of an expert on n inputs = fixed + slope * n")
-    _save(measured, json_file)
+    _save(measured, save)
     console.print(f"[green]saved[/] {profiles.machine_path(loaded)}    use it: gymnasium.make(..., costs='machine')")
 
 
@@ -54,7 +55,7 @@ def measure_model(
     devices: Annotated[str, typer.Option(help="As cpu,cuda.")] = "cpu",
     threads: Annotated[str, typer.Option(help="Numbers of torch threads, as 1,2.")] = "1",
     repeats: Repeats = 50,
-    json_file: Json = None,
+    save: Save = None,
 ) -> None:
     """Measure the forward pass of any torch module, or any callables, on this machine.
 
@@ -75,15 +76,42 @@ def measure_model(
         grid["threads"] = _numbers(threads, "--threads")
         measured = profiles.measure_module(*made, counts, repeats, **grid, progress=True)
     _print(measured, f"{build}: time on n inputs = fixed + slope * n")
-    _save(measured, json_file)
+    _save(measured, save)
+
+
+@app.command("logs")
+def report_logs(
+    folder: Annotated[Path, typer.Argument(help="A folder that cost.monitor.Monitor wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/monitor"),
+    json_file: Json = None,
+) -> None:
+    """Report a monitor's logs: costs per epoch, against accuracy, normalised; alerts; pictures.
+
+    Example: moe-profile logs runs/monitor --out runs/costs
+    """
+    from benchmarks.experiments.monitor import report
+    from benchmarks.results.tables import terminal
+
+    result = report.write(folder, out)
+    write(json_file, result)
+    for title, rows in report.tables(result).items():
+        if rows:
+            console.print(terminal(title, rows))
+    for alert in result["alerts"]:
+        console.print(f"[yellow]alert:[/] {alert}")
+    console.print(f"[green]saved[/] {out}/report.md, results.json and pictures")
 
 
 @app.command()
-def show(profile: Name) -> None:
-    """Show a profile: its fits, how far they can be trusted, and where it was measured."""
+def show(profile: Name, json_file: Json = None) -> None:
+    """Show a profile: its fits, how far they can be trusted, and where it was measured.
+
+    Example: moe-profile show fashion-mnist
+    """
     from cost.profile import require_this_machine
 
     loaded = load(profile)
+    write(json_file, loaded.model_dump(mode="json"))
     _print(loaded, f"{profile}: time on n inputs = fixed + slope * n")
     for key, value in loaded.fingerprint.items():
         console.print(Text(f"{key}: {value}"))

@@ -1,8 +1,9 @@
-"""What the commands share: consoles, progress bars, results as JSON."""
+"""What the commands share: consoles, options, progress bars, results as JSON."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,70 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console()
 errors = Console(stderr=True)
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")]
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write the result as JSON to this file; '-' is standard output.")
+]
+EnvKwargs = Annotated[list[str], typer.Option("--env-kwarg", "-k", help="name=value, passed to gymnasium.make.")]
+Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+Add = Callable[[str], Callable[[float], None]]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import moe_envs
+
+        typer.echo(f"moe-envs {moe_envs.__version__}")
+        raise typer.Exit
+
+
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What all commands have."""
+
+
+def group(help_text: str) -> typer.Typer:
+    """An app of several subcommands."""
+    app = typer.Typer(no_args_is_help=True, help=help_text, pretty_exceptions_enable=False)
+    app.callback()(options)
+    return app
+
+
+def console_of(json_file: str | None) -> Console:
+    """Where tables go: to standard error where standard output has the JSON."""
+    return errors if json_file == "-" else Console()
+
+
+def write(json_file: str | None, result: Any) -> None:
+    """Write a result as JSON where it is wanted."""
+    if json_file == "-":
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    elif json_file is not None:
+        from cost.files import write_text
+
+        write_text(Path(json_file), json.dumps(result, indent=1))
+
+
+def pairs(given: list[str], option: str) -> dict[str, Any]:
+    """Options "name=value": values are JSON where they can be read as such, else text."""
+    parsed: dict[str, Any] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{option} {pair!r}: expected name=value")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return parsed
 
 
 @contextmanager
-def bar() -> Iterator[Callable[[str], Callable[[float], None]]]:
+def bar() -> Iterator[Add]:
+    """Progress bars with the time left, on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors) as progress:
 
@@ -27,16 +85,3 @@ def bar() -> Iterator[Callable[[str], Callable[[float], None]]]:
             return lambda share: progress.update(task, completed=share)
 
         yield add
-
-
-def write(path: Path | None, result: Any) -> None:
-    if path is not None:
-        from cost.files import write_text
-
-        write_text(path, json.dumps(result, indent=1))
-
-
-def say_reused(result: dict[str, Any]) -> None:
-    """Policies that were there already may be of another commit than what judged them."""
-    if older := sorted({str(each["commit"]) for each in result["policies"]} - {str(result["commit"])}):
-        console.print(f"[yellow]policies trained at {', '.join(older)}, judged at {result['commit']}[/]")

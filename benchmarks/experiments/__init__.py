@@ -1,1 +1,1 @@
-"""One module a question."""
+"""Questions: each module here is an experiment that `moe-benchmark run NAME` runs and reports."""

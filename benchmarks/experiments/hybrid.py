@@ -1,31 +1,25 @@
-"""Is a gate that learns by policy gradient on quality less cost better than one that learns by cross-entropy, and than
-none: one expert alone?
+"""Is a gate that learns by policy gradient better than one that learns by cross-entropy, and than one expert alone?
 
 The policy gradient's quality is whether an answer is right, or how probable the right class was, corrected by a
-temperature that is fitted on the first gate's validation answers.
-
-All start anew with the same experts, epochs and batch size; only the second gate knows of costs. The expert alone is
-trained by itself; of each width one, and the one of the best return on validation is taken. Return, accuracy and cost
-are those of MoERouting-v0's batches, of the gate's first choice, on test inputs. The costs are the profile of the
-bundle with the same experts.
+temperature that is fitted on the first gate's validation answers. All start anew with the same experts, epochs and
+batch size; only the policy gradient knows of costs. The expert alone is trained by itself; of each width one, and
+the one of the best return on validation is taken. Return, accuracy and cost are those of MoERouting-v0's batches, of
+the gate's first choice, on test inputs. The costs are the profile of the bundle with the same experts.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy import stats
 
-from cost.files import write_text
-from cost.machine import provenance
+from benchmarks.results.statistics import seeds_interval
+from benchmarks.runner.setup import Arguments
 from cost.model import Cost
 from cost.profile import parse
 from experts import bundle as bundles
@@ -33,53 +27,93 @@ from experts import data
 from experts.confidence import fit_temperature
 from experts.hybrid import HybridSettings, train_hybrid
 from experts.model import MoEClassifier
-from experts.reference_bundles import SETTINGS
+from experts.reference_bundles import SETTINGS as REFERENCE
 from experts.training import TrainingSettings, train
 from moe_envs.routing.tables import RoutingTables, deal
 
 BATCHES = 1000
-Result = dict[str, Any]
+SEEDS = (0, 1, 2)
+GATES = "cross-entropy", "one expert", "policy gradient", "policy gradient, confidence"
+SETTINGS = {gate: {"gate": gate} for gate in GATES}
+QUICK = {"seeds": [0, 1], "settings": {"data": "digits", "epochs": 2}}
 
 
-def run(name: str, seeds: int, settings: HybridSettings, out: Path, report: Callable[[float], object]) -> Result:
-    """Train both gates for each seed; writes hybrid.json and hybrid.png."""
-    source, loaded = data.load(name), bundles.load(name)
-    profile, equal = parse(loaded.profile, name), Cost(1 / 3, 1 / 3, 1 / 3)
-    tables = RoutingTables(loaded, "test", profile, equal)
+class HybridSetup(Arguments):
+    """`alpha` weighs the policy gradient; with `straight_through` cross-entropy's gradient reaches the gate as well."""
+
+    gate: Literal["cross-entropy", "one expert", "policy gradient", "policy gradient, confidence"]
+    data: Literal["fashion-mnist", "digits"] = "fashion-mnist"
+    epochs: int = 8
+    alpha: float = 1.0
+    cost_weight: float = 0.2
+    straight_through: bool = False
+
+
+Setup = HybridSetup
+
+
+def measure(setup: HybridSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One training, judged on test."""
+    source, loaded = data.load(setup.data), bundles.load(setup.data)
+    tables = RoutingTables(loaded, "test", parse(loaded.profile, setup.data), Cost(1 / 3, 1 / 3, 1 / 3))
+    settings = HybridSettings(
+        alpha=setup.alpha, cost_weight=setup.cost_weight, straight_through=setup.straight_through, epochs=setup.epochs,
+        seed=seed,
+    )  # fmt: skip
+    same = replace(REFERENCE[setup.data], seed=seed, epochs=setup.epochs, batch_size=settings.batch_size)
+    if setup.gate == "one expert":
+        return _alone(source, same, tables, setup.cost_weight), {}
+    plain = None
+    if setup.gate != "policy gradient":
+        plain = train(*source["train"], same, progress=False)
+    if setup.gate == "cross-entropy":
+        assert plain is not None
+        return judge(plain, source, tables, setup.cost_weight), {}
+    temperature = None if plain is None else _temperature(plain, source)
+    inputs, labels = source["train"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MoEClassifier(inputs.shape[1], int(labels.max()) + 1, widths=REFERENCE[setup.data].widths)
+    log = train_hybrid(model, inputs, labels, _cost_of(tables), replace(settings, reward_temperature=temperature))
+    return judge(model, source, tables, setup.cost_weight) | {"log": log}, {}
+
+
+def _cost_of(tables: RoutingTables) -> Any:
+    """An input's own part, and its share of its experts' fixed part, so that a batch's mean is the batch's cost."""
     codes = 1 << np.arange(tables.num_experts)
     fixed, slope = (torch.from_numpy(part[codes, 0]) for part in (tables.fixed, tables.slope))
-    per_batch = tables.batch_size
 
     def cost_of(members_BE: torch.Tensor) -> torch.Tensor:
-        """An input's own part, and its share of its experts' fixed part, so that a batch's mean is the batch's cost."""
         load_E = members_BE.sum(0).clamp_min(1)
-        return (members_BE * (slope + fixed / load_E)).sum(1) * per_batch
+        return (members_BE * (slope + fixed / load_E)).sum(1) * tables.batch_size
 
-    rows, logs = [], []
-    for seed in range(seeds):
-        values = replace(settings, seed=seed)
-        same = replace(SETTINGS[name], seed=seed, epochs=settings.epochs, batch_size=settings.batch_size)
-        plain = train(*source["train"], same, progress=False)
-        rows.append({"gate": "cross-entropy", "seed": seed, **judge(plain, source, tables, settings.cost_weight)})
-        rows.append({"gate": "none, one expert", "seed": seed, **_alone(source, same, tables, settings.cost_weight)})
-        inputs, labels = source["train"]
-        for gate, temperature in (
-            ("policy gradient", None),
-            ("policy gradient, confidence", _temperature(plain, source)),
-        ):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = MoEClassifier(inputs.shape[1], int(labels.max()) + 1, widths=SETTINGS[name].widths)
-            log = train_hybrid(model, inputs, labels, cost_of, replace(values, reward_temperature=temperature))
-            rows.append({"gate": gate, "seed": seed, **judge(model, source, tables, settings.cost_weight)})
-            logs += [{"seed": seed, **row} for row in log if temperature is None]
-        report((seed + 1) / seeds)
-    trends = [_trend(pd.DataFrame(logs), seed) for seed in range(seeds)]
-    result = {"data": name, "settings": vars(settings), "rows": rows, "logs": logs, "trends": trends}
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "hybrid.json", json.dumps(result | provenance(), indent=1))
+    return cost_of
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """Means over seeds; the return with its 95 % interval; how reward and cost move."""
+    rows = []
+    for gate, group in frame.groupby("gate", sort=False):
+        row: dict[str, Any] = {"gate": gate, "return": float(group["return"].mean())}
+        row["95 %"] = seeds_interval(group["return"].to_numpy())
+        rows.append(row | {name: float(group[name].mean()) for name in ("accuracy", "cost", "experts a batch")})
+    trends = []
+    learned = frame[frame["gate"] == "policy gradient"]
+    for seed, log in zip(learned["seed"].tolist(), learned.get("log", []), strict=True):
+        part = pd.DataFrame(log)
+        slopes = {name: float(np.polyfit(part["epoch"], part[name], 1)[0]) for name in ("reward", "cost")}
+        trends.append({"seed": seed} | {f"{name} an epoch": value for name, value in slopes.items()})
+    return {"tables": {"On test": rows, "Policy gradient": trends}}
+
+
+def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
+    """Reward and cost over the epochs."""
+    learned = frame[frame["gate"] == "policy gradient"]
+    if not len(learned):
+        return []
+    logs = [{"seed": seed, **row} for seed, log in zip(learned["seed"], learned["log"], strict=True) for row in log]
     _draw(pd.DataFrame(logs), out / "hybrid.png")
-    return result
+    return ["hybrid.png"]
 
 
 def _alone(
@@ -127,25 +161,8 @@ def judge(
         "return": float((accuracy - cost_weight * costs).mean()),
         "accuracy": float(accuracy.mean()),
         "cost": float(costs.mean()),
-        "experts": float((loads > 0).sum(1).mean()),
+        "experts a batch": float((loads > 0).sum(1).mean()),
     }
-
-
-def summary(result: Result) -> pd.DataFrame:
-    """Means over seeds; the return with its 95 % interval."""
-    rows = []
-    for gate, group in pd.DataFrame(result["rows"]).groupby("gate"):
-        half = group["return"].sem() * stats.t.ppf(0.975, len(group) - 1)
-        row: Result = {"gate": gate, "seeds": len(group)}
-        row |= {name: float(group[name].mean()) for name in ("return", "accuracy", "cost", "experts")}
-        rows.append(row | {"low": row["return"] - half, "high": row["return"] + half})
-    return pd.DataFrame(rows)
-
-
-def _trend(logs: pd.DataFrame, seed: int) -> dict[str, float]:
-    part = logs[logs["seed"] == seed]
-    slopes = {name: float(np.polyfit(part["epoch"], part[name], 1)[0]) for name in ("reward", "cost")}
-    return {"seed": seed, **slopes}
 
 
 def _draw(logs: pd.DataFrame, path: Path) -> None:

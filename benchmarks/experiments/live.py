@@ -1,157 +1,119 @@
 """What is a policy that was trained on profiled costs worth when the experts are really run and timed?
 
-PPO is trained and the baselines are tuned on this machine's profile, as in `routing`; then all of them play the same
-test batches twice, paid by the profile and paid live, in blocks by turns, with nothing else running.
+PPO is trained, and the baselines are tuned, on this machine's profile; then all of them play the same test batches
+twice, paid by the profile and paid live, in blocks by turns. Run it with nothing beside it, one job.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from agents import runs
-from benchmarks.experiments import routing
-from benchmarks.results import tables as report
+from agents import training, tuned
+from agents.evaluate import evaluate
 from benchmarks.results.statistics import mean_interval, paired_difference
-from cost.files import write_text
-from cost.machine import provenance
+from benchmarks.runner.setup import Arguments
 
-LIVE_ENV = "moe_envs:MoERoutingLive-v0"
-BLOCKS, EPISODES_A_BLOCK = 5, 200
-Result = dict[str, Any]
+PROFILED, LIVE = "moe_envs:MoERouting-v0", "moe_envs:MoERoutingLive-v0"
+COLUMNS = {"return": "return", "quality": "quality", "cost/time": "time"}
+FIRST_SEED = 10_000
+SEEDS = (0, 1, 2, 3, 4)
+SETTINGS = {"PPO": {"policy": "PPO"}, "baselines": {"policy": "baselines"}}
+QUICK = {"seeds": [0], "settings": {"bundle": "digits", "timesteps": 4096, "blocks": 2, "episodes": 20}}
 
 
-def run(
-    cost_weight: float,
-    seeds: list[int],
-    out: Path,
-    *,
-    bundle: str = "fashion-mnist",
-    jobs: int = 2,
-    timesteps: int | None = None,
-    add_task: Callable[[str], Callable[[float], object]] = lambda description: lambda share: None,
-) -> Result:
-    """Train as `routing` does with costs="machine", then play under both costs; writes live.json and live.png."""
-    trained = routing.run(
-        [cost_weight], seeds, out, bundle=bundle, costs="machine", jobs=jobs, timesteps=timesteps, add_task=add_task
-    )
-    arguments = {"bundle": bundle, "cost_weight": cost_weight}
-    frame = _play(_policies(cost_weight, seeds, out, arguments), arguments, add_task("playing under both costs"))
-    result: Result = {"rows": summarise(frame), "cost_weight": cost_weight, "seeds": seeds, "bundle": bundle}
-    result["episodes"] = BLOCKS * EPISODES_A_BLOCK
-    result["ppo_less_best_baseline"] = compare(frame, trained["summary"][0]["best_baseline"])
-    result |= provenance()
-    write_text(out / "live.json", json.dumps(result, indent=1))
-    frame.to_csv(out / "live.csv", index=False)
-    plot(frame, out / "live.png")
+class LiveSetup(Arguments):
+    """`episodes` in each of so many `blocks`."""
+
+    policy: str
+    bundle: str = "fashion-mnist"
+    cost_weight: float = 0.2
+    timesteps: int | None = None
+    blocks: int = 5
+    episodes: int = 200
+
+
+Setup = LiveSetup
+
+
+def once(setup: LiveSetup) -> bool:
+    """Baselines are tuned once."""
+    return setup.policy == "baselines"
+
+
+def measure(setup: LiveSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns, accuracies and times of each episode, by policy and costs."""
+    from agents.baselines import routing
+
+    kwargs: dict[str, Any] = {"bundle": setup.bundle, "cost_weight": setup.cost_weight}
+    if setup.policy == "baselines":
+        policies = routing.baselines(PROFILED, **kwargs, costs="machine")
+        policies.pop("random")
+    else:
+        settings = tuned.settings("ppo", PROFILED)
+        settings |= {"total_timesteps": setup.timesteps} if setup.timesteps else {}
+        machine = {**kwargs, "costs": "machine"}
+        policies = {"PPO": training.train(PROFILED, seed=seed, env_kwargs=machine, settings=settings).agent}
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for block in range(setup.blocks):
+        for name, policy in policies.items():
+            for costs, env in (("machine", PROFILED), ("live", LIVE)):
+                own = {**kwargs, "costs": costs, "split": "test"}
+                played = evaluate(policy, env, setup.episodes, FIRST_SEED + 1000 * block, **own)
+                of = found.setdefault(name, {}).setdefault(costs, {key: [] for key in COLUMNS.values()})
+                for column, key in COLUMNS.items():
+                    of[key] += played[column].round(9).tolist()
+    return {}, {"played": found}
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """For each policy its returns under both costs and their paired difference; PPO less the best baseline."""
+    tables: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
+    for played in frame["played"]:
+        for name, costs in played.items():
+            for which, columns in costs.items():
+                for key, values in columns.items():
+                    tables.setdefault(name, {}).setdefault(which, {}).setdefault(key, []).append(values)
+    rows: list[dict[str, Any]] = []
+    for name, of in tables.items():
+        live, machine = (np.array(of[costs]["return"]) for costs in ("live", "machine"))
+        seconds, expected = (np.array(of[costs]["time"]) for costs in ("live", "machine"))
+        rows.append({
+            "policy": name, "kind": "learned" if name == "PPO" else "baseline", "profiled": float(machine.mean()),
+            "live": float(live.mean()), "live less profiled": float((live - machine).mean()),
+            "95 %": mean_interval(live - machine), "accuracy": float(np.mean(of["live"]["quality"])),
+            "time, live / profiled": float(seconds.mean() / expected.mean()),
+        })  # fmt: skip
+    rows.sort(key=lambda row: -row["live"])
+    result: dict[str, Any] = {"tables": {"Returns on test": rows}}
+    rules = [row for row in rows if row["kind"] == "baseline"]
+    if "PPO" in tables and rules:
+        best = max(rules, key=lambda row: row["profiled"])["policy"]
+        gains = []
+        for costs in ("machine", "live"):
+            ours, theirs = (np.array(tables[name][costs]["return"]) for name in ("PPO", best))
+            difference, interval = paired_difference(ours, theirs[0])
+            gains.append({"paid by": {"machine": "profile", "live": "live costs"}[costs], "difference": difference,
+                          "95 %": interval})  # fmt: skip
+        result["tables"][f"PPO less {best}, the best baseline under the profile, on test"] = gains
     return result
 
 
-def summarise(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each policy: its returns under both costs, their paired difference, and the time live over profiled."""
-    rows = []
-    for name, group in frame.groupby("policy", sort=False):
-        live, profiled = (_table(group, costs, "return") for costs in ("live", "machine"))
-        seconds, expected = (_table(group, costs, "cost/time") for costs in ("live", "machine"))
-        rows.append(
-            {
-                "policy": name,
-                "kind": group["kind"].iloc[0],
-                "machine": float(profiled.mean()),
-                "live": float(live.mean()),
-                "live_ci95": list(mean_interval(live)),
-                "difference": float((live - profiled).mean()),
-                "difference_ci95": list(mean_interval(live - profiled)),
-                "time_ratio_of_means": float(seconds.mean() / expected.mean()),
-                "time_ratio_median": float(np.median(seconds / expected)),
-                "accuracy": float(group["quality"].mean()),
-            }
-        )
-    return sorted(rows, key=lambda row: -row["live"])
-
-
-def compare(frame: pd.DataFrame, baseline: str) -> dict[str, Any]:
-    """PPO less the baseline that was best on validation under the profile, under either cost."""
-    found: dict[str, Any] = {"baseline": baseline}
-    for costs in ("machine", "live"):
-        ours, theirs = (_table(frame[frame["policy"] == name], costs, "return") for name in ("PPO", baseline))
-        difference, interval = paired_difference(ours, theirs[0])
-        found[costs] = {"difference": difference, "ci95": list(interval)}
-    return found
-
-
-def tables(result: Result) -> list[Any]:
-    """What to print."""
-    columns = ("policy", "machine", "live", "live - machine, 95 %", "time")
-    title = f"return by costs, test, cost weight {result['cost_weight']:g}; time: live / profiled"
-    drawn = report.plain_table(title, *columns)
-    for row in result["rows"]:
-        low, high = row["difference_ci95"]
-        difference = f"{row['difference']:+.4f} ({low:+.4f} .. {high:+.4f})"
-        figures = f"{row['machine']:.4f}", f"{row['live']:.4f}", difference, f"{row['time_ratio_of_means']:.2f}"
-        drawn.add_row(row["policy"], *figures, style=report.STYLES[row["kind"]])
-    gains = result["ppo_less_best_baseline"]
-    lines = [
-        f"PPO less {gains['baseline']}, {costs}: {gains[costs]['difference']:+.4f} "
-        f"({gains[costs]['ci95'][0]:+.4f} .. {gains[costs]['ci95'][1]:+.4f})"
-        for costs in ("machine", "live")
-    ]
-    return [drawn, *lines]
-
-
-def plot(frame: pd.DataFrame, path: Path) -> None:
-    """The times of batches, live against profiled, and the returns under both costs."""
+def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
+    """The returns under both costs."""
     from matplotlib.figure import Figure
 
-    figure = Figure((11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for costs in ("machine", "live"):
-        seconds = frame[(frame["costs"] == costs) & (frame["policy"] == "PPO")]["cost/time"] * 1e6
-        left.hist(np.minimum(seconds, seconds.quantile(0.99)), bins=60, alpha=0.6, label=costs)
-    left.set(xlabel="time of a batch under PPO, µs (clipped at P99)", ylabel="batches")
-    left.legend()
-    means = frame.groupby(["policy", "costs"])["return"].mean().unstack().sort_values("live")
-    right.barh(np.arange(len(means)) - 0.2, means["machine"], 0.4, label="machine")
-    right.barh(np.arange(len(means)) + 0.2, means["live"], 0.4, label="live")
-    right.set_yticks(np.arange(len(means)), means.index, fontsize="small")
-    right.set(xlabel="mean return on test", xlim=(min(0.0, float(means.min().min())), 1))
-    right.legend()
-    figure.savefig(path, dpi=120)
-
-
-def _policies(
-    cost_weight: float, seeds: list[int], out: Path, arguments: dict[str, Any]
-) -> list[tuple[str, str, int, Any]]:
-    from agents.baselines.routing import baselines
-
-    learned = [("PPO", "learned", seed, runs.load(out / f"ppo-{cost_weight:g}-seed{seed}")[0]) for seed in seeds]
-    tuned = baselines(routing.ENV, **arguments, costs="machine")
-    return [*learned, *((name, policy.kind, 0, policy) for name, policy in tuned.items() if name != "random")]
-
-
-def _play(
-    policies: list[tuple[str, str, int, Any]], arguments: dict[str, Any], progress: Callable[[float], object]
-) -> pd.DataFrame:
-    from agents.evaluate import evaluate
-
-    frames = []
-    for block in range(BLOCKS):
-        for index, (name, kind, seed, policy) in enumerate(policies):
-            for costs, env in (("machine", routing.ENV), ("live", LIVE_ENV)):
-                own = {**arguments, "costs": costs, "split": "test"}
-                played = evaluate(policy, env, EPISODES_A_BLOCK, routing.EPISODE_SEED + 1000 * block, **own)
-                columns = played[["return", "quality", "cost", "cost/time"]]
-                frames.append(columns.assign(policy=name, kind=kind, seed=seed, costs=costs, block=block))
-            progress((block + (index + 1) / len(policies)) / BLOCKS)
-    return pd.concat(frames, ignore_index=True)
-
-
-def _table(group: pd.DataFrame, costs: str, column: str) -> np.ndarray:
-    """Values `[seeds, episodes]`; an episode is the same batch for all policies and both costs."""
-    chosen = group[group["costs"] == costs]
-    return np.stack([rows[column].to_numpy() for _, rows in chosen.groupby("seed")])
+    rows = sorted(result["tables"]["Returns on test"], key=lambda row: row["live"])
+    figure = Figure((8, 0.35 * len(rows) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    places = np.arange(len(rows))
+    panel.barh(places - 0.2, [row["profiled"] for row in rows], 0.4, label="profiled costs")
+    panel.barh(places + 0.2, [row["live"] for row in rows], 0.4, label="live costs")
+    panel.set_yticks(places, [row["policy"] for row in rows], fontsize="small")
+    panel.set(xlabel="mean return on test")
+    panel.legend()
+    figure.savefig(out / "live.png", dpi=120)
+    return ["live.png"]

@@ -1,4 +1,4 @@
-"""A policy of MoEMetaOpt-v0 where it was not trained: on unseen data, wider models, under other optimisers.
+"""What is a policy of MoEMetaOpt-v0 worth where it was not trained: on unseen data, wider models, other optimisers?
 
 Each policy is trained on trainings of several data sets, widths and scales of the inputs side by side, one only on the
 digits as they are; the schedules' settings are searched where they are judged.
@@ -6,25 +6,25 @@ digits as they are; the schedules' settings are searched where they are judged.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from agents.baselines.metaopt import SCHEDULES, Round
-from agents.ppo import PPO
-from benchmarks import policies, torch_training
-from benchmarks.experiments import metaopt
-from benchmarks.runner import processes as jobs
-from cost.files import write_text
-from cost.machine import provenance
+from agents.baselines.metaopt import DECAY, SCHEDULES, Round, search, trainings
+from agents.training import one_torch_thread
+from benchmarks import torch_training
+from benchmarks.results.paired import less_decisions
+from benchmarks.runner.kept import policy_of
+from benchmarks.runner.setup import Arguments
 from experts import tasks
 
-ROUNDS = (Round(16, 8), Round(4, 32), Round(2, 64))  # 384 trainings for each schedule
+ENV = "moe_envs:MoEMetaOpt-v0"
+FIRST_TEST_SEED, FIRST_JUDGED_SEED = 10**6, 1000
 MIXED = {"widths": (8, 12, 16, 24, 32), "scales": (0.25, 4.0)}
 TRAINED_ON: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "digits alone": (("digits",), {}),
@@ -32,36 +32,73 @@ TRAINED_ON: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "digits, breast-cancer": (("digits", "breast-cancer"), MIXED),
     "fashion-mnist, breast-cancer": (("fashion-mnist", "breast-cancer"), MIXED),
 }
-# Where each is judged.
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("digits alone", "unseen data", {"task": "fashion-mnist"}),
-    ("digits, breast-cancer", "unseen data", {"task": "fashion-mnist"}),
-    ("fashion-mnist, breast-cancer", "unseen data", {"task": "digits"}),
-    ("digits, fashion-mnist", "unseen data", {"task": "breast-cancer"}),
-    ("digits, fashion-mnist", "wider model", {"task": "digits", "widths": (64,)}),
-    ("digits, fashion-mnist", "wider model", {"task": "fashion-mnist", "widths": (64,)}),
-]
 SEARCH = ((24, 1), (6, 4), (3, 8))  # 72 trainings for each scheduler under another optimiser
-FIRST_JUDGED_SEED = 1000
-SMALL = ("digits", "fashion-mnist")  # what other optimisers are judged on
+SEEDS = (0, 1, 2)
+BOTH = "digits, fashion-mnist"
+SETTINGS: dict[str, Any] = {
+    "unseen: digits alone": {"trained_on": "digits alone", "task": "fashion-mnist"},
+    "unseen: digits, breast-cancer": {"trained_on": "digits, breast-cancer", "task": "fashion-mnist"},
+    "unseen: fashion-mnist, breast-cancer": {"trained_on": "fashion-mnist, breast-cancer", "task": "digits"},
+    "unseen: breast-cancer": {"trained_on": BOTH, "task": "breast-cancer"},
+    "wider: digits": {"trained_on": BOTH, "task": "digits", "width": 64},
+    "wider: fashion-mnist": {"trained_on": BOTH, "task": "fashion-mnist", "width": 64},
+} | {
+    f"{optimizer}: {task}": {"trained_on": BOTH, "task": task, "optimizer": optimizer}
+    for optimizer in ("SGD, momentum 0.9", "LAMB") for task in ("digits", "fashion-mnist")
+}  # fmt: skip
+QUICK = {
+    "seeds": [0, 1],
+    "setups": {name: SETTINGS[name] for name in ("unseen: digits alone", "SGD, momentum 0.9: digits")},
+    "settings": {"timesteps": 1024, "contexts": 16, "rounds": [[2, 2]], "search": [[2, 1]]},
+}
 Maker = Callable[[float, float], Callable[[Any], torch.optim.Optimizer]]
+
+
+class TransferSetup(Arguments):
+    """`contexts` trainings judge each policy; `rounds` are those of each schedule's search in the environment, `search`
+    those in plain torch under another optimiser."""
+
+    trained_on: str
+    task: str
+    width: int | None = None
+    optimizer: str | None = None
+    contexts: int = 256
+    timesteps: int | None = None
+    rounds: list[tuple[int, int]] = [(16, 8), (4, 32), (2, 64)]  # 384 trainings for each schedule
+    search: list[tuple[int, int]] = list(SEARCH)
+
+
+Setup = TransferSetup
+
+
+def check(setups: dict[str, TransferSetup], splits: list[str]) -> None:
+    """Raise `ValueError` where LAMB is asked for and not installed."""
+    if any(setup.optimizer == "LAMB" for setup in setups.values()) and find_spec("pytorch_optimizer") is None:
+        raise ValueError("pytorch_optimizer is not installed: pip install 'moe-envs[bench]'")
 
 
 def optimizers() -> dict[str, Maker]:
     """Makers of the other optimisers, of a learning rate and a weight decay; LAMB is pytorch_optimizer's."""
-    from pytorch_optimizer import Lamb
+
+    def lamb(rate: float, decay: float) -> Callable[[Any], torch.optim.Optimizer]:
+        from pytorch_optimizer import Lamb
+
+        return partial(Lamb, lr=rate, weight_decay=decay)
 
     return {
         "SGD, momentum 0.9": lambda rate, decay: partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=decay),
-        "LAMB": lambda rate, decay: partial(Lamb, lr=rate, weight_decay=decay),
+        "LAMB": lamb,
     }
 
 
-def learn(name: str, seed: int, timesteps: int | None, out: Path) -> policies.Record:
-    """Train a policy on a mixture."""
-    of, kwargs = TRAINED_ON[name]
-    path = out / "policies" / f"{name.replace(', ', '+').replace(' ', '-')}-{seed}"
-    return policies.learn({"task": list(of), **kwargs, **_costs(of)}, seed, timesteps, path)
+def measure(setup: TransferSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A policy and the schedules where it was not trained, from random rates and from searched settings."""
+    of, kwargs = TRAINED_ON[setup.trained_on]
+    path = folder / f"{setup.trained_on.replace(', ', '+').replace(' ', '-')}-{seed}-{setup.timesteps or 'all'}"
+    agent = policy_of(path, ENV, {"task": list(of), **kwargs, **_costs(of)}, seed, setup.timesteps)
+    with one_torch_thread():
+        frame = _in_environment(setup, agent) if setup.optimizer is None else _in_torch(setup, agent)
+    return {"trainings": frame.assign(seed=frame["policy"].eq("PPO") * seed).to_dict("records")}, {}
 
 
 def _costs(of: Iterable[str]) -> dict[str, str]:
@@ -69,78 +106,57 @@ def _costs(of: Iterable[str]) -> dict[str, str]:
     return {} if set(of) <= set(tasks.SHIPPED) else {"costs": "machine"}
 
 
-def judge(case: int, paths: Sequence[Path], contexts: int) -> pd.DataFrame:
-    """The policies of a case and the schedules on its test contexts, from random rates and from searched settings."""
-    torch.set_num_threads(1)
-    name, kind, kwargs = CASES[case]
-    kwargs = kwargs | _costs([kwargs["task"]])
-    found = {each: metaopt.tune(each, False, ROUNDS, kwargs).settings for each in SCHEDULES}
+def _in_environment(setup: TransferSetup, agent: Any) -> pd.DataFrame:
+    kwargs: dict[str, Any] = {"task": setup.task, **_costs([setup.task])}
+    kwargs |= {} if setup.width is None else {"widths": (setup.width,)}
+    rounds = [Round(*each) for each in setup.rounds]
+    found = {name: search(make, False, rounds, **kwargs).settings for name, make in SCHEDULES.items()}
     rate = float(found["constant"].rates.mean())
-    starts: dict[str, dict[str, Any]] = {
-        "random rate": {"initial_decay": metaopt.DECAY},
-        "tuned rate": {"initial_decay": metaopt.DECAY, "initial_rate": rate},
-    }
-    frames = []
-    for seed, path in enumerate(paths):
-        agent = PPO.load(path)
-        frames += [f.assign(policy="PPO", seed=seed) for f in metaopt.judge(agent, contexts, starts, **kwargs)]
-    first = {"random rate": starts["random rate"]}
-    for each, make in SCHEDULES.items():
-        frames += [f.assign(policy=each, seed=0) for f in metaopt.judge(make(None), contexts, first, **kwargs)]
-        searched = metaopt.judge(make(found[each]), contexts, {"tuned rate": starts["tuned rate"]}, **kwargs)
-        frames += [f.assign(policy=each, seed=0) for f in searched]
-    width = f", {kwargs['widths'][0]} units" if "widths" in kwargs else ""
-    return pd.concat(frames).assign(trained_on=name, kind=kind, judged_on=kwargs["task"] + width)
+    starts = {"random rate": {"initial_decay": DECAY}, "tuned rate": {"initial_decay": DECAY, "initial_rate": rate}}
+    policies: list[tuple[str, str, Any]] = [("PPO", start, agent) for start in starts]
+    for name, make in SCHEDULES.items():
+        policies += [(name, "random rate", make(None)), (name, "tuned rate", make(found[name]))]
+    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + setup.contexts)
+    frames = [
+        trainings(policy, seeds, "test", **kwargs, **starts[start]).assign(policy=name, start=start)
+        for name, start, policy in policies
+    ]
+    return pd.concat(frames)[["policy", "start", "episode", "steps", "arrived"]]
 
 
-def judge_optimizer(optimizer: str, task: str, paths: Sequence[Path], seeds: Sequence[int]) -> pd.DataFrame:
-    """Trainings in plain torch under another optimiser by the policies and by torch's schedulers, from random rates and
-    from rates and decays that were searched, each scheduler's its own, the policies' the constant's."""
-    torch.set_num_threads(1)
-    problem, make = torch_training.small(task), optimizers()[optimizer]
-    drives = {name: [drive] for name, drive in torch_training.SCHEDULERS.items()}
-    found = {name: torch_training.search(problem, make, drive, SEARCH) for name, (drive,) in drives.items()}
-    drives["PPO"] = [torch_training.by_policy(PPO.load(path)) for path in paths]
+def _in_torch(setup: TransferSetup, agent: Any) -> pd.DataFrame:
+    """Trainings in plain torch under another optimiser; the policy begins with the constant schedule's settings."""
+    problem, make = torch_training.small(setup.task), optimizers()[str(setup.optimizer)]
+    drives = dict(torch_training.SCHEDULERS)
+    found = {name: torch_training.search(problem, make, drive, setup.search) for name, drive in drives.items()}
+    drives["PPO"] = torch_training.by_policy(agent)
     rows = []
-    for name, each in drives.items():
-        for number, drive in enumerate(each):
-            for seed in seeds:
-                starts = {"random rate": (torch_training.drawn_rate(seed), metaopt.DECAY)}
-                starts["tuned rate"] = found.get(name, found["constant"])
-                for start, settings in starts.items():
-                    trained = torch_training.train(problem, make(*settings), drive, seed)
-                    kept = {key: trained[key] for key in ("steps", "arrived", "seconds")}
-                    rows.append(kept | {"policy": name, "seed": number, "episode": seed, "start": start})
-    return pd.DataFrame(rows).assign(kind=optimizer, judged_on=task, trained_on="digits, fashion-mnist")
+    for name, drive in drives.items():
+        for seed in range(FIRST_JUDGED_SEED, FIRST_JUDGED_SEED + max(2, setup.contexts // 8)):
+            starts = {"random rate": (torch_training.drawn_rate(seed), DECAY)}
+            starts["tuned rate"] = found.get(name, found["constant"])
+            for start, settings in starts.items():
+                trained = torch_training.train(problem, make(*settings), drive, seed)
+                kept = {key: trained[key] for key in ("steps", "arrived")}
+                rows.append(kept | {"policy": name, "episode": seed, "start": start})
+    return pd.DataFrame(rows)
 
 
-def run(
-    seeds: int, contexts: int, timesteps: int | None, processes: int, out: Path,
-    add_task: Callable[[str], Callable[[float], object]],
-) -> dict[str, Any]:  # fmt: skip
-    """Train, judge; writes results.json, trainings.csv and the policies."""
-    with jobs.pool(processes) as pool:
-        names = [(name, seed) for name in TRAINED_ON for seed in range(seeds)]
-        report = add_task(f"{len(names)} trainings of PPO")
-        paths = dict(
-            zip(names, jobs.gather([pool.submit(learn, *each, timesteps, out) for each in names], report), strict=True)
-        )
-        of = {name: [Path(paths[name, seed]["path"]) for seed in range(seeds)] for name in TRAINED_ON}
-        futures = [pool.submit(judge, place, of[case[0]], contexts) for place, case in enumerate(CASES)]
-        both, judged = of["digits, fashion-mnist"], range(FIRST_JUDGED_SEED, FIRST_JUDGED_SEED + contexts // 8)
-        futures += [
-            pool.submit(judge_optimizer, optimizer, task, both, judged) for optimizer in optimizers() for task in SMALL
-        ]
-        frame = pd.concat(jobs.gather(futures, add_task("judging them")), ignore_index=True)
-    rows = []
-    for (kind, judged_on, trained_on), group in frame.groupby(["kind", "judged_on", "trained_on"], sort=False):
-        names_of = {"kind": kind, "judged_on": judged_on, "trained_on": trained_on}
-        rows += [names_of | row for row in metaopt.summarise(group)]
-    result = {
-        "rows": rows,
-        "policies": list(paths.values()),
-        **provenance(),
-    }
-    frame.to_csv(out / "trainings.csv", index=False)
-    write_text(out / "results.json", json.dumps(result, indent=1))
-    return result
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """For each case and start the policy beside the best schedule."""
+    rows, every = [], {}
+    for name, group in frame.groupby("setup", sort=False):
+        trained = pd.DataFrame([row for several in group["trainings"] for row in several])
+        rules = trained[trained["policy"] != "PPO"].drop_duplicates(["policy", "start", "episode"])
+        found = less_decisions(pd.concat([trained[trained["policy"] == "PPO"], rules]))
+        every[str(name)] = found
+        for start in dict.fromkeys(row["from the"] for row in found):
+            of = [row for row in found if row["from the"] == start]
+            learned = next(row for row in of if row["policy"] == "PPO")
+            best = min((row for row in of if row is not learned), key=lambda row: row["decisions"])
+            rows.append({
+                "case": name, "from the": start, "PPO": learned["decisions"], "PPO arrives": learned["arrived"],
+                "best schedule": best["policy"], "its decisions": best["decisions"], "it arrives": best["arrived"],
+                "PPO less it, 95 %": best["PPO less, 95 %"],
+            })  # fmt: skip
+    return {"tables": {"Decisions until the target; trained elsewhere, judged here": rows} | every}

@@ -1,4 +1,4 @@
-"""What the leaderboards of all environments share: how learners are trained and watched, and how all are scored.
+"""The leaderboard of any registered environment: how learners are trained and watched, and how all are scored.
 
 A split is what one training learns: data, a model, a cost weight. It has one task or several, each with a score on
 validation and on test, more being better. Tasks of one unit are scored by their mean, and have one best baseline: that
@@ -8,55 +8,90 @@ are judged on test.
 
 from __future__ import annotations
 
-import copy
-import tempfile
-import time
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from agents import tuned
-from benchmarks import backends
+import moe_envs
+from agents import baselines as rules
+from agents import training, tuned
+from agents.evaluate import evaluate
 from benchmarks.leaderboards import report
 from benchmarks.results.scores import BASELINES, BOUND, Row, Verdict, score
 
 SEEDS = (17, 42, 1337, 7, 11, 23, 101, 271, 977, 3001)
-LOOKS = 20  # at a training, unless the problem says otherwise
+LEARNERS = {"PPO": ("ppo", "own"), "REINFORCE": ("reinforce", "own"), "SB3 PPO": ("ppo", "sb3")}
 
 
-class Problem(Protocol):
-    """What a leaderboard asks of an environment's module."""
+class Problem:
+    """What a leaderboard asks of an environment; what differs from problem to problem is overridden.
 
-    ID: str
-    SPLITS: dict[str, dict[str, Any]]  # arguments of the environment that each training has
-    LEARNERS: dict[str, tuple[str, str]]  # name -> algorithm and backend
-    BOUND_IS: str  # what stands in its place
+    Each split of the spec's `boards` is one task, scored by mean returns.
+    """
+
+    learners: Mapping[str, tuple[str, str]] = LEARNERS  # algorithm and backend
+    extras: Mapping[str, tuple[str, str]] = {}  # that only a matrix that names them has
+    looks = 20  # at a training
+    episodes: Mapping[str, int] = {"validation": 1000, "test": 2000}
+    first_seed = 10_000
+    episodic = True  # whether policies are judged by episodes, whose number may be given
+    bound_is = "exact bound"
+    about = (
+        "Scores are mean returns of {test:,} test episodes, the same for all policies; everything is chosen on "
+        "{validation:,} of validation. A policy's own cost is not counted. The bound looks at the answers."
+    )
+
+    def __init__(self, env_id: str) -> None:
+        self.env_id = moe_envs.full_id(env_id)
+        self.splits = {name: dict(kwargs) for name, kwargs in moe_envs.find(env_id).boards.items()}
+
+    def prepared(self, policy: str, agent: Any, total: int) -> Callable[[Any], object]:
+        """What is called after each update of a learner; the agent may be changed before its first."""
+        return lambda agent: None
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
         """The mean score over the split's tasks on validation."""
+        return float(self._played(policy, split, "validation", episodes)["return"].mean())
 
     def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
-        """What a learner is worth in each task of the split."""
+        """What a policy is worth in each task of the split."""
+        test = self._played(policy, split, "test", episodes)
+        quality, cost = (float(test[name].mean()) if name in test else 0.0 for name in ("quality", "cost"))
+        score = float(test["return"].mean())
+        return {split: Verdict(self.watched(policy, split, episodes, folder), score, quality, cost)}
 
     def baselines(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
-        """What each rule that does not learn is worth in each task."""
+        """What each baseline is worth in each task."""
+        found = rules.find(self.env_id).baselines(self.env_id, report=lambda share: None, **self.splits[split])
+        return {name: self.judged(policy, split, episodes, folder) for name, policy in found.items()}
 
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
         """What nothing can beat, for the tasks that have a bound."""
+        policy = rules.find(self.env_id).bound(self.env_id, **self.splits[split])
+        return {} if policy is None else self.judged(policy, split, episodes, folder)
 
     def unit(self, task: str) -> str:
         """The tasks that are scored by their mean."""
+        return task
 
     def group(self, task: str) -> str:
-        """The tasks whose points of cost and quality belong to one plane."""
+        """The tasks whose points of cost and quality belong to one plane: "DATA, ..."."""
+        return task.partition(",")[0]
+
+    def _played(self, policy: Any, split: str, on: str, episodes: int | None) -> pd.DataFrame:
+        arguments = rules.on_split(self.env_id, self.splits[split], on)
+        count = episodes or self.episodes[on]
+        first = self.first_seed if arguments != self.splits[split] else self.first_seed + (on == "test") * 10**6
+        return evaluate(policy, self.env_id, count, first, **arguments)
 
 
 class BoardSetup(BaseModel):
-    """`policy` is a learner of the board, `baselines` or `bound`; `timesteps`, `episodes` replace the usual."""
+    """`policy` is a learner of the board, `baselines`, `bound`, or your own, "module:attribute"; `timesteps` and
+    `episodes` replace the usual."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -67,74 +102,85 @@ class BoardSetup(BaseModel):
     @model_validator(mode="after")
     def _without_effect(self) -> BoardSetup:
         """What has no effect on a row must not make it another one."""
-        if self.policy in (BASELINES, BOUND):
+        if self.policy in (BASELINES, BOUND) or ":" in self.policy:
             self.timesteps = None
         return self
 
 
 class Leaderboard:
-    """An experiment of `benchmarks.runner.runner`."""
+    """An experiment of `benchmarks.runner`."""
 
     Setup = BoardSetup
-    SEEDS = SEEDS
+    SEEDS: tuple[int, ...] = SEEDS
     ONCE = (BASELINES, BOUND)
 
-    def __init__(
-        self, problem: Problem, about: str, quick: tuple[str, ...], quick_without: tuple[str, ...] = ()
-    ) -> None:
-        """`quick` are the splits of a quick board, `quick_without` the learners that it does not have."""
-        self.problem, self.about, self.quick = problem, about, quick
-        self.SPLITS = tuple(problem.SPLITS)
-        self.SETTINGS = {name: {"policy": name} for name in (BASELINES, BOUND, *problem.LEARNERS)}  # the longest first
-        self.quick_setups = {name: each for name, each in self.SETTINGS.items() if name not in quick_without}
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.SPLITS = problem, tuple(problem.splits)
+        self.SETTINGS = {name: {"policy": name} for name in (BASELINES, BOUND, *problem.learners)}  # the longest first
+        self.QUICK: dict[str, Any] = {"seeds": list(SEEDS[:3]), "splits": [self.SPLITS[0]]}
+        self.__doc__ = f"The leaderboard of {problem.env_id}."
 
     def once(self, setup: BoardSetup) -> bool:
         """Whether it is the same for all seeds."""
         return setup.policy in self.ONCE
 
     def measure(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> tuple[Row, Row]:
-        """A learner trained, watched and judged; or all baselines; or the bound."""
+        """A learner trained, watched and judged; or somebody's policy judged; or all baselines; or the bound."""
+        problem, episodes = self.problem, setup.episodes
         if setup.policy == BASELINES:
-            found = self.problem.baselines(split, setup.episodes, folder)
-            return {"policies": _plain(found)}, {}
+            return {"policies": _plain(problem.baselines(split, episodes, folder))}, {}
         if setup.policy == BOUND:
-            return {"policies": _plain({BOUND: self.problem.bound(split, setup.episodes, folder)})}, {}
-        agent, watch = self._trained(setup, seed, split, folder)
-        found = {setup.policy: self.problem.judged(agent, split, setup.episodes, folder)}
-        curve = [{"steps": look.steps, "validation": look.mean} for look in watch.curve]
-        seconds = {"train_s": [look.cpu for look in watch.curve], "train_wall_s": [look.wall for look in watch.curve]}
+            return {"policies": _plain({BOUND: problem.bound(split, episodes, folder)})}, {}
+        if ":" in setup.policy:
+            policy = own_policy(setup.policy, problem.env_id, seed, problem.splits[split])
+            return {"policies": _plain({setup.policy: problem.judged(policy, split, episodes, folder)})}, {}
+        trained = self._trained(setup, seed, split, folder)
+        found = {setup.policy: problem.judged(trained.agent, split, episodes, folder)}
+        curve = [{"steps": look.steps, "validation": look.score} for look in trained.curve]
+        seconds = {
+            "train_s": [look.cpu_s for look in trained.curve],
+            "train_wall_s": [look.wall_s for look in trained.curve],
+        }
         return {"policies": _plain(found), "curve": curve}, seconds
 
     def check(self, setups: dict[str, BoardSetup], splits: list[str]) -> None:
         """Raise `ValueError` for a policy that the board does not have."""
-        known = *self.problem.LEARNERS, *self.ONCE
+        known = *self.problem.learners, *self.problem.extras, *self.ONCE
         for name, setup in setups.items():
-            if setup.policy not in known:
-                raise ValueError(f"policy {setup.policy!r} of the setup {name!r} is none of {', '.join(known)}")
-            if setup.episodes is not None and not getattr(self.problem, "EPISODIC", True):
+            if setup.policy not in known and ":" not in setup.policy:
+                raise ValueError(
+                    f"policy {setup.policy!r} of the setup {name!r} is none of {', '.join(known)}, nor your own as "
+                    "module:attribute"
+                )
+            if setup.episodes is not None and not self.problem.episodic:
                 raise ValueError(f"episodes={setup.episodes}: nothing is judged by episodes here")
 
-    def _trained(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> tuple[Any, _Watch]:
-        algo, backend = self.problem.LEARNERS[setup.policy]
+    def _trained(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> training.Trained:
+        problem = self.problem
+        algo, backend = {**problem.learners, **problem.extras}[setup.policy]
         more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
-        settings = tuned.settings(algo, self.problem.ID, backend, **more)
-        agent = backends.make(self.problem.ID, algo, backend, self.problem.SPLITS[split], seed, settings)
-        total = settings["total_timesteps"]
-        every = max(1, total // getattr(self.problem, "LOOKS", LOOKS))
-        watch = _Watch(lambda agent: self.problem.watched(agent, split, setup.episodes, folder), every)
-        prepared = getattr(self.problem, "prepared", lambda agent, total: lambda agent: None)(agent, total)
+        return training.train(
+            problem.env_id, algo, backend,
+            seed=seed,
+            env_kwargs=problem.splits[split],
+            settings=tuned.settings(algo, problem.env_id, backend, **more),
+            judge=lambda agent: problem.watched(agent, split, setup.episodes, folder),
+            looks=problem.looks,
+            prepare=lambda agent, total: problem.prepared(setup.policy, agent, total),
+        )  # fmt: skip
 
-        def after_update(agent: Any) -> None:
-            prepared(agent)
-            watch(agent)
-
-        backends.learn(agent, total, after_update)
-        return watch.end(agent), watch
+    def headline(self, setup: BoardSetup, metrics: Row) -> str:
+        """What one finished run found, in a line."""
+        found = [
+            f"{task} {verdict['test']:.4f}" for tasks in metrics["policies"].values() for task, verdict in tasks.items()
+        ]
+        return "" if setup.policy == BASELINES else f"{setup.policy} on test: {', '.join(found)}"
 
     def score(self, frame: pd.DataFrame) -> Row:
         """For each task all verdicts, for each learner what it is worth over all of them."""
-        found = score(frame, self.problem.ID, self.problem.unit, self.problem.group)
-        return found | {"bound_is": self.problem.BOUND_IS}
+        problem = self.problem
+        found = score(frame, problem.env_id, moe_envs.find(problem.env_id).reference_point, problem.unit, problem.group)
+        return found | {"bound_is": problem.bound_is, "tables": report.tables(found, problem.bound_is)}
 
     def plot(self, frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
         """The leaderboard's pictures."""
@@ -142,56 +188,21 @@ class Leaderboard:
 
     def text(self, result: Row) -> str:
         """The leaderboard as Markdown."""
-        return report.text(result, self.about)
+        return report.text(result, self.problem.about.format(**self.problem.episodes))
 
 
-class _Look(NamedTuple):
-    """A look at a training: steps, CPU and wall seconds of training so far, the mean score on validation."""
-
-    steps: int
-    cpu: float
-    wall: float
-    mean: float
-
-
-class _Watch:
-    """Looks at a training after every so many steps, and keeps the weights that were best on validation."""
-
-    def __init__(self, judge: Callable[[Any], float], every: int) -> None:
-        self.judge, self.every = judge, every
-        self.curve: list[_Look] = []
-        self._begun = time.process_time(), time.perf_counter()
-        self._checked, self._best = 0, -np.inf
-        self._kept: Any = None
-        self._folder = tempfile.TemporaryDirectory()
-
-    def __call__(self, agent: Any) -> None:
-        """After an update."""
-        if agent.num_timesteps >= self._checked + self.every:
-            self._check(agent)
-
-    def _check(self, agent: Any) -> None:
-        cpu, wall = time.process_time(), time.perf_counter()
-        self._checked, mean = agent.num_timesteps, self.judge(agent)
-        self.curve.append(_Look(agent.num_timesteps, cpu - self._begun[0], wall - self._begun[1], mean))
-        if mean > self._best:
-            self._best = mean
-            if hasattr(agent, "policy"):
-                self._kept = copy.deepcopy(agent.policy.state_dict())
-            else:
-                agent.save(Path(self._folder.name) / "best")
-        self._begun = self._begun[0] + time.process_time() - cpu, self._begun[1] + time.perf_counter() - wall
-
-    def end(self, agent: Any) -> Any:
-        """The agent with the best weights; the last ones have been looked at as well."""
-        if not self.curve or self.curve[-1].steps != agent.num_timesteps:
-            self._check(agent)
-        if self._kept is not None:
-            agent.policy.load_state_dict(self._kept)
-        else:
-            agent = type(agent).load(Path(self._folder.name) / "best")
-        self._folder.cleanup()
-        return agent
+def own_policy(reference: str, env_id: str, seed: int, env_kwargs: dict[str, Any]) -> Any:
+    """A policy named "module:attribute": an object with `predict`, or a function of `(env_id, seed, **env_kwargs)` that
+    makes (and may train) one."""
+    module, _, name = reference.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"policy {reference!r} cannot be found: {error}") from error
+    policy = found if hasattr(found, "predict") and not isinstance(found, type) else found(env_id, seed, **env_kwargs)
+    if not hasattr(policy, "predict"):
+        raise ValueError(f"policy {reference!r} gives {policy!r}, which has no predict(observation, ...)")
+    return policy
 
 
 def _plain(found: dict[str, dict[str, Verdict]]) -> Row:

@@ -8,40 +8,51 @@ from typing import Any
 
 import numpy as np
 
-from agents.baselines.metaopt import SCHEDULES, Heuristic, RandomActions, Round, Settings, search, trainings
-from benchmarks import policies
-from benchmarks.experiments.metaopt import (
-    BEAM,
+from agents.baselines.metaopt import (
     BY_GROUP,
     DECAY,
-    FIRST_TEST_SEED,
-    GROUP_ROUNDS,
     ROUNDS,
-    SEARCHED_CONTEXTS,
+    SCHEDULES,
+    Heuristic,
+    RandomActions,
+    Rates,
+    Round,
+    search,
+    trainings,
 )
-from benchmarks.leaderboards.board import SEEDS, Leaderboard
+from benchmarks.leaderboards.board import LEARNERS, SEEDS, Leaderboard, Problem
 from benchmarks.results.scores import Verdict
+from benchmarks.runner.kept import policy_of
 from cost.files import locked, write_text
 
-CONTEXTS = {"validation": 128, "test": 256}
 STARTS = "random rate", "tuned rate"
+# 6,784 trainings of 30 decisions for gate and experts apart: as many decisions as a training of PPO has.
+GROUP_ROUNDS = (Round(480, 8), Round(60, 32), Round(8, 128))
 SEARCHED = {name: (name, False, ROUNDS) for name in SCHEDULES} | {BY_GROUP: ("constant", True, GROUP_ROUNDS)}
+FIRST_TEST_SEED = 10**6
+BEAM, SEARCHED_CONTEXTS = 2, 16
 
 
-class MetaOpt:
+class MetaOpt(Problem):
     """Each training is two tasks, one for each start; a score is minus the mean number of decisions."""
 
-    ID = "moe_envs:MoEMetaOpt-v0"
-    SPLITS: dict[str, dict[str, Any]] = {name: {"task": name} for name in ("digits", "fashion-mnist")}
-    LEARNERS = {"PPO": ("ppo", "own"), "SB3 PPO": ("ppo", "sb3")}
-    BOUND_IS = f"found by a search, {SEARCHED_CONTEXTS} trainings"
-    LOOKS = 5  # a look is 256 trainings
+    learners = {name: each for name, each in LEARNERS.items() if name != "REINFORCE"}
+    looks = 5  # a look is 256 trainings
+    episodes = {"validation": 128, "test": 256}
+    bound_is = f"found by a search, {SEARCHED_CONTEXTS} trainings"
+    about = (
+        "Scores are minus the mean decisions until the target, one more than the 30 allowed where it is not reached, "
+        "over {test} held-out trainings. From the tuned rate, which is the searched constant schedule's, schedules "
+        "have settings searched on validation. In the place of a bound is what a beam search that sees the future "
+        "finds on the first 16 of them, setting out from a policy: more may be possible. Normalised scores compare all "
+        "on these 16, which are few, and their intervals do not say how few."
+    )
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
         """Over both starts."""
-        seeds = range(episodes or CONTEXTS["validation"])
+        seeds = range(episodes or self.episodes["validation"])
         return -float(np.mean([
-            trainings(policy, seeds, "validation", **self.SPLITS[split], **start)["steps"].mean()
+            trainings(policy, seeds, "validation", **self.splits[split], **start)["steps"].mean()
             for start in self._starts(split, episodes, folder).values()
         ]))  # fmt: skip
 
@@ -71,61 +82,48 @@ class MetaOpt:
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
         """What a beam search that sees the future finds on the first test contexts, setting out from a policy."""
         from agents.baselines.metaopt_bound import beam_search
-        from agents.ppo import PPO
 
         few = None if episodes is None else 1024
-        policy = PPO.load(policies.learn(self.SPLITS[split], SEEDS[0], few, folder / f"guide-{split}-{few}")["path"])
+        policy = policy_of(folder / f"guide-{split}-{few}", self.env_id, self.splits[split], SEEDS[0], few)
         contexts = min(episodes or SEARCHED_CONTEXTS, SEARCHED_CONTEXTS)
         seeds, found = range(FIRST_TEST_SEED, FIRST_TEST_SEED + contexts), {}
         for name, start in self._starts(split, episodes, folder).items():
-            best = [beam_search(seed, "test", BEAM, policy, **self.SPLITS[split], **start) for seed in seeds]
+            best = [beam_search(seed, "test", BEAM, policy, **self.splits[split], **start) for seed in seeds]
             steps = float(np.mean([len(actions) + (not arrives) for actions, arrives in best]))
             arrived = float(np.mean([arrives for _, arrives in best]))
             found[f"{split}, {name}"] = Verdict(None, -steps, arrived, steps)
         return found
 
+    def group(self, task: str) -> str:
+        """Each task is a plane of its own."""
+        return task
+
     def _verdict(self, policy: Any, split: str, start: dict[str, Any], episodes: int | None) -> Verdict:
         steps = {}
         for on, first in (("validation", 0), ("test", FIRST_TEST_SEED)):
-            seeds = range(first, first + (episodes or CONTEXTS[on]))
-            frame = trainings(policy, seeds, on, **self.SPLITS[split], **start)
+            seeds = range(first, first + (episodes or self.episodes[on]))
+            frame = trainings(policy, seeds, on, **self.splits[split], **start)
             steps[on] = frame["steps"]
         first_ones = -float(steps["test"][:SEARCHED_CONTEXTS].mean())
         means = {on: float(each.mean()) for on, each in steps.items()}
         return Verdict(-means["validation"], -means["test"], float(frame["arrived"].mean()), means["test"], first_ones)
 
-    def unit(self, task: str) -> str:
-        """Each by itself."""
-        return task
-
-    def group(self, task: str) -> str:
-        """Each task is a plane of its own."""
-        return task
-
     def _starts(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Any]]:
         rate = float(self._settings("constant", split, episodes, folder).rates.mean())
         return {STARTS[0]: {"initial_decay": DECAY}, STARTS[1]: {"initial_decay": DECAY, "initial_rate": rate}}
 
-    def _settings(self, name: str, split: str, episodes: int | None, folder: Path) -> Settings:
+    def _settings(self, name: str, split: str, episodes: int | None, folder: Path) -> Rates:
         """Of a schedule, searched once for all runs; with `episodes` among a few on so many contexts."""
         schedule, by_group, rounds = SEARCHED[name]
         path = folder / f"schedule-{split}-{name.replace(', ', '-')}-{episodes or 'all'}.json"
         with locked(path):
             if not path.exists():
                 few = rounds if episodes is None else (Round(4, episodes),)
-                found = search(SCHEDULES[schedule], by_group, few, **self.SPLITS[split]).settings
+                found = search(SCHEDULES[schedule], by_group, few, **self.splits[split]).settings
                 write_text(path, json.dumps({"rates": found.rates.tolist(), "ladder": found.ladder.tolist()}))
             kept = json.loads(path.read_text())
-            return Settings(np.array(kept["rates"]), np.array(kept["ladder"]))
+            return Rates(np.array(kept["rates"]), np.array(kept["ladder"]))
 
 
-BOARD = Leaderboard(
-    MetaOpt(),
-    "Scores are minus the mean decisions until the target, one more than the 30 allowed where it is not reached, over "
-    "256 held-out trainings. From the tuned rate, which is the searched constant schedule's, schedules have settings "
-    "searched on validation. In the place of a bound is what a beam search that sees the future finds on the first 16 "
-    "of them, setting out from a policy: more may be possible. Normalised scores compare all on these 16, which "
-    "are few, and their intervals do not say how few.",
-    quick=("digits",),
-    quick_without=("SB3 PPO",),
-)
+BOARD = Leaderboard(MetaOpt("MoEMetaOpt-v0"))
+BOARD.QUICK["setups"] = {name: each for name, each in BOARD.SETTINGS.items() if name != "SB3 PPO"}

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.results.pareto import REFERENCE_POINTS
 from benchmarks.results.tables import markdown_header, markdown_row
 
 Row = dict[str, Any]
@@ -32,7 +31,7 @@ def text(result: Row, about: str) -> str:
             lines.append(markdown_row(name, row["kind"], f"{row['test']:.4f}", _interval(row["test_ci95"], 4),
                                       _over(row), *numbers, str(row["seeds"])))  # fmt: skip
         lines.append("")
-    cost, quality = REFERENCE_POINTS[env]
+    cost, quality = result["reference_point"]
     lines += ["## Hypervolume", "", "Of (cost, quality) of the policies that have all tasks of a group, with the "
               f"reference point ({cost:g}, {quality:g}).", ""]  # fmt: skip
     for group, volumes in result["hypervolume"].items():
@@ -43,6 +42,24 @@ def text(result: Row, about: str) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def tables(result: Row, bound_is: str) -> dict[str, list[Row]]:
+    """What is shown on the terminal: each learner beside the best baseline and the bound."""
+    found: dict[str, list[Row]] = {}
+    for task in result["tasks"]:
+        ordered = sorted(task["policies"], key=lambda row: -row["test"])
+        best = task["best_baseline"]
+        rows = [row for row in ordered if row["kind"] == "learned" or row["policy"] in (best, "bound")]
+        found[f"{task['task']}, test"] = [
+            {
+                "policy": {best: f"{best} (best baseline on validation)", "bound": bound_is}.get(name, name),
+                "kind": row["kind"], "score": row["test"], "95 % over seeds": _interval(row["test_ci95"], 4),
+                "over the best baseline": _over(row), "quality": row["quality"], "cost": row["cost"],
+            }
+            for row in rows for name in [row["policy"]]
+        ]  # fmt: skip
+    return found
 
 
 def summary(result: Row) -> list[str]:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Statistics, Pareto fronts, scores and tables of results."""

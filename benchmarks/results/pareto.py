@@ -6,25 +6,15 @@ import moocore
 import numpy as np
 import pandas as pd
 
-# The worst point that counts, (cost, quality), fixed for each environment so that hypervolumes compare for ever.
-REFERENCE_POINTS = {
-    "MoERouting-v0": (2.0, 0.0),
-    "MoERoutingLive-v0": (2.0, 0.0),
-    "MoEMetaOpt-v0": (31.0, 0.0),
-    "MoECompression-v0": (1.0, -1.0),
-    "models, batch_ms": (50.0, 0.0),
-    "models, energy_j": (0.1, 0.0),
-}
-
 
 def front(points: np.ndarray) -> np.ndarray:
     """Which of the points `[n, 2]` of (cost, quality) no other one beats in both."""
     return np.asarray(moocore.is_nondominated(points, maximise=[False, True]))
 
 
-def hypervolume(points: np.ndarray, name: str) -> float:
-    """The area between the points of (cost, quality) and the reference point of an environment, or of models' cost."""
-    return float(moocore.hypervolume(points, ref=REFERENCE_POINTS[name], maximise=[False, True]))
+def hypervolume(points: np.ndarray, reference: tuple[float, float]) -> float:
+    """The area between the points of (cost, quality) and the worst point that counts."""
+    return float(moocore.hypervolume(points, ref=reference, maximise=[False, True]))
 
 
 def tied(costs: np.ndarray, share: float) -> np.ndarray:

@@ -41,7 +41,10 @@ class Verdict(NamedTuple):
         return self.test if self.beside_bound is None else self.beside_bound
 
 
-def score(frame: pd.DataFrame, env: str, unit: Callable[[str], str], group: Callable[[str], str]) -> Row:
+def score(
+    frame: pd.DataFrame, env: str, reference: tuple[float, float], unit: Callable[[str], str],
+    group: Callable[[str], str],
+) -> Row:  # fmt: skip
     """For each task all verdicts, for each learner the normalised score over all tasks, how likely it improves on
     the best baseline and on the other learners, and what it took to beat that baseline on validation. `unit` names
     the unit of a task, `group` the plane of cost and quality that it belongs to."""
@@ -80,17 +83,17 @@ def score(frame: pd.DataFrame, env: str, unit: Callable[[str], str], group: Call
     usual = {"timesteps", "episodes"} & set(frame)
     settings = {key: sorted(set(frame[key].dropna().astype(int).tolist())) for key in sorted(usual)}
     return {"env": env, "settings": settings, "rows": rows, "tasks": tasks,
-            "hypervolume": _volumes(tables, env, group)}  # fmt: skip
+            "reference_point": list(reference), "hypervolume": _volumes(tables, reference, group)}  # fmt: skip
 
 
-def _volumes(tables: _Tables, env: str, group: Callable[[str], str]) -> Row:
+def _volumes(tables: _Tables, reference: tuple[float, float], group: Callable[[str], str]) -> Row:
     """Hypervolumes of (cost, quality) by group of tasks, of the policies that have all of its tasks."""
     groups: dict[str, list[str]] = {}
     for task in tables.tasks:
         groups.setdefault(group(task), []).append(task)
     return {
         group: {
-            name: pareto.hypervolume(_points([found[task][1] for task in tasks]), env.split(":")[-1])
+            name: pareto.hypervolume(_points([found[task][1] for task in tasks]), reference)
             for name, found in tables.verdicts.items()
             if all(task in found for task in tasks)
         }

@@ -86,6 +86,16 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tupl
     return float(difference.mean()), mean_interval(difference)
 
 
+def welch_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the difference of two means of unpaired values (Welch); of values that are all the same, their
+    difference."""
+    difference = float(first.mean() - second.mean())
+    if len(set(first.tolist())) == len(set(second.tolist())) == 1:  # there is nothing to estimate
+        return difference, difference
+    found = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+    return float(found.low), float(found.high)
+
+
 def median_interval(values: np.ndarray, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
     """95 % percentile-bootstrap interval of the median of values `[n]`."""
     drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))

@@ -1,57 +1,17 @@
-"""What a matrix of runs is: setups x seeds x splits of an experiment, from a file or all of the experiment's own.
-
-An experiment is a module, or an object in one, with `Setup` (a pydantic model of what a setup may say), `SETTINGS`
-(setups by name) and `SPLITS`, which a matrix takes where it names none, and the functions of `Experiment`. It may have
-`SEEDS`, its own default, `once(setup)`, whether a setup is run with the first seed only, and `check(setups, splits)`,
-which raises `ValueError` for what does not go together.
-"""
+"""What a matrix of runs is: setups x seeds x splits of an experiment, from a file or all of the experiment's own."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
-import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-EXPERIMENTS = {
-    "models": "benchmarks.evaluation.experiment",
-    "MoERouting-v0": "benchmarks.leaderboards.routing:BOARD",
-    "MoEMetaOpt-v0": "benchmarks.leaderboards.metaopt:BOARD",
-    "MoECompression-v0": "benchmarks.leaderboards.compression:BOARD",
-}
-NEEDED = "Setup", "SETTINGS", "SPLITS", "measure", "score", "plot", "text"
-SEEDS = (17, 42, 1337)
-
-
-class RunnerError(RuntimeError):
-    """A matrix, a file of rows or a folder is not what it should be, or too many runs failed; the message says why."""
-
-
-class FailedRuns(RunnerError):
-    """Runs that failed each time; what is finished stays."""
-
-
-class Experiment(Protocol):
-    """What a module of an experiment offers beside its constants."""
-
-    def measure(self, setup: Any, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One run: metrics, the same for the same arguments, and what was measured, times say, which differs. `folder`
-        keeps what several runs need."""
-
-    def score(self, frame: pd.DataFrame) -> dict[str, Any]:
-        """What the rows say, as JSON."""
-
-    def plot(self, frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
-        """Draw pictures into `out`; their names."""
-
-    def text(self, result: dict[str, Any]) -> str:
-        """The report, as Markdown."""
+from benchmarks.runner.experiments import RunnerError, find
 
 
 class Matrix(BaseModel):
@@ -81,21 +41,6 @@ class Job(NamedTuple):
         return hashlib.sha256(json.dumps(self, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def experiment_of(name: str) -> Any:
-    """An experiment of `EXPERIMENTS`, or your own, `package.module` or `package.module:object`."""
-    if name not in EXPERIMENTS and "." not in name:
-        raise RunnerError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}, or your own as package.module")
-    try:
-        module, _, member = EXPERIMENTS.get(name, name).partition(":")
-        found: Any = importlib.import_module(module)
-        found = getattr(found, member) if member else found
-    except (ImportError, SyntaxError, AttributeError) as error:
-        raise RunnerError(f"experiment {name!r}: {error}") from error
-    if missing := [each for each in NEEDED if not hasattr(found, each)]:
-        raise RunnerError(f"{name!r} is no experiment: it has no {', '.join(missing)}")
-    return found
-
-
 def load_matrix(path: Path) -> Matrix:
     """A matrix of a YAML or JSON file; raises `RunnerError` that says what is wrong where."""
     try:
@@ -110,38 +55,38 @@ def load_matrix(path: Path) -> Matrix:
         raise RunnerError(f"{path}: {said(error)}") from error
 
 
-def named(name: str) -> Matrix:
-    """The matrix in a file, or all of an experiment."""
-    return Matrix(experiment=name) if name in EXPERIMENTS else load_matrix(Path(name))
+def named(name: str, quick: bool = False) -> Matrix:
+    """The matrix in a file, or all of an experiment, or what its `QUICK` says."""
+    if Path(name).suffix in (".yaml", ".yml", ".json"):
+        return load_matrix(Path(name))
+    return Matrix(experiment=name, **(find(name).quick if quick else {}))
 
 
 def jobs_of(matrix: Matrix) -> list[Job]:
     """All runs of a matrix: for each split and seed every setup; raises `RunnerError` for arguments it cannot have."""
-    experiment = experiment_of(matrix.experiment)
-    setups = matrix.setups or experiment.SETTINGS
-    seeds = matrix.seeds or list(getattr(experiment, "SEEDS", SEEDS))
-    splits = matrix.splits or list(experiment.SPLITS)
-    if unknown := [split for split in splits if split not in experiment.SPLITS]:
-        raise RunnerError(f"no split {unknown[0]!r} in {matrix.experiment}; there are {', '.join(experiment.SPLITS)}")
+    experiment = find(matrix.experiment)
+    setups = matrix.setups or experiment.settings
+    seeds, splits = matrix.seeds or list(experiment.seeds), matrix.splits or list(experiment.splits)
+    if unknown := [split for split in splits if split not in experiment.splits]:
+        raise RunnerError(f"no split {unknown[0]!r} in {matrix.experiment}; there are {', '.join(experiment.splits)}")
     if twice := [value for value, times in Counter([*seeds, *splits]).items() if times > 1]:
         raise RunnerError(f"{twice[0]} is named twice")
     validated = {}
     for name, setup in setups.items():
         try:
-            validated[name] = experiment.Setup.model_validate(matrix.settings | setup)
+            validated[name] = experiment.setup({**matrix.settings, **setup})
         except ValidationError as error:
             raise RunnerError(f"setup {name!r}: {said(error)}") from error
     try:
-        getattr(experiment, "check", lambda setups, splits: None)(validated, splits)
+        experiment.check(validated, splits)
     except ValueError as error:
         raise RunnerError(f"{matrix.experiment}: {error}") from error
-    once = getattr(experiment, "once", lambda setup: False)
     return [
         Job(matrix.experiment, name, setup.model_dump(mode="json"), seed, split)
         for split in splits
         for seed in seeds
         for name, setup in validated.items()
-        if seed == seeds[0] or not once(setup)
+        if seed == seeds[0] or not experiment.once(setup)
     ]
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmarks.runner.matrix import Job, RunnerError, said
+from benchmarks.runner.experiments import RunnerError
+from benchmarks.runner.matrix import Job, said
 from cost.files import locked, write_text
 
 RAW = "raw.jsonl"

@@ -11,12 +11,11 @@ import hashlib
 import json
 import math
 import shlex
+import shutil
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,17 +23,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from benchmarks.runner import processes as jobs
-from benchmarks.runner.matrix import (
-    Experiment,
-    FailedRuns,
-    Job,
-    Matrix,
-    RunnerError,
-    experiment_of,
-    jobs_of,
-    load_matrix,
-)
+from benchmarks.runner.experiments import RunnerError, find
+from benchmarks.runner.matrix import Job, Matrix, jobs_of, load_matrix
+from benchmarks.runner.processes import Executor
 from benchmarks.runner.rows import RAW, Row, append, read, sort
 from cost.files import write_text
 from cost.machine import provenance
@@ -44,12 +35,18 @@ ATTEMPTS = 3
 MOST_FAILED = 0.05
 
 
+class FailedRuns(RunnerError):
+    """Runs that failed each time; what is finished stays."""
+
+
 def run(
-    matrix: Matrix, out: Path, processes: int = 1, part: tuple[int, int] = (0, 1), only: Collection[str] = (),
-    report: Callable[[float], object] = lambda share: None,
+    matrix: Matrix, out: Path, executor: Callable[[int], Executor], part: tuple[int, int] = (0, 1),
+    only: Collection[str] = (), report: Callable[[float], object] = lambda share: None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> int:  # fmt: skip
-    """Make the rows that are not there, in so many processes; how many were made. `part` (i, n) makes the i-th of n
-    parts only, `only` those of some setups.
+    """Make the rows that are not there, in the executor that is made for their number; how many were made. `part`
+    (i, n) makes the i-th of n parts only, `only` those of some setups. `report` gets the share that is done, `say`
+    what finished runs found.
 
     A run that fails is tried twice more. Raises `FailedRuns`, with an overview in `failed-I-of-N.json`, where more than
     5 % fail for good, at once, or any at the end; what is finished stays, and the same call goes on. Raises
@@ -60,11 +57,20 @@ def run(
         todo = left(matrix, out, part, only)
         prepare(matrix, out)
         failed.unlink(missing_ok=True)
-        failures = _work(todo, out, processes, MOST_FAILED * len(todo), failed, report) if todo else []
+        failures = _work(todo, out, executor(len(todo)), MOST_FAILED * len(todo), failed, report, say) if todo else []
         sort(out / RAW, every)
     if failures:
         raise FailedRuns(_overview(failures, len(todo), failed))
     return len(todo)
+
+
+def clear(out: Path) -> None:
+    """Delete the rows, the report and the kept work of a folder of `run`; raises `RunnerError` for another folder."""
+    if out.exists() and not (out / MATRIX).exists() and any(out.iterdir()):
+        raise RunnerError(f"{out} is no folder of moe-benchmark run: nothing is deleted")
+    for name in (RAW, RESULTS, REPORT, MATRIX):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def prepare(matrix: Matrix, out: Path) -> None:
@@ -115,7 +121,7 @@ def rebuild(out: Path) -> bool:
     }  # fmt: skip
     if (out / REPORT).exists() and _source_of(out / RESULTS) == source:
         return False
-    experiment: Experiment = experiment_of(matrix.experiment)
+    experiment = find(matrix.experiment)
     frame = pd.DataFrame(
         [{"setup": r.setup, "seed": r.seed, "split": r.split, **r.arguments, **r.metrics, **r.measured} for r in rows]
     )
@@ -133,8 +139,8 @@ def rebuild(out: Path) -> bool:
 
 def measure(job: Job, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Make one run."""
-    experiment = experiment_of(job.experiment)
-    return experiment.measure(experiment.Setup.model_validate(job.arguments), job.seed, job.split, folder)
+    experiment = find(job.experiment)
+    return experiment.measure(experiment.setup(job.arguments), job.seed, job.split, folder)
 
 
 def slurm(path: Path, out: Path, parts: int) -> str:
@@ -155,24 +161,19 @@ class _Failure(NamedTuple):
 
 
 def _work(
-    todo: list[Job], out: Path, processes: int, most: float, failed: Path, report: Callable[[float], object]
-) -> list[_Failure]:
-    """Each process is a pool of its own, so that one that dies takes no other run with it."""
-    waiting = deque((job, 1) for job in todo)
-    free, running, failures = [jobs.pool(1) for _ in range(min(processes, len(todo)))], dict[Future[None], Any](), []
+    todo: list[Job], out: Path, executor: Executor, most: float, failed: Path, report: Callable[[float], object],
+    say: Callable[[str], object],
+) -> list[_Failure]:  # fmt: skip
+    waiting, running, failures = deque((job, 1) for job in todo), dict[Any, tuple[Job, int]](), list[_Failure]()
     try:
         while waiting or running:
-            while waiting and free:
-                pool, (job, attempt) = free.pop(), waiting.popleft()
-                try:
-                    running[pool.submit(_make, job, attempt, out)] = pool, job, attempt
-                except BrokenProcessPool as broken:  # its process died while it had nothing to do
-                    free.append(_mended(pool, broken))
-                    waiting.appendleft((job, attempt))
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                pool, job, attempt = running.pop(future)
-                error = future.exception()
-                free.append(_mended(pool, error))
+            while waiting and len(running) < executor.slots:
+                job, attempt = waiting.popleft()
+                running[executor.submit(_make, job, attempt, out)] = job, attempt
+            for call, line, error in executor.wait(running):
+                job, attempt = running.pop(call)
+                if line:
+                    say(line)
                 if error is not None and attempt < ATTEMPTS:
                     waiting.appendleft((job, attempt + 1))
                 elif error is not None:
@@ -183,33 +184,19 @@ def _work(
                     raise FailedRuns(_overview(failures, len(todo), failed))
                 report(1 - (len(waiting) + len(running)) / len(todo))
     finally:
-        for pool in free:
-            pool.shutdown()
-        for pool, _, _ in running.values():
-            _end(pool)
+        executor.close()
     return failures
 
 
-def _mended(pool: ProcessPoolExecutor, error: BaseException | None) -> ProcessPoolExecutor:
-    if not isinstance(error, BrokenProcessPool):
-        return pool
-    pool.shutdown()
-    return jobs.pool(1)
-
-
-def _end(pool: ProcessPoolExecutor) -> None:
-    for process in list((pool._processes or {}).values()):
-        process.terminate()
-    pool.shutdown(cancel_futures=True)
-
-
-def _make(job: Job, attempt: int, out: Path) -> None:
-    """In a process: one run, appended to the rows."""
+def _make(job: Job, attempt: int, out: Path) -> str:
+    """In a process: one run, appended to the rows; its headline."""
     wall, cpu = time.perf_counter(), time.process_time()
     about = {"config_hash": job.key, **job._asdict(), **provenance()}
     metrics, measured = measure(job, out / WORK / str(about["commit"]))  # what other code made is not taken
     measured |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     append(out / RAW, Row(format=1, metrics=metrics, measured=measured, attempts=attempt, **about))
+    experiment = find(job.experiment)
+    return experiment.headline(experiment.setup(job.arguments), metrics)
 
 
 def _source_of(path: Path) -> Any:

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from benchmarks.runner import processes as jobs
-from benchmarks.runner.matrix import EXPERIMENTS, RunnerError, experiment_of, said
+from benchmarks.runner.experiments import RunnerError, find, is_known
+from benchmarks.runner.matrix import said
+from benchmarks.runner.processes import pool
 from benchmarks.runner.rows import Row, read
 from benchmarks.runner.runner import measure
+from cost.machine import provenance
 
 
 def validate(
@@ -27,14 +29,14 @@ def validate(
     rows, found, here = read(file), [], provenance()
     if not rows:
         raise RunnerError(f"{file} holds no rows" if file.exists() else f"{file} is not there")
-    if foreign := {row.experiment for row in rows} - EXPERIMENTS.keys():
-        raise RunnerError(f"{file} is of the experiment {foreign.pop()!r}; there are {', '.join(EXPERIMENTS)}")
+    if foreign := [row.experiment for row in rows if not is_known(row.experiment)]:
+        raise RunnerError(f"{file} is of the experiment {foreign[0]!r}, which is none of ours: moe-benchmark list")
     for row in rows:
         _check(row, file)
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
-    with tempfile.TemporaryDirectory() as folder, jobs.pool(1) as pool:
+    with tempfile.TemporaryDirectory() as folder, pool() as process:
         for number, row in enumerate(rows[place] for place in sorted(chosen)):
-            metrics, _ = pool.submit(measure, row.job, Path(folder)).result()
+            metrics, _ = process.submit(measure, row.job, Path(folder)).result()
             differing = [
                 {"metric": name, "submitted": row.metrics.get(name), "here": metrics.get(name)}
                 for name in sorted(row.metrics.keys() | metrics.keys())
@@ -49,12 +51,11 @@ def validate(
 
 def _check(row: Row, file: Path) -> None:
     """Raise `RunnerError` for a row that its experiment cannot have made."""
-    experiment = experiment_of(row.experiment)
+    experiment = find(row.experiment)
     try:
-        if row.split not in experiment.SPLITS:
+        if row.split not in experiment.splits:
             raise ValueError(f"no split {row.split!r}")
-        setup = experiment.Setup.model_validate(row.arguments)
-        getattr(experiment, "check", lambda setups, splits: None)({row.setup: setup}, list(experiment.SPLITS))
+        experiment.check({row.setup: experiment.setup(row.arguments)}, list(experiment.splits))
     except ValueError as error:
         why = said(error) if isinstance(error, ValidationError) else error
         raise RunnerError(f"{file}: a row of setup {row.setup!r} is none of {row.experiment}: {why}") from error

@@ -1,1 +1,1 @@
-"""TODO."""
+"""How fast: experiments whose figures are measured, not computed."""

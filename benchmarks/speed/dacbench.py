@@ -1,7 +1,6 @@
-"""Our trainings beside SGDEnv of DACBench (Eimer et al. 2021): the same model, data, batches and validation.
+"""How fast are our trainings beside SGDEnv of DACBench (Eimer et al. 2021)? The same model, data and validation.
 
-DACBench runs in a Python environment of its own, which has torch, torchvision and dacbench; this file is copied there
-and run as a script.
+DACBench runs in a Python of its own: moe-benchmark run dacbench --set python=PATH.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -20,45 +18,74 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pandas as pd
 
-WIDTH, EXPERTS, BATCH, RATE, ROUNDS = 16, 4, 64, 0.01, 5
-EPOCH = 15  # optimiser steps
-SECONDS = 0.5  # of a round, about
-TRAININGS = 64
+from benchmarks.programs import dacbench as program
+from benchmarks.programs.dacbench import BATCH, EPOCH, RATE, SECONDS, WIDTH
+from benchmarks.results.tables import renamed
+from benchmarks.runner.setup import Arguments
+
+TRAININGS, ROUNDS = 64, 5
+SEEDS = (0,)
 # Optimiser steps between two validations, and whether DACBench gets images for the transforms of its own data sets to
 # turn into tensors, or tensors. Both validate on everything.
 CASES = [(EPOCH, False), (EPOCH, True), (1, False), (1, True)]
+SETTINGS = {
+    f"{steps} steps, {'images' if images else 'tensors'}": {"steps": steps, "images": images} for steps, images in CASES
+}
 
 
-def compare(python: str, report: Any) -> dict[str, Any]:
-    """Optimiser steps per second of CPU time, one thread, by turns: medians, and the median ratios.
+class DacbenchSpeed(Arguments):
+    """`python` is an interpreter that can import dacbench."""
 
-    `python` is an interpreter that can import dacbench. Also whether DACBench's training is the same for the same seed.
-    Raises `ValueError` where DACBench does not run.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        script, complaints = _pack(Path(folder)), Path(folder) / "stderr"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+    steps: int
+    images: bool
+    python: str = ""
+
+
+Setup = DacbenchSpeed
+
+
+def check(setups: dict[str, DacbenchSpeed], splits: list[str]) -> None:
+    """Raise `ValueError` where no interpreter is named."""
+    if not all(setup.python for setup in setups.values()):
+        raise ValueError("name a Python that has dacbench and torchvision: --set python=PATH")
+
+
+def measure(setup: DacbenchSpeed, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Optimiser steps per second of CPU time, one thread, by turns: medians, and the median ratios. Also whether
+    DACBench's training is the same for the same seed. Raises `ValueError` where DACBench does not run."""
+    with tempfile.TemporaryDirectory() as place:
+        script, complaints = _pack(Path(place)), Path(place) / "stderr"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": place}
         with complaints.open("w") as stderr, subprocess.Popen(
-            [str(Path(python).absolute()), script], cwd=folder, env=environment,
+            [str(Path(setup.python).absolute()), script], cwd=place, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
         ) as process:  # fmt: skip
-            ask = partial(_ask, process, complaints)
-            versions, rows = ask({"ask": "versions"}), []
-            for number, (steps, images) in enumerate(CASES):
-                case = {"steps": steps, "images": images}
-                runs = [(ours(steps, TRAININGS), ours(steps, 1), ask(case)["rate"]) for _ in range(ROUNDS)]
-                many, one, theirs = (statistics.median(column) for column in zip(*runs, strict=True))
-                rows.append(case | {
-                    "ours": many, "ours_single": one, "dacbench": theirs,
-                    "ratio": statistics.median(run[0] / run[2] for run in runs),
-                    "ratio_single": statistics.median(run[1] / run[2] for run in runs),
-                })  # fmt: skip
-                report((number + 1) / len(CASES))
-            weights = ask({"steps": EPOCH, "images": False})["weights"]
+            ask, case = partial(_ask, process, complaints), {"steps": setup.steps, "images": setup.images}
+            versions = ask({"ask": "versions"})
+            runs = [(ours(setup.steps, TRAININGS), ours(setup.steps, 1), ask(case)) for _ in range(ROUNDS)]
             process.communicate("\n")
-    return {"rows": rows, "versions": versions, "weights_of_one_seed": weights[:2]}
+    many, one, theirs = (statistics.median(c) for c in zip(*((a, b, c["rate"]) for a, b, c in runs), strict=True))
+    ratios = {
+        "ratio": statistics.median(run[0] / run[2]["rate"] for run in runs),
+        "ratio_single": statistics.median(run[1] / run[2]["rate"] for run in runs),
+    }
+    return {}, {"many": many, "one": one, "dacbench": theirs, **ratios, "dacbench_versions": versions,
+                "weights_of_one_seed": runs[0][2]["weights"][:2]}  # fmt: skip
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """A row a case."""
+    columns = {
+        "steps": "steps between validations", "images": "DACBench gets images", "dacbench": "SGDEnv", "one": "ours",
+        "many": f"{TRAININGS} of ours", "ratio_single": "ours / SGDEnv", "ratio": f"{TRAININGS} of ours / SGDEnv",
+    }  # fmt: skip
+    first, second = frame["weights_of_one_seed"].iloc[0]
+    return {
+        "tables": {"Optimiser steps per second of CPU time": renamed(frame, columns)},
+        "notes": [f"Norm of SGDEnv's last weights, twice from seed 0: {first:.6f}, {second:.6f}."],
+    }  # fmt: skip
 
 
 def _pack(folder: Path) -> str:
@@ -75,12 +102,13 @@ def _pack(folder: Path) -> str:
     (folder / "experts").mkdir()
     for name in ("__init__.py", "routers.py", "model.py"):
         shutil.copy(Path(experts).parent / name, folder / "experts")
-    return str(shutil.copy(__file__, folder))
+    return str(shutil.copy(program.__file__, folder))
 
 
 def ours(steps: int, count: int) -> float:
     """Optimiser steps per second of CPU time of MoEMetaOpt-v0, resets included."""
     import gymnasium
+    import torch
 
     torch.set_num_threads(1)
     actions = 20
@@ -111,78 +139,3 @@ def _ask(process: subprocess.Popen[str], complaints: Path, question: dict[str, A
         raise ValueError(f"this Python does not run DACBench: {' '.join(last)}")
     found: dict[str, Any] = json.loads(line)
     return found
-
-
-class Inputs(torch.utils.data.Dataset[Any]):
-    """Our data as a torchvision data set of DACBench: tensors, or images where it has transforms for them."""
-
-    def __init__(self, path: str, train: bool, transform: Any = None, download: bool = False) -> None:
-        found = np.load(Path(path) / "data.npz")
-        count = len(found["labels"]) if train else BATCH
-        self.inputs, self.labels, self.transform = torch.from_numpy(found["inputs"][:count]), found["labels"], transform
-        if transform is not None:
-            from PIL import Image
-
-            pixels = (self.inputs.clip(-2, 2) * 63 + 128).to(torch.uint8).reshape(-1, 8, 8).numpy()
-            self.images = [Image.fromarray(image) for image in pixels]
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
-        found = self.inputs[place] if self.transform is None else self.transform(self.images[place])
-        return found, int(self.labels[place])
-
-
-def main() -> None:
-    """In DACBench's process: answer each line of stdin with one of JSON."""
-    from importlib.metadata import version
-
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        if not line.strip():
-            break
-        question = json.loads(line)
-        if "ask" in question:
-            answer: dict[str, Any] = {name: version(name) for name in ("dacbench", "torch")}
-        else:
-            answer = theirs(**question)
-        print(json.dumps(answer), flush=True)
-
-
-def theirs(steps: int, images: bool) -> dict[str, Any]:
-    """Optimiser steps per second of CPU time of DACBench's SGDEnv, resets included, and each last weights' norm."""
-    from dacbench.abstract_benchmark import objdict
-    from dacbench.benchmarks.sgd_benchmark import SGD_DEFAULTS
-    from dacbench.envs.env_utils.sgd_utils import DATASETS
-    from dacbench.envs.sgd import SGDEnv, SGDInstance
-    from torchvision import datasets
-
-    from experts.model import MoEClassifier
-
-    datasets.Ours = Inputs
-    transforms = DATASETS["FashionMNIST"] if images else {"train_transform": None, "test_transform": None}
-    count, actions = len(np.load("data.npz")["labels"]), 20
-    instance = SGDInstance(
-        model=lambda: torch.nn.Sequential(torch.nn.Flatten(), MoEClassifier(64, 10, widths=(WIDTH,) * EXPERTS)),
-        optimizer_type=torch.optim.AdamW, optimizer_params={}, dataset_path=".", dataset_name="Ours", batch_size=BATCH,
-        fraction_of_dataset=1.0, train_validation_ratio=(EPOCH * BATCH + 0.5) / count, seed=0,
-    )  # fmt: skip
-    config = objdict(SGD_DEFAULTS.copy())
-    config.update(
-        loss_function=torch.nn.CrossEntropyLoss, loss_function_kwargs={"reduction": "none"}, epoch_mode=steps > 1,
-        dataset_config={"Ours": transforms}, instance_set={0: instance}, cutoff=actions * EPOCH,
-    )  # fmt: skip
-    # SGDEnv validates on everything where its cutoff is a multiple of an epoch's batches, else on a tenth.
-    env, begun = SGDEnv(config), time.process_time()
-    weights: list[float] = []
-    while time.process_time() - begun < SECONDS or len(weights) < 2:
-        env.reset(seed=0)
-        for _ in range(actions):
-            env.step(RATE)
-        weights.append(float(torch.nn.utils.parameters_to_vector(env.model.parameters()).norm().detach()))
-    return {"rate": len(weights) * actions * steps / (time.process_time() - begun), "weights": weights}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,59 +1,86 @@
-"""Our MoE layer beside Hugging Face's Mixtral block and beside its own matrix products alone, by turns in one run."""
+"""How fast is our MoE layer beside Hugging Face's Mixtral block, and beside its own matrix products alone?
+
+Milliseconds, medians, by turns in one run: CPU time of one thread, or a GPU's.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 from torch import nn
 
+from agents.training import one_torch_thread
+from benchmarks.runner.setup import Arguments
 from experts.layers import MoELayer, _linear, _times
 
 D_MODEL, D_FF, EXPERTS, K = 256, 1024, 8, 2
 TOKENS = {1: (30, 10), 32: (12, 5), 512: (12, 1), 4096: (6, 1)}  # inputs -> rounds, runs in a row of each
+SEEDS = (0,)
+SETTINGS = {f"{tokens} tokens": {"tokens": tokens} for tokens in TOKENS}
+QUICK = {"setups": {"1 tokens": {"tokens": 1}}}
 Run = Callable[[], object]
 
 
-def measure(device: str = "cpu", add_task: Callable[[str], Callable[[float], object]] | None = None) -> dict[str, Any]:
-    """Milliseconds, medians: CPU time of one thread, or a GPU's. Of the block as it comes (eager), of ours with float32
-    and with bfloat16 weights, forward and with backward, and of the bare products of the rows that experts get; with
-    the ratios of the medians, and the largest difference of the outputs.
+class LayerSpeed(Arguments):
+    """Of so many tokens, on a device."""
 
-    Raises `ImportError` without transformers, `ValueError` without the device.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no GPU that torch can use: leave --device at cpu")
+    tokens: int
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+Setup = LayerSpeed
+
+
+def measure(setup: LayerSpeed, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The block as it comes (eager), ours with float32 and with bfloat16 weights, forward and with backward, and the
+    bare products of the rows that experts get. Raises `ValueError` without transformers, or without the device."""
+    if find_spec("transformers") is None:
+        raise ValueError("transformers is not installed: pip install 'moe-envs[hf]'")
+    if setup.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no GPU that torch can use: leave out --set device=cuda")
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
-        "hidden_size": D_MODEL,
-        "intermediate_size": D_FF,
-        "num_local_experts": EXPERTS,
-        "num_experts_per_tok": K,
-    }
+        "hidden_size": D_MODEL, "intermediate_size": D_FF, "num_local_experts": EXPERTS, "num_experts_per_tok": K,
+    }  # fmt: skip
     config = MixtralConfig(**sizes)
     config._experts_implementation = "eager"
-    block = MixtralSparseMoeBlock(config).to(device)  # type: ignore[no-untyped-call]
+    block = MixtralSparseMoeBlock(config).to(setup.device)  # type: ignore[no-untyped-call]
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.05)
     ours = MoELayer.from_block(block)
     half = MoELayer.from_block(block).to(torch.bfloat16)
-    progress = add_task("layers by turns") if add_task else lambda share: None
-    threads, rows = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        for number, (tokens, turns) in enumerate(TOKENS.items()):
-            x = torch.randn(tokens, D_MODEL, device=device)
-            rows.append(_row(block, ours, half, x, turns, device))
-            progress((number + 1) / len(TOKENS))
-    finally:
-        torch.set_num_threads(threads)
-    return {"rows": rows, "device": device, "sizes": sizes}
+    x = torch.randn(setup.tokens, D_MODEL, device=setup.device)
+    with one_torch_thread():
+        row = _row(block, ours, half, x, TOKENS.get(setup.tokens, (12, 1)), setup.device)
+    return {"difference": row.pop("difference")}, {"row": row}
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """Forward, and with backward."""
+    forward, backward = [], []
+    for tokens, row in zip(frame["tokens"].tolist(), frame["row"], strict=True):
+        names = {"block": "block, ms", "ours": "ours, ms", "ours_bf16": "ours bf16, ms", "products": "products, ms"}
+        forward.append({"tokens": tokens} | {title: row[f"{name}_ms"] for name, title in names.items()} | {
+            "block / ours": row["forward_ratio"], "block / ours bf16": row["bf16_ratio"],
+            "ours / products": row["over_products"],
+        })  # fmt: skip
+        names.pop("ours_bf16")
+        backward.append({"tokens": tokens} | {title: row[f"{name}_backward_ms"] for name, title in names.items()} | {
+            "block / ours": row["backward_ratio"], "ours / products": row["backward_over_products"],
+        })  # fmt: skip
+    notes = [f"{D_MODEL} wide, {EXPERTS} experts of {D_FF:,}, top-{K}. Outputs differ by at most "
+             f"{frame['difference'].max():.1e}."]  # fmt: skip
+    return {"tables": {"Forward": forward, "With backward": backward}, "notes": notes}
 
 
 def _row(
@@ -77,7 +104,7 @@ def _row(
     both = _by_turns(backward, *turns, device)
     found |= {f"{name}_backward_ms": value for name, value in both.items()}
     return {
-        "tokens": len(x), **found, "difference": difference,
+        **found, "difference": difference,
         "forward_ratio": found["block_ms"] / found["ours_ms"], "bf16_ratio": found["block_ms"] / found["ours_bf16_ms"],
         "backward_ratio": both["block"] / both["ours"], "over_products": found["ours_ms"] / found["products_ms"],
         "backward_over_products": both["ours"] / both["products"],

@@ -14,8 +14,8 @@ STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 
 if __name__ == "__main__":
     policy = PPO(
-        "MlpPolicy", "moe_envs:MoEMetaOpt-v0", n_envs=32, n_steps=32, batch_size=256, n_epochs=5, learning_rate="linear 1e-3",
-        ent_coef=0.005, env_kwargs={"task": "digits"},
+        "MlpPolicy", "moe_envs:MoEMetaOpt-v0", n_envs=32, n_steps=32, batch_size=256, n_epochs=5,
+        learning_rate="linear 1e-3", ent_coef=0.005, env_kwargs={"task": "digits"},
     ).learn(STEPS, progress_bar=True)  # fmt: skip
     torch.manual_seed(0)
     digits = data.load("digits")

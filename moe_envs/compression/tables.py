@@ -41,13 +41,11 @@ class ModelTables:
         self.units, self.parts = list(parts), list(parts.values())
         with one_thread():
             self.importance = importance(self.model, calibration)
-            self.evaluator = self._evaluator(*halves(examples, "train"))
+            self.evaluator = self._evaluator(*examples.half("train"))
             self.sensitivity: Sensitivity = sensitivity(self.evaluator, self.parts, self.importance)
             if split != "train":
                 test = split == "test"
-                self.evaluator = self._evaluator(
-                    *(data.load(recipe.source)["test"] if test else halves(examples, split))
-                )
+                self.evaluator = self._evaluator(*(data.load(recipe.source)["test"] if test else examples.half(split)))
             self.float32 = self.evaluator((0,) * len(self.evaluator.names))
             shares = np.array(list(loads(self.model, calibration, self.evaluator.top).values()))
         self.sizes = unit_sizes(self.model, self.parts)
@@ -154,13 +152,6 @@ class CompressionTables:
 def squeeze(values: np.ndarray) -> np.ndarray:
     """Logarithms that keep the sign: about -7..7 for -1000..1000."""
     return np.asarray(np.sign(values) * np.log1p(np.abs(values)))
-
-
-def halves(examples: reference_models.Examples, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of the first half of the examples ("train") or of the second ("validation")."""
-    half = len(examples.labels) // 2
-    rows = slice(None, half) if split == "train" else slice(half, None)
-    return examples.inputs[rows], examples.labels[rows]
 
 
 @cache

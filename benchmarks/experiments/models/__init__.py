@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.evaluation import report
-from benchmarks.evaluation.corruptions import KINDS, LEVELS, corrupt, digest
-from benchmarks.evaluation.setups import SETTINGS, Setup, make
+from benchmarks.experiments.models import report
+from benchmarks.experiments.models.corruptions import KINDS, LEVELS, corrupt, digest
+from benchmarks.experiments.models.setups import SETTINGS as SETTINGS
+from benchmarks.experiments.models.setups import ModelSetup, make
 from benchmarks.results import pareto
 from benchmarks.results.statistics import seeds_interval
 from cost.files import locked
@@ -27,13 +28,15 @@ MEANS = (
     "accuracy", "validation_accuracy", "top5", "loss", "entropy", "top2_gap", "ece", "ece_calibrated", "mce",
     "mce_calibrated", "experts_per_input", "parameters", "bytes",
 )  # fmt: skip
+QUICK = {"seeds": [17], "splits": ["test"], "settings": {"data": "digits", "timesteps": 4096}}
+WORST = {"batch_ms": (50.0, 0.0), "energy_j": (0.1, 0.0)}  # (cost, accuracy) that count in hypervolumes
 MEASURED = "batch_ms", "batch_p95_ms", "energy_j", "memory_bytes"
-__all__ = ["SETTINGS", "SPLITS", "Setup", "check", "measure", "plot", "score", "text"]
 
+Setup = ModelSetup
 plot, text = report.plot, report.text
 
 
-def check(setups: dict[str, Setup], splits: list[str]) -> None:
+def check(setups: dict[str, ModelSetup], splits: list[str]) -> None:
     """Raise `ValueError` for setups of different data, or where there are no clean images to compare with."""
     if len(found := {setup.data for setup in setups.values()}) > 1:
         raise ValueError(f"setups of different data, {', '.join(sorted(found))}: a matrix for each")
@@ -41,11 +44,11 @@ def check(setups: dict[str, Setup], splits: list[str]) -> None:
         raise ValueError(f"splits must have {CLEAN}, which the corrupted ones are compared with")
 
 
-def measure(setup: Setup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(setup: ModelSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """One model on one kind of images."""
     import torch
 
-    from benchmarks.evaluation import measures
+    from benchmarks.experiments.models import measures
     from experts import data
 
     subject, content = make(setup, seed, folder), data.load(setup.data)
@@ -88,6 +91,8 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         if len(both := points[np.isfinite(points)]):  # paired by seed
             row |= {"points": float(both.mean()), "points_ci95": seeds_interval(both)}
     result: dict[str, Any] = {"data": str(frame["data"].iloc[0]), "rows": rows}
+    result["worst"] = {cost: list(point) for cost, point in WORST.items()}
+    result["tables"] = {f"{result['data']}, test": _shown(rows)}
     known = [row for row in rows if "accuracy" in row]
     for cost in ("batch_ms", "energy_j"):
         if not known:
@@ -96,14 +101,27 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         points[:, 0] = pareto.tied(points[:, 0], SAME_COST)
         result[f"front_{cost}"] = [row["setup"] for row, on in zip(known, pareto.front(points), strict=True) if on]
         result[f"hypervolume_{cost}"] = {
-            row["setup"]: pareto.hypervolume(points[number : number + 1], f"models, {cost}")
+            row["setup"]: pareto.hypervolume(points[number : number + 1], WORST[cost])
             for number, row in enumerate(known)
-        } | {"all": pareto.hypervolume(points, f"models, {cost}")}
+        } | {"all": pareto.hypervolume(points, WORST[cost])}
         chosen_by = np.column_stack([points[:, 0], [row["validation_accuracy"] for row in known]])
         result[f"recommended_{cost}"] = {
             name: known[place]["setup"] for name, place in pareto.recommended(chosen_by).items()
         }
     return result
+
+
+def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the terminal shows."""
+    return [
+        {
+            "setup": row["setup"], "accuracy": f"{row['accuracy']:.2%}", "points, paired": row.get("points"),
+            "95 %": row.get("points_ci95"), "ECE": row["ece"], "calibrated": row["ece_calibrated"],
+            "corrupted": row.get("corrupted"), "batch, ms": row["batch_ms"], "kB": row["bytes"] / 1000,
+        }
+        for row in rows
+        if "accuracy" in row
+    ]  # fmt: skip
 
 
 def _of_setup(name: str, part: pd.DataFrame) -> dict[str, Any]:

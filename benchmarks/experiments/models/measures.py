@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.evaluation.setups import Classify
+from benchmarks.experiments.models.setups import Classify
 from cost.energy import open_counter
 from cost.meters import EnergyMeter, MemoryMeter, TimeMeter
 from experts.confidence import (

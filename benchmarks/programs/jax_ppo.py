@@ -7,9 +7,6 @@ environment, of its own tables. Needs the extra `bench`.
 from __future__ import annotations
 
 import json
-import os
-import statistics
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -22,11 +19,7 @@ from jax.nn.initializers import orthogonal
 
 from moe_envs.routing.env import MoERoutingVectorEnv
 
-ID = "moe_envs:MoERouting-v0"
-CASES = [(8, 128, 64), (64, 128, 64), (1024, 32, 64), (64, 128, 1024), (1024, 32, 4096)]  # rows, steps, minibatch
-STEPS, ROUNDS = 131_072, 3
 GAMMA, DECAY, CLIP, VF_COEF, MAX_NORM, RATE, EPOCHS, WIDTH = 0.99, 0.95, 0.2, 0.5, 0.5, 3e-4, 4, 64
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 class Rows(NamedTuple):
@@ -169,47 +162,9 @@ def make(num_rows: int, num_steps: int, size: int, updates: int, seed: int = 0) 
     return train, ((weights, zeros, zeros, jnp.zeros(())), env.begin(of_rows), jnp.zeros(num_rows))
 
 
-def compare(report: Any) -> list[dict[str, Any]]:
-    """Steps per second of CPU time, one thread, of ours and of JAX in turn: medians and the median ratio.
-
-    JAX runs in a process of its own, as its threads are chosen before it is imported; its compilation is not counted.
-    """
-    import torch
-    from threadpoolctl import threadpool_limits
-
-    from agents import PPO
-    from benchmarks import backends
-
-    torch.set_num_threads(1)
-    environment = os.environ | {"XLA_FLAGS": ONE_THREAD, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
-    found = []
-    with threadpool_limits(1, "blas"):
-        for number, (rows, steps, size) in enumerate(CASES):
-            agent = PPO("MlpPolicy", ID, n_envs=rows, n_steps=steps, batch_size=size, n_epochs=EPOCHS).learn(rows * steps)
-            command = [sys.executable, "-m", "benchmarks.speed.jax_ppo", str(rows), str(steps), str(size)]
-            with subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            ) as process:
-                rates = [(backends.rate(agent, STEPS), _ask(process)) for _ in range(ROUNDS)]
-                process.communicate("\n")
-            ours, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
-            ratio = statistics.median(own / jax for own, jax in rates)
-            found.append({"rows": rows, "batch_size": size, "own": ours, "jax": theirs, "ratio": ratio})
-            report((number + 1) / len(CASES))
-    return found
-
-
-def _ask(process: subprocess.Popen[str]) -> float:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    return float(json.loads(process.stdout.readline())["rate"])
-
-
-def main(rows: int, steps: int, size: int) -> None:
+def main(rows: int, steps: int, size: int, timesteps: int) -> None:
     """Time a training for each line of stdin; a line of JSON each."""
-    updates = max(1, STEPS // (rows * steps))
+    updates = max(1, timesteps // (rows * steps))
     train, state = make(rows, steps, size, updates)
     compiled = train.lower(state, jax.random.key(0)).compile()
     for number, line in enumerate(sys.stdin):

@@ -1,4 +1,7 @@
-"""What is a learned router worth in the real model? Its answers beside the environment's, its own cost, wall times."""
+"""What is a learned router worth in the real model? Its answers beside the environment's, its own cost, wall times.
+
+Your own run: moe-benchmark run router --set run=RUN_DIR; without one PPO is trained first.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,48 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
-from agents import runs
+from agents import runs, training
 from agents.deploy.routing import RoutedMoE
 from agents.evaluate import make_rows
+from benchmarks.runner.setup import Arguments
+from cost.files import locked
 from cost.model import Cost
-from cost.profile import measure
+from cost.profile import measure as measure_cost
 from cost.timing import torch_threads
 from experts import bundle as bundles
 from experts import data
 
 BATCH_SIZES, REPEATS = (1, 32, 512), 200
-Result = dict[str, Any]
+ENV = "moe_envs:MoERouting-v0"
+SEEDS = (0,)
+SETTINGS: dict[str, dict[str, Any]] = {"router": {}}
+QUICK = {"settings": {"bundle": "digits", "timesteps": 4096, "episodes": 20, "repeats": 5}}
 
 
-def run(folder: Path, episodes: int = 500) -> Result:
-    """Deploy the policy of a run folder: accuracy and cost as in the environment and with what the router itself costs
-    on this machine, wall time beside the top-2 gate."""
+class RouterSetup(Arguments):
+    """`run` is a run folder of moe-train; without it PPO is trained on `bundle` with `cost_weight`."""
+
+    run: str | None = None
+    bundle: str = "fashion-mnist"
+    cost_weight: float = 0.2
+    timesteps: int | None = None
+    episodes: int = 500
+    repeats: int = REPEATS
+
+
+Setup = RouterSetup
+
+
+def measure(setup: RouterSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Accuracy and cost as in the environment and with what the router itself costs on this machine, wall time beside
+    the top-2 gate."""
+    run = Path(setup.run) if setup.run else _trained(setup, seed, folder)
+    episodes = setup.episodes
     policy: Any
-    policy, config = runs.load(folder)
+    policy, config = runs.load(run)
     kwargs = {**config["env_kwargs"], "split": "test"}
     env: Any = make_rows(config["env"], episodes, **kwargs).unwrapped
     loaded = bundles.load(kwargs.get("bundle", "fashion-mnist"))
@@ -48,7 +73,7 @@ def run(folder: Path, episodes: int = 500) -> Result:
     with torch_threads(1), torch.inference_mode():
         members = routed.route(x, routed.gate(routed.trunk(x))).numpy()
         accuracy = float((routed(x).argmax(1).numpy() == labels[rows.ravel()]).mean())
-        times = _times(routed, loaded.model(), torch.from_numpy(inputs))
+        times = _times(routed, loaded.model(), torch.from_numpy(inputs), setup.repeats)
     chosen = np.array(actions).swapaxes(0, 1).reshape(len(members), -1)
     same = members == (chosen == np.arange(members.shape[1]) if chosen.shape[1] == 1 else chosen == 1)
     loads = members.reshape(len(rows), -1, members.shape[1]).sum(1)
@@ -58,28 +83,48 @@ def run(folder: Path, episodes: int = 500) -> Result:
     charged = cost + float(env.tables.relative(own.time, own.memory, own.energy))
     cases = {"environment": (found["quality"], found["cost"]), "deployed": (accuracy, cost)}
     cases["deployed, with its router"] = (accuracy, charged)
+    equal = float(same.all(1).mean())
+    return {"decisions_equal": equal, "accuracy": accuracy}, {"router": vars(own), "times": times, "cases": [
+        {"": case, "accuracy": quality, "cost": paid, "return": quality - config["cost_weight"] * paid}
+        for case, (quality, paid) in cases.items()
+    ]}  # fmt: skip
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """What the router is worth, and its wall time."""
+    first = frame.iloc[0]
+    times = [
+        {"batch": each["batch_size"], "top-2 gate, ms": 1e3 * each["top-2"], "routed, ms": 1e3 * each["routed"],
+         "of that the router, ms": 1e3 * each["router"], "routed / top-2": each["routed"] / each["top-2"]}
+        for each in first["times"]
+    ]  # fmt: skip
     return {
-        "run": str(folder),
-        "episodes": episodes,
-        "rows": [
-            {"case": case, "accuracy": quality, "cost": paid, "return": quality - config["cost_weight"] * paid}
-            for case, (quality, paid) in cases.items()
-        ],
-        "decisions_equal": float(same.all(1).mean()),
-        "router": vars(own),
-        "times": times,
-    }
+        "tables": {"Test batches; cost 1 is the top-2 gate's": first["cases"],
+                   "Wall time, medians, one thread": times},
+        "notes": [f"Decisions equal to the environment's: {first['decisions_equal']:.4%}."],
+    }  # fmt: skip
+
+
+def _trained(setup: RouterSetup, seed: int, folder: Path) -> Path:
+    place = folder / f"run-{setup.bundle}-{setup.cost_weight:g}-{seed}-{setup.timesteps or 'all'}"
+    with locked(place):
+        if not (place / runs.SETTINGS).exists():
+            more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
+            kwargs = {"bundle": setup.bundle, "cost_weight": setup.cost_weight}
+            with training.one_torch_thread():
+                runs.train(ENV, "ppo", seed, place, kwargs, more, overwrite=True)
+    return place
 
 
 def _router_cost(routed: RoutedMoE, x: torch.Tensor) -> Cost:
     """What the decisions for one batch cost on this machine, in s, B and J."""
     with torch.inference_mode():
         gate = routed.gate(routed.trunk(x))
-        profile = measure({"router": lambda n: lambda: routed.route(x, gate)}, sizes=(len(x),))
+        profile = measure_cost({"router": lambda n: lambda: routed.route(x, gate)}, sizes=(len(x),))
     return profile.cost("router", len(x))
 
 
-def _times(routed: RoutedMoE, model: Any, inputs: torch.Tensor) -> list[dict[str, float]]:
+def _times(routed: RoutedMoE, model: Any, inputs: torch.Tensor, repeats: int) -> list[dict[str, float]]:
     """Medians in s, by turns: the top-2 gate as a routed layer runs it, the routed model, and its router alone."""
     experts = list(model.experts)
 
@@ -103,7 +148,7 @@ def _times(routed: RoutedMoE, model: Any, inputs: torch.Tensor) -> list[dict[str
             "router": lambda x=x: routed.route(x, routed.gate(routed.trunk(x))),  # type: ignore[misc]
         }
         spent: dict[str, list[float]] = {case: [] for case in cases}
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             for case, call in cases.items():
                 begun = time.perf_counter()
                 call()

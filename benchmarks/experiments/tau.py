@@ -1,4 +1,4 @@
-"""Weights below tau times the largest of their matrix left out: what is kept, what it costs, what it saves.
+"""What is left of a model without the weights below tau times the largest of their matrix?
 
 A matrix is stored sparsely (a bit for each weight, the kept ones as float32) only where that is smaller. Zeros do not
 make a dense product quicker; the time of sparse ones (CSR) is beside it.
@@ -11,12 +11,16 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from benchmarks.results.tables import renamed
+from benchmarks.runner.setup import Arguments
 from cost.timing import torch_threads
 from experts import data, reference_models
 from experts.compression.evaluation import accuracy
@@ -25,26 +29,41 @@ from experts.compression.prune import boundary
 
 TAUS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3)
 RUNS, BATCH = 5, 64
-Result = dict[str, Any]
+SEEDS = (0,)
+SETTINGS = {f"{model}, tau {tau:g}": {"model": model, "tau": tau}
+            for model in ("digits-mlp", "fashion-mnist-conv") for tau in TAUS}  # fmt: skip
+QUICK = {"setups": {name: each for name, each in SETTINGS.items() if each["model"] == "digits-mlp"}}
 
 
-def run(names: list[str], progress: Callable[[float], object]) -> Result:
-    """For each model and tau: share of weights kept, test accuracy, bytes, seconds of a batch (medians of 5 runs)."""
-    rows: list[Result] = []
-    for name in names:
-        model = reference_models.load(name)
-        inputs, labels = data.load(reference_models.recipe_of(name)[1].source)["test"]
-        cut = [_cut(model, tau) for tau in TAUS]
-        seconds = _seconds([made for made, _ in cut], torch.from_numpy(inputs[:BATCH]))
-        for tau, (made, kept), (dense, sparse) in zip(TAUS, cut, seconds, strict=True):
-            rows.append(
-                {
-                    "model": name, "tau": tau, "kept": kept, "accuracy": accuracy(made, inputs, labels),
-                    "bytes": _bytes(made), "time_s": dense, "linear_dense_s": sparse[0], "linear_sparse_s": sparse[1],
-                }
-            )  # fmt: skip
-            progress(len(rows) / (len(names) * len(TAUS)))
-    return {"rows": rows, **provenance()}
+class TauSetup(Arguments):
+    """A reference model and a threshold."""
+
+    model: str
+    tau: float
+
+
+Setup = TauSetup
+
+
+def measure(setup: TauSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Share of weights kept, test accuracy, bytes; seconds of a batch (medians of 5 runs)."""
+    model = reference_models.load(setup.model)
+    inputs, labels = data.load(reference_models.recipe_of(setup.model)[1].source)["test"]
+    made, kept = _cut(model, setup.tau)
+    ((dense, sparse),) = _seconds([made], torch.from_numpy(inputs[:BATCH]))
+    return {"kept": kept, "accuracy": accuracy(made, inputs, labels), "bytes": _bytes(made)}, {
+        "time_us": 1e6 * dense, "linear_dense_us": 1e6 * sparse[0], "linear_sparse_us": 1e6 * sparse[1],
+    }  # fmt: skip
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """A row for each model and tau."""
+    columns = {
+        "model": "model", "tau": "tau", "kept": "share kept", "accuracy": "accuracy", "bytes": "bytes",
+        "time_us": "a batch of 64, µs", "linear_dense_us": "linear layers, dense, µs",
+        "linear_sparse_us": "linear layers, sparse, µs",
+    }  # fmt: skip
+    return {"tables": {"Medians of 5 runs, one thread": renamed(frame, columns)}}
 
 
 def _cut(model: Any, tau: float) -> tuple[Any, float]:

@@ -7,10 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agents import tuned
-from agents.evaluate import evaluate
+from agents import training, tuned
 from agents.rollouts import NotFiniteError
-from benchmarks import backends
 from cost.files import save_json
 from cost.machine import provenance
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     import optuna
 
 BEST, TRIALS = "tuned.json", "trials.log"
-CHECKS, EPISODES = 5, 1000
+CHECKS = 5
 # What is searched, where an algorithm's settings have it: numbers from low to high on a log scale, or one of a list.
 RANGES: dict[str, tuple[float, float]] = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-5, 1e-1)}
 CHOICES: dict[str, list[Any]] = {
@@ -129,20 +127,17 @@ def train(
     """The final policy's mean return on validation; judged on the way where there is a trial that may be cut short."""
     import optuna
 
-    total, judged = settings["total_timesteps"], 0
-    agent = backends.make(env_id, algo, backend, env_kwargs, seed, settings)
+    def on_look(look: training.Look) -> None:
+        check = len(looks) + 1
+        looks.append(look)
+        if trial is not None and check < CHECKS:
+            trial.report(look.score, check)
+            if trial.should_prune():
+                raise optuna.TrialPruned
 
-    def judge() -> float:
-        return float(evaluate(agent, env_id, EPISODES, **{**env_kwargs, "split": "validation"})["return"].mean())
-
-    def after(agent: Any) -> None:
-        nonlocal judged
-        if trial is None or (check := agent.num_timesteps * CHECKS // total) in (judged, CHECKS):
-            return
-        judged = check
-        trial.report(judge(), check)
-        if trial.should_prune():
-            raise optuna.TrialPruned
-
-    backends.learn(agent, total, after)
-    return judge()
+    looks: list[training.Look] = []
+    training.train(
+        env_id, algo, backend, seed=seed, env_kwargs=env_kwargs, settings=settings, looks=CHECKS if trial else 1,
+        on_look=on_look,
+    )  # fmt: skip
+    return looks[-1].score

@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from benchmarks.evaluation.corruptions import KINDS
-from benchmarks.results.pareto import REFERENCE_POINTS
+from benchmarks.experiments.models.corruptions import KINDS
 from benchmarks.results.tables import markdown_header as header
 from benchmarks.results.tables import markdown_row as cells
 
@@ -124,7 +123,7 @@ def _recommendations(result: Row, rows: list[Row]) -> list[str]:
             lines.append(cells(label, wanted, name, *figures, command))
     volumes = {cost: result[f"hypervolume_{cost}"] for cost in COSTS}
     names = volumes["batch_ms"]
-    worst = (f"({REFERENCE_POINTS[f'models, {cost}'][0] * scale:g}, 0)" for cost, (_, scale) in COSTS.items())
+    worst = (f"({result['worst'][cost][0] * scale:g}, 0)" for cost, (_, scale) in COSTS.items())
     lines += ["", f"Hypervolume of (cost in ms or J, accuracy), reference points {' ms and '.join(worst)} mJ:", "",
               *header("setup", "time", "energy"),
               *(cells(name, *(f"{volumes[cost][name]:.4g}" for cost in COSTS)) for name in names), ""]  # fmt: skip

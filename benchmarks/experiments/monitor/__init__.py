@@ -1,29 +1,29 @@
-"""What does a training cost, and what does watching it cost? Reports of a monitor's logs, and pairs with and without.
+"""What does a training cost, and what does watching it cost? A monitor's report, and pairs with and without it.
 
 A training of the reference MoE is monitored at every batch; its logs are drawn, normalised and summed up. Then the same
-training runs in interleaved pairs, with the monitor and without.
+training runs in interleaved pairs, with the monitor and without. Your own logs: moe-profile logs FOLDER.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 
-from benchmarks.experiments import cost_report
+from benchmarks.experiments.monitor import report
 from benchmarks.results.statistics import median_interval
-from cost.files import write_text
-from cost.machine import provenance
+from benchmarks.runner.setup import Arguments
 from cost.monitor import Monitor
 from cost.profile import Profile
 from cost.timing import torch_threads
-from experts.reference_bundles import SETTINGS
+from experts.data import load
+from experts.reference_bundles import SETTINGS as REFERENCE
 
 if TYPE_CHECKING:
     import torch
@@ -31,39 +31,57 @@ if TYPE_CHECKING:
     from experts.data import Dataset
 
 EVERY, WARM_UP = (10, 1), 20
-Result = dict[str, Any]
+SEEDS = (0,)
+SETTINGS = {part: {"part": part} for part in ("training", "overhead", "look-up")}
+QUICK = {"settings": {"data": "digits", "epochs": 2, "pairs": 2, "batch_size": 32, "warm_up": 2}}
 
 
-def run(
-    data: str,
-    epochs: int,
-    pairs: int,
-    out: Path,
-    seed: int = 0,
-    batch_size: int = 256,
-    add_task: Callable[[str], Callable[[float], object]] = lambda description: lambda share: None,
-) -> Result:
-    """Monitor a training and pair it; writes report.md, results.json, four PNGs and the logs into `out`."""
-    from experts.data import load
+class MonitorSetup(Arguments):
+    """`epochs` of the monitored training; `pairs` of epochs, with the monitor and without; `warm_up` batches before an
+    epoch is timed."""
 
-    source = load(data)
-    report_pairs, report_training = add_task(f"{pairs} pairs of epochs"), add_task(f"training on {data}, monitored")
-    logs = out / "monitor"
+    part: Literal["training", "overhead", "look-up"]
+    data: Literal["fashion-mnist", "digits"] = "fashion-mnist"
+    epochs: int = 20
+    pairs: int = 100
+    batch_size: int = 256
+    warm_up: int = WARM_UP
+
+
+Setup = MonitorSetup
+
+
+def measure(setup: MonitorSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One part."""
+    if setup.part == "look-up":
+        return {}, {"look_up": look_up()}
     with torch_threads(1):
-        overhead = pair(Training(source, seed, batch_size), pairs, report_pairs) if pairs else {}
-        train(Training(source, seed, batch_size), epochs, logs, 1, report_training)
-    settings = {"data": data, "epochs": epochs, "pairs": pairs, "seed": seed, "batch_size": batch_size}
-    return write(logs, out, {"settings": settings, "look_up": look_up(), **overhead})
+        training = Training(load(setup.data), seed, setup.batch_size)
+        if setup.part == "overhead":
+            return {}, pair(training, setup.pairs, setup.warm_up)
+        logs = folder / f"logs-{setup.data}-{setup.epochs}-{setup.batch_size}"
+        train(training, setup.epochs, logs, 1)
+    return {}, {"costs": report.analyse(logs), "logs": str(logs)}
 
 
-def write(logs: Path, out: Path, more: Result) -> Result:
-    """The report of a monitor's folder; `more` goes into results.json."""
-    result = cost_report.analyse(logs) | more | provenance()
-    out.mkdir(parents=True, exist_ok=True)
-    cost_report.plot(logs, result, out)
-    write_text(out / "results.json", json.dumps(result, indent=1))
-    write_text(out / "report.md", cost_report.markdown(result))
-    return result
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """The report's figures."""
+    result: dict[str, Any] = {}
+    for column in ("costs", "overhead", "attach", "look_up"):
+        there = frame[column].dropna().tolist() if column in frame else []
+        if there:
+            result |= there[0] if column == "costs" else {column: there[0]}
+    tables = {title: rows for title, rows in report.tables(result).items() if rows}
+    return result | {"tables": tables, "notes": [f"Alert: {each}." for each in result.get("alerts", [])]}
+
+
+def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
+    """Pictures of the logs, where they are still there, and of the overhead."""
+    logs = [Path(each) for each in frame["logs"].dropna().tolist()] if "logs" in frame else []
+    return report.plot(logs[0] if logs and logs[0].exists() else None, result, out)
+
+
+text = report.markdown
 
 
 class Training:
@@ -79,7 +97,7 @@ class Training:
         self.held_out = [torch.from_numpy(part) for part in source["validation"]]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            widths = SETTINGS[source.name].widths
+            widths = REFERENCE[source.name].widths
             self.model = MoEClassifier(self.inputs.shape[1], int(self.labels.max()) + 1, widths=widths)
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
@@ -112,17 +130,16 @@ class Training:
         return found
 
 
-def train(training: Training, epochs: int, logs: Path, every: int, progress: Callable[[float], object]) -> None:
+def train(training: Training, epochs: int, logs: Path, every: int) -> None:
     """Train for some epochs under a monitor, with the accuracy on validation after each."""
     with Monitor(training.model, training.optimizer, every, logs, overwrite=True) as monitor:
-        for epoch in range(epochs):
+        for _ in range(epochs):
             for rows in training.epoch():
                 training.step(rows, monitor)
             monitor.end_epoch(validation_accuracy=training.accuracy())
-            progress((epoch + 1) / epochs)
 
 
-def pair(training: Training, pairs: int, progress: Callable[[float], object]) -> Result:
+def pair(training: Training, pairs: int, warm_up: int = WARM_UP) -> dict[str, Any]:
     """One training, its epochs by turns with the monitor and without.
 
     An epoch, of full batches only, ends with `end_epoch` where it has the monitor. What a training pays once is
@@ -136,9 +153,8 @@ def pair(training: Training, pairs: int, progress: Callable[[float], object]) ->
     for number in range(pairs):
         for every, found in spent.items():
             order = (every, None) if number % 2 else (None, every)
-            times = {each: _epoch(training, each) for each in order}
+            times = {each: _epoch(training, each, warm_up) for each in order}
             found.append([times[every], times[None]])
-        progress((number + 1) / pairs)
     rows, attach = [], []
     for every, found in spent.items():
         walls, processors, outside = np.array(found).T
@@ -150,14 +166,14 @@ def pair(training: Training, pairs: int, progress: Callable[[float], object]) ->
     return {"overhead": rows, "attach": float(np.median(attach))}
 
 
-def _epoch(training: Training, every: int | None) -> np.ndarray:
+def _epoch(training: Training, every: int | None, warm_up: int) -> np.ndarray:
     """Wall and CPU time in s of an epoch of training, monitored unless `every` is None; the wall time before, after."""
     batches = [rows for rows in training.epoch() if len(rows) == training.batch_size]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         begun, monitor = time.perf_counter(), None
         if every:
             monitor = stack.enter_context(Monitor(training.model, training.optimizer, every, Path(folder) / "logs"))
-        for rows in batches[:WARM_UP]:
+        for rows in batches[:warm_up]:
             training.step(rows, monitor)
         before = np.array([time.perf_counter(), time.process_time()])
         for rows in batches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from benchmarks.results.tables import markdown_header, markdown_row
-from cost.files import write_text
+from benchmarks.results.tables import markdown_header, markdown_row, records
 from experts import bundle, data
 from experts.checkpoints import load_model
 from experts.confidence import (
@@ -42,31 +40,29 @@ POSITIONS = np.linspace(-1, 1, 21)
 Result = dict[str, Any]
 
 
-def write(result: Result, trained: list[Result], out: Path, progress: Callable[[float], object]) -> None:
-    """runs.csv, report.md, accuracy.png, edges.png, routing.png, landscape.png and confidence.png."""
-    scalars = ("name", "seed", "accuracy", "validation", "diversity", "drift", "experts_per_input", "dropped",
-               "train_s")  # fmt: skip
-    frame = pd.DataFrame([{key: each[key] for key in scalars} for each in trained])
-    frame.to_csv(out / "runs.csv", index=False)
-    first = {each["name"]: each for each in trained if each["seed"] == 0}
-    corrections = correct_gate(result["data"], out / "confidence.png")
-    steps: list[Callable[[], None]] = [
-        lambda: _draw_accuracy(result, out / "accuracy.png"),
-        lambda: _draw_edges(first, out / "edges.png"),
-        lambda: _draw_routing(result["data"], load_model(out / "best.safetensors", MoENetwork), out / "routing.png"),
-        lambda: _draw_landscape(result["data"], first, out / "landscape.png"),
-        lambda: write_text(out / "report.md", report(result, corrections)),
-    ]
-    for number, step in enumerate(steps):
-        step()
-        progress((number + 1) / len(steps))
+def draw(frame: pd.DataFrame, result: Result, out: Path) -> list[str]:
+    """accuracy.png, confidence.png, edges.png, and, where the networks are still there, routing.png and
+    landscape.png."""
+    first = {row["network"]: row for row in records(frame.sort_values("seed", ascending=False))}
+    _draw_accuracy(result, out / "accuracy.png")
+    _draw_confidence(result["data"], result["gate"], out / "confidence.png")
+    names = ["accuracy.png", "confidence.png"]
+    if _draw_edges(first, out / "edges.png"):
+        names.append("edges.png")
+    there = {name: row for name, row in first.items() if Path(row["path"]).exists()}
+    if there:
+        best = max(there.values(), key=lambda row: row["validation"])
+        _draw_routing(result["data"], load_model(Path(best["path"]), MoENetwork), out / "routing.png")
+        _draw_landscape(result["data"], there, out / "landscape.png")
+        names += ["routing.png", "landscape.png"]
+    return names
 
 
-def report(result: Result, corrections: Result) -> str:
+def text(result: Result) -> str:
     """All rows as Markdown."""
     rows = {row["name"]: row for row in result["rows"]}
     plain = [rows[name] for name in ("flat, k=2, no graph", "hierarchical, k=2, no graph") if name in rows]
-    found, best = corrections, result["best"]
+    found, best = result["gate"], result["best"]
     lines = [
         f"# Cooperation of experts on {result['data']}", "",
         f"Networks of two MoE layers with eight experts each; means of {result['rows'][0]['seeds']} seeds, 95 % "
@@ -104,12 +100,10 @@ def report(result: Result, corrections: Result) -> str:
         *markdown_header("as it is", "temperature", "isotonic"),
         markdown_row(f"{found['plain']:.3f}", f"{found['temperature']:.3f} (gate logits / {found['divisor']:.2f})",
               f"{found['isotonic']:.3f}"), "",
-        f"Best network on validation: **{best['name']}**, seed {best['seed']}, test accuracy {best['accuracy']:.2%}: "
-        "`best.safetensors`, read by `experts.checkpoints.load_model(path, MoENetwork)`.", "",
-        f"Trained at commit {', '.join(result['commits'])}.", "",
+        f"Best network on validation: **{best['network']}**, seed {best['seed']}, test accuracy "
+        f"{best['accuracy']:.2%}.",
     ]  # fmt: skip
-    pictures = ("accuracy", "edges", "routing", "landscape", "confidence")
-    return "\n".join(lines) + "\n" + "\n\n".join(f"![{name}]({name}.png)" for name in pictures) + "\n"
+    return "\n".join(lines)
 
 
 def _sparse(row: Result) -> str:
@@ -121,8 +115,13 @@ def _layers(values: list[float], form: str) -> str:
     return ", ".join(f"{each:{form}}" for each in values)
 
 
-def correct_gate(source: str, path: Path) -> Result:
-    """Calibration errors of a bundle's gate, as it is and corrected, and their reliability diagram."""
+def corrections(source: str) -> Result:
+    """Calibration errors of a bundle's gate on test, as it is and corrected on validation."""
+    ways, truth, divisor = _corrected(source)
+    return {name: expected_calibration_error(sure, truth) for name, sure in ways.items()} | {"divisor": divisor}
+
+
+def _corrected(source: str) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
     loaded = bundle.load(source)
     known, judged = loaded.split("validation"), loaded.split("test")
     rights = [right_experts(split.logits, split.labels) for split in (known, judged)]
@@ -130,18 +129,23 @@ def correct_gate(source: str, path: Path) -> Result:
     isotonic = Isotonic.fit(confidence(known.gate_logits), gate_is_right(known.gate_logits, rights[0]))
     plain, truth = confidence(judged.gate_logits), gate_is_right(judged.gate_logits, rights[1])
     ways = {"plain": plain, "temperature": confidence(judged.gate_logits, divisor), "isotonic": isotonic(plain)}
+    return ways, truth, divisor
+
+
+def _draw_confidence(source: str, errors: Result, path: Path) -> None:
+    """The reliability diagram of a bundle's gate."""
+    ways, truth, _ = _corrected(source)
     figure = Figure((5.5, 5), layout="constrained")
     panel = figure.subplots()
     panel.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
     for name, sure in ways.items():
         found = reliability(sure, truth)
         said, was = (each[found.counts >= 20] for each in (found.confidence, found.right))
-        panel.plot(said, was, marker="o", label=f"{name}, error {expected_calibration_error(sure, truth):.3f}")
-    panel.set(xlabel="confidence of the gate in its expert", ylabel="share of the inputs that the expert gets right",
+        panel.plot(said, was, marker="o", label=f"{name}, error {errors[name]:.3f}")
+    panel.set(xlabel="confidence of the gate in its expert", ylabel="accuracy of that expert",
               title=f"gate of the bundle {source}, test", xlim=(0, 1), ylim=(0, 1))  # fmt: skip
     panel.legend()
     figure.savefig(path, dpi=120)
-    return {name: expected_calibration_error(sure, truth) for name, sure in ways.items()} | {"divisor": divisor}
 
 
 def _of(result: Result, question: str) -> list[Result]:
@@ -177,11 +181,11 @@ def _draw_accuracy(result: Result, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw_edges(first: dict[str, Result], path: Path) -> None:
+def _draw_edges(first: dict[str, Result], path: Path) -> bool:
     """The edges of the first layer over the epochs, of a few networks."""
     names = [name for name in GRAPHS if name in first] or [name for name in first if first[name]["edges"]][:6]
     if not names:
-        return
+        return False
     figure = Figure((9, 2.4 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 4, squeeze=False)
     for line, name in zip(panels, names, strict=True):
@@ -196,6 +200,7 @@ def _draw_edges(first: dict[str, Result], path: Path) -> None:
             panel.tick_params(labelsize=6)
     figure.colorbar(drawn, ax=panels, shrink=0.5, label="edge: share of expert (column) in what an expert (row) says")
     figure.savefig(path, dpi=120)
+    return True
 
 
 @torch.inference_mode()

@@ -34,7 +34,7 @@ DECISIONS = 30  # of a policy that drives a training, as in MoEMetaOpt-v0
 Classify = Callable[["torch.Tensor"], "torch.Tensor"]  # inputs [B, D] -> class logits [B, C]
 
 
-class Setup(BaseModel):
+class ModelSetup(BaseModel):
     """What a matrix may say of a setup; what does not concern its kind is as if it were not said.
 
     `top-k`: the gate's `k` experts. `graph`: the same with an expert graph. `adamw`: trained with AdamW. `metaopt`:
@@ -54,7 +54,7 @@ class Setup(BaseModel):
     timesteps: int | None = Field(default=None, ge=1)  # of a policy's training, instead of the tuned number
 
     @model_validator(mode="after")
-    def _of_its_kind(self) -> Setup:
+    def _of_its_kind(self) -> ModelSetup:
         """What has no effect on a row must not make it another one; levels must be known."""
         for name, field in type(self).model_fields.items():
             if name not in ("kind", "data", *CONCERNS[self.kind]):
@@ -90,7 +90,7 @@ class Subject(NamedTuple):
         return next(iter(self.ways.values()))(x)
 
 
-def make(setup: Setup, seed: int, folder: Path) -> Subject:
+def make(setup: ModelSetup, seed: int, folder: Path) -> Subject:
     """The model of a setup."""
     if setup.kind == "rl-router":
         return _routed(setup, seed, folder)
@@ -128,7 +128,7 @@ def _subject(model: MoEClassifier, k: int, stored: int | None = None) -> Subject
     return Subject(ways, lambda x: x.new_full((len(x),), k), parameters, stored or 4 * parameters)
 
 
-def _compressed(setup: Setup, seed: int, folder: Path) -> Subject:
+def _compressed(setup: ModelSetup, seed: int, folder: Path) -> Subject:
     from experts.compression.plan import Plan
 
     model = _kept(setup, seed, folder, _train)
@@ -138,7 +138,7 @@ def _compressed(setup: Setup, seed: int, folder: Path) -> Subject:
     return _subject(restored, setup.k, len(raw))  # type: ignore[arg-type]
 
 
-def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
+def _routed(setup: ModelSetup, seed: int, folder: Path) -> Subject:
     """PPO as the router of the top-2 setup's model; costs are those of the shipped bundle, whose model is as large."""
     from agents import runs
     from agents.deploy.routing import RoutedMoE
@@ -175,7 +175,7 @@ def _routed(setup: Setup, seed: int, folder: Path) -> Subject:
     return Subject(ways, experts_per_input, numbers, 4 * numbers)
 
 
-def _train(setup: Setup, seed: int, folder: Path, graph: dict[str, Any] | None = None) -> MoEClassifier:
+def _train(setup: ModelSetup, seed: int, folder: Path, graph: dict[str, Any] | None = None) -> MoEClassifier:
     from experts import data, training
     from experts.reference_bundles import SETTINGS as REFERENCE
 
@@ -183,11 +183,11 @@ def _train(setup: Setup, seed: int, folder: Path, graph: dict[str, Any] | None =
     return training.train(*data.load(setup.data)["train"], settings, progress=False)
 
 
-def _train_graph(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
+def _train_graph(setup: ModelSetup, seed: int, folder: Path) -> MoEClassifier:
     return _train(setup, seed, folder, graph={"mode": "weighted"})
 
 
-def _train_adamw(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
+def _train_adamw(setup: ModelSetup, seed: int, folder: Path) -> MoEClassifier:
     """The optimizer that `_train_by_policy` sets out with, its rates left as they are."""
     from experts import data, training
     from experts.reference_bundles import SETTINGS as REFERENCE
@@ -208,20 +208,18 @@ def _adamw(model: MoEClassifier, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=rate, weight_decay=0.01)
 
 
-def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
+def _train_by_policy(setup: ModelSetup, seed: int, folder: Path) -> MoEClassifier:
     """The training with AdamW, whose rates a policy changes 30 times; its target is what top-k's reaches."""
     import torch
 
     from agents.deploy.metaopt import PolicyMetaOptimizer, gate_metrics
-    from agents.ppo import PPO
-    from benchmarks import policies
+    from benchmarks.runner.kept import policy_of
     from benchmarks.torch_training import validate
     from experts import data, training
     from experts.reference_bundles import SETTINGS as REFERENCE
 
     place = folder / "meta-optimizers" / _name(setup, seed, "timesteps")
-    with locked(place):
-        policy = PPO.load(policies.learn({"task": setup.data}, seed, setup.timesteps, place)["path"])
+    policy = policy_of(place, "moe_envs:MoEMetaOpt-v0", {"task": setup.data}, seed, setup.timesteps)
     settings = replace(REFERENCE[setup.data], seed=seed)
     content = data.load(setup.data)
     x, y = map(torch.from_numpy, content["validation"])
@@ -246,7 +244,9 @@ def _train_by_policy(setup: Setup, seed: int, folder: Path) -> MoEClassifier:
     return training.train(*content["train"], settings, progress=False, drive=drive)
 
 
-def _kept(setup: Setup, seed: int, folder: Path, train: Callable[[Setup, int, Path], MoEClassifier]) -> MoEClassifier:
+def _kept(
+    setup: ModelSetup, seed: int, folder: Path, train: Callable[[ModelSetup, int, Path], MoEClassifier]
+) -> MoEClassifier:
     """The trained model, from the folder where it is there."""
     from experts.checkpoints import load_model, save_model
     from experts.model import MoEClassifier
@@ -259,7 +259,7 @@ def _kept(setup: Setup, seed: int, folder: Path, train: Callable[[Setup, int, Pa
     return load_model(path, MoEClassifier)
 
 
-def _name(setup: Setup, seed: int, *fields: str) -> str:
+def _name(setup: ModelSetup, seed: int, *fields: str) -> str:
     """A name for what depends on the data, the seed and these fields."""
     said = json.dumps([getattr(setup, field) for field in ("data", *fields)])
     return f"{setup.data}-{seed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"

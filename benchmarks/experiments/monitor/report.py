@@ -11,6 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.results.tables import markdown as markdown_table
+from benchmarks.results.tables import records
+from cost.files import write_text
+from cost.machine import provenance
 from cost.monitor import SCHEMA
 from cost.normalize import BOUND, METHODS, CostNormalizer
 
@@ -97,71 +101,78 @@ def normalise(batches: pd.DataFrame, method: str) -> np.ndarray:
     return np.concatenate([normalizer(costs[start : start + UPDATE]) for start in range(0, len(costs), UPDATE)])
 
 
-def frames(result: Result) -> dict[str, pd.DataFrame]:
+def write(logs: Path, out: Path) -> Result:
+    """The report of a monitor's folder: report.md, results.json and pictures in `out`."""
+    result = analyse(logs)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = "\n".join(f"![{name}]({name})\n" for name in plot(logs, result, out))
+    write_text(out / "results.json", json.dumps(result | provenance(), indent=1))
+    write_text(out / "report.md", f"{markdown(result)}\n{pictures}")
+    return result
+
+
+def tables(result: Result) -> dict[str, list[dict[str, Any]]]:
     """The tables of the report by title."""
-    epochs = pd.DataFrame(result["epochs"])
-    columns = {
-        "epoch": ("epoch", 1),
-        "seconds": ("time, s", 1),
-        "total": ("batch, ms", 1e3),
-        "rss": ("rss, MiB", 2**-20),
-    }
-    columns |= {"energy": ("energy, mJ", 1e3), "loss": ("loss", 1), result["accuracy_is"]: ("accuracy", 1)}
-    columns |= {"accuracy_per_ms": ("acc/ms", 1.0), "accuracy_per_joule": ("acc/J", 1.0)}
-    by_epoch = {title: epochs[name] * scale for name, (title, scale) in columns.items() if name in epochs}
-    found = {"By epoch": pd.DataFrame(by_epoch), "Normalised": pd.DataFrame(result["normalised"])}
-    if result.get("overhead"):
-        found["Monitor on against off"] = pd.DataFrame(
-            {
-                "every": row["every"],
-                "clock": row["clock"],
-                "pairs": row["pairs"],
-                "median slow-down": f"{row['median']:+.2%}",
-                "95 %": f"{row['ci95'][0]:+.2%} .. {row['ci95'][1]:+.2%}",
-                "µs per batch": f"{row['seconds_per_batch'] * 1e6:+.1f}",
-            }
-            for row in result["overhead"]
-        )
-    if "look_up" in result:
-        found["Look-up of a profiled cost"] = pd.DataFrame(
-            {"look-up": name, "µs": f"{seconds * 1e6:.2f}"} for name, seconds in result["look_up"].items()
-        )
+    found: dict[str, list[dict[str, Any]]] = {}
+    if "epochs" in result:
+        epochs = pd.DataFrame(result["epochs"])
+        columns = {
+            "epoch": ("epoch", 1), "seconds": ("time, s", 1), "total": ("batch, ms", 1e3), "rss": ("rss, MiB", 2**-20),
+            "energy": ("energy, mJ", 1e3), "loss": ("loss", 1), result["accuracy_is"]: ("accuracy", 1),
+            "accuracy_per_ms": ("acc/ms", 1.0), "accuracy_per_joule": ("acc/J", 1.0),
+        }  # fmt: skip
+        shown = {title: epochs[name] * scale for name, (title, scale) in columns.items() if name in epochs}
+        found = {"By epoch": records(pd.DataFrame(shown)), "Normalised costs": result["normalised"]}
+    found["Slow-down by the monitor"] = [
+        {
+            "every": row["every"], "clock": row["clock"], "pairs": row["pairs"],
+            "median": f"{row['median']:+.2%}", "95 %": f"{row['ci95'][0]:+.2%} .. {row['ci95'][1]:+.2%}",
+            "µs per batch": row["seconds_per_batch"] * 1e6,
+        }
+        for row in result.get("overhead", [])
+    ]  # fmt: skip
+    found["Look-up of a profiled cost"] = [
+        {"look-up": name, "µs": seconds * 1e6} for name, seconds in result.get("look_up", {}).items()
+    ]
     return found
 
 
 def markdown(result: Result) -> str:
-    """The report as Markdown, with its pictures."""
-    lines = ["# What the training cost", "", f"Energy: {result['energy_source']}.", ""]
-    batch = {name: f"{value * 1e3:.3f} ms" for name, value in result["batch"].items() if name != "measured"}
-    lines += [f"A batch took {batch['median']} (median of {result['batch']['measured']}), P95 {batch['p95']}.", ""]
-    lines += [f"**Alert:** {text}.\n" for text in result["alerts"]]
+    """The report as Markdown."""
+    lines = ["# What the training cost", ""]
+    if "batch" in result:
+        batch = {name: f"{value * 1e3:.3f} ms" for name, value in result["batch"].items() if name != "measured"}
+        lines += [f"Energy: {result['energy_source']}. A batch took {batch['median']} (median of "
+                  f"{result['batch']['measured']}), P95 {batch['p95']}.", ""]  # fmt: skip
+    lines += [f"**Alert:** {each}.\n" for each in result.get("alerts", [])]
     if "correlation" in result:
         found = {
             cost: "undefined" if value is None else f"{value:+.2f}" for cost, value in result["correlation"].items()
         }
         with_costs = ", ".join(f"{cost} {value}" for cost, value in found.items())
         lines += [f"Correlation of {result['accuracy_is']} with the cost spent so far: {with_costs}.", ""]
-    pictures = {"By epoch": ["epochs"] + ["efficiency"] * bool(result["accuracy_is"]), "Normalised": ["distributions"]}
     if "attach" in result:
-        once = f"{result['attach'] * 1e3:.1f} ms"
-        lines += [f"Paid once, for making and closing a monitor and the first batches: {once}.", ""]
-    pictures["Monitor on against off"] = ["overhead"]
-    for title, frame in frames(result).items():
-        lines += [f"## {title}", "", *_table(frame), ""]
-        lines += [f"![{name}]({name}.png)\n" for name in pictures.get(title, [])]
+        lines += [f"Making and closing a monitor, and the first batches: {result['attach'] * 1e3:.1f} ms, once.", ""]
+    for title, rows in tables(result).items():
+        lines += markdown_table(title, rows) if rows else []
     return "\n".join(lines)
 
 
-def plot(logs: Path, result: Result, out: Path) -> None:
-    """epochs.png, efficiency.png, distributions.png and, where it was measured, overhead.png."""
-    batches, _, _ = read(logs)
-    epochs = pd.DataFrame(result["epochs"])
-    _draw_epochs(epochs, result, out / "epochs.png")
-    if result["accuracy_is"]:
-        _draw_efficiency(epochs, result, out / "efficiency.png")
-    _draw_distributions(batches, out / "distributions.png")
+def plot(logs: Path | None, result: Result, out: Path) -> list[str]:
+    """epochs.png, efficiency.png, distributions.png and overhead.png, where there is what they show; their names."""
+    names = []
+    if logs is not None and "epochs" in result:
+        epochs = pd.DataFrame(result["epochs"])
+        _draw_epochs(epochs, result, out / "epochs.png")
+        _draw_distributions(read(logs)[0], out / "distributions.png")
+        names += ["epochs.png", "distributions.png"]
+        if result["accuracy_is"]:
+            _draw_efficiency(epochs, result, out / "efficiency.png")
+            names.append("efficiency.png")
     if result.get("overhead"):
         _draw_overhead(result["overhead"], out / "overhead.png")
+        names.append("overhead.png")
+    return names
 
 
 def _normalised(batches: pd.DataFrame) -> list[dict[str, Any]]:
@@ -247,13 +258,3 @@ def _draw_overhead(overhead: list[dict[str, Any]], path: Path) -> None:
     panel.set_yticks(range(len(labels)), labels)
     panel.set(xlabel="slow-down by the monitor, % (grey: pairs; red: median and 95 % interval)")
     figure.savefig(path, dpi=120)
-
-
-def _table(frame: pd.DataFrame) -> list[str]:
-    def cell(value: Any) -> str:
-        if isinstance(value, float):
-            return "" if np.isnan(value) else f"{value:.4g}"
-        return str(value)
-
-    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
-    return lines + ["| " + " | ".join(map(cell, row)) + " |" for row in frame.itertuples(index=False)]

@@ -1,0 +1,117 @@
+"""The command `moe-train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.cli.terminal import EnvKwargs, Json, _version, bar, console_of, errors, pairs, write
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    env: Annotated[str, typer.Option(help="Environment id; one of your own as package:Id-v0.")] = "MoERouting-v0",
+    algo: Annotated[
+        str,
+        typer.Option(help="own: ppo, reinforce; sb3: ppo, a2c, dqn, qrdqn, ppo_lstm, ppo_mask (with action masks)."),
+    ] = "ppo",
+    backend: Annotated[str, typer.Option(help="own, several times faster, or sb3, Stable-Baselines3.")] = "own",
+    seed: Annotated[int, typer.Option(help="Of weights, exploration and environment.")] = 0,
+    timesteps: Annotated[int | None, typer.Option(min=1, help="Instead of the tuned number.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/ENV-ALGO-ARGUMENTS-seedSEED.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is there first.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run of backend own.")] = None,
+    tune: Annotated[int, typer.Option(min=0, help="First search settings on validation with N trainings.")] = 0,
+    baselines: Annotated[
+        bool, typer.Option(help="Show the score beside the best baseline's, on validation; tuning them takes a while.")
+    ] = True,
+    sb3_zip: Annotated[bool, typer.Option("--sb3-zip", help="Also save SB3's own zip (backend sb3).")] = False,
+    env_kwarg: EnvKwargs = [],  # noqa: B006
+    json_file: Json = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train an agent, keep the weights that are best on validation, save a run folder.
+
+    Example: moe-train --env MoERouting-v0 --algo ppo --seed 0 -k cost_weight=0.4
+    """
+    import moe_envs
+    from agents import runs
+
+    env_id, env_kwargs = moe_envs.full_id(env), pairs(env_kwarg, "--env-kwarg")
+    if sb3_zip and backend != "sb3":
+        raise ValueError("--sb3-zip is for --backend sb3: our learners save folders without pickle")
+    folder = resume or out or Path("runs") / runs.default_name(env_id, algo, backend, env_kwargs, seed)
+    overrides: dict[str, Any] = {} if timesteps is None else {"total_timesteps": timesteps}
+    if resume:
+        _only(context, "resume", "json_file", "baselines")
+    else:
+        runs.require_free(folder, env_kwargs, overwrite)
+    with bar() as add:
+        if tune:
+            report = add(f"{tune} trials of settings")
+            arguments = {"env_id": env_id, "algo": algo, "backend": backend, "env_kwargs": env_kwargs, "seed": seed}
+            overrides |= _search(tune, folder, **arguments, timesteps=timesteps, report=report)
+        report = add(f"resuming {folder}" if resume else f"training {algo} on {env_id}")
+        try:
+            if resume:
+                policy = runs.resume(folder, report)
+            else:
+                policy = runs.train(env_id, algo, seed, folder, env_kwargs, overrides, report, backend, overwrite)
+        except KeyboardInterrupt:
+            saved = resume or backend == "own"
+            hint = f"go on: moe-train --resume {folder}" if saved else "nothing was saved"
+            errors.print(f"stopped; {hint}", soft_wrap=True)
+            raise typer.Exit(130) from None
+        if sb3_zip:
+            trained: Any = policy
+            trained.save(folder / "sb3.zip")
+        result = runs.load_config(folder)
+        write(json_file, result)
+        console = console_of(json_file)
+        console.print(
+            f"[green]saved[/] {folder}    evaluate: moe-eval {folder}    curves: tensorboard --logdir {folder}",
+            soft_wrap=True,
+        )
+        if baselines:
+            console.print(_beside(policy, result, add("tuning the baselines")), soft_wrap=True)
+
+
+def _beside(policy: Any, config: dict[str, Any], report: Any) -> str:
+    """The score on validation beside the best baseline's."""
+    from agents.baselines import find, on_split
+    from agents.evaluate import evaluate
+
+    kwargs = on_split(config["env"], config["env_kwargs"], "validation")
+
+    def score(each: Any) -> float:
+        return float(evaluate(each, config["env"], 1000, **kwargs)["return"].mean())
+
+    rules = find(config["env"]).baselines(config["env"], report=report, **config["env_kwargs"])
+    scores = {name: score(rule) for name, rule in rules.items()}
+    best = max(scores, key=scores.__getitem__)
+    return f"mean return on validation: {config['algo']} {score(policy):.4f}, best baseline {scores[best]:.4f} ({best})"
+
+
+def _only(context: typer.Context, *names: str) -> None:
+    """Refuse options that were given beside these, which they would have no effect on."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in names and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} beside --{names[0]}: the run goes on as it began")
+
+
+def _search(trials: int, folder: Path, **arguments: Any) -> dict[str, Any]:
+    from agents.tuning import search
+
+    try:
+        return search(trials=trials, folder=folder, **arguments)
+    except KeyboardInterrupt:
+        errors.print(f"stopped; the same command goes on with the trials in {folder}", soft_wrap=True)
+        raise typer.Exit(130) from None

@@ -1,0 +1,84 @@
+"""Does a learned router beat every baseline? PPO on MoERouting-v0 for four cost weights, one training each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.leaderboards.board import Leaderboard, Problem
+from benchmarks.results.pareto import front
+from benchmarks.results.tables import records
+
+WEIGHTS = (0.4, 0.2, 0.1, 0.05)
+COLOURS = {"learned": "tab:red", "baseline": "tab:gray", "bound": "tab:green"}
+
+
+class Demo(Problem):
+    """Four cost weights on Fashion-MNIST, our PPO alone."""
+
+    learners = {"PPO": ("ppo", "own")}
+    looks = 10
+
+    def __init__(self, env_id: str, bundle: str = "fashion-mnist") -> None:
+        super().__init__(env_id)
+        self.splits = {f"cost weight {weight:g}": {"bundle": bundle, "cost_weight": weight} for weight in WEIGHTS}
+
+    def group(self, task: str) -> str:
+        """One plane for all."""
+        return "all cost weights"
+
+
+class DemoBoard(Leaderboard):
+    """A leaderboard with the picture of all its points."""
+
+    SEEDS: tuple[int, ...] = (0,)
+
+    def plot(self, frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
+        """pareto.png beside the leaderboard's pictures."""
+        points = [
+            {"split": task["task"], **row} for task in result["tasks"] for row in task["policies"]
+            if row["policy"] != "random"
+        ]  # fmt: skip
+        draw(pd.DataFrame(points), out / "pareto.png")
+        return ["pareto.png", *super().plot(frame, result, out)]
+
+
+def draw(points: pd.DataFrame, path: Path) -> None:
+    """Accuracy over cost on test: PPO by cost weight, baselines with their front, the bound."""
+    figure = Figure((9, 6), layout="constrained")
+    panel = figure.subplots()
+    for kind, (marker, size) in {"baseline": ("o", 18), "bound": ("^", 50), "learned": ("D", 42)}.items():
+        part = points[points["kind"] == kind]
+        label = {"learned": "PPO", "baseline": "baselines", "bound": "exact bound (sees the labels)"}[kind]
+        panel.scatter(part["cost"], part["quality"], s=size, c=COLOURS[kind], marker=marker, label=label, zorder=3)
+        best = part[["cost", "quality"]].to_numpy()
+        if len(best):
+            best = best[front(best)]
+            best = best[np.argsort(best[:, 0])]
+            panel.step(best[:, 0], best[:, 1], where="post", color=COLOURS[kind], linewidth=1, zorder=2)
+    learned = points[points["kind"] == "learned"].sort_values("cost")
+    for number, row in enumerate(records(learned)):
+        line = {"arrowstyle": "-", "color": "tab:red", "lw": 0.6}
+        panel.annotate(row["split"], (row["cost"], row["quality"]), textcoords="offset points", color="tab:red",
+                       xytext=(28, -34 - 16 * (number % 2)), fontsize=10, arrowprops=line)  # fmt: skip
+    for name in ("gate top-1", "gate top-2"):
+        for row in records(points[points["policy"] == name].head(1)):
+            panel.annotate(f"model's own {name.removeprefix('gate ')} gate", (row["cost"], row["quality"]),
+                           textcoords="offset points", xytext=(8, -14), fontsize=10)  # fmt: skip
+    shown = points[(points["cost"] < 1.3) & (points["quality"] > points["quality"].median() - 0.15)]
+    panel.set(xlabel="cost of a batch (1 = what the model's own top-2 gate costs)", ylabel="accuracy on test images",
+              xlim=(0, 1.3), ylim=(shown["quality"].min() - 0.01, None))  # fmt: skip
+    panel.legend(loc="lower right", fontsize=11)
+    panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+_BOARD = DemoBoard(Demo("MoERouting-v0"))
+Setup, SETTINGS, SPLITS, SEEDS = _BOARD.Setup, _BOARD.SETTINGS, _BOARD.SPLITS, _BOARD.SEEDS
+QUICK = {"splits": ["cost weight 0.4"], "settings": {"timesteps": 8192, "episodes": 50}}
+measure, score, plot, text = _BOARD.measure, _BOARD.score, _BOARD.plot, _BOARD.text
+once, check, headline = _BOARD.once, _BOARD.check, _BOARD.headline

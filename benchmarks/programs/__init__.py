@@ -1,0 +1,1 @@
+"""Programs that run in a process, or a Python, of their own."""

@@ -1,0 +1,141 @@
+"""Experiments by name: modules of `benchmarks.experiments` and `benchmarks.speed`, leaderboards, and your own.
+
+An experiment is a module, or an object in one, that offers
+
+* `Setup`, a pydantic model of what one setup may say; `SETTINGS`, setups by name;
+* `measure(setup, seed, split, folder)`: one run; metrics, the same for the same arguments, and what was measured, which
+  differs, times say; `folder` keeps what several runs need;
+* `score(frame)`: what the rows say, as JSON: `tables` (rows by title), perhaps `notes`;
+
+and may offer `SPLITS`, `SEEDS`, `QUICK` (fields of a matrix for a first look), `once(setup)` (whether a setup is run
+with the first seed only), `check(setups, splits)` (raises `ValueError` for what does not go together),
+`plot(frame, result, out)` (draws pictures into a folder; their names), `text(result)` (the report as Markdown) and
+`headline(setup, metrics)` (what one finished run found, in a line).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel
+
+import benchmarks.experiments
+import benchmarks.speed
+import moe_envs
+from benchmarks.results import tables
+
+NEEDED = "Setup", "SETTINGS", "measure", "score"
+SEEDS = (17, 42, 1337)
+ALL = "all"  # the split of an experiment that has none
+Metrics = dict[str, Any]
+
+
+class RunnerError(RuntimeError):
+    """A matrix, a file of rows or a folder is not what it should be, or too many runs failed; the message says why."""
+
+
+class Experiment:
+    """What a module offers, with defaults for what it leaves out."""
+
+    def __init__(self, name: str, offered: Any) -> None:
+        if missing := [each for each in NEEDED if not hasattr(offered, each)]:
+            raise RunnerError(f"{name!r} is no experiment: it has no {', '.join(missing)}")
+        self.name, self._offered = name, offered
+        self.setup_class: type[BaseModel] = offered.Setup
+        self.settings: Mapping[str, Mapping[str, Any]] = offered.SETTINGS
+        self.splits: Sequence[str] = getattr(offered, "SPLITS", (ALL,))
+        self.seeds: Sequence[int] = getattr(offered, "SEEDS", SEEDS)
+        self.quick: Mapping[str, Any] = getattr(offered, "QUICK", {})
+
+    @property
+    def question(self) -> str:
+        """What it asks, in one line."""
+        return (inspect.getdoc(self._offered) or "").partition("\n")[0]
+
+    def setup(self, arguments: Mapping[str, Any]) -> Any:
+        """A setup; raises pydantic's `ValidationError`."""
+        return self.setup_class.model_validate(arguments)
+
+    def once(self, setup: Any) -> bool:
+        """Whether a setup is run with the first seed only."""
+        return bool(getattr(self._offered, "once", lambda setup: False)(setup))
+
+    def check(self, setups: Mapping[str, Any], splits: Sequence[str]) -> None:
+        """Raise `ValueError` for what does not go together."""
+        getattr(self._offered, "check", lambda setups, splits: None)(setups, splits)
+
+    def measure(self, setup: Any, seed: int, split: str, folder: Path) -> tuple[Metrics, Metrics]:
+        """One run."""
+        metrics, measured = self._offered.measure(setup, seed, split, folder)
+        return metrics, measured
+
+    def headline(self, setup: Any, metrics: Metrics) -> str:
+        """What one finished run found, in a line; nothing where the experiment does not say."""
+        return str(getattr(self._offered, "headline", lambda setup, metrics: "")(setup, metrics))
+
+    def score(self, frame: pd.DataFrame) -> Metrics:
+        """What the rows say."""
+        result: Metrics = self._offered.score(frame)
+        return result
+
+    def plot(self, frame: pd.DataFrame, result: Metrics, out: Path) -> list[str]:
+        """Draw pictures; their names."""
+        return list(getattr(self._offered, "plot", lambda frame, result, out: [])(frame, result, out))
+
+    def text(self, result: Metrics) -> str:
+        """The report as Markdown."""
+        if hasattr(self._offered, "text"):
+            return str(self._offered.text(result))
+        return tables.text(self.name, inspect.getdoc(self._offered) or "", result)
+
+
+def shipped() -> dict[str, str]:
+    """The modules of our experiments by name."""
+    packages = benchmarks.experiments, benchmarks.speed
+    return {
+        module.name.replace("_", "-"): f"{package.__name__}.{module.name}"
+        for package in packages
+        for module in iter_modules(package.__path__)
+    }
+
+
+def listed() -> Iterator[tuple[Experiment, Literal["experiment", "leaderboard"]]]:
+    """All experiments and leaderboards that come with the package."""
+    for name in shipped():
+        yield find(name), "experiment"
+    for name in moe_envs.SPECS:
+        yield find(name), "leaderboard"
+
+
+def is_known(name: str) -> bool:
+    """Whether an experiment is shipped, or the leaderboard of a registered environment: nothing need be imported."""
+    return name in shipped() or name in moe_envs.SPECS
+
+
+def find(name: str) -> Experiment:
+    """A shipped experiment, the leaderboard of an environment's id, or your own, "package.module[:object]"."""
+    module, _, member = name.partition(":")
+    if name in shipped():
+        return Experiment(name, importlib.import_module(shipped()[name]))
+    if name in moe_envs.SPECS or name.rpartition("-v")[2].isdigit():
+        from benchmarks.leaderboards import board_of
+
+        try:
+            return Experiment(name, board_of(name))
+        except ValueError as error:
+            raise RunnerError(str(error)) from error
+    if "." not in name and not member:
+        known = ", ".join([*shipped(), *moe_envs.SPECS])
+        raise RunnerError(f"no experiment {name!r}; there are {known}, or your own as package.module[:object]")
+    try:
+        found: Any = importlib.import_module(module)
+        found = getattr(found, member) if member else found
+    except (ImportError, SyntaxError, AttributeError) as error:
+        raise RunnerError(f"experiment {name!r}: {error}") from error
+    return Experiment(name, found)
