@@ -57,8 +57,8 @@ class RoutingProblem:
     """What the baselines know of an environment: layout, costs of subsets relative to the reference, and tables of the
     splits `rl_train` (to fit) and `validation` (to choose)."""
 
-    def __init__(self, env_id: str, **env_kwargs: Any) -> None:
-        self.env_id, self.env_kwargs = env_id, {**env_kwargs, "split": "validation"}
+    def __init__(self, env_id: str, episodes: int = TUNING_EPISODES, **env_kwargs: Any) -> None:
+        self.env_id, self.episodes, self.env_kwargs = env_id, episodes, {**env_kwargs, "split": "validation"}
         train, validation = (
             _vector_env(env_id, {**env_kwargs, "split": split}) for split in ("rl_train", "validation")
         )
@@ -116,8 +116,8 @@ class RoutingProblem:
         """The mean return over episodes of validation."""
         if baseline.action not in self._envs:
             arguments = {**self.env_kwargs, "action": baseline.action}
-            self._envs[baseline.action] = make_rows(self.env_id, TUNING_EPISODES, **arguments)
-        return float(play(baseline, self._envs[baseline.action], TUNING_EPISODES, seed=0)["return"].mean())
+            self._envs[baseline.action] = make_rows(self.env_id, self.episodes, **arguments)
+        return float(play(baseline, self._envs[baseline.action], self.episodes, seed=0)["return"].mean())
 
 
 class Planner:
@@ -227,14 +227,15 @@ def baselines(
     *,
     report: Callable[[float], object] = lambda share: None,
     scorers: Scorers | None = None,
+    episodes: int = TUNING_EPISODES,
     **env_kwargs: Any,
 ) -> dict[str, Policy]:
     """All baselines of an environment by name, each the best of its family on validation.
 
     `scorers`, which `fit_scorers` makes of the same bundle, saves fitting them again for another cost weight. `report`
-    gets the share that is done.
+    gets the share that is done; `episodes` of validation choose each family's parameters.
     """
-    problem = RoutingProblem(env_id, **env_kwargs)
+    problem = RoutingProblem(env_id, episodes, **env_kwargs)
     fitted = scorers or _fitted(env_id, json.dumps(_of_scorers(env_kwargs), sort_keys=True))
     sizes = range(1, problem.num_experts + 1)
     families: dict[str, Callable[[], list[tuple[Rule, bool]]]] = {"random": lambda: [(_random(problem), True)]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,6 +142,7 @@ def _validate(
     rows: Annotated[int, typer.Option(min=1, help="How many to run again, drawn with --seed.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     tolerance: Annotated[float, typer.Option(min=0, help="Of each metric, relative and absolute.")] = 1e-6,
+    trust: Annotated[list[str], typer.Option(help="An experiment of your own that the rows may import.")] = [],  # noqa: B006
     json_file: Json = None,
 ) -> None:
     """Run rows of a submitted result again and compare their metrics; exit code 1 where one differs.
@@ -152,7 +152,7 @@ def _validate(
     from benchmarks.runner.validate import validate
 
     with bar() as add:
-        found = validate(file, rows, seed, tolerance, add(f"up to {rows} rows again"))
+        found = validate(file, rows, seed, tolerance, add(f"up to {rows} rows again"), trust)
     write(json_file, found)
     table = Table("setup", "seed", "split", "metric", "submitted", "here")
     for each in found:
@@ -169,16 +169,10 @@ def _validate(
         raise typer.Exit(1)
 
 
-def _executor(jobs: int, ray: str | None) -> Callable[[int], Executor]:
-    from benchmarks.runner.processes import Local, Ray
+def _executor(jobs: int, ray: str | None) -> Callable[[int], Executor] | None:
+    from benchmarks.runner.processes import Ray
 
-    if ray is None:
-        return lambda count: Local(min(jobs, count))
-    return partial(_ray, Ray, "" if ray == "local" else ray, jobs)
-
-
-def _ray(kind: Any, address: str, jobs: int, count: int) -> Any:
-    return kind(address, min(jobs, count))
+    return None if ray is None else lambda count: Ray("" if ray == "local" else ray, min(jobs, count))
 
 
 def _make(
@@ -194,7 +188,7 @@ def _make(
     with bar() as add:
         try:
             report = add(f"runs of {matrix.experiment}")
-            made = runner.run(matrix, out, _executor(jobs, ray), part, only, report, console.print)
+            made = runner.run(matrix, out, jobs, part, only, report, console.print, _executor(jobs, ray))
         except runner.FailedRuns:
             with suppress(RunnerError):  # where all failed
                 runner.rebuild(out)

@@ -79,6 +79,9 @@ def draw(points: pd.DataFrame, path: Path) -> None:
 
 _BOARD = DemoBoard(Demo("MoERouting-v0"))
 Setup, SETTINGS, SPLITS, SEEDS = _BOARD.Setup, _BOARD.SETTINGS, _BOARD.SPLITS, _BOARD.SEEDS
-QUICK = {"splits": ["cost weight 0.4"], "settings": {"timesteps": 8192, "episodes": 50}}
+QUICK = {
+    "splits": ["cost weight 0.4"], "settings": {"timesteps": 8192, "episodes": 50},
+    "setups": {name: SETTINGS[name] for name in ("bound", "PPO")},
+}  # fmt: skip
 measure, score, plot, text = _BOARD.measure, _BOARD.score, _BOARD.plot, _BOARD.text
 once, check, headline = _BOARD.once, _BOARD.check, _BOARD.headline

@@ -22,11 +22,11 @@ COLUMNS = {"return": "return", "quality": "quality", "cost/time": "time"}
 FIRST_SEED = 10_000
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS = {"PPO": {"policy": "PPO"}, "baselines": {"policy": "baselines"}}
-QUICK = {"seeds": [0], "settings": {"bundle": "digits", "timesteps": 4096, "blocks": 2, "episodes": 20}}
+QUICK = {"seeds": [0], "settings": {"bundle": "digits", "timesteps": 4096, "blocks": 2, "episodes": 20, "tuning": 20}}
 
 
 class LiveSetup(Arguments):
-    """`episodes` in each of so many `blocks`."""
+    """`episodes` in each of so many `blocks`; `tuning` episodes of validation choose each baseline's parameters."""
 
     policy: str
     bundle: str = "fashion-mnist"
@@ -34,6 +34,7 @@ class LiveSetup(Arguments):
     timesteps: int | None = None
     blocks: int = 5
     episodes: int = 200
+    tuning: int = 1000
 
 
 Setup = LiveSetup
@@ -50,7 +51,7 @@ def measure(setup: LiveSetup, seed: int, split: str, folder: Path) -> tuple[dict
 
     kwargs: dict[str, Any] = {"bundle": setup.bundle, "cost_weight": setup.cost_weight}
     if setup.policy == "baselines":
-        policies = routing.baselines(PROFILED, **kwargs, costs="machine")
+        policies = routing.baselines(PROFILED, episodes=setup.tuning, **kwargs, costs="machine")
         policies.pop("random")
     else:
         settings = tuned.settings("ppo", PROFILED)

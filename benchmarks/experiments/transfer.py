@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
 QUICK = {
     "seeds": [0, 1],
     "setups": {name: SETTINGS[name] for name in ("unseen: digits alone", "SGD, momentum 0.9: digits")},
-    "settings": {"timesteps": 1024, "contexts": 16, "rounds": [[2, 2]], "search": [[2, 1]]},
+    "settings": {"timesteps": 1024, "contexts": 4, "rounds": [[2, 2]], "search": [[2, 1]]},
 }
 Maker = Callable[[float, float], Callable[[Any], torch.optim.Optimizer]]
 

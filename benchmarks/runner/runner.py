@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from benchmarks.runner.experiments import RunnerError, find
 from benchmarks.runner.matrix import Job, Matrix, jobs_of, load_matrix
-from benchmarks.runner.processes import Executor
+from benchmarks.runner.processes import Executor, Local
 from benchmarks.runner.rows import RAW, Row, append, read, sort
 from cost.files import write_text
 from cost.machine import provenance
@@ -40,18 +40,19 @@ class FailedRuns(RunnerError):
 
 
 def run(
-    matrix: Matrix, out: Path, executor: Callable[[int], Executor], part: tuple[int, int] = (0, 1),
-    only: Collection[str] = (), report: Callable[[float], object] = lambda share: None,
-    say: Callable[[str], object] = lambda line: None,
+    matrix: Matrix, out: Path, processes: int = 1, part: tuple[int, int] = (0, 1), only: Collection[str] = (),
+    report: Callable[[float], object] = lambda share: None, say: Callable[[str], object] = lambda line: None,
+    executor: Callable[[int], Executor] | None = None,
 ) -> int:  # fmt: skip
-    """Make the rows that are not there, in the executor that is made for their number; how many were made. `part`
-    (i, n) makes the i-th of n parts only, `only` those of some setups. `report` gets the share that is done, `say`
-    what finished runs found.
+    """Make the rows that are not there, in so many processes, or in the executor made for their number; how many were
+    made. `part` (i, n) makes the i-th of n parts only, `only` those of some setups. `report` gets the share that
+    is done, `say` what finished runs found.
 
     A run that fails is tried twice more. Raises `FailedRuns`, with an overview in `failed-I-of-N.json`, where more than
     5 % fail for good, at once, or any at the end; what is finished stays, and the same call goes on. Raises
     `RunnerError` for a folder of another experiment.
     """
+    executor = executor or (lambda count: Local(min(processes, count)))
     every, failed = jobs_of(matrix), out / f"failed-{part[0]}-of-{part[1]}.json"
     with _alone(out, part):
         todo = left(matrix, out, part, only)

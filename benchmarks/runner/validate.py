@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,22 @@ from cost.machine import provenance
 
 
 def validate(
-    file: Path, count: int, seed: int, tolerance: float, report: Callable[[float], object] = lambda share: None
+    file: Path,
+    count: int,
+    seed: int,
+    tolerance: float,
+    report: Callable[[float], object] = lambda share: None,
+    trust: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Run so many drawn rows of a file again, from nothing, and list for each the metrics that differ.
 
-    Raises `RunnerError` for a file of no rows, or of rows that are none of ours: what they name would be imported.
+    Raises `RunnerError` for a file of no rows, or of rows that are none of ours: what they name would be imported,
+    unless it is one of `trust`.
     """
     rows, found, here = read(file), [], provenance()
     if not rows:
         raise RunnerError(f"{file} holds no rows" if file.exists() else f"{file} is not there")
-    if foreign := [row.experiment for row in rows if not is_known(row.experiment)]:
+    if foreign := [row.experiment for row in rows if not is_known(row.experiment) and row.experiment not in trust]:
         raise RunnerError(f"{file} is of the experiment {foreign[0]!r}, which is none of ours: moe-benchmark list")
     for row in rows:
         _check(row, file)

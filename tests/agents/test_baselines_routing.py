@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 
 from agents.baselines import routing
-from agents.baselines.routing import Baseline, Oracle, baselines
-from agents.evaluate import evaluate
+from agents.evaluate import Policy, evaluate
 
 ID = "moe_envs:MoERouting-v0"
 KWARGS: dict[str, Any] = {"bundle": "digits", "cost_weight": 0.3}
 
 
 @pytest.fixture(scope="module")
-def tuned() -> dict[str, Baseline | Oracle]:
-    return baselines(ID, **KWARGS)
+def tuned() -> dict[str, Policy]:
+    return routing.baselines(ID, **KWARGS) | {"oracle": routing.bound(ID, **KWARGS)}
 
 
 def returns(policy: Any, split: str = "test", **kwargs: Any) -> float:
@@ -74,7 +73,7 @@ def test_the_plan_is_the_best_of_all_plans() -> None:
         env = gymnasium.make_vec(
             ID, 1, vectorization_mode="vector_entry_point", **KWARGS, action="subset", batch_size=size
         ).unwrapped
-        oracle = Oracle()
+        oracle = routing.Oracle()
         oracle.watch(env)  # type: ignore[arg-type]
         tables = env.tables  # type: ignore[attr-defined]
         for batch in range(5):
@@ -100,11 +99,11 @@ def test_greedy_prefers_experts_already_paid(tuned: dict[str, Any]) -> None:
 
 def test_only_routing_environments_are_taken() -> None:
     with pytest.raises(ValueError, match=r"CartPole-v1 is not a routing environment"):
-        baselines("CartPole-v1")
+        routing.baselines("CartPole-v1")
 
 
 def test_top_p_takes_the_fewest_experts_that_reach_p() -> None:
-    problem = routing.Problem(ID, **KWARGS)
+    problem = routing.RoutingProblem(ID, **KWARGS)
     observation = np.zeros((1, problem.layout["progress"].slice.stop), dtype=np.float32)
     gate = np.array([0.5, 0.3, 0.1, 0.05, 0.02, 0.01, 0.01, 0.01])
     observation[:, problem.layout["gate_logits"].slice] = np.log(gate)

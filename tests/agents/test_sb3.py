@@ -11,6 +11,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import sb3, tuned
+from agents.training import Watcher, by_return
 
 ID = "moe_envs:MoERouting-v0"
 DIGITS: dict[str, Any] = {"bundle": "digits", "batch_size": 6}
@@ -80,16 +81,16 @@ def test_every_algorithm_trains_with_its_tuned_settings_and_repeats_bit_for_bit(
 ) -> None:
     weights = []
     for _ in range(2):
-        settings = tuned.settings(algo, ID, n_envs=4, **small)
+        settings = tuned.settings(algo, ID, "sb3", n_envs=4, **small)
         model = sb3.make_algorithm(algo, sb3.make_sb3_vec(ID, 4, **DIGITS), 3, settings)
-        model.learn(256, sb3.KeepBest(ID, DIGITS, checks=2, episodes=20))
+        model.learn(256)
         weights.append(np.concatenate([value.numpy().ravel() for value in model.policy.state_dict().values()]))
     np.testing.assert_array_equal(*weights)
 
 
 def test_unknown_algorithms_are_named() -> None:
     with pytest.raises(ValueError, match="ppo, a2c, dqn, qrdqn, ppo_lstm, ppo_mask"):
-        tuned.settings("sac", ID)
+        tuned.settings("sac", ID, "sb3")
 
 
 def test_masks_are_asked_for_where_there_are_none() -> None:
@@ -97,26 +98,25 @@ def test_masks_are_asked_for_where_there_are_none() -> None:
         sb3.make_algorithm("ppo_mask", sb3.make_sb3_vec(ID, 1, **DIGITS), 0, {})
 
 
-def test_keep_best_ends_with_the_weights_best_on_validation() -> None:
-    from agents.evaluate import evaluate
-
-    keeper = sb3.KeepBest(ID, DIGITS, checks=5, episodes=200)
+def test_a_watcher_in_sb3s_own_learn_keeps_the_weights_best_on_validation() -> None:
+    judge = by_return(ID, DIGITS, episodes=200)
+    watcher = Watcher(judge, every=800)
     env = sb3.make_sb3_vec(ID, 16, **DIGITS)
     model = PPO("MlpPolicy", env, n_steps=12, batch_size=48, learning_rate=0.02, seed=0)
-    model.learn(4000, keeper)
-    assert evaluate(model, ID, 200, **DIGITS, split="validation")["return"].mean() == keeper.best
+    model.learn(4000, sb3.AfterUpdate(watcher))
+    assert judge(watcher.end(model)) == max(look.score for look in watcher.curve)
 
 
 def test_ppo_learns_to_route_better_than_the_gate() -> None:
     """40,000 steps on digits: far above the gate's top-1, and cheaper, on validation."""
-    from agents.baselines.routing import Problem, _top_m
+    from agents.baselines.routing import RoutingProblem, _top_m
     from agents.evaluate import evaluate
 
     kwargs: dict[str, Any] = {"bundle": "digits", "cost_weight": 0.4}
-    settings = tuned.settings("ppo", ID, n_envs=32, batch_size=256)
+    settings = tuned.settings("ppo", ID, "sb3", n_envs=32, batch_size=256)
     model = sb3.make_algorithm("ppo", sb3.make_sb3_vec(ID, 32, **kwargs), 0, settings)
     model.learn(40_000)
-    problem = Problem(ID, **kwargs)
+    problem = RoutingProblem(ID, **kwargs)
     gate = problem.tune([(_top_m(problem, 1), True)])
     ours, theirs = (evaluate(policy, ID, 500, **kwargs, split="validation") for policy in (model, gate))
     assert ours["return"].mean() > theirs["return"].mean() + 0.02

@@ -32,7 +32,7 @@ def measure(setup, seed, split, folder):
     return {"value": setup.factor * seed, "of": split}, {"at": time.time()}
 
 def score(frame):
-    return {"mean": float(frame["value"].mean())}
+    return {"mean": float(frame["value"].mean()), "tables": {}}
 
 def plot(frame, result, out):
     (out / "drawn.png").write_bytes(b"png")

@@ -14,7 +14,7 @@ from benchmarks import cli, runs
 
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; sys.argv[0] = 'moe'; from benchmarks.cli import {name}; {name}()"
+    code = f"import sys; sys.argv[0] = 'moe'; from benchmarks.cli.main import {name}; {name}()"
     return subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True)
 
 
@@ -115,7 +115,7 @@ OWN = ("--backend", "own", "-k", "bundle=digits", "-k", "cost_weight=0.3", "--ti
 def test_an_own_run_that_is_stopped_resumes_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert command("train", *OWN, "--out", str(whole)).returncode == 0
-    arguments = [sys.executable, "-c", "from benchmarks.cli import train; train()", *OWN, "--out", str(stopped)]
+    arguments = [sys.executable, "-c", "from benchmarks.cli.main import train; train()", *OWN, "--out", str(stopped)]
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while not (stopped / "best").exists():
@@ -146,7 +146,7 @@ def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path: Path) -> Non
     arguments = [
         sys.executable,
         "-c",
-        "from benchmarks.cli import train; train()",
+        "from benchmarks.cli.main import train; train()",
         *OWN,
         "--out",
         str(tmp_path / "run"),

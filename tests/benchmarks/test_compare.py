@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import compare, runs
+from agents import runs
+from benchmarks.cli import compare
 
 
 @pytest.fixture(scope="module")

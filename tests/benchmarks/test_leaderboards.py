@@ -4,20 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import backends
-from benchmarks.cli.benchmark import benchmark_app
-from benchmarks.leaderboards import report
-from benchmarks.leaderboards.board import SEEDS, _Watch
-from benchmarks.leaderboards.routing import BOARD
+from benchmarks.cli.benchmark import app
+from benchmarks.leaderboards import board_of, report
+from benchmarks.leaderboards.board import SEEDS
+from benchmarks.results.scores import score
 from benchmarks.runner import runner
-from benchmarks.runner.matrix import Matrix, RunnerError, experiment_of, jobs_of
+from benchmarks.runner.experiments import RunnerError
+from benchmarks.runner.matrix import Matrix, jobs_of
 from benchmarks.runner.rows import Row, read
+
+BOARD = board_of("MoERouting-v0")
 
 
 def verdicts(**tasks: tuple[float, float]) -> dict[str, dict[str, float]]:
@@ -117,29 +118,6 @@ def test_what_has_no_bound_does_not_count() -> None:
     assert "good (best on validation)" in BOARD.text(alone)
 
 
-@pytest.mark.parametrize("backend", ["own", "sb3"])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_weights_best_on_validation_are_kept(sign: int, backend: str) -> None:
-    settings = {"n_envs": 4, "n_steps": 32, "batch_size": 128, "total_timesteps": 512}
-    agent = backends.make("moe_envs:MoERouting-v0", "ppo", backend, {"bundle": "digits"}, 0, settings)
-    seen = gymnasium.make("moe_envs:MoERouting-v0", bundle="digits").observation_space.shape or ()
-    observations = np.random.default_rng(0).normal(size=(500, *seen)).astype(np.float32)
-    actions: list[np.ndarray] = []
-
-    def judge(agent: Any) -> float:
-        actions.append(agent.predict(observations, deterministic=True)[0])
-        return float(sign * agent.num_timesteps)
-
-    watch = _Watch(judge, 25)
-    backends.learn(agent, 512, watch)
-    best = watch.end(agent)
-    assert [look.steps for look in watch.curve] == [128, 256, 384, 512]
-    wanted, other = (actions[-1], actions[0])[::sign]
-    assert (best.predict(observations, deterministic=True)[0] == wanted).all()
-    assert (wanted != other).any()
-    assert (np.diff([look.cpu for look in watch.curve]) > 0).all()
-
-
 def test_baselines_and_bound_are_run_once() -> None:
     every = jobs_of(Matrix(experiment="MoERouting-v0"))
     assert {job.seed for job in every} == set(SEEDS)
@@ -165,10 +143,9 @@ def test_a_learner_may_be_named_like_a_rule(name: str) -> None:
     assert [task["bound"] for task in like["tasks"]] == [task["bound"] for task in plain["tasks"]]
 
 
-def test_tasks_of_a_unit_are_scored_by_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(BOARD.problem), "unit", lambda self, task: "both")
+def test_tasks_of_a_unit_are_scored_by_their_mean() -> None:
     rows = frame()
-    result = BOARD.score(rows)
+    result = score(rows, "x", (2.0, 0.0), lambda task: "both", lambda task: task)
     assert [task["best_baseline"] for task in result["tasks"]] == ["good", "good"]  # 0.55 and 0.5 on validation
     (row,) = result["rows"]
     assert (row["scored"], row["of"]) == (["both"], 1)
@@ -202,7 +179,7 @@ def test_a_summary_has_a_line_for_each_task() -> None:
 )
 def test_a_board_is_run_and_reported(tmp_path: Path, env: str, split: str, settings: dict[str, int]) -> None:
     wanted = Matrix(experiment=env, seeds=[17, 42], splits=[split], settings=settings)
-    learners = len(experiment_of(env).problem.LEARNERS)
+    learners = len(board_of(env).problem.learners)
     assert runner.run(wanted, tmp_path, processes=2) == 2 * learners + 2
     assert runner.rebuild(tmp_path)
     rows = as_run(tmp_path, exact=env != "MoEMetaOpt-v0")  # whose stand-in for a bound is a search
@@ -226,14 +203,14 @@ def as_run(folder: Path, exact: bool) -> list[Row]:
 
 
 def said(*arguments: str) -> str:
-    done = CliRunner().invoke(benchmark_app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     return done.output
 
 
 def test_a_board_by_its_commands(tmp_path: Path) -> None:
     out = tmp_path / "board"
-    arguments = "leaderboard", "MoECompression-v0", "--out", str(out), "--quick", "--timesteps", "4096"
+    arguments = "leaderboard", "MoECompression-v0", "--out", str(out), "--quick", "--set", "timesteps=4096"
     assert "saved" in said(*arguments)
     assert "nothing to do" in said(*arguments)
     assert len(as_run(out, exact=True)) == 3 + 2
@@ -246,7 +223,7 @@ def test_a_board_by_its_commands(tmp_path: Path) -> None:
 
 
 def test_unknown_policies_are_told_before_anything_runs() -> None:
-    with pytest.raises(RunnerError, match="'DQN' of the setup 'mine' is none of PPO, SB3 PPO, yard"):
+    with pytest.raises(RunnerError, match="'DQN' of the setup 'mine' is none of PPO, SB3 PPO, base"):
         jobs_of(Matrix(experiment="MoEMetaOpt-v0", setups={"mine": {"policy": "DQN"}}))
     with pytest.raises(RunnerError, match="episodes=5: nothing is judged by episodes here"):
         jobs_of(Matrix(experiment="MoECompression-v0", settings={"episodes": 5}))

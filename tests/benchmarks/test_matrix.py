@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.runner.matrix import Matrix, RunnerError, jobs_of, load_matrix
+from benchmarks.runner.experiments import RunnerError
+from benchmarks.runner.matrix import Matrix, jobs_of, load_matrix
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,7 @@ from benchmarks.runner.matrix import Matrix, RunnerError, jobs_of, load_matrix
         ("experiment: [", "neither YAML nor JSON"),
         ("- 1", "the whole"),
         ("experiment: models\nseeds: []", "seeds: List should have at least 1"),
-        ("experiment: nothing", "no experiment 'nothing'; there are models"),
+        ("experiment: nothing", "no experiment 'nothing'; there are cooperation"),
         ("experiment: no.such", "No module named 'no'"),
         ("experiment: benchmarks.results.pareto", "it has no Setup, SETTINGS"),
         ("experiment: models\nseeds: [-1]", "seeds.0: Input should be greater"),

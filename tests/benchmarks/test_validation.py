@@ -5,31 +5,30 @@ from pathlib import Path
 import pytest
 
 from benchmarks.runner import runner
-from benchmarks.runner.matrix import EXPERIMENTS, Matrix, RunnerError
+from benchmarks.runner.experiments import RunnerError
+from benchmarks.runner.matrix import Matrix
 from benchmarks.runner.rows import read
 from benchmarks.runner.validate import validate
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
-def test_a_submitted_file_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submitted_file_is_run_again(tmp_path: Path) -> None:
     runner.run(Matrix(experiment="small.tiny", seeds=[1, 2]), tmp_path)
     path = tmp_path / "raw.jsonl"
-    with pytest.raises(RunnerError, match="is of the experiment 'small.tiny'; there are models"):
+    with pytest.raises(RunnerError, match="is of the experiment 'small.tiny', which is none of ours"):
         validate(path, 8, 0, 1e-6)
-    monkeypatch.setitem(EXPERIMENTS, "small.tiny", "small.tiny")
-    assert [each["differing"] for each in validate(path, 8, 0, 1e-6)] == [[]] * 8
+    assert [each["differing"] for each in validate(path, 8, 0, 1e-6, trust=["small.tiny"])] == [[]] * 8
     path.write_text(path.read_text().replace('"value": 6', '"value": 6.1'))
-    found = [each for each in validate(path, 8, 0, 1e-6) if each["differing"]]
+    found = [each for each in validate(path, 8, 0, 1e-6, trust=["small.tiny"]) if each["differing"]]
     assert [(each["setup"], each["seed"]) for each in found] == [("three", 2)] * 2
     assert found[0]["differing"] == [{"metric": "value", "submitted": 6.1, "here": 6}]
-    assert not any(each["differing"] for each in validate(path, 8, 0, 0.1))
+    assert not any(each["differing"] for each in validate(path, 8, 0, 0.1, trust=["small.tiny"]))
 
 
-def test_a_row_that_the_experiment_cannot_have_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EXPERIMENTS, "small.tiny", "small.tiny")
+def test_a_row_that_the_experiment_cannot_have_made_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match="is not there"):
-        validate(tmp_path / "raw.jsonl", 1, 0, 1e-6)
+        validate(tmp_path / "raw.jsonl", 1, 0, 1e-6, trust=["small.tiny"])
     runner.run(Matrix(experiment="small.tiny", seeds=[1, 2]), tmp_path)
     row = read(tmp_path / "raw.jsonl")[0]
     for more, message in (({"split": "none"}, "no split 'none'"), ({"arguments": {"colour": 1}}, "colour: Extra inpu")):
@@ -37,4 +36,4 @@ def test_a_row_that_the_experiment_cannot_have_made_is_told(tmp_path: Path, monk
         path = tmp_path / "other.jsonl"
         path.write_text(other.model_copy(update={"config_hash": other.job.key}).model_dump_json() + "\n")
         with pytest.raises(RunnerError, match=f"a row of setup 'one' is none of small.tiny: {message}"):
-            validate(path, 1, 0, 1e-6)
+            validate(path, 1, 0, 1e-6, trust=["small.tiny"])

@@ -33,7 +33,7 @@ THRESHOLD = 0.5 / EXPERTS  # of an edge: half of what each of all experts would 
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS = {name: {"network": name} for name in variants()}
 QUICK = {"seeds": [0, 1], "settings": {"epochs": 2},
-         "setups": {name: SETTINGS[name] for name in (BASE, "flat, k=2, identity", "switch", "diversity")}}  # fmt: skip
+         "setups": {name: SETTINGS[name] for name in (BASE, "flat, k=2, identity", "switch")}}  # fmt: skip
 
 
 class CooperationSetup(Arguments):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.evaluation import experiment, measures
-from benchmarks.evaluation.corruptions import KINDS, corrupt, digest
-from benchmarks.evaluation.setups import Setup, make
+from benchmarks.experiments import models as experiment
+from benchmarks.experiments.models import measures
+from benchmarks.experiments.models.corruptions import KINDS, corrupt, digest
+from benchmarks.experiments.models.setups import ModelSetup as Setup
+from benchmarks.experiments.models.setups import make
 from benchmarks.results import pareto
 from benchmarks.runner import runner
 from benchmarks.runner.matrix import Matrix

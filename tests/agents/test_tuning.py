@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from agents import tuned
+from agents import tuning as tune
 from agents.rollouts import NotFiniteError
-from benchmarks import tune
 
 ENV = "moe_envs:MoERouting-v0"
 ARGUMENTS: dict[str, Any] = {"env_id": ENV, "env_kwargs": {"bundle": "digits"}, "timesteps": 20_000}
@@ -16,7 +16,6 @@ ARGUMENTS: dict[str, Any] = {"env_id": ENV, "env_kwargs": {"bundle": "digits"}, 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "EPISODES", 50)
     monkeypatch.setitem(tune.CHOICES, "n_steps", [32])
 
 

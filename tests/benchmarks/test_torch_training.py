@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from benchmarks.cli.metaopt import benchmark_app
 from typer.testing import CliRunner
 
 from agents import PPO
 from agents.baselines.metaopt import Round
 from benchmarks import torch_training
-from benchmarks.cli.metaopt import benchmark_app
 from benchmarks.experiments import torch_loop, transfer
 from benchmarks.runner import processes as jobs
 from benchmarks.speed import dacbench as sgd_env

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import profiling
+from benchmarks.cli import profile as profiling
 from cost.profile import Profile, ProfileError
 
 MODULE = """
@@ -42,7 +42,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_bundle_is_measured_into_the_cache_and_a_file(own_cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
-    said = run("bundle", "digits", "--repeats", "50", "--json", str(file))
+    said = run("bundle", "digits", "--repeats", "50", "--out", str(file))
     (cached,) = own_cache.glob("profiles/digits-*.json")
     assert Profile.load(cached) == Profile.load(file)
     assert "expert 7" in said
@@ -68,11 +68,11 @@ def test_two_profiles_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_module_and_callables_of_ones_own(module: Path) -> None:
-    run("model", "my_module:build", "--sizes", "1,8", "--dtypes", "float32,float64", "--json", "p.json")
+    run("model", "my_module:build", "--sizes", "1,8", "--dtypes", "float32,float64", "--out", "p.json")
     found = Profile.load("p.json").operations
     assert list(found) == ["float32, cpu, 1 thread", "float64, cpu, 1 thread"]
     assert found["float64, cpu, 1 thread"].sizes == (1, 8)
-    run("model", "my_module:calls", "--sizes", "2,4", "--json", "q.json")
+    run("model", "my_module:calls", "--sizes", "2,4", "--out", "q.json")
     assert Profile.load("q.json").operations["sleep"].median[0] >= 2e-4
     assert json.loads(Path("q.json").read_text())["schema_version"] == 2
     with pytest.raises(ProfileError, match="no operation in common"):
