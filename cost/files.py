@@ -43,6 +43,50 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def sha256_of(raw: bytes) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(raw).hexdigest()
+
+
+def sums_of(members: Mapping[str, bytes]) -> bytes:
+    """What `sha256sum` writes of files by name."""
+    return "".join(f"{sha256_of(raw)}  {name}\n" for name, raw in sorted(members.items())).encode()
+
+
+def read_verified(path: Path, sha256: str | None, error: type[Exception], mend: str) -> bytes:
+    """The bytes of a file; raises `error` naming the file and the mend where its SHA-256 is another."""
+    try:
+        raw = path.read_bytes()
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
+    if sha256_of(raw) != sha256:
+        raise error(f"{path} is damaged: {mend}")
+    return raw
+
+
+def read_arrays(path: Path, error: type[Exception], mend: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and arrays of a safetensors file that names its own SHA-256 (`sealed`); raises `error` naming the file
+    and the mend where it is damaged or foreign."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata, arrays = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as cause:
+        raise error(f"{path} is damaged or no safetensors file ({cause}): {mend}") from cause
+    if metadata.get("sha256") != sealed(arrays, metadata.get("settings", ""))["sha256"]:
+        raise error(f"{path} is damaged: its SHA-256 is not the one it names; {mend}")
+    return metadata, arrays
+
+
+def sealed(arrays: Mapping[str, Any], settings: str = "") -> dict[str, str]:
+    """The metadata of a safetensors file that names the SHA-256 of its arrays, and of its settings where it has any."""
+    found = digest(arrays)
+    if not settings:
+        return {"sha256": found}
+    return {"settings": settings, "sha256": sha256_of(f"{settings}{found}".encode())}
+
+
 def digest(arrays: Mapping[str, Any]) -> str:
     """SHA-256 of named arrays or tensors: their names, shapes and bytes."""
     shapes = json.dumps({key: list(arrays[key].shape) for key in sorted(arrays)})
@@ -70,4 +114,4 @@ def load_json(path: Path, error: type[Exception], mend: str) -> dict[str, Any]:
 
 
 def _sha256(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(content, sort_keys=True).encode())

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from cost.profile import Profile
 
 Array = TypeVar("Array", float, np.ndarray)
 TERMS = ("time", "memory", "energy")
@@ -37,13 +34,6 @@ class CostModel:
 
     fixed: np.ndarray
     slope: np.ndarray
-
-    @classmethod
-    def from_profile(cls, profile: Profile) -> CostModel:
-        """The look-up of a profile, operations in their order."""
-        fits = [[getattr(operation, term) for term in TERMS] for operation in profile.operations.values()]
-        fixed = np.array([[fit.fixed for fit in row] for row in fits])
-        return cls(fixed, np.array([[fit.slope for fit in row] for row in fits]))
 
     def cost(self, operation: int, n: int) -> Cost:
         """The cost of one operation on n inputs, nothing for n = 0."""

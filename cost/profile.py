@@ -21,7 +21,7 @@ from cost.energy import PROXY, open_counter
 from cost.files import load_json, save_json
 from cost.machine import fingerprint
 from cost.meters import require_device
-from cost.model import TERMS, Cost
+from cost.model import TERMS, Cost, CostModel
 from cost.operations import Case, Fit, Operation, Record, Work, describe, fit, forward, routed, weights_and_answers
 from cost.timing import Noise, Timed, time_steadily, torch_threads
 
@@ -85,6 +85,12 @@ class Profile(Record):
     def _fits(self) -> dict[str, tuple[float, ...]]:
         fits = {name: [getattr(each, term) for term in TERMS] for name, each in self.operations.items()}
         return {name: tuple(value for fit in row for value in (fit.fixed, fit.slope)) for name, row in fits.items()}
+
+    def cost_model(self) -> CostModel:
+        """The operations, in their order, as one look-up."""
+        fits = [[getattr(operation, term) for term in TERMS] for operation in self.operations.values()]
+        fixed = np.array([[fit.fixed for fit in row] for row in fits])
+        return CostModel(fixed, np.array([[fit.slope for fit in row] for row in fits]))
 
     def save(self, path: str | Path) -> None:
         """Write atomically, with a SHA-256 of the content."""

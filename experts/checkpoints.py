@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from cost.files import digest, write_bytes
+from cost.files import read_arrays, sealed, write_bytes
 from experts.data import DataError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,21 +23,16 @@ def save_model(model: Any, path: Path) -> None:
         raise ValueError("a router of your own is not written: save the state_dict, and make the network yourself")
     settings = json.dumps({"class": type(model).__name__, **model.settings})
     weights = {name: each.float().cpu().contiguous() for name, each in model.state_dict().items()}
-    write_bytes(path, to_bytes(weights, {"settings": settings, "sha256": _digest(settings, weights)}))
+    write_bytes(path, to_bytes(weights, sealed(weights, settings)))
 
 
 def load_model(path: Path, kind: type[Model]) -> Model:
     """A model of `save_model`, of this class; raises `DataError` where the file is damaged or foreign."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a model's file ({error})") from error
+    metadata, arrays = read_arrays(path, DataError, "save the model again")
+    weights = {name: torch.from_numpy(each) for name, each in arrays.items()}
     text = metadata.get("settings", "")
-    known = all(each.dtype == torch.float32 for each in weights.values())
-    if not known or metadata.get("sha256") != _digest(text, weights):
-        raise DataError(f"{path} is damaged or not of save_model")
+    if not text or any(each.dtype != torch.float32 for each in weights.values()):
+        raise DataError(f"{path} is not of save_model")
     settings = json.loads(text)
     if (name := settings.pop("class", "model of another format")) != kind.__name__:
         raise DataError(f"{path} holds a {name}, not a {kind.__name__}")
@@ -48,7 +40,3 @@ def load_model(path: Path, kind: type[Model]) -> Model:
         model = kind(**settings)
     model.load_state_dict(weights)
     return model.eval()
-
-
-def _digest(settings: str, weights: Mapping[str, torch.Tensor]) -> str:
-    return hashlib.sha256(f"{settings}{digest(weights)}".encode()).hexdigest()

@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as numpy_bytes
 from safetensors.torch import save as to_bytes
 
-from cost.files import digest, write_bytes
+from cost.files import read_arrays, sealed, write_bytes
 from experts import data, zoo
 from experts.data import DataError
 from experts.losses import load_balancing_loss
@@ -37,7 +36,7 @@ Model = ConvMoEClassifier | MoEClassifier
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelRecipe:
     """Data set, the largest value of a pixel, and model; how it is trained: AdamW, one cycle of the rate up to `rate`,
     label smoothing, load balancing; images mirrored and moved by up to `shift` pixels."""
 
@@ -56,8 +55,8 @@ class Recipe:
 
 
 RECIPES = {
-    "fashion-mnist-conv": Recipe("fashion-mnist", 255, True, {}, epochs=14, rate=4e-3, shift=1, mirror=True),
-    "digits-mlp": Recipe(
+    "fashion-mnist-conv": ModelRecipe("fashion-mnist", 255, True, {}, epochs=14, rate=4e-3, shift=1, mirror=True),
+    "digits-mlp": ModelRecipe(
         "digits", 16, False, {"widths": (64,) * 8, "trunk": 96}, epochs=150, rate=5e-3, decay=0.1, batch_size=64
     ),
 }
@@ -81,12 +80,12 @@ def examples(name: str) -> Examples:
     """What a reference model is compressed by; shipped ones need no data set."""
     kind, recipe = recipe_of(name)
     path = FOLDER / f"{kind}.examples.safetensors"
-    arrays = _verified(path) if path.exists() else _examples(recipe)
+    arrays = read_arrays(path, DataError, "install moe-envs anew")[1] if path.exists() else _examples(recipe)
     scale = np.float32(recipe.levels)
     return Examples(arrays["calibration"] / scale, arrays["inputs"] / scale, arrays["labels"].astype(np.int64))
 
 
-def _examples(recipe: Recipe) -> dict[str, np.ndarray]:
+def _examples(recipe: ModelRecipe) -> dict[str, np.ndarray]:
     found = data.load(recipe.source)
     inputs, labels = found["validation"]
     given = {"calibration": found["train"][0][:CALIBRATION], "inputs": inputs}
@@ -98,22 +97,11 @@ def _examples(recipe: Recipe) -> dict[str, np.ndarray]:
 def ship_examples(kind: str) -> None:
     """Write a recipe's examples into the package; needs the data set."""
     arrays = _examples(RECIPES[kind])
-    raw = numpy_bytes(arrays, {"sha256": digest(arrays)})
+    raw = numpy_bytes(arrays, sealed(arrays))
     write_bytes(FOLDER / f"{kind}.examples.safetensors", raw)
 
 
-def _verified(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata, arrays = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}): install moe-envs anew") from error
-    if metadata.get("sha256") != digest(arrays):
-        raise DataError(f"{path} is damaged: its SHA-256 is not the one it names; install moe-envs anew")
-    return arrays
-
-
-def recipe_of(name: str) -> tuple[str, Recipe]:
+def recipe_of(name: str) -> tuple[str, ModelRecipe]:
     """The recipe of a reference model, and its name."""
     kind, _ = _parse(name)
     return kind, RECIPES[kind]
@@ -183,10 +171,7 @@ def upcycle(name: str, progress: bool = True) -> Model:
     with _alone(seed):
         model = _make(recipe)
         if path.exists():
-            metadata, weights = _content(path)
-            if metadata.get("sha256") != digest(weights):
-                raise DataError(f"{path} is damaged: delete it, and it is made anew")
-            model.load_state_dict(weights)
+            model.load_state_dict(_weights(path, "delete it, and it is made anew")[1])
             return model.eval()
         experts = len(model.experts)
         one = _trained(_make(recipe, widths=model.experts.widths[:1]), recipe, progress)
@@ -199,11 +184,11 @@ def upcycle(name: str, progress: bool = True) -> Model:
         model.load_state_dict(weights)
         model = _trained(model.train(), recipe, progress)
     weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    write_bytes(path, to_bytes(weights, {"sha256": digest(weights)}))
+    write_bytes(path, to_bytes(weights, sealed(weights)))
     return model
 
 
-def _trained(model: Model, recipe: Recipe, progress: bool) -> Model:
+def _trained(model: Model, recipe: ModelRecipe, progress: bool) -> Model:
     found = data.load(recipe.source)
     split = np.concatenate([found.splits["train"], found.splits["rl_train"]])
     x, y = torch.from_numpy(found.inputs[split]), torch.from_numpy(found.labels[split])
@@ -225,7 +210,7 @@ def _trained(model: Model, recipe: Recipe, progress: bool) -> Model:
     return model.eval()
 
 
-def augmented(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+def augmented(x: torch.Tensor, recipe: ModelRecipe) -> torch.Tensor:
     """Inputs `[n, d]` mirrored and moved as the recipe says, from torch's global generator."""
     side, shift = int(x.shape[1] ** 0.5), recipe.shift
     images = x.reshape(-1, side, side)
@@ -239,15 +224,15 @@ def save(model: Model, name: str, path: Path) -> None:
     """Write a model's weights, with its name and their SHA-256."""
     kind, seed = _parse(name)
     weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    metadata = {"model": kind, "seed": str(seed), "sha256": digest(weights)}
+    metadata = {"model": kind, "seed": str(seed), **sealed(weights)}
     write_bytes(path, to_bytes(weights, metadata))
 
 
 def read(path: Path) -> tuple[Model, str]:
     """A model of `save`, and its name; raises `DataError` where the file is damaged or foreign."""
-    metadata, weights = _content(path)
-    if set(metadata) != {"model", "seed", "sha256"} or metadata["sha256"] != digest(weights):
-        raise DataError(f"{path} is damaged or not of a reference model")
+    metadata, weights = _weights(path, "take another file")
+    if set(metadata) != {"model", "seed", "sha256"}:
+        raise DataError(f"{path} is not of a reference model")
     name = f"{metadata['model']}-{metadata['seed']}"
     try:
         with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and replaced
@@ -268,15 +253,12 @@ def _read(path: Path, kind: str, seed: int) -> Model:
     return model
 
 
-def _content(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a model's file ({error})") from error
+def _weights(path: Path, mend: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    metadata, arrays = read_arrays(path, DataError, mend)
+    return metadata, {name: torch.from_numpy(each) for name, each in arrays.items()}
 
 
-def _make(recipe: Recipe, **others: Any) -> Model:
+def _make(recipe: ModelRecipe, **others: Any) -> Model:
     side = {"fashion-mnist": 28, "digits": 8}[recipe.source]
     return (ConvMoEClassifier if recipe.convolutional else MoEClassifier)(side**2, 10, **recipe.settings | others)
 

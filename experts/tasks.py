@@ -6,14 +6,13 @@ ones are made when they are asked for.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from cost.files import write_bytes
+from cost.files import read_verified, sums_of, write_bytes
 from experts import data
 from experts.data import DataError
 from experts.zoo import ASSETS
@@ -23,7 +22,7 @@ FOLDER, SUMS = ASSETS / "_tasks", "SHA256SUMS"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TaskRecipe:
     """From which data set, images pooled over squares of `pool` pixels; how many inputs there are to train and validate
     on."""
 
@@ -38,14 +37,14 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe("digits", 1, 16, train=1_037, validation=400, subset=1_000, target=0.97, steps=5),
-    "fashion-mnist": Recipe(
+    "digits": TaskRecipe("digits", 1, 16, train=1_037, validation=400, subset=1_000, target=0.97, steps=5),
+    "fashion-mnist": TaskRecipe(
         "fashion-mnist", 4, 255, train=12_000, validation=1_000, subset=4_000, target=0.79, steps=10
     ),
-    "fashion-mnist-14": Recipe(
+    "fashion-mnist-14": TaskRecipe(
         "fashion-mnist", 2, 255, train=12_000, validation=1_000, subset=4_000, target=0.81, steps=10
     ),
-    "breast-cancer": Recipe("breast-cancer", 1, 255, train=300, validation=150, subset=250, target=0.97, steps=2),
+    "breast-cancer": TaskRecipe("breast-cancer", 1, 255, train=300, validation=150, subset=250, target=0.97, steps=2),
 }
 SHIPPED = ("digits", "fashion-mnist")
 
@@ -56,7 +55,7 @@ class Task:
     pixel has mean 0 and a deviation of at most 1."""
 
     name: str
-    recipe: Recipe
+    recipe: TaskRecipe
     inputs: np.ndarray
     labels: np.ndarray
     validation_inputs: np.ndarray
@@ -111,18 +110,16 @@ def ship(folder: Path = FOLDER) -> list[Path]:
     from safetensors.numpy import save
 
     raw = {f"{name}.safetensors": save(make(name)) for name in SHIPPED}
-    raw[SUMS] = "".join(f"{hashlib.sha256(each).hexdigest()}  {name}\n" for name, each in raw.items()).encode()
+    raw[SUMS] = sums_of(raw)
     for name, each in raw.items():
         write_bytes(folder / name, each)
     return [folder / name for name in raw]
 
 
 def _verified(name: str) -> bytes:
-    path = FOLDER / f"{name}.safetensors"
+    path, mend = FOLDER / f"{name}.safetensors", f"its SHA-256 is not the one in {SUMS}; install moe-envs anew"
     try:
-        raw, sums = path.read_bytes(), (FOLDER / SUMS).read_text()
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}): install moe-envs anew") from error
-    if f"{hashlib.sha256(raw).hexdigest()}  {path.name}" not in sums.splitlines():
-        raise DataError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}; install moe-envs anew")
-    return raw
+        lines = {name: sha256 for sha256, name in map(str.split, (FOLDER / SUMS).read_text().splitlines())}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{FOLDER / SUMS} cannot be read ({error}): install moe-envs anew") from error
+    return read_verified(path, lines.get(path.name), DataError, mend)

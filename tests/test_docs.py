@@ -1,6 +1,7 @@
 """The documentation says what there is: pages are of the docstrings, commands and their options exist."""
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -33,19 +34,9 @@ def of_docs(name: str) -> Any:
 
 def apps() -> dict[str, Any]:
     """Click's commands behind the console scripts."""
-    from benchmarks import cli, compression_commands, metaopt_commands, profiling, runner_commands  # noqa: F401
-    from benchmarks.cli.benchmark import benchmark_app
-    from benchmarks.cli.compare import app as compare_app
-
-    single = {}
-    for name, function in (("moe-train", cli._train), ("moe-eval", cli._evaluate)):
-        single[name] = typer.Typer(add_completion=False)
-        single[name].command()(function)
-    found = single | {
-        "moe-benchmark": benchmark_app, "moe-compress": compression_commands.compress_app, "moe-bundle": cli.bundle_app,
-        "moe-profile": profiling.app, "moe-compare": compare_app,
-    }  # fmt: skip
-    return {name: typer.main.get_command(app) for name, app in found.items()}
+    names = ("train", "eval", "benchmark", "compress", "bundle", "profile", "compare")
+    found = {name: importlib.import_module(f"benchmarks.cli.{name}").app for name in names}
+    return {f"moe-{name}": typer.main.get_command(app) for name, app in found.items()}
 
 
 def commands(path: Path) -> list[str]:

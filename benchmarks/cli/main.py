@@ -1,4 +1,4 @@
-"""Entry points of the commands: `moe-train` is `train.py`, and so on; what a user can mend is one line on stderr and exit code 1."""
+"""Entry points of the commands: `moe-train` is `train.py`, and so on. User errors are one line and exit code 1."""
 
 from __future__ import annotations
 

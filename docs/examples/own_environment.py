@@ -10,7 +10,7 @@ from scipy.special import softmax
 
 from agents import PPO
 from agents.evaluate import evaluate
-from cost.model import Cost, CostModel
+from cost.model import Cost
 from experts import bundle as bundles
 from experts import profiles
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv
@@ -34,7 +34,7 @@ class CascadeVectorEnv(BatchedEnv):
         **face: Unpack[Face],
     ) -> None:
         loaded = bundles.load(bundle)
-        tables, costs = loaded.split(split), CostModel.from_profile(profiles.select(loaded, "reference"))
+        tables, costs = loaded.split(split), profiles.select(loaded, "reference").cost_model()
         one = costs.fixed + costs.slope  # [E, 3]: s, B, J of an expert for one input
         top_2 = np.argsort(-loaded.split("rl_train").gate_logits, axis=1)[:, :2]
         reference = one[top_2].sum(1).mean(0)

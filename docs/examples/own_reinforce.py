@@ -11,7 +11,8 @@ kwargs = {"bundle": "digits", "cost_weight": 0.2}
 if __name__ == "__main__":
     agent = REINFORCE(
         "MlpPolicy", "moe_envs:MoERouting-v0", n_envs=128, env_kwargs=kwargs, seed=0,
-        tensorboard_log="runs/own_reinforce", n_steps=128, batch_size=256, learning_rate="linear 5e-4", ent_coef=0.08, policy_kwargs={"net_arch": [128, 128]},
+        tensorboard_log="runs/own_reinforce", n_steps=128, batch_size=256, learning_rate="linear 5e-4", ent_coef=0.08,
+        policy_kwargs={"net_arch": [128, 128]},
     )  # fmt: skip
     agent.learn(STEPS, progress_bar=True)
     frame = evaluate(agent, "moe_envs:MoERouting-v0", episodes=1000, **kwargs, split="test")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experts import data, profiles, reference_models
+from experts import data, library, profiles, reference_models
 from experts.compression import KINDS, LEVELS, size_of
 from experts.compression.evaluation import PlanEvaluator, loads
 from experts.compression.execution import name_of, products, ways
@@ -33,7 +33,7 @@ class ModelTables:
 
     def __init__(self, name: str, split: str, granularity: str, costs: str) -> None:
         self.key = name, split, granularity, costs
-        self.model: Any = reference_models.load(name)
+        self.model: Any = library.load("model", name)
         self.recipe, recipe = reference_models.recipe_of(name)
         examples = reference_models.examples(name)
         calibration = torch.from_numpy(examples.calibration)

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from cost.model import Cost
-from experts import profiles, tasks
+from experts import library, profiles, tasks
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, State
 from moe_envs.core.spaces import choose
 from moe_envs.core.threads import one_thread
@@ -71,7 +71,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
 
         choose("split", split, SPLITS)
         choose("costs", costs, COSTS)
-        self.task = tasks.load(choose("task", task, tasks.RECIPES))
+        self.task = library.load("task", choose("task", task, tasks.RECIPES))
         recipe = self.task.recipe
         self.split, self.undo, self.max_actions, self.scales = split, undo, max_actions, scales
         self.steps = recipe.steps if steps_per_action is None else steps_per_action

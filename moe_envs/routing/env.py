@@ -7,8 +7,8 @@ import numpy as np
 from gymnasium import spaces
 
 from cost.model import Cost
-from experts import bundle as bundles
-from experts import profiles
+from experts import library, profiles
+from experts.bundle import SPLITS
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, Spec
 from moe_envs.core.spaces import choose
 from moe_envs.routing.live import LiveExperts
@@ -40,11 +40,11 @@ class MoERoutingVectorEnv(BatchedEnv):
         normalizer: str | None = None,
         **face: Unpack[Face],
     ) -> None:
-        choose("split", split, bundles.SPLITS)
+        choose("split", split, SPLITS)
         choose("stream", stream, STREAMS)
         choose("action", action, ACTIONS)
         choose("costs", costs, COSTS)
-        loaded = bundles.load(bundle)
+        loaded = library.load("bundle", bundle)
         weights = Cost(time_weight, memory_weight, energy_weight)
         profile = profiles.select(loaded, costs)
         tables = RoutingTables(loaded, split, profile, weights, batch_size=batch_size, stream=stream, action=action)

@@ -72,7 +72,7 @@ class RoutingTables:
             raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
         tables = bundle.split(split)
         self.batch_size, self.num_experts, self.num_inputs = batch_size, bundle.num_experts, len(tables.labels)
-        self._pay(CostModel.from_profile(profile), bundle.split("rl_train"), stream, weights)
+        self._pay(profile.cost_model(), bundle.split("rl_train"), stream, weights)
         features, self.edges = tables.features.astype(np.float32), bundle.edges
         self._lay_out(features.shape[1])
         deck = deal(tables.labels, batch_size, stream, seed=SPLITS.index(split))

@@ -1,6 +1,7 @@
 """The commands, as a person calls them."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cli, runs
+from agents import runs
+from benchmarks.cli import main, terminal
+from benchmarks.experiments import router
 
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -18,12 +21,19 @@ def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True)
 
 
+def wait_for(path: Path, process: "subprocess.Popen[Any]") -> None:
+    """Until a file is there; an error where the process has ended without it."""
+    while not path.exists():
+        assert process.poll() is None, f"the process ended with {process.returncode}"
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "short"
     done = command(
         "train", "--env", "MoERouting-v0", "--backend", "sb3", "--seed", "3", "--timesteps", "4096",
-        "--out", str(folder),
+        "--out", str(folder), "--no-baselines", "--sb3-zip",
         "-k", "bundle=digits", "-k", "cost_weight=0.3", "--json", str(folder / "out.json"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -52,18 +62,50 @@ def test_evaluation_loads_the_run_and_writes_rows(run: Path, tmp_path: Path) -> 
     assert f"{row['return']:.4f}" in done.stdout
 
 
-def test_a_run_is_deployed(run: Path, tmp_path: Path) -> None:
-    done = command("benchmark", "deploy", str(run), "--episodes", "20", "--json", str(tmp_path / "d.json"))
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "d.json").read_text())
-    assert result["decisions_equal"] >= 0.999
-    inside, deployed, charged = result["rows"]
+def test_the_router_of_a_run_is_measured(run: Path, tmp_path: Path) -> None:
+    setup = router.RouterSetup(run=str(run), episodes=20, repeats=3)
+    metrics, measured = router.measure(setup, 0, "all", tmp_path)
+    assert metrics["decisions_equal"] >= 0.999
+    inside, deployed, charged = measured["cases"]
     for name in ("accuracy", "cost"):
         assert deployed[name] == pytest.approx(inside[name], abs=0.002)
     assert charged["accuracy"] == deployed["accuracy"]
     assert charged["cost"] > deployed["cost"]
     assert charged["return"] < deployed["return"]
-    assert [row["batch_size"] for row in result["times"]] == [1, 32, 512]
+    assert [row["batch_size"] for row in measured["times"]] == [1, 32, 512]
+
+
+def test_baselines_and_the_bound_stand_beside_a_policy(run: Path) -> None:
+    done = command("evaluate", str(run), "--episodes", "50", "--baselines", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    rows = {row["policy"]: row for row in json.loads(done.stdout)["rows"]}
+    assert {row["kind"] for row in rows.values()} == {"learned", "baseline", "bound"}
+    assert max(rows.values(), key=lambda row: row["return"])["kind"] == "bound"
+
+
+def test_sb3s_zip_is_loaded_where_it_is_trusted(run: Path) -> None:
+    arguments = [str(run / "sb3.zip"), "--env", "MoERouting-v0", "-k", "bundle=digits", "-k", "cost_weight=0.3"]
+    refused = command("evaluate", *arguments)
+    assert "--trust loads a file you made yourself" in refused.stderr
+    done = command("evaluate", *arguments, "--trust", "--episodes", "50", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    ours = command("evaluate", str(run), "--episodes", "50", "--json", "-")
+    returns = [json.loads(each.stdout)["rows"][0]["return"] for each in (done, ours)]
+    assert all(-1 < value < 1 for value in returns)
+
+
+def test_the_last_line_of_a_training_has_the_best_baseline(tmp_path: Path) -> None:
+    done = command("train", "--env", "MoECompression-v0", "-k", 'model=["digits-mlp"]', "--timesteps", "1344",
+                   "--out", str(tmp_path / "run"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"mean return on validation: ppo -?[\d.]+, best baseline -?[\d.]+ \(", done.stdout.splitlines()[-1]
+    )
+
+
+def test_default_names_hold_what_was_given() -> None:
+    name = runs.default_name("moe_envs:MoERouting-v0", "ppo", "own", {"cost_weight": 0.4, "bundle": "a/b"}, 3)
+    assert name == "MoERouting-v0-ppo-bundle=ab-cost_weight=0.4-seed3"
 
 
 def test_weights_survive_the_folder_bit_for_bit(run: Path) -> None:
@@ -109,7 +151,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(
     assert "Traceback" not in done.stderr
 
 
-OWN = ("--backend", "own", "-k", "bundle=digits", "-k", "cost_weight=0.3", "--timesteps", "60000")
+OWN = ("--backend", "own", "--no-baselines", "-k", "bundle=digits", "-k", "cost_weight=0.3", "--timesteps", "60000")
 
 
 def test_an_own_run_that_is_stopped_resumes_as_if_it_had_not_been(tmp_path: Path) -> None:
@@ -118,8 +160,7 @@ def test_an_own_run_that_is_stopped_resumes_as_if_it_had_not_been(tmp_path: Path
     arguments = [sys.executable, "-c", "from benchmarks.cli.main import train; train()", *OWN, "--out", str(stopped)]
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        while not (stopped / "best").exists():
-            time.sleep(0.01)
+        wait_for(stopped / "best", process)
         process.send_signal(signal.SIGINT)
         assert f"moe-train --resume {stopped}" in process.stderr.read()
     assert process.returncode == 130
@@ -152,8 +193,7 @@ def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path: Path) -> Non
         str(tmp_path / "run"),
     ]
     with subprocess.Popen(arguments) as process:
-        while not (tmp_path / "run" / "started.json").exists():
-            time.sleep(0.01)
+        wait_for(tmp_path / "run" / "started.json", process)
         process.kill()
     again = command("train", *OWN, "--out", str(tmp_path / "run"))
     assert "holds an interrupted run" in again.stderr
@@ -181,16 +221,18 @@ def test_validation_is_on_tensorboard_at_its_step(tmp_path: Path) -> None:
     settings: Any = {"total_timesteps": 5_000, "n_envs": 16, "n_steps": 32}
     kwargs = {"bundle": "digits"}
     runs.train("moe_envs:MoERouting-v0", "ppo", 0, tmp_path / "run", kwargs, settings, backend="own")
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("eval/mean_reward")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "PPO_1")).Reload().Scalars("eval/mean_reward")
     assert [event.step for event in events][-1] >= 5_000
     assert len(events) == len({event.step for event in events}) == 10
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "profile", "bundle", "benchmark"])
-def test_help(name: str) -> None:
+@pytest.mark.parametrize("name", ["train", "evaluate", "profile", "bundle", "benchmark", "compare", "compress"])
+def test_help_and_version(name: str) -> None:
     done = command(name, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
+    assert "--install-completion" in done.stdout
+    assert command(name, "--version").stdout.startswith("moe-envs ")
 
 
 def test_damaged_runs_are_refused(run: Path, tmp_path: Path) -> None:
@@ -224,9 +266,9 @@ def test_a_foreign_agents_package_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.delattr(agents, "DISTRIBUTION")
     with pytest.raises(ValueError, match="openai-agents"):
-        cli._require_our_agents()
+        main._require_our_agents()
 
 
 def test_env_kwargs_are_json_or_text() -> None:
     expected: dict[str, Any] = {"a": 1, "b": 0.5, "c": "text", "d": True, "e": "x=y"}
-    assert cli._parse(["a=1", "b=0.5", "c=text", "d=true", "e=x=y"]) == expected
+    assert terminal.pairs(["a=1", "b=0.5", "c=text", "d=true", "e=x=y"], "-k") == expected

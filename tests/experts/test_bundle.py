@@ -12,7 +12,7 @@ from torch import nn
 
 from cost.profile import measure_experts
 from experts import bundle, zoo
-from experts.bundle import BundleError
+from experts.bundle import BundleError, tabulate
 from experts.training import TrainingSettings
 
 QUICK = TrainingSettings(widths=(2, 3, 4), epochs=2, batch_size=32)
@@ -76,14 +76,14 @@ def test_outcomes_by_hand() -> None:
     outputs = np.array([[[1.0, 0.0], [0.0, 3.0]]])
     for gate, correct in (([[1.0, 1.0]], 0b1100), ([[2.0, 0.0]], 0b0100)):
         # label 1: the mix is (1, 3) / 2 for an even gate, (.88, .36) for e^2 : 1
-        packed = bundle.pack_outcomes(np.array(gate), outputs, np.array([1]))
+        packed = tabulate.pack_outcomes(np.array(gate), outputs, np.array([1]))
         assert packed.tolist() == [[correct]]
-    assert bundle.pack_outcomes(np.array([[2.0, 0.0]]), outputs, np.array([0])).tolist() == [[0b1010]]
+    assert tabulate.pack_outcomes(np.array([[2.0, 0.0]]), outputs, np.array([0])).tolist() == [[0b1010]]
 
 
 def test_an_expert_far_below_the_gate_s_choice_still_answers_alone() -> None:
     outputs = np.array([[[1.0, 0.0], [0.0, 3.0]]])
-    assert bundle.pack_outcomes(np.array([[200.0, 0.0]]), outputs, np.array([1])).tolist() == [[0b0100]]
+    assert tabulate.pack_outcomes(np.array([[200.0, 0.0]]), outputs, np.array([1])).tolist() == [[0b0100]]
 
 
 def test_a_model_is_tabulated_in_evaluation() -> None:

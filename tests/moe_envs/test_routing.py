@@ -17,7 +17,7 @@ ID = "moe_envs:MoERouting-v0"
 
 def env_and_costs(**kwargs: Any) -> tuple[Any, CostModel]:
     env = gymnasium.make(ID, bundle="digits", **kwargs).unwrapped
-    return env, CostModel.from_profile(Profile.model_validate(bundle.load("digits").profile))
+    return env, Profile.model_validate(bundle.load("digits").profile).cost_model()
 
 
 def test_fixed_cost_is_paid_once_a_batch_and_again_in_the_next() -> None:

@@ -1,0 +1,170 @@
+"""Building a bundle from arrays, or from a model of one's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from cost.files import sha256_of, sums_of
+from cost.machine import source_commit
+from experts import zoo
+from experts.bundle.read import FORMAT, METADATA, MODEL, PROFILE, SPLITS, SUMS, Bundle, Split, load, project
+from experts.bundle.tabulate import principal_components, tabulated
+
+if TYPE_CHECKING:
+    from experts.model import MoEModel
+    from experts.training import TrainingSettings
+
+MAX_EXPERTS = 10  # the outcomes of all 2^E subsets are tabulated: 128 bytes an input at 10
+
+
+class Measured(Protocol):
+    """A profile, as `cost.profile.Profile` is."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+def build(
+    name: str,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    model: MoEModel | None = None,
+    *,
+    splits: dict[str, np.ndarray] | None = None,
+    settings: TrainingSettings | None = None,
+    num_features: int = 32,
+    profile: Callable[[MoEModel, np.ndarray], Measured] | None = None,
+    data: dict[str, Any] | None = None,
+    folder: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Bundle:
+    """Train an MoE on your arrays (or take your trained `model`), tabulate it, save it as a bundle and return it.
+
+    `inputs` is `[n, ...]` of numbers (rows are flattened, a torch model of your own gets them flat), `labels` `[n]` of
+    classes 0..C-1. `splits` gives the row indices of train, rl_train, validation and test (default: a random 40, 40, 8
+    and 12 %). `profile`, as `cost.profile.measure_experts`, measures the reference costs; without it they are measured
+    at first use, which a model of your own rules out: its code is not in the bundle.
+    `data` is put into the metadata. The bundle goes to `folder` / name, by default into the user's cache.
+    """
+    import torch
+
+    from experts import model as models
+    from experts import training
+    from experts.routers import top_k
+
+    if model is not None and profile is None:
+        raise ValueError("a model of your own needs profile=cost.profile.measure_experts")
+    x, y = _checked_arrays(inputs, labels)
+    target = (folder or zoo.user_folder()) / name
+    _check_target(name, target, shipped=folder is None, overwrite=overwrite)
+    rows = splits or _default_splits(len(x))
+    settings = settings or training.TrainingSettings()
+    _check_splits(rows, len(x))
+    trained = training.train(x[rows["train"]], y[rows["train"]], settings, progress) if model is None else model
+    trained.eval()
+    mean, projection = principal_components(x[rows["train"]], num_features)
+    graph = trained.graph if isinstance(trained, models.MoEClassifier) else None
+    tables, accuracy = {}, {}
+    for split in SPLITS:
+        gate, outputs = models.tabulate(trained, torch.from_numpy(x[rows[split]]))
+        if gate.shape[1] > MAX_EXPERTS:
+            raise ValueError(f"{gate.shape[1]} experts; a bundle tabulates all subsets of at most {MAX_EXPERTS}")
+        label = y[rows[split]]
+        features = project(x[rows[split]], mean, projection)
+        tables[split] = tabulated(features, gate.numpy(), outputs.numpy(), label, graph)
+        for k in (1, 2):
+            chosen = models.mix(gate, outputs, top_k(gate, min(k, gate.shape[1])), graph).argmax(-1).numpy()
+            accuracy[f"{split}/top-{k}"] = float((chosen == label).mean())
+    metadata = {
+        "format": FORMAT,
+        "name": name,
+        "num_experts": int(gate.shape[1]),
+        "num_classes": int(outputs.shape[2]),
+        "architecture": trained.settings if isinstance(trained, models.MoEClassifier) else None,
+        "training": asdict(settings) if model is None else None,
+        "rows": {split: len(indices) for split, indices in rows.items()},
+        "accuracy": accuracy,
+        "data": data or {"sha256": sha256_of(x.tobytes() + y.tobytes())},
+        "commit": source_commit(),
+    }
+    constants = {
+        "features.mean": mean,
+        "features.projection": np.ascontiguousarray(projection),
+        "examples": np.resize(x[rows["train"]], (64, x.shape[1])),
+    }
+    measured = profile(trained, constants["examples"]).model_dump(mode="json") if profile else None
+    _write(target, metadata, trained, constants, tables, measured)
+    return load(target)
+
+
+def _checked_arrays(inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x = np.ascontiguousarray(np.asarray(inputs).reshape(len(inputs), -1), dtype=np.float32)
+    y = np.asarray(labels)
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= 2**15:
+        raise ValueError(
+            f"labels must be {len(x)} integers 0..32767, one for each input; got {y.dtype} of shape {y.shape}"
+        )
+    if not np.isfinite(x).all():
+        raise ValueError("inputs contain NaN or infinity")
+    return x, y.astype(np.int64)
+
+
+def _check_target(name: str, target: Path, *, shipped: bool, overwrite: bool) -> None:
+    if not zoo.NAME.fullmatch(name):
+        raise ValueError(f"bundle name {name!r}: letters, digits, '.', '_' and '-' only")
+    if shipped and name in (*zoo.shipped(), *zoo.MADE):
+        raise ValueError(f"{name!r} is a reference bundle; choose another name")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists; pass overwrite=True to replace it")
+
+
+def _default_splits(count: int) -> dict[str, np.ndarray]:
+    from experts.data import split_indices
+
+    train, rl_train, validation = int(count * 0.4), int(count * 0.4), int(count * 0.08)
+    return split_indices(count, (train, rl_train, validation, count - train - rl_train - validation))
+
+
+def _check_splits(splits: dict[str, np.ndarray], count: int) -> None:
+    if set(splits) != {"train", *SPLITS} or min(map(len, splits.values())) < 1:
+        raise ValueError(f"splits must give rows of train, {', '.join(SPLITS)}; got {sorted(splits)}")
+    rows = np.concatenate(list(splits.values()))
+    if len(set(rows.tolist())) != len(rows) or rows.min() < 0 or rows.max() >= count:
+        raise ValueError(f"splits must be disjoint and of rows 0..{count - 1}")
+
+
+def _write(
+    target: Path,
+    metadata: dict[str, Any],
+    model: MoEModel,
+    constants: dict[str, np.ndarray],
+    tables: dict[str, Split],
+    profile: dict[str, Any] | None,
+) -> None:
+    from safetensors.numpy import save
+
+    weights = {f"model.{k}": v.numpy().copy() for k, v in model.state_dict().items()}
+    members = {
+        METADATA: json.dumps(metadata, indent=1).encode(),
+        MODEL: save(weights | constants),
+        **{f"{name}.safetensors": save(vars(split)) for name, split in tables.items()},
+    }
+    if profile is not None:
+        members[PROFILE] = json.dumps(profile, indent=1).encode()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        for file, raw in (members | {SUMS: sums_of(members)}).items():
+            (new / file).write_bytes(raw)
+        if target.exists():
+            shutil.move(target, old)
+        new.rename(target)

@@ -1,0 +1,192 @@
+"""What a bundle is, and loading one: neither torch nor pickle is imported."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cost.files import read_verified, sha256_of, sums_of
+from experts import zoo
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from experts.model import MoEModel
+
+FORMAT = 1
+SPLITS = ("rl_train", "validation", "test")
+SUMS, METADATA, MODEL, PROFILE = "SHA256SUMS", "bundle.json", "model.safetensors", "profile.json"
+FEATURE_BOUND = 5.0
+
+
+class BundleError(RuntimeError):
+    """A bundle is absent, damaged or foreign; the message names the file and the cause."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tables of n inputs: features `[n, F]` float16, gate logits `[n, E]` float32, labels `[n]` int16, the experts'
+    class logits `[n, E, C]` as int8 in units of `output_scale`, and outcomes `[n, ceil(2^E / 8)]` uint8: bit s of row i
+    says whether the experts of subset s (bit e = expert e), mixed by the gate, classify input i correctly. Outcomes are
+    of the exact logits."""
+
+    features: np.ndarray
+    gate_logits: np.ndarray
+    labels: np.ndarray
+    outputs: np.ndarray
+    output_scale: np.ndarray
+    outcomes: np.ndarray
+
+    @property
+    def logits(self) -> np.ndarray:
+        """The experts' class logits `[n, E, C]` float32, to within half of `output_scale`."""
+        return self.outputs * self.output_scale
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk; its tables and its model are read when asked for."""
+
+    path: Path
+    metadata: dict[str, Any] = field(repr=False)
+    members: dict[str, bytes] = field(repr=False)
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.metadata["num_experts"])
+
+    @cached_property
+    def sha256(self) -> str:
+        """One hash for the model and its tables, the same wherever the bundle lies and whatever its profile."""
+        return sha256_of(sums_of({name: raw for name, raw in self.members.items() if name != PROFILE}))
+
+    @property
+    def profile(self) -> dict[str, Any] | None:
+        """The reference profile as JSON, or None where the bundle was built without one."""
+        return json.loads(self.members[PROFILE]) if PROFILE in self.members else None
+
+    def split(self, name: str) -> Split:
+        """The tables of `rl_train`, `validation` or `test`."""
+        if name not in SPLITS:
+            raise ValueError(f"unknown split {name!r}; there are {', '.join(SPLITS)}")
+        tensors = self._tensors(f"{name}.safetensors")
+        if set(tensors) != {each.name for each in fields(Split)}:
+            raise BundleError(f"{self.path}/{name}.safetensors holds {sorted(tensors)}: not the tables of a bundle")
+        return Split(**tensors)
+
+    def model(self, module: nn.Module | None = None) -> MoEModel:
+        """The trained torch model; for a bundle of your own module pass a fresh one to fill with the weights."""
+        import torch
+
+        from experts.model import MoEClassifier
+
+        if module is None:
+            if self.metadata["architecture"] is None:
+                raise ValueError(f"{self.path.name} holds a module of your own: bundle.model(YourModule())")
+            settings = dict(self.metadata["architecture"])
+            with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
+                module = MoEClassifier(settings.pop("num_inputs"), settings.pop("num_classes"), **settings)
+        weights = {k[6:]: torch.from_numpy(v) for k, v in self._tensors(MODEL).items() if k.startswith("model.")}
+        module.load_state_dict(weights)
+        return module.eval()  # type: ignore[return-value]
+
+    def features(self, inputs: np.ndarray) -> np.ndarray:
+        """The features `[n, F]` of new inputs `[n, d]`, as a policy trained on this bundle sees them."""
+        return project(inputs, *self.projection)
+
+    @property
+    def projection(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean `[d]` and projection `[d, F]` of `features`."""
+        tensors = self._tensors(MODEL)
+        return tensors["features.mean"], tensors["features.projection"]
+
+    @cached_property
+    def edges(self) -> np.ndarray | None:
+        """The edges `[E, E]` of the model's expert graph, rows sum to 1; None where it has none."""
+        logits = self._tensors(MODEL).get("model.graph.edges")
+        if logits is None:
+            return None
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        return np.asarray(odds / odds.sum(1, keepdims=True))
+
+    @property
+    def examples(self) -> np.ndarray:
+        """64 training inputs `[64, d]` float32, for measuring what the model costs."""
+        return self._tensors(MODEL)["examples"]
+
+    def _tensors(self, member: str) -> dict[str, np.ndarray]:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            return load(self.members[member])
+        except SafetensorError as error:
+            raise BundleError(f"{self.path / member} is not a safetensors file: {error}") from error
+
+
+def load(name_or_path: str | Path) -> Bundle:
+    """The bundle of that name (shipped, or built into the cache) or in that folder, every byte of it verified.
+
+    Raises `BundleError` naming the file and the cause where something is absent, altered, cut short or foreign.
+    """
+    path = zoo.find(name_or_path)
+    if path is None:
+        mend = f": moe-bundle rebuild {name_or_path} makes it" if name_or_path in zoo.MADE else ""
+        raise BundleError(f"no bundle {str(name_or_path)!r}; there are {', '.join(zoo.names())}{mend}")
+    sums = _read_sums(path / SUMS)
+    mend = f"its SHA-256 is not the one in {SUMS}"
+    members = {name: read_verified(path / name, sha256, BundleError, mend) for name, sha256 in sums.items()}
+    try:
+        metadata = json.loads(members[METADATA])
+        written_by = metadata["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"{path / METADATA} is not the metadata of a bundle: {error!r}") from error
+    if written_by != FORMAT:
+        raise BundleError(f"{path / METADATA} is of format {written_by}; this moe-envs reads format {FORMAT}")
+    bundle = Bundle(path, metadata, members)
+    _check_structure(bundle)
+    return bundle
+
+
+def project(inputs: np.ndarray, mean: np.ndarray, projection: np.ndarray) -> np.ndarray:
+    """Features `[n, F]` float32, within +-`FEATURE_BOUND`."""
+    return np.clip((inputs - mean) @ projection, -FEATURE_BOUND, FEATURE_BOUND).astype(np.float32)
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    required = {METADATA, MODEL, *(f"{split}.safetensors" for split in SPLITS)}
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path.parent} is not a bundle: {SUMS} cannot be read ({error.strerror})") from error
+    lines = re.findall(rb"([0-9a-f]{64})  ([a-z_]+\.[a-z]+)\n", raw)
+    sums = {name.decode(): sha256.decode() for sha256, name in lines}
+    if b"".join(b"%s  %s\n" % line for line in lines) != raw or set(sums) - {PROFILE} != required:
+        raise BundleError(f"{path} is damaged or foreign: it must list {', '.join(sorted(required))}")
+    return sums
+
+
+def _check_structure(bundle: Bundle) -> None:
+    """Hashes say that a bundle is as it was written; this, that what was written is a bundle."""
+    try:
+        experts = bundle.num_experts
+        bundle.metadata["architecture"], bundle.metadata["accuracy"]["test/top-2"]
+        if bundle.profile is not None and len(bundle.profile["operations"]) != experts:
+            raise ValueError(f"its profile is not of {experts} experts")
+        bundle.examples, bundle.features(bundle.examples)
+        for name in SPLITS:
+            split = bundle.split(name)
+            n = len(split.labels)
+            shapes = [split.gate_logits.shape, split.outputs.shape[:2], split.outcomes.shape, split.features.shape[:1]]
+            if shapes != [(n, experts), (n, experts), (n, max(1, 2**experts // 8)), (n,)] or n < 1:
+                raise ValueError(f"the tables of {name} have the shapes {shapes}")
+    except BundleError:
+        raise
+    except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+        raise BundleError(f"{bundle.path} is not a bundle of this program: {error!r}") from error

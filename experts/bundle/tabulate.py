@@ -1,0 +1,83 @@
+"""A bundle's tables: features, gate, the experts' answers, and the outcome of every subset of experts.
+
+Shape legend: B inputs, E experts, S subsets, C classes, F features.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experts.bundle.read import Split
+
+if TYPE_CHECKING:
+    from experts.graph import ExpertGraph
+
+
+def tabulated(
+    features: np.ndarray, gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray, graph: ExpertGraph | None
+) -> Split:
+    """The tables of inputs from their features, gate logits and the experts' outputs."""
+    scale = np.abs(outputs).max(keepdims=True).ravel().astype(np.float32) / 127
+    return Split(
+        features=features.astype(np.float16),
+        gate_logits=gate_logits,
+        labels=labels.astype(np.int16),
+        outputs=np.rint(outputs / scale).astype(np.int8),
+        output_scale=scale,
+        outcomes=pack_outcomes(gate_logits, outputs, labels)
+        if graph is None
+        else pack_outcomes_of(graph, gate_logits, outputs, labels),
+    )
+
+
+def pack_outcomes(gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Bits `[n, ceil(2^E / 8)]`, little-endian: is the gate-weighted sum of subset s's logits largest at the label?
+
+    The softmax over the subset only divides all classes by one number, so the gate's exponentials serve unnormalised,
+    held above e^-80 of the largest so that none vanishes in float32. The empty subset is never correct.
+    """
+    num_experts = gate_logits.shape[1]
+    member_SE = (np.arange(2**num_experts)[:, None] >> np.arange(num_experts) & 1).astype(np.float32)
+    weight_BE = np.exp(np.maximum(gate_logits - gate_logits.max(1, keepdims=True), -80)).astype(np.float32)
+    packed = []
+    for start in range(0, len(labels), 1024):
+        rows = slice(start, start + 1024)
+        logits_BSC = member_SE @ (weight_BE[rows, :, None] * outputs[rows].astype(np.float32))
+        correct_BS = logits_BSC.argmax(-1) == labels[rows, None]
+        correct_BS[:, 0] = False
+        packed.append(np.packbits(correct_BS, axis=1, bitorder="little"))
+    return np.concatenate(packed)
+
+
+def pack_outcomes_of(
+    graph: ExpertGraph, gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """The same where a graph mixes what the subset's experts return."""
+    import torch
+
+    from experts.model import mix
+
+    num_experts = gate_logits.shape[1]
+    member_SE = torch.arange(2**num_experts)[:, None] >> torch.arange(num_experts) & 1 == 1
+    packed = []
+    for start in range(0, len(labels), 64):
+        gate_BE, outputs_BEC = (torch.from_numpy(each[start : start + 64]) for each in (gate_logits, outputs))
+        every_SBE = member_SE[1:, None].expand(-1, len(gate_BE), -1)
+        gates, answers = gate_BE.expand(len(every_SBE), -1, -1), outputs_BEC.expand(len(every_SBE), -1, -1, -1)
+        with torch.inference_mode():
+            logits = mix(gates.flatten(0, 1), answers.flatten(0, 1), every_SBE.flatten(0, 1), graph)
+        correct_SB = logits.argmax(-1).unflatten(0, every_SBE.shape[:2]).numpy() == labels[start : start + 64]
+        correct_BS = np.pad(np.ascontiguousarray(correct_SB.T), ((0, 0), (1, 0)))  # safetensors wants rows in order
+        packed.append(np.packbits(correct_BS, axis=1, bitorder="little"))
+    return np.concatenate(packed)
+
+
+def principal_components(inputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean `[d]` and projection `[d, F]` onto the `count` largest principal components, each scaled to variance 1."""
+    mean = inputs.mean(0, dtype=np.float64)
+    variance, vectors = np.linalg.eigh(np.cov((inputs - mean).T, dtype=np.float64).reshape(inputs.shape[1], -1))
+    largest = slice(-1, -min(count, len(variance)) - 1, -1)
+    scale = np.sqrt(np.maximum(variance[largest], 1e-12))
+    return mean.astype(np.float32), (vectors[:, largest] / scale).astype(np.float32)
