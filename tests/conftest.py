@@ -1,14 +1,39 @@
-"""What all tests share: a cache of their own, one torch thread, and comparison of nested results."""
+"""What all tests share: a cache of their own, one torch thread, skips without data, comparison of nested results."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import pytest
 import torch
 
+from experts import data
+
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `needs_data` where the raw Fashion-MNIST files are absent; nothing is downloaded."""
+    if _raw_fashion_mnist_is_here():
+        return
+    skip = pytest.mark.skip(reason="needs the raw Fashion-MNIST files: apt-get install dataset-fashion-mnist")
+    for item in items:
+        if item.get_closest_marker("needs_data"):
+            item.add_marker(skip)
+
+
+def _raw_fashion_mnist_is_here() -> bool:
+    """Whether each file is in a folder that `experts.data` reads, an earlier download included."""
+    own = Path(os.environ.get("MOE_ENVS_DATA", data.DEBIAN_FOLDER))
+    downloads = platformdirs.user_cache_path("moe-envs") / "data" / "fashion-mnist"
+    folders = (own, own / "fashion-mnist", data.DEBIAN_FOLDER, downloads)
+    return all(
+        any((folder / f"{name}{suffix}").is_file() for folder in folders for suffix in ("", ".gz"))
+        for name in data.FASHION_MNIST_FILES
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -194,6 +194,7 @@ def test_cores_and_ranks_at_equal_parameters(tmp_path: Path, monkeypatch: pytest
     assert {(row["experts"], row["way"]): row["error"] for row in other["rows"]}["independent", "core"] < 0.9
 
 
+@pytest.mark.needs_data
 def test_nothing_is_ahead_of_the_best_of_all_plans(tmp_path: Path) -> None:
     arguments = ["bound", "--seeds", "2", "--timesteps", "2000", "--evaluations", "20", "--out", str(tmp_path)]
     done = runner.invoke(compress_app, arguments)

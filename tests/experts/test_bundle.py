@@ -218,6 +218,7 @@ def test_shipped_bundles_are_small_disjoint_and_as_good_as_they_say() -> None:
         assert accuracy == pytest.approx(loaded.metadata["accuracy"]["test/top-2"], abs=2e-3)
 
 
+@pytest.mark.needs_data
 def test_a_reference_bundle_that_is_not_shipped_is_made_once(caplog: pytest.LogCaptureFixture) -> None:
     first, again = bundle.load("fashion-mnist-graph"), bundle.load("fashion-mnist-graph")
     assert first.sha256 == again.sha256
