@@ -122,7 +122,8 @@ def test_features_of_new_inputs_are_the_tabulated_ones() -> None:
 
     loaded = bundle.load("digits")
     inputs, _ = data.load("digits")["test"]
-    np.testing.assert_array_equal(loaded.features(inputs).astype(np.float16), loaded.split("test").features)
+    # float16 rounds by at most 2^-11 of a value; processors add up products in another order, which may move it by one
+    np.testing.assert_allclose(loaded.features(inputs), loaded.split("test").features, rtol=2**-10, atol=1e-5)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
