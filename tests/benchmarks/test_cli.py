@@ -4,17 +4,17 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import cli, runs
+from tests.processes import running, wait_until
 
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; sys.argv[0] = 'moe'; from benchmarks.cli import {name}; {name}()"
+    code = f"import sys; sys.argv[0] = 'moe'; from benchmarks.cli.entry import {name}; {name}()"
     return subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True)
 
 
@@ -115,13 +115,11 @@ OWN = ("--backend", "own", "-k", "bundle=digits", "-k", "cost_weight=0.3", "--ti
 def test_an_own_run_that_is_stopped_resumes_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert command("train", *OWN, "--out", str(whole)).returncode == 0
-    arguments = [sys.executable, "-c", "from benchmarks.cli import train; train()", *OWN, "--out", str(stopped)]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        while not (stopped / "best").exists():
-            time.sleep(0.01)
+    arguments = [sys.executable, "-c", "from benchmarks.cli.entry import train; train()", *OWN, "--out", str(stopped)]
+    with running(arguments, stderr=subprocess.PIPE) as process:
+        wait_until((stopped / "best").exists, process)
         process.send_signal(signal.SIGINT)
-        assert f"moe-train --resume {stopped}" in process.stderr.read()
+        assert f"moe-train --resume {stopped}" in process.communicate()[1]
     assert process.returncode == 130
     assert not (stopped / "run.json").exists()
     done = command("train", "--resume", str(stopped))
@@ -146,14 +144,13 @@ def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path: Path) -> Non
     arguments = [
         sys.executable,
         "-c",
-        "from benchmarks.cli import train; train()",
+        "from benchmarks.cli.entry import train; train()",
         *OWN,
         "--out",
         str(tmp_path / "run"),
     ]
-    with subprocess.Popen(arguments) as process:
-        while not (tmp_path / "run" / "started.json").exists():
-            time.sleep(0.01)
+    with running(arguments) as process:
+        wait_until((tmp_path / "run" / "started.json").exists, process)
         process.kill()
     again = command("train", *OWN, "--out", str(tmp_path / "run"))
     assert "holds an interrupted run" in again.stderr
