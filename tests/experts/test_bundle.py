@@ -228,6 +228,7 @@ def test_a_reference_bundle_that_is_not_shipped_is_made_once(caplog: pytest.LogC
     others = ~np.eye(8, dtype=np.bool_)
     with pytest.raises(ValueError, match="reference bundle"):
         bundle.build("fashion-mnist-graph", *arrays())
-    assert (first.edges[others] < 0.0625).mean() > 0.3
-    assert 1 - first.edges.diagonal().mean() > 2 * 0.114  # others' share at the identity start: the graph was learned
+    # The graph was learned, from an identity start of 0.016 for each: a few edges grow, most fall; for 10 of 10 seeds.
+    assert first.edges[others].max() > 0.1
+    assert np.median(first.edges[others]) < 0.01
     assert len(first.profile["operations"]) == 8  # type: ignore[index]
