@@ -1,14 +1,43 @@
-"""What all tests share: a cache of their own, one torch thread, and comparison of nested results."""
+"""What all tests share: a cache of their own, one torch thread, skips without data, a clock, comparison of results."""
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import pytest
 import torch
+from hypothesis import settings
+
+from experts import data
 
 torch.set_num_threads(1)
+settings.register_profile("whatever the machine's speed", deadline=None)
+settings.load_profile("whatever the machine's speed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `needs_data` where the raw Fashion-MNIST files are absent; nothing is downloaded."""
+    if _raw_fashion_mnist_is_here():
+        return
+    skip = pytest.mark.skip(reason="needs the raw Fashion-MNIST files: apt-get install dataset-fashion-mnist")
+    for item in items:
+        if item.get_closest_marker("needs_data"):
+            item.add_marker(skip)
+
+
+def _raw_fashion_mnist_is_here() -> bool:
+    """Whether each file is in a folder that `experts.data` reads, an earlier download included."""
+    own = Path(os.environ.get("MOE_ENVS_DATA", data.DEBIAN_FOLDER))
+    downloads = platformdirs.user_cache_path("moe-envs") / "data" / "fashion-mnist"
+    folders = (own, own / "fashion-mnist", data.DEBIAN_FOLDER, downloads)
+    return all(
+        any((folder / f"{name}{suffix}").is_file() for folder in folders for suffix in ("", ".gz"))
+        for name in data.FASHION_MNIST_FILES
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +45,36 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache is never touched by a test."""
     monkeypatch.setenv("MOE_ENVS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+class Clock:
+    """Time that passes by sleeping alone, and by `TICK` for each reading: no duration is 0."""
+
+    TICK = 1e-6
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    def read(self) -> float:
+        self.seconds += self.TICK
+        return self.seconds
+
+    def read_ns(self) -> int:
+        return round(self.read() * 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The module `time` has a clock that does not depend on the machine; its CPU times stand still."""
+    made = Clock()
+    monkeypatch.setattr(time, "sleep", made.sleep)
+    monkeypatch.setattr(time, "perf_counter", made.read)
+    monkeypatch.setattr(time, "perf_counter_ns", made.read_ns)
+    monkeypatch.setattr(time, "thread_time_ns", lambda: 0)
+    return made
 
 
 @pytest.fixture

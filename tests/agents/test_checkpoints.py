@@ -13,6 +13,7 @@ import pytest
 
 from agents import PPO, REINFORCE, checkpoints
 from agents.checkpoints import MANIFEST, CheckpointError
+from tests.processes import running
 
 DIGITS: dict[str, Any] = {
     "env": "moe_envs:MoERouting-v0", "n_envs": 4, "n_steps": 32, "env_kwargs": {"bundle": "digits"},
@@ -175,12 +176,12 @@ def test_a_process_killed_while_it_saves_leaves_a_run_that_resumes(tmp_path: Pat
     generator = np.random.default_rng(0)
     for trial in range(4):
         run = tmp_path / str(trial)
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE, text=True) as process:
+        with running([sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             for _ in range(int(generator.integers(3, 8))):
                 finished = process.stdout.readline()
             time.sleep(float(generator.uniform(0, 0.02)))
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         agent = PPO.resume(run)
         assert agent.num_timesteps >= int(finished) - 16  # the checkpoint before that callback was finished
         agent.learn(64, checkpoint_path=run)
@@ -188,10 +189,8 @@ def test_a_process_killed_while_it_saves_leaves_a_run_that_resumes(tmp_path: Pat
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITER.replace("checkpoint_every=1", "checkpoint_every=10**8"), str(run)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+    command = [sys.executable, "-c", WRITER.replace("checkpoint_every=1", "checkpoint_every=10**8"), str(run)]
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for _ in range(3):

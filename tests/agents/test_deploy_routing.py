@@ -44,12 +44,13 @@ def test_a_deployed_router_is_the_environments_policy() -> None:
         for episode in range(20):
             observation, _ = env.reset(seed=episode)
             batch = env.batch_inputs()
-            actions, ended = [], False
-            while not ended:
+            actions = []
+            for _ in range(32):
                 action, _ = policy.predict(observation, deterministic=True)
                 actions.append(action)
                 observation, _, ended, _, info = env.step(action)
                 played.append(info["reward/quality"] * 32)
+            assert ended
             with torch.inference_mode():
                 x = torch.from_numpy(inputs[batch])
                 deployed += (routed(x).argmax(1).numpy() == labels[batch]).astype(float).tolist()

@@ -25,24 +25,24 @@ def last_return(agent: Learner) -> float:
 
 @pytest.mark.parametrize("learner", [PPO, REINFORCE])
 @pytest.mark.parametrize(
-    ("env", "best", "steps"),
-    [
-        ("Identity-v0", 8, 20_000),
-        ("Counting-v0", 1, 40_000),
-        ("Masked-v0", 8, 30_000),
-        ("Bits-v0", 1, 30_000),
-        ("Choices-v0", 1, 30_000),
-        ("Target-v0", 0, 40_000),
+    ("env", "best", "steps", "ent_coef"),
+    [  # each passes for 10 of the seeds 0 to 9, with both learners
+        ("Identity-v0", 8, 20_000, 0.003),
+        ("Counting-v0", 1, 40_000, 0.1),  # with 0.003 PPO does for 4 of them, REINFORCE for 8
+        ("Masked-v0", 8, 30_000, 0.003),
+        ("Bits-v0", 1, 30_000, 0.003),
+        ("Choices-v0", 1, 30_000, 0.003),
+        ("Target-v0", 0, 40_000, 0.003),
     ],
 )
-def test_it_learns(learner: type[Learner], env: str, best: float, steps: int) -> None:
+def test_it_learns(learner: type[Learner], env: str, best: float, steps: int, ent_coef: float) -> None:
     kwargs: Any = FAST | ({"n_steps": 8, "learning_rate": "linear 1e-2"} if learner is REINFORCE else {"n_epochs": 5})
     agent: Any = learner
-    agent = agent("MlpPolicy", env, n_envs=16, seed=0, **kwargs).learn(steps)
+    agent = agent("MlpPolicy", env, n_envs=16, seed=0, **kwargs | {"ent_coef": ent_coef}).learn(steps)
     assert last_return(agent) > best - max(0.1, 0.1 * best)
 
 
-def test_only_a_memory_remembers() -> None:
+def test_only_a_memory_remembers() -> None:  # passes for 10 of the seeds 0 to 9
     with_memory, without = (
         PPO(
             "MlpPolicy",
@@ -59,7 +59,7 @@ def test_only_a_memory_remembers() -> None:
     assert abs(last_return(without.learn(20_000))) < 0.3
 
 
-@pytest.mark.parametrize("gru", [0, 8])
+@pytest.mark.parametrize("gru", [0, 8])  # each passes for 10 of the seeds 0 to 9
 def test_a_truncated_episode_is_worth_what_comes_after(gru: int) -> None:
     policy = {"net_arch": [16], "gru": gru}
     settings: dict[str, Any] = {"n_steps": 20, "n_epochs": 5, "gamma": 0.9, "learning_rate": "linear 3e-2"}

@@ -108,16 +108,16 @@ def test_a_watcher_in_sb3s_own_learn_keeps_the_weights_best_on_validation() -> N
 
 
 def test_ppo_learns_to_route_better_than_the_gate() -> None:
-    """40,000 steps on digits: far above the gate's top-1, and cheaper, on validation."""
+    """60,000 steps on digits: far above the gate's top-1, and cheaper, on validation; so for 10 of 10 seeds."""
     from agents.baselines.routing import RoutingProblem, _top_m
     from agents.evaluate import evaluate
 
     kwargs: dict[str, Any] = {"bundle": "digits", "cost_weight": 0.4}
-    settings = tuned.settings("ppo", ID, "sb3", n_envs=32, batch_size=256)
+    settings = tuned.settings("ppo", ID, "sb3", n_envs=32, batch_size=256, learning_rate="linear 2e-3")
     model = sb3.make_algorithm("ppo", sb3.make_sb3_vec(ID, 32, **kwargs), 0, settings)
-    model.learn(40_000)
+    model.learn(60_000)
     problem = RoutingProblem(ID, **kwargs)
     gate = problem.tune([(_top_m(problem, 1), True)])
     ours, theirs = (evaluate(policy, ID, 500, **kwargs, split="validation") for policy in (model, gate))
-    assert ours["return"].mean() > theirs["return"].mean() + 0.02
+    assert ours["return"].mean() > theirs["return"].mean() + 0.03
     assert ours["cost"].mean() < theirs["cost"].mean()

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,12 @@ import pytest
 from agents import runs
 from benchmarks.cli import main, terminal
 from benchmarks.experiments import router
+from tests.processes import running, wait_until
 
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     code = f"import sys; sys.argv[0] = 'moe'; from benchmarks.cli.main import {name}; {name}()"
     return subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True)
-
-
-def wait_for(path: Path, process: "subprocess.Popen[Any]") -> None:
-    """Until a file is there; an error where the process has ended without it."""
-    while not path.exists():
-        assert process.poll() is None, f"the process ended with {process.returncode}"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +151,10 @@ def test_an_own_run_that_is_stopped_resumes_as_if_it_had_not_been(tmp_path: Path
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert command("train", *OWN, "--out", str(whole)).returncode == 0
     arguments = [sys.executable, "-c", "from benchmarks.cli.main import train; train()", *OWN, "--out", str(stopped)]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        wait_for(stopped / "best", process)
+    with running(arguments, stderr=subprocess.PIPE) as process:
+        wait_until((stopped / "best").exists, process)
         process.send_signal(signal.SIGINT)
-        assert f"moe-train --resume {stopped}" in process.stderr.read()
+        assert f"moe-train --resume {stopped}" in process.communicate()[1]
     assert process.returncode == 130
     assert not (stopped / "run.json").exists()
     done = command("train", "--resume", str(stopped))
@@ -192,8 +184,8 @@ def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path: Path) -> Non
         "--out",
         str(tmp_path / "run"),
     ]
-    with subprocess.Popen(arguments) as process:
-        wait_for(tmp_path / "run" / "started.json", process)
+    with running(arguments) as process:
+        wait_until((tmp_path / "run" / "started.json").exists, process)
         process.kill()
     again = command("train", *OWN, "--out", str(tmp_path / "run"))
     assert "holds an interrupted run" in again.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from benchmarks.runner import processes, runner
 from benchmarks.runner.experiments import RunnerError
 from benchmarks.runner.matrix import Matrix, jobs_of, load_matrix
 from benchmarks.runner.rows import read
+from tests.processes import SECONDS, running, wait_until
 
 KILLS = int(os.environ.get("MOE_ENVS_KILLS", "6"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_runner.py
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -32,6 +32,10 @@ def lasting(folder: Path) -> list[dict[str, Any]]:
     """The rows, times aside."""
     rows = [json.loads(line) for line in (folder / "raw.jsonl").read_text().splitlines()]
     return [row | {"measured": {}} for row in rows]
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_rows_are_the_same_in_one_process_and_in_two(tmp_path: Path) -> None:
@@ -72,23 +76,21 @@ def test_kills_lose_no_finished_row_and_duplicate_none(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "run", str(path), "--out", str(out), "--jobs", "2"]
     draw, finished = random.Random(0), {}
     for _ in range(KILLS):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wanted = len(finished) + draw.randint(0, 4)  # by progress, not by the clock, whatever the machine
-        while wanted and (not (out / "raw.jsonl").exists() or (out / "raw.jsonl").read_bytes().count(b"\n") < wanted):
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with running(command, stdout=subprocess.DEVNULL) as process:
+            wait_until(lambda wanted=wanted: lines_of(out / "raw.jsonl") >= wanted, process)
+            time.sleep(draw.uniform(0, 0.3))
+            process.kill()
         now = {row.config_hash: row for row in read(out / "raw.jsonl")}
         assert finished.items() <= now.items()
         finished = now
     assert 0 < len(finished) < 4 * len(setups)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     hashes = [row.config_hash for row in read(out / "raw.jsonl")]
     assert hashes == [job.key for job in jobs_of(load_matrix(path))]
     assert finished.items() <= {row.config_hash: row for row in read(out / "raw.jsonl")}.items()
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
 

@@ -52,15 +52,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, monito
         optimizer.step()
 
 
+@pytest.mark.usefixtures("clock")
 def test_it_finds_what_is_slow(tmp_path: Path) -> None:
     model, optimizer = pair(Sleepy)
     optimizer.register_step_pre_hook(lambda *_: None)
     with Monitor(model, optimizer, every=1, path=tmp_path) as monitor:
         train(model, optimizer, 6)
         row = monitor.end_epoch()
-    assert 0.01 <= row["forward"] < 0.02 <= row["backward"] < 0.03
-    assert row["optimizer"] < 0.01
-    assert row["seconds"] >= 6 * 0.03
+    found = [row[name] for name in ("forward", "backward", "optimizer", "seconds")]
+    assert found == pytest.approx([0.01, 0.02, 0, 6 * 0.03], abs=1e-3)
 
 
 def test_the_logs_say_all(tmp_path: Path) -> None:
@@ -123,6 +123,7 @@ def test_it_changes_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (tmp_path / "batches.csv").stat().st_size == size
 
 
+@pytest.mark.usefixtures("clock")
 def test_accumulated_gradients_are_one_batch_and_evaluation_is_none(tmp_path: Path) -> None:
     model, optimizer = pair(Sleepy)
     with Monitor(model, optimizer, every=1, path=tmp_path):
@@ -137,8 +138,8 @@ def test_accumulated_gradients_are_one_batch_and_evaluation_is_none(tmp_path: Pa
             optimizer.step()
     batches = pd.read_csv(tmp_path / "batches.csv")
     assert batches["batch"].tolist() == [1, 2]
-    assert batches["forward"].between(0.02, 0.04).all()
-    assert batches["backward"].between(0.04, 0.08).all()
+    assert batches["forward"].to_numpy() == pytest.approx(0.02, abs=1e-3)
+    assert batches["backward"].to_numpy() == pytest.approx(0.04, abs=1e-3)
 
 
 class TwoHeads(nn.Module):
@@ -150,6 +151,7 @@ class TwoHeads(nn.Module):
         return {"unused": self.head(x), "both": (SleepInBackward.apply(self.head(x)), None)}  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_backward_pass_of_several_forwards_and_outputs_is_whole(tmp_path: Path) -> None:
     model = TwoHeads()
     optimizer = torch.optim.SGD(model.parameters())
@@ -161,7 +163,7 @@ def test_a_backward_pass_of_several_forwards_and_outputs_is_whole(tmp_path: Path
             optimizer.step()
     batches = pd.read_csv(tmp_path / "batches.csv")
     assert batches["batch"].tolist() == [1, 2, 3]
-    assert batches["backward"].between(0.04, 0.08).all()
+    assert batches["backward"].to_numpy() == pytest.approx(0.04, abs=1e-3)
     with Monitor(model, optimizer, every=1, path=tmp_path / "none", interval=0.01):
         for _ in range(2):
             model(x=torch.ones(4, 8))
@@ -169,6 +171,7 @@ def test_a_backward_pass_of_several_forwards_and_outputs_is_whole(tmp_path: Path
     assert pd.read_csv(tmp_path / "none" / "batches.csv")["backward"].isna().all()
 
 
+@pytest.mark.usefixtures("clock")
 def test_energy_of_a_counter_is_power_times_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class TenWatts:
         source, window = "ten watts", 0.01
@@ -218,7 +221,10 @@ def test_a_disk_that_fails_for_a_while_loses_nothing(tmp_path: Path, caplog: pyt
         (tmp_path / "batches.csv").rename(tmp_path / "away.csv")
         (tmp_path / "batches.csv").mkdir()  # cannot be appended to
         train(model, optimizer, 5)
-        time.sleep(0.1)
+        for _ in range(3000):
+            if "cannot write" in caplog.text:
+                break
+            time.sleep(0.01)
         (tmp_path / "batches.csv").rmdir()
         (tmp_path / "away.csv").rename(tmp_path / "batches.csv")
     assert "cannot write" in caplog.text

@@ -52,8 +52,7 @@ def test_fit_never_goes_below_zero_and_is_the_best_there() -> None:
 
 def test_a_measured_profile_is_plausible(measured: Profile) -> None:
     small, large = measured.operations.values()
-    assert 0 < small.time.fixed < 1e-3
-    assert large.time.slope > small.time.slope
+    assert min(*small.median, *large.median) > 0
     assert small.memory.fixed == pytest.approx((32 * 10 + 10) * 4)
     assert small.memory.slope == pytest.approx(10 * 4)
     flops = 2 * 32 * 10
@@ -63,6 +62,7 @@ def test_a_measured_profile_is_plausible(measured: Profile) -> None:
     assert measured.fingerprint == fingerprint()
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_slowed_expert_is_found_with_the_right_figure() -> None:
     class Slow(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,18 +72,19 @@ def test_a_slowed_expert_is_found_with_the_right_figure() -> None:
     model = Model()
     model.experts.append(Slow(32, 10))
     found = measure_experts(model, np.ones((64, 32), dtype=np.float32), repeats=50).operations
-    assert found["expert 2"].time.fixed == pytest.approx(1.1e-3, rel=0.3)
-    assert found["expert 2"].time.slope == pytest.approx(1e-4, rel=0.2)
-    assert max(found[name].time.fixed for name in ("expert 0", "expert 1")) < found["expert 2"].time.fixed / 2
+    assert found["expert 2"].time.fixed == pytest.approx(1e-3, abs=1e-5)
+    assert found["expert 2"].time.slope == pytest.approx(1e-4, rel=0.01)
+    assert max(found[name].time.fixed for name in ("expert 0", "expert 1")) < 1e-5
 
 
+@pytest.mark.usefixtures("clock")
 def test_any_callable_prepared_or_not(own_cache: Path) -> None:
     def product(n: int) -> Callable[[], torch.Tensor]:
         left, right = torch.ones(n, 64), nn.Parameter(torch.ones(64, 32))
         return lambda: left @ right
 
     found = measure({"sleep": lambda n: time.sleep(n * 1e-4), "product": product}, sizes=(1, 4), repeats=50)
-    assert found.operations["sleep"].time.slope == pytest.approx(1e-4, rel=0.3)
+    assert found.operations["sleep"].time.slope == pytest.approx(1e-4, rel=0.01)
     product_ = found.operations["product"]
     assert product_.flops is not None
     assert product_.flops.slope == pytest.approx(2 * 64 * 32)

@@ -53,7 +53,8 @@ def test_a_training_is_torchs(top_k: int) -> None:
                 probabilities = model.gate(inputs).softmax(1).detach()
                 entropy = -(probabilities * probabilities.log()).sum(1).mean()
                 assert found.entropy[row] == pytest.approx(entropy.item(), rel=1e-4)
-                assert found.accuracy[row] == (logits.argmax(1) == labels).float().mean().item()
+                right = (logits.argmax(1) == labels).float().mean().item()
+                assert found.accuracy[row] == pytest.approx(right, abs=1.5 / B)  # a tie may be decided otherwise
                 assert found.load[row].sum() == pytest.approx(top_k)
             optimizer.step()
             assert found.loss[row] == pytest.approx(loss.item(), abs=1e-5)

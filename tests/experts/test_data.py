@@ -1,7 +1,6 @@
 """Data sets: read, checked, split; absent or altered ones say what mends them."""
 
 import gzip
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +8,6 @@ import pytest
 
 from experts import data
 from experts.data import DataError
-
-raw_fashion_mnist = pytest.mark.skipif(
-    not (data.DEBIAN_FOLDER.is_dir() or "MOE_ENVS_DATA" in os.environ),
-    reason="needs the raw files: apt-get install dataset-fashion-mnist",
-)
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -34,7 +28,7 @@ def test_digits_are_split_into_disjoint_parts() -> None:
     assert (inputs.shape, inputs.min(), inputs.max(), labels.max()) == ((360, 64), 0, 1, 9)
 
 
-@raw_fashion_mnist
+@pytest.mark.needs_data
 def test_fashion_mnist_keeps_the_official_test_set_apart() -> None:
     fashion = data.load("fashion-mnist")
     assert [len(fashion.splits[name]) for name in data.SPLITS] == [15_000, 40_000, 5_000, 10_000]

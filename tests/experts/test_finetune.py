@@ -32,9 +32,9 @@ def test_a_compressed_model_gets_better() -> None:
     model, inputs, labels = trained()
     before = copy.deepcopy(model.state_dict())
     x = torch.from_numpy(inputs)
-    for level, share in ((7, 0.5), (9, 0.8), (11, 0.8)):
+    for level, share in ((7, 0.5), (9, 0.8), (11, 0.8)):  # each passes for 10 of the seeds 0 to 9
         plan = Plan.of(model, level)
-        settings = FinetuneSettings(steps=80, batch_size=64, rate=3e-3, alpha=1.0, temperature=1.0)
+        settings = FinetuneSettings(steps=120, batch_size=64, rate=3e-3, alpha=1.0, temperature=1.0)
         student = finetune(model, plan, inputs, labels, settings, augment=noisy, progress=False)
         torch.rand(level)
         again = finetune(model, plan, inputs, labels, settings, augment=noisy, progress=False)

@@ -43,7 +43,7 @@ def test_gradients_are_split_as_said(part: str, straight_through: bool) -> None:
 
 def test_reward_rises_and_cost_falls() -> None:
     x, y = data.load("digits")["train"]
-    for seed in range(3):
+    for seed in range(3):  # passes for 10 of the seeds 0 to 9
         mixture = model()
         log = train_hybrid(mixture, x, y, cost_of, replace(SETTINGS, seed=seed))
         assert len(log) == 12

@@ -35,7 +35,7 @@ def accuracy(network: MoENetwork) -> float:
         return float((network(torch.from_numpy(inputs))[0].argmax(1).numpy() == labels).mean())
 
 
-KINDS: list[dict[str, object]] = [
+KINDS: list[dict[str, object]] = [  # each passes for 10 of the seeds 0 to 9
     {},
     {"router": "hierarchical"},
     {"graph": {"init": "random"}},
@@ -74,7 +74,7 @@ def test_experts_begin_the_same_whatever_gates_and_graphs_are_theirs() -> None:
     assert torch.equal(first[0], first[2])
 
 
-def test_experts_that_are_held_to_their_average_drift_less() -> None:
+def test_experts_that_are_held_to_their_average_drift_less() -> None:  # passes for 10 of the seeds 0 to 9
     def moved(drift: float) -> float:
         """Of the layers, from their first weights to their last."""
         kept: list[torch.Tensor] = []
@@ -89,7 +89,7 @@ def test_experts_that_are_held_to_their_average_drift_less() -> None:
     assert moved(100.0) < 0.8 * moved(0.0)
 
 
-def test_a_diversity_loss_makes_experts_differ() -> None:
+def test_a_diversity_loss_makes_experts_differ() -> None:  # passes for 10 of the seeds 0 to 9
     def likeness(diversity: float) -> float:
         settings = NetworkSettings(epochs=6, batch_size=32, diversity=diversity)
         network = train_network(make(), *digits("rl_train"), settings)

@@ -61,16 +61,17 @@ def test_a_training_loss_of_nought_is_seen_as_a_number() -> None:
 def test_reward_is_the_drop_of_log_loss_and_arrival_ends() -> None:
     env = make(initial_rate=0.02, target=0.9)
     env.reset(seed=1)
-    before, ended, steps = np.log(np.log(10)), False, 0
-    while not ended:
+    before = np.log(np.log(10))
+    for step in range(14):
         _, reward, ended, _, info = env.step(KEEP)
-        steps += 1
         after = np.log(info["meta/validation_loss"])
         assert reward == pytest.approx(before - after - 0.1 + info["meta/arrived"], abs=1e-9)
         before = after
+        assert info["meta/actions"] == step + 1
+        if ended:
+            break
     assert info["meta/arrived"] == 1
     assert info["meta/accuracy"] >= 0.9
-    assert info["meta/actions"] == steps < 15
     total = make(initial_rate=0.02, target=1.0, cost_weight=1.0, widths=(24,))
     total.reset(seed=1)
     assert sum(total.step(KEEP)[4]["reward/cost"] for _ in range(30)) == pytest.approx(1)

@@ -61,8 +61,8 @@ def test_it_runs_under_the_wrappers_of_mo_gymnasium() -> None:
     assert rewards.shape == (3, 4)
     single = MORecordEpisodeStatistics(made[0](), gamma=0.9)
     single.reset(seed=0)
-    ended, info = False, {}
-    while not ended:
+    for _ in range(32):
         _, _, ended, _, info = single.step(single.action_space.sample())
+    assert ended
     assert info["episode"]["r"].shape == (4,)
     assert info["episode"]["l"] == 32

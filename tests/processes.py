@@ -1,0 +1,32 @@
+"""Processes that tests start and stop: none outlives its test, and no wait for one lasts for ever."""
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SECONDS = 300.0  # many times what any of these processes takes
+
+
+@contextmanager
+def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that is killed at the end of the block, and after `SECONDS`, so that reads of its output end."""
+    with subprocess.Popen(command, text=True, **options) as process:
+        timer = threading.Timer(SECONDS, process.kill)
+        timer.start()
+        try:
+            yield process
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for what a process does; fails where it ends without having done it."""
+    ended = False
+    while not condition():
+        assert not ended, f"the process ended with {process.returncode} too early"
+        ended = process.poll() is not None  # and look once more at what it did last
+        time.sleep(0.01)
