@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from experts import zoo
-
 if TYPE_CHECKING:
     from experts.bundle import Bundle
     from experts.tasks import Task
@@ -34,9 +32,9 @@ def load(kind: Kind, name: str | Path) -> Any:
 
 
 def _bundle(name: str) -> Any:
-    from experts import bundle, reference_bundles
+    from experts import bundle
 
-    return bundle.load(reference_bundles.made(name) if name in zoo.MADE else name)
+    return bundle.load(name)
 
 
 def _task(name: str) -> Any:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock
 
-from experts import bundle, data, zoo
-from experts.bundle import Bundle, Measured
+from experts import data, zoo
+from experts.bundle.build import Measured
+from experts.bundle.build import build as build_bundle
+from experts.bundle.read import METADATA, PROFILE, Bundle
 from experts.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def build(
     if name not in SETTINGS:
         raise ValueError(f"{name!r} is not a reference bundle; there are {', '.join(SETTINGS)}")
     source = data.load(name.removesuffix("-graph"))
-    return bundle.build(
+    return build_bundle(
         name, source.inputs, source.labels, splits=source.splits, settings=SETTINGS[name], profile=profile,
         data={"name": source.name, "sha256": source.sha256}, folder=folder, overwrite=True, progress=progress,
     )  # fmt: skip
@@ -61,8 +63,8 @@ def build(
 
 def _is_current(path: Path, name: str) -> bool:
     try:
-        trained = json.loads((path / bundle.METADATA).read_text())["training"]
-        profile = json.loads((path / bundle.PROFILE).read_text())
+        trained = json.loads((path / METADATA).read_text())["training"]
+        profile = json.loads((path / PROFILE).read_text())
     except (OSError, ValueError, KeyError, TypeError):
         return False
     wanted = json.loads(json.dumps(asdict(SETTINGS[name])))

@@ -1,9 +1,11 @@
-"""The house of shared/design.md: imports run downwards only, an import of ours is light, names have one home."""
+"""The house: imports run downwards only and never in a circle, an import of ours is light, names have one home."""
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,37 @@ def test_imports_run_downwards_only(path: Path) -> None:
     layer = ".".join(parts[:2]) if ".".join(parts[:2]) in ALLOWED else parts[0]
     used = {name for name in imported(path) if name in OURS or name.startswith("relative")}
     assert used <= ALLOWED[layer] | {parts[0]}
+
+
+def named_imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The modules of ours that a file imports anywhere: at its top, in a function, for types only."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            submodules = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in known else str(node.module) for name in submodules)
+
+
+def test_no_import_circle_not_even_for_types() -> None:
+    known = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in modules()
+    }
+    graph = {
+        name: {each for each in named_imports(path, known) if each in known} - {name} for name, path in known.items()
+    }
+    assert sum(map(len, graph.values())) > len(graph)
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+def test_a_class_has_one_name_and_one_home() -> None:
+    names = Counter(
+        node.name
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, times in names.items() if times > 1} == set()
 
 
 @pytest.mark.parametrize(

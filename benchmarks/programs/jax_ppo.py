@@ -22,7 +22,7 @@ from moe_envs.routing.env import MoERoutingVectorEnv
 GAMMA, DECAY, CLIP, VF_COEF, MAX_NORM, RATE, EPOCHS, WIDTH = 0.99, 0.95, 0.2, 0.5, 0.5, 3e-4, 4, 64
 
 
-class Rows(NamedTuple):
+class Steps(NamedTuple):
     """The state of all rows: first places in the deck, steps taken, ledgers, costs so far, batches."""
 
     place: Any
@@ -43,23 +43,23 @@ class Environment:
         self.seen, self.summaries = jnp.array(tables.seen), jnp.array(tables.summaries)
         self.first_ledger = int(tables.ledger_of(-1))
 
-    def begin(self, key: Any) -> Rows:
+    def begin(self, key: Any) -> Steps:
         batch = jax.random.randint(key, (self.rows,), 0, len(self.summaries))
         zeros = jnp.zeros(self.rows, jnp.int32)
-        return Rows(batch * (self.length + 1), zeros, zeros + self.first_ledger, jnp.zeros(self.rows), batch)
+        return Steps(batch * (self.length + 1), zeros, zeros + self.first_ledger, jnp.zeros(self.rows), batch)
 
-    def observe(self, rows: Rows) -> Any:
+    def observe(self, rows: Steps) -> Any:
         inputs = self.deck[rows.place + rows.step]
         parts = self.seen[inputs], self.summaries[rows.batch], self.paid[rows.ledger // self.actions]
         return jnp.concatenate([*parts, rows.cost[:, None], (rows.step / self.length)[:, None]], axis=1)
 
-    def step(self, rows: Rows, action: Any, key: Any) -> tuple[Rows, Any, Any]:
+    def step(self, rows: Steps, action: Any, key: Any) -> tuple[Steps, Any, Any]:
         move = rows.ledger + action
         quality = self.correct[self.deck[rows.place + rows.step], action] / self.length
         cost = self.cost_of[move]
-        after = Rows(rows.place, rows.step + 1, self.ledgers[move], rows.cost + cost, rows.batch)
+        after = Steps(rows.place, rows.step + 1, self.ledgers[move], rows.cost + cost, rows.batch)
         done = after.step == self.length
-        found = Rows(*(jnp.where(done, new, old) for new, old in zip(self.begin(key), after, strict=True)))
+        found = Steps(*(jnp.where(done, new, old) for new, old in zip(self.begin(key), after, strict=True)))
         return found, quality - 0.2 * cost, done
 
 
