@@ -14,13 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.cli.terminal import Json, group, write
+from benchmarks.cli.terminal import Json, console_of, group, write
 from cost.profile import SIZES, Profile, ProfileError
 
 if TYPE_CHECKING:
     from torch import nn
 
-console = Console()
 app = group("What models cost on this machine.")
 Save = Annotated[Path | None, typer.Option("--out", help="Save the profile in this file, too.")]
 Repeats = Annotated[int, typer.Option(help="Rounds over all operations and sizes, at least 50.")]
@@ -42,9 +41,9 @@ def measure_bundle(
 
     loaded = bundles.load(name)
     measured = profiles.measure(loaded, repeats, progress=True)
-    _print(measured, f"{name}: time of an expert on n inputs = fixed + slope * n")
+    _print(measured, f"{name}: time of an expert on n inputs = fixed + slope * n", console_of(None))
     _save(measured, save)
-    console.print(f"[green]saved[/] {profiles.machine_path(loaded)}    use it: gymnasium.make(..., costs='machine')")
+    console_of(None).print(f"[green]saved[/] {profiles.machine_path(loaded)}    use it: gymnasium.make(..., costs='machine')")
 
 
 @app.command("model")
@@ -75,7 +74,7 @@ def measure_model(
         grid: dict[str, Any] = {"dtypes": dtypes.split(","), "devices": devices.split(",")}
         grid["threads"] = _numbers(threads, "--threads")
         measured = profiles.measure_module(*made, counts, repeats, **grid, progress=True)
-    _print(measured, f"{build}: time on n inputs = fixed + slope * n")
+    _print(measured, f"{build}: time on n inputs = fixed + slope * n", console_of(None))
     _save(measured, save)
 
 
@@ -94,6 +93,7 @@ def report_logs(
 
     result = report.write(folder, out)
     write(json_file, result)
+    console = console_of(json_file)
     for title, rows in report.tables(result).items():
         if rows:
             console.print(terminal(title, rows))
@@ -112,7 +112,8 @@ def show(profile: Name, json_file: Json = None) -> None:
 
     loaded = load(profile)
     write(json_file, loaded.model_dump(mode="json"))
-    _print(loaded, f"{profile}: time on n inputs = fixed + slope * n")
+    console = console_of(json_file)
+    _print(loaded, f"{profile}: time on n inputs = fixed + slope * n", console)
     for key, value in loaded.fingerprint.items():
         console.print(Text(f"{key}: {value}"))
     console.print(f"measured {loaded.created}, {loaded.repeats} repeats")
@@ -133,6 +134,7 @@ def compare(
     Example: moe-profile compare fashion-mnist mine.json --plot both.png
     """
     frame = differences(load(first), load(second))
+    console = console_of(None)
     table = Table("operation", "n", escape(first), escape(second), "difference", title="time [µs]")
     for row in frame.to_dict("records"):
         figures = (f"{row['first'] * 1e6:.2f}", f"{row['second'] * 1e6:.2f}", f"{row['difference']:+.1%}")
@@ -199,7 +201,7 @@ def draw(frame: pd.DataFrame, path: Path, names: tuple[str, str]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _print(profile: Profile, title: str) -> None:
+def _print(profile: Profile, title: str, console: Console) -> None:
     table = Table("operation", "fixed [µs]", "slope [µs]", "residual", "spread", "held [B]", title=Text(title))
     for name, operation in profile.operations.items():
         time = operation.time
@@ -219,7 +221,7 @@ def _print(profile: Profile, title: str) -> None:
 def _save(profile: Profile, path: Path | None) -> None:
     if path is not None:
         profile.save(path)
-        console.print(Text.assemble(("saved", "green"), f" {path}"))
+        console_of(None).print(Text.assemble(("saved", "green"), f" {path}"))
 
 
 def _numbers(text: str, option: str) -> list[int]:

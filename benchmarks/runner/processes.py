@@ -86,7 +86,8 @@ class Ray:
         if address:
             ray.init(address=address, runtime_env=environment, log_to_driver=False)
         else:
-            ray.init(num_cpus=processes, include_dashboard=False, runtime_env=environment, log_to_driver=False)
+            local: dict[str, Any] = {"num_cpus": processes, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            ray.init(**local, runtime_env=environment, log_to_driver=False)
         self.slots = processes
         self._call = ray.remote(num_cpus=1, max_retries=0)(_call)
 

@@ -223,7 +223,7 @@ def test_help_and_version(name: str) -> None:
     done = command(name, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
-    assert "--install-completion" in done.stdout
+    assert "completion" in done.stdout
     assert command(name, "--version").stdout.startswith("moe-envs ")
 
 

@@ -16,7 +16,6 @@ from experts import reference_models
 from experts.compression import LEVELS, size_of
 from experts.compression.pieces import pieces
 from experts.compression.plan import Plan
-from moe_envs.compression.tables import halves
 
 ID, MODEL = "moe_envs:MoECompression-v0", "digits-mlp"
 
@@ -49,7 +48,7 @@ def test_quality_is_that_of_the_decompressed_model_and_its_file_has_the_bytes(tm
     env = make(quality="accuracy and loss")
     env.reset(seed=0)
     model = reference_models.load(MODEL)
-    inputs, labels = (torch.from_numpy(each) for each in halves(reference_models.examples(MODEL), "train"))
+    inputs, labels = (torch.from_numpy(each) for each in reference_models.examples(MODEL).half("train"))
     generator = np.random.default_rng(0)
     for _ in range(5):
         levels, total, info = walk(env, lambda env, _: int(generator.integers(len(LEVELS))))
