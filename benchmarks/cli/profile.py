@@ -43,7 +43,8 @@ def measure_bundle(
     measured = profiles.measure(loaded, repeats, progress=True)
     _print(measured, f"{name}: time of an expert on n inputs = fixed + slope * n", console_of(None))
     _save(measured, save)
-    console_of(None).print(f"[green]saved[/] {profiles.machine_path(loaded)}    use it: gymnasium.make(..., costs='machine')")
+    path = profiles.machine_path(loaded)
+    console_of(None).print(f"[green]saved[/] {path}    use it: gymnasium.make(..., costs='machine')")
 
 
 @app.command("model")
