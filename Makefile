@@ -1,7 +1,6 @@
 # The contract for people and CI. Every target sets up what it needs by itself.
 PYTHON ?= python3
 PIP_FLAGS ?=
-COSTS ?= reference
 BIN := .venv/bin
 READY := .venv/ready
 
@@ -17,16 +16,15 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/moe-benchmark demo --costs $(COSTS)
+	$(BIN)/moe-benchmark run demo --out runs/demo --jobs 2
 
 test: lint type
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
 	$(BIN)/python tests/coverage_floors.py
 
-# What takes minutes beside: every experiment's command, small, and twenty kills.
+# Slow tests: the runner through twenty kills of its processes, and of Ray's workers.
 test-long: $(READY)
-	MOE_ENVS_LONG=1 MOE_ENVS_KILLS=20 $(BIN)/pytest --durations=10 tests/benchmarks/test_commands.py \
-		tests/benchmarks/test_runner.py
+	MOE_ENVS_KILLS=20 $(BIN)/pytest --durations=10 tests/benchmarks/test_runner.py tests/benchmarks/test_ray.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -50,7 +48,7 @@ notebooks: $(READY)
 		--NbConvertBase.display_data_priority="['image/png', 'text/plain']"
 
 bench: $(READY)
-	$(BIN)/moe-benchmark speed
+	$(BIN)/moe-benchmark run speed --out runs/speed --overwrite
 
 bundles: $(READY)
 	$(BIN)/moe-bundle rebuild digits fashion-mnist fashion-mnist-graph

@@ -58,7 +58,9 @@ def plot(rows: pd.DataFrame, path: Path, title: str) -> None:
     learned = rows[rows["kind"] == "learned"].drop_duplicates("cost_weight")
     for _, row in learned.iterrows():
         where = (row["cost"], row["quality"])
-        axes.annotate(f"λ={row['cost_weight']:g}", where, textcoords="offset points", xytext=(6, 6), color="tab:red")
+        axes.annotate(
+            f"cost weight {row['cost_weight']:g}", where, textcoords="offset points", xytext=(8, -14), color="tab:red"
+        )
     axes.set(xlabel="cost (1 = the model's own top-2 gate)", ylabel="quality (accuracy)", title=title, xlim=(0, 1.3))
     floor = rows.loc[(rows["policy"] != "random") & (rows["cost"] < 1.3), "quality"].min()
     axes.set_ylim(floor - 0.02, None)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_envs.core.rendering import BLUE, CELL, GREEN, GREY, RED, WHITE
+from moe_envs.core.rendering import BLUE, CELL, FONT_SIZE, GREEN, GREY, RED, WHITE
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class PlanPicture:
         """`[height, width, 3]` uint8: a row a matrix; the longer the blue bar, the more of its bytes are kept."""
         from PIL import Image, ImageDraw
 
-        left, width = 130, 320
-        image = Image.new("RGB", (left + width + 70, len(self.names) * CELL + 32), WHITE)
+        left, width = 190, 320
+        image = Image.new("RGB", (left + width + 90, len(self.names) * CELL + 36), WHITE)
         draw = ImageDraw.Draw(image)
         for row, name in enumerate(self.names):
             top = row * CELL + 4
-            draw.text((4, top), name[-20:], fill=(0, 0, 0))
+            draw.text((4, top - 2), name[-20:], fill=(0, 0, 0), font_size=FONT_SIZE)
             draw.rectangle((left, top, left + width, top + CELL - 4), fill=GREY)
             if row < len(self.done):
                 level, share = self.done[row]
                 draw.rectangle((left, top, left + width * share, top + CELL - 4), fill=BLUE)
-                draw.text((left + width + 8, top), f"level {level}", fill=(0, 0, 0))
+                draw.text((left + width + 8, top - 2), f"level {level}", fill=(0, 0, 0), font_size=FONT_SIZE)
         colour = GREEN if self.spent <= self.budget else RED
-        draw.text((4, len(self.names) * CELL + 12), self._caption(), fill=colour)
+        draw.text((4, len(self.names) * CELL + 12), self._caption(), fill=colour, font_size=FONT_SIZE)
         return np.asarray(image)
 
     def _caption(self) -> str:

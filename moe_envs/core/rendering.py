@@ -4,7 +4,7 @@ from typing import Protocol
 
 import numpy as np
 
-CELL, MARGIN = 16, 48
+CELL, MARGIN, FONT_SIZE = 20, 80, 15  # pixels
 GREY, GREEN, RED, BLUE, WHITE = (225, 225, 225), (46, 160, 67), (207, 34, 46), (9, 105, 218), (255, 255, 255)
 
 

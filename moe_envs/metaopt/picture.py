@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_envs.core.rendering import BLUE, CELL, GREEN, GREY, MARGIN, RED, WHITE
+from moe_envs.core.rendering import BLUE, CELL, FONT_SIZE, GREEN, GREY, MARGIN, RED, WHITE
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrainingPicture:
         from PIL import Image, ImageDraw
 
         width, height = 2 * MARGIN + self.max_actions * CELL, 12 * CELL
-        image = Image.new("RGB", (width, height + 24), WHITE)
+        image = Image.new("RGB", (width, height + 30), WHITE)
         draw = ImageDraw.Draw(image)
         draw.line([(MARGIN, height * (1 - self.target)), (width - MARGIN, height * (1 - self.target))], GREY, 2)
         for column, colour in ((0, GREEN), (1, BLUE), (2, RED)):
@@ -38,9 +38,9 @@ class TrainingPicture:
             draw.line(points, colour, 2)
             for x, y in points:
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
-        draw.text((4, height + 6), self._caption(), fill=(0, 0, 0))
-        for place, (name, colour) in enumerate((("accuracy", GREEN), ("gate's rate", BLUE), ("experts' rate", RED))):
-            draw.text((MARGIN + 90 * place, 4), name, fill=colour)
+        draw.text((4, height + 6), self._caption(), fill=(0, 0, 0), font_size=FONT_SIZE)
+        for place, (name, colour) in enumerate((("accuracy", GREEN), ("learning rate: gate", BLUE), ("experts", RED))):
+            draw.text((MARGIN + 130 * place, 4), name, fill=colour, font_size=FONT_SIZE)
         return np.asarray(image)
 
     def _caption(self) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_envs.core.rendering import BLUE, CELL, GREEN, GREY, MARGIN, RED, WHITE
+from moe_envs.core.rendering import BLUE, CELL, FONT_SIZE, GREEN, GREY, MARGIN, RED, WHITE
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,24 @@ class RoutingPicture:
         return "\n".join([*lines, self._caption()])
 
     def rgb_array(self) -> np.ndarray:
-        """`[height, width, 3]` uint8: green cells answered correctly, red ones wrongly, blue marks experts paid."""
+        """`[height, width, 3]` uint8: green cells answered correctly, red ones wrongly, the names of experts paid are blue."""
         from PIL import Image, ImageDraw
 
         height = self.num_experts * CELL
-        image = Image.new("RGB", (MARGIN + self.batch_size * CELL + 8, height + 32), WHITE)
+        image = Image.new("RGB", (MARGIN + self.batch_size * CELL + 8, height + 36), WHITE)
         draw = ImageDraw.Draw(image)
         paid = int(np.bitwise_or.reduce([0, *(code for code, _ in self.choices)]))
         for expert in range(self.num_experts):
             top = expert * CELL + 4
-            draw.text((4, top), f"e{expert}", fill=BLUE if paid >> expert & 1 else (0, 0, 0))
-            if paid >> expert & 1:
-                draw.rectangle((28, top + 1, 38, top + CELL - 4), fill=BLUE)
+            draw.text(
+                (4, top - 2), f"expert {expert}", fill=BLUE if paid >> expert & 1 else (0, 0, 0), font_size=FONT_SIZE
+            )
             for column in range(self.batch_size):
                 code, correct = self.choices[column] if column < len(self.choices) else (0, 0)
                 colour = (RED, GREEN)[correct] if code >> expert & 1 else GREY
                 left = MARGIN + column * CELL
                 draw.rectangle((left, top, left + CELL - 3, top + CELL - 3), fill=colour)
-        draw.text((4, height + 12), self._caption(), fill=(0, 0, 0))
+        draw.text((4, height + 12), self._caption(), fill=(0, 0, 0), font_size=FONT_SIZE)
         return np.asarray(image)
 
     def _caption(self) -> str:
