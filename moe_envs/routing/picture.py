@@ -26,7 +26,7 @@ class RoutingPicture:
         return "\n".join([*lines, self._caption()])
 
     def rgb_array(self) -> np.ndarray:
-        """`[height, width, 3]` uint8: green cells answered correctly, red ones wrongly, the names of experts paid are blue."""
+        """`[height, width, 3]` uint8: green cells answered correctly, red ones wrongly, experts paid in blue."""
         from PIL import Image, ImageDraw
 
         height = self.num_experts * CELL
