@@ -1,4 +1,4 @@
-"""What `experiment.score` found, as Markdown and pictures."""
+"""Report of the experiment `models`: Markdown and plots."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from benchmarks.results.tables import markdown_header as header
 from benchmarks.results.tables import markdown_row as cells
 
 Row = dict[str, Any]
-COSTS = {  # label, and what the figure is multiplied with
+COSTS = {  # label and unit factor
     "batch_ms": ("time of a batch of 256 [ms]", 1),
     "energy_j": ("energy of a batch of 256 [mJ]", 1000),
 }
 
 
 def text(result: Row) -> str:
-    """All of it, as Markdown."""
+    """The report as Markdown."""
     rows = [row for row in result["rows"] if "accuracy" in row]
     if not rows:
         return f"# Models on {result['data']}\n\nNo run on clean images is there yet."
@@ -131,7 +131,7 @@ def _recommendations(result: Row, rows: list[Row]) -> list[str]:
 
 
 def plot(frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
-    """robustness.png, reliability.png and pareto.png, as far as there are rows for them."""
+    """Plot robustness.png, reliability.png and pareto.png if rows for them exist."""
     rows = [row for row in result["rows"] if "accuracy" in row]
     if not rows:
         return []
