@@ -168,7 +168,7 @@ def search(
     problem: LoopTask, make: Callable[[float, float], Callable[[Any], torch.optim.Optimizer]], drive: Drive,
     rounds: Sequence[tuple[int, int]],
 ) -> tuple[float, float]:  # fmt: skip
-    """Learning rate and weight decay with the fewest mean steps, by random search with (candidates, seeds) per round."""
+    """Learning rate and weight decay with the fewest mean steps; random search with (candidates, seeds) per round."""
     generator, count = np.random.default_rng(0), rounds[0][0]
     low, high = np.log([INITIAL_RATES[0], RATES[1]])
     rates, decays = np.exp(generator.uniform(low, high, count)), generator.choice(DECAYS, count)

@@ -70,7 +70,7 @@ def draw(points: pd.DataFrame, path: Path) -> None:
             panel.annotate(f"model's own {name.removeprefix('gate ')} gate", (row["cost"], row["quality"]),
                            textcoords="offset points", xytext=(8, -14), fontsize=10)  # fmt: skip
     shown = points[(points["cost"] < 1.3) & (points["quality"] > points["quality"].median() - 0.15)]
-    panel.set(xlabel="cost of a batch (1 = what the model's own top-2 gate costs)", ylabel="accuracy on test images",
+    panel.set(xlabel="cost per batch (1 = the model's own top-2 gate)", ylabel="accuracy on test images",
               xlim=(0, 1.3), ylim=(shown["quality"].min() - 0.01, None))  # fmt: skip
     panel.legend(loc="lower right", fontsize=11)
     panel.grid(alpha=0.3)

@@ -234,7 +234,7 @@ def _heatmap(grid: np.ndarray, path: Path) -> None:
     names = [f"{number}: {level.name}" for number, level in enumerate(LEVELS)]
     panel.set(xlabel="level of the experts", ylabel="level of trunk and gate", xticks=range(count), yticks=range(count))
     panel.set_yticklabels(names, fontsize=7)
-    figure.colorbar(drawn, label="accuracy on validation [%], nothing trained", shrink=0.7)
+    figure.colorbar(drawn, label="validation accuracy without fine-tuning [%]", shrink=0.7)
     figure.savefig(path, dpi=120)
 
 
@@ -255,8 +255,8 @@ def _draw(tried: pd.DataFrame, path: Path) -> None:
         panel.annotate(row["method"], place, beside, textcoords="axes fraction", fontsize=9, arrowprops=line)
     panel.axvline(LIMIT / 1000, color="grey", lw=0.8, ls=":")
     top = 100 * tried["accuracy"].max()
-    panel.set(xscale="log", xlabel="bytes of the file [kB]", ylabel="test accuracy [%]", ylim=(top - 6, top + 0.5))
+    panel.set(xscale="log", xlabel="file size [kB]", ylabel="test accuracy [%]", ylim=(top - 6, top + 0.5))
     panel.grid(alpha=0.3)
     panel.legend(loc="lower right")
-    figure.colorbar(drawn, label="time of the products of 64 inputs [µs]")
+    figure.colorbar(drawn, label="time of the matrix products for 64 inputs [µs]")
     figure.savefig(path, dpi=120)

@@ -57,7 +57,7 @@ class MetaOpt(Problem):
         ]))  # fmt: skip
 
     def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
-        """Evaluate from both starts; quality is the share that reaches the target, cost the mean number of decisions."""
+        """Evaluate from both starts; quality is the share that arrives, cost the mean number of decisions."""
         starts = self._starts(split, episodes, folder)
         return {f"{split}, {name}": self._verdict(policy, split, start, episodes) for name, start in starts.items()}
 

@@ -154,7 +154,7 @@ def _curves(learned: pd.DataFrame, result: Row) -> Figure:
         targets = {each["target"] for row in result["rows"] for each in row["beats"] if each["split"] == split}
         for target in targets:
             panel.axhline(target, color="grey", ls="--", label="best baseline")
-        panel.set(title=split, xlabel="steps", ylabel="score on validation")
+        panel.set(title=split, xlabel="steps", ylabel="validation score")
         panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
@@ -180,7 +180,7 @@ def _scores(result: Row) -> Figure:
             marker = "o" if row["test"] >= left else "<"  # outside the axis
             panel.plot(max(row["test"], left), place, marker, ms=4, color=COLOURS[row["kind"]], clip_on=False, zorder=5)
         panel.set(
-            xlim=(left, np.nanmax(ends) + margin), title=task["task"], yticks=range(len(rows)), xlabel="score on test"
+            xlim=(left, np.nanmax(ends) + margin), title=task["task"], yticks=range(len(rows)), xlabel="test score"
         )
         panel.set_yticklabels([row["policy"] for row in rows], fontsize=7)
         panel.locator_params(axis="x", nbins=4)

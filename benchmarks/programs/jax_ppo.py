@@ -115,8 +115,8 @@ def descend(carry: Any, batch: Any) -> tuple[Any, None]:
 
 
 def make(num_rows: int, num_steps: int, size: int, updates: int, seed: int = 0) -> Any:
-    """Create the jitted training function and the initial state. The function maps a state and a key to (state after the
-    updates, mean return of the episodes that ended in each update)."""
+    """Create the jitted training function and the initial state. The function maps a state and a key to (state after
+    the updates, mean return of the episodes that ended in each update)."""
     env, of_weights, of_rows = Environment(num_rows), *jax.random.split(jax.random.key(seed))
 
     def act(carry: Any, key: Any) -> tuple[Any, Any]:

@@ -174,8 +174,8 @@ def _means(
 
 
 def _best(tables: _Tables, tasks: list[str]) -> str | None:
-    """Baseline with the best mean validation score over tasks; ties go to the last one, since boards list stronger rules
-    later."""
+    """Baseline with the best mean validation score over tasks; ties go to the last one, since boards list stronger
+    rules later."""
     known = {
         name: (*means.values(), place)
         for place, name in enumerate(tables.verdicts)
@@ -208,8 +208,8 @@ def _line(name: str, verdicts: list[Verdict], kind: str, base: float | None) -> 
 def _normalized(
     tables: _Tables, name: str, units: dict[str, list[str]], best: dict[str, str | None]
 ) -> tuple[np.ndarray, list[str]]:
-    """Normalised scores `[seeds, units]` and the units, restricted to units whose bound exceeds the baseline and to seeds
-    common to all of them."""
+    """Normalised scores `[seeds, units]` and the units, restricted to units whose bound exceeds the baseline and to
+    seeds common to all of them."""
     found: dict[str, dict[int, float]] = {}
     for unit, tasks in units.items():
         baseline = best[tasks[0]]
@@ -226,7 +226,7 @@ def _normalized(
 def _improvement(
     tables: _Tables, name: str, units: dict[str, list[str]], others: dict[str, str | None]
 ) -> float | None:
-    """Probability that a training has a higher test score than the other policy of each task; None without common units."""
+    """Probability that a training scores higher on test than the other policy of each task; None without units."""
     shares = []
     for tasks in units.values():
         other = others[tasks[0]]

@@ -3,14 +3,14 @@
 An experiment is a module, or an object in one, that offers
 
 * `Setup`, the pydantic model of a setup; `SETTINGS`, setups by name;
-* `measure(setup, seed, split, folder)`: one run; returns metrics, which are deterministic, and measurements such as times,
-  which are not; `folder` holds results shared by runs;
+* `measure(setup, seed, split, folder)`: one run; returns metrics, which are deterministic, and measurements such as
+  times, which are not; `folder` holds results shared by runs;
 * `score(frame)`: the result as JSON: `tables` (rows by title) and optional `notes`;
 
-and may offer `SPLITS`, `SEEDS`, `QUICK` (matrix fields of the short version), `once(setup)` (whether a setup runs with the
-first seed only), `check(setups, splits)` (raises `ValueError` for incompatible arguments), `plot(frame, result, out)`
-(saves plots to a folder; returns their names), `text(result)` (the report as Markdown) and `headline(setup, metrics)`
-(the result of a finished run in one line).
+and may offer `SPLITS`, `SEEDS`, `QUICK` (matrix fields of the short version), `once(setup)` (whether a setup runs with
+the first seed only), `check(setups, splits)` (raises `ValueError` for incompatible arguments),
+`plot(frame, result, out)` (saves plots to a folder; returns their names), `text(result)` (the report as Markdown) and
+`headline(setup, metrics)` (the result of a finished run in one line).
 """
 
 from __future__ import annotations

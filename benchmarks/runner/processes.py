@@ -74,7 +74,7 @@ class Local:
 
 
 class Ray:
-    """Workers of a Ray cluster, started locally if `address` is empty; all workers must share the folder of the rows."""
+    """Workers of a Ray cluster, started locally if `address` is empty; all must share the folder of the rows."""
 
     def __init__(self, address: str, processes: int) -> None:
         if find_spec("ray") is None:

@@ -62,8 +62,8 @@ def read(path: Path) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row under a lock unless its hash exists; raises `ValueError` for an invalid result or a name that is already
-    in use."""
+    """Add a row under a lock unless its hash exists; raises `ValueError` for an invalid result or a name that is
+    already in use."""
     names = Counter([*ABOUT, *row.arguments, *row.metrics, *row.measured])
     if twice := [name for name, times in names.items() if times > 1]:
         raise ValueError(f"{', '.join(twice)}: of arguments, metrics and what is measured each needs a name of its own")

@@ -198,7 +198,7 @@ def _draw_edges(first: dict[str, Result], path: Path) -> bool:
             panel.set(title=f"{name}\nafter epoch {epoch}" if epoch == shown[0] else f"after epoch {epoch}")
             panel.title.set_fontsize(8)
             panel.tick_params(labelsize=6)
-    figure.colorbar(drawn, ax=panels, shrink=0.5, label="edge: share of expert (column) in what an expert (row) says")
+    figure.colorbar(drawn, ax=panels, shrink=0.5, label="weight of expert (column) in the output of expert (row)")
     figure.savefig(path, dpi=120)
     return True
 
@@ -217,7 +217,9 @@ def _draw_routing(source: str, network: MoENetwork, path: Path) -> None:
             panel.set(xticks=[], yticks=[])
             panel.set_title(f"{labels[row]}: {probability[row, expert]:.2f}", fontsize=7)
         line[0].set_ylabel(f"expert {expert}\n{load[expert]:.0%}", fontsize=8)
-    figure.suptitle("class and gate probability of the surest inputs of each expert of the first layer", fontsize=9)
+    figure.suptitle(
+        "inputs with the highest gate probability per expert of the first layer (class: probability)", fontsize=9
+    )
     figure.savefig(path, dpi=120)
 
 

@@ -1,7 +1,7 @@
 """Seven corruptions of square grey images at five levels, computed on demand and reproducible by seed.
 
-Noise, brightness and contrast use the strengths of CIFAR-10-C (Hendrycks & Dietterich 2019), whose images are of similar
-size; blur, shift and rotation use our own. Pixels are rounded to multiples of 1/255, as in an image file.
+Noise, brightness and contrast use the strengths of CIFAR-10-C (Hendrycks & Dietterich 2019), whose images are of
+similar size; blur, shift and rotation use our own. Pixels are rounded to multiples of 1/255, as in an image file.
 """
 
 from __future__ import annotations

@@ -259,5 +259,5 @@ def _draw_overhead(overhead: list[dict[str, Any]], path: Path) -> None:
         panel.errorbar(row["median"] * 100, place, xerr=error, fmt="D", color="tab:red", capsize=4)
     panel.axvline(0, color="black", linewidth=0.8)
     panel.set_yticks(range(len(labels)), labels)
-    panel.set(xlabel="slow-down by the monitor, % (grey: pairs; red: median and 95 % interval)")
+    panel.set(xlabel="overhead of the monitor [%] (grey: pairs; red: median and 95 % interval)")
     figure.savefig(path, dpi=120)
