@@ -65,7 +65,7 @@ def read_verified(path: Path, sha256: str | None, error: type[Exception], mend: 
 
 
 def read_arrays(path: Path, error: type[Exception], mend: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Read metadata and arrays of a safetensors file that has its own SHA-256 (`sealed`); raises `error` naming the file
+    """Read metadata and arrays of a safetensors file with its own SHA-256 (`sealed`); raises `error` naming the file
     and the fix if it is damaged or foreign."""
     from safetensors import SafetensorError, safe_open
 

@@ -128,7 +128,7 @@ class EnergyMeter(Meter):
 
     A counter includes everything that runs on the device and needs blocks of 0.05 s (RAPL) or 0.5 s (NVML). The proxy
     treats a block as one pass: its FLOPs, the parameters used, counted once, and the peak of the created tensors. Meter
-    a block of many passes pass by pass. `reading.source` is "proxy" for the proxy.
+    a block of many passes pass by pass. `reading.source` names the proxy.
     """
 
     def __init__(self, device: str = "cpu", source: str | None = None) -> None:

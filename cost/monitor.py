@@ -141,8 +141,8 @@ class Monitor:
             self._sums[name] = total + value, count + 1
 
     def end_epoch(self, **metrics: float) -> Row:
-        """End an epoch and return its row of `epochs.csv`: medians over the measured batches, time and energy of the epoch,
-        means of the recorded values, and the given metrics. `finite` tells whether all recorded values were finite."""
+        """End an epoch and return its row of `epochs.csv`: medians over the measured batches, time and energy of the
+        epoch, means of the recorded values, and the given metrics. `finite` tells whether all recorded values were."""
         given = {name: float(value) for name, value in metrics.items()}
         if reserved := RESERVED & given.keys():
             raise ValueError(f"{', '.join(sorted(reserved))}: the monitor's own columns; choose other names")

@@ -122,7 +122,7 @@ def parse(content: object, source: str) -> Profile:
 
 
 def require_this_machine(profile: Profile, source: str) -> None:
-    """Raise `ProfileError` naming the differences unless the profile was measured on this machine in its current state."""
+    """Raise `ProfileError` naming the differences if the profile is of another machine or of other versions."""
     now, then = fingerprint(), profile.fingerprint
     changed = [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in now.items() if then.get(key) != value]
     if changed:
@@ -140,9 +140,9 @@ def measure(
 ) -> Profile:
     """Profile any callables: `operations[name](n)` is the operation on n inputs.
 
-    If it returns a callable, only that callable is timed. Runs at least `repeats` (>= 50) rounds over all operations and
-    sizes, so that a slow phase of the machine affects all of them equally, and more on a noisy host (`cost.timing`).
-    Memory is the parameters used plus the peak of the created tensors.
+    If it returns a callable, only that callable is timed. Runs at least `repeats` (>= 50) rounds over all operations
+    and sizes, so that a slow phase of the machine affects all of them equally, and more on a noisy host
+    (`cost.timing`). Memory is the parameters used plus the peak of the created tensors.
     """
     require_device(device)
     settings = {"device": device, "threads": threads}
@@ -188,8 +188,8 @@ def measure_module(
 def measure_experts(model: RoutedModel, inputs: np.ndarray, repeats: int = 200, progress: bool = False) -> Profile:
     """Profile experts as a routed layer runs them: gather n rows, run the expert, add the weighted result.
 
-    `inputs [64, D]` first pass the model's trunk, which is not timed. Uses one thread. Memory is the weights (fixed) and
-    outputs (slope) of an expert, without scratch space, which experts share.
+    `inputs [64, D]` first pass the model's trunk, which is not timed. Uses one thread. Memory is the weights (fixed)
+    and outputs (slope) of an expert, without scratch space, which experts share.
     """
     import torch
 

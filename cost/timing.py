@@ -27,8 +27,8 @@ class Noise(BaseModel):
     """Noise of a measurement as fractions; `None` if the system does not report it.
 
     `spread`: median over operations of (P95 - P5) / median. `drift`: median change from the first half of the rounds to
-    the second. `waited`: share of the time the thread was runnable but not running. `others`: share of the machine's CPUs
-    used by other processes.
+    the second. `waited`: share of the time the thread was runnable but not running. `others`: share of the machine's
+    CPUs used by other processes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
