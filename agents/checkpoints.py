@@ -106,7 +106,7 @@ def find(path: Path) -> dict[str, Any]:
 
 
 def prune(run: Path, keep: int = 2) -> None:
-    """Delete all but the newest checkpoints of a run, and leftovers of interrupted saves."""
+    """Delete all but the newest `keep` checkpoints of a run, and leftovers of interrupted saves."""
     kept = of_run(run)[:keep]
     for folder in run.glob(f"{PREFIX}*"):
         if folder not in kept and folder.is_dir() and not foreign(folder):
