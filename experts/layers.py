@@ -1,8 +1,9 @@
 """Mixture-of-Experts layer with any router; rows are sorted once by expert and gradients are per expert.
 
 Rows are gathered by expert into contiguous segments, and every segment is one product with the weights of its expert.
-Each expert has separate parameters, so that an unused expert has no gradient instead of a gradient of zeros. Products are chosen by size and device:
-oneDNN's for segments of many rows on a CPU, BLAS for few, `grouped_mm` for bfloat16 on a GPU.
+Each expert has separate parameters, so that an unused expert has no gradient instead of a gradient of zeros. Products
+are chosen by size and device: oneDNN's for segments of many rows on a CPU, BLAS for few, `grouped_mm` for bfloat16 on a
+GPU.
 
 Shape legend: T inputs, D width of the model, F width of an expert, E experts, N choices (rows that experts see).
 """

@@ -9,7 +9,7 @@ from moe_envs.core.rendering import BLUE, CELL, GREEN, GREY, MARGIN, RED, WHITE
 
 @dataclass(frozen=True)
 class RoutingPicture:
-    """Mini-batch with one column per input and one row per expert; `choices` are (subset code, correct) of the inputs so far."""
+    """Mini-batch, columns are inputs, rows experts; `choices` are (subset code, correct) of the inputs so far."""
 
     num_experts: int
     batch_size: int
