@@ -162,7 +162,7 @@ def _validate(
     write(json_file, found)
     table = Table("setup", "seed", "split", "metric", "submitted", "here")
     for each in found:
-        shown = each["differing"] or [{"metric": f"all {each['metrics']} equal", "submitted": "", "here": ""}]
+        shown = each["differing"] or [{"metric": f"all {each['metrics']} the same", "submitted": "", "here": ""}]
         for metric in shown:
             cells = (json.dumps(metric[key])[:40] if metric[key] != "" else "" for key in ("submitted", "here"))
             table.add_row(each["setup"], str(each["seed"]), each["split"], metric["metric"], *cells)

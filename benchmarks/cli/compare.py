@@ -91,7 +91,7 @@ def find(folders: list[Path]) -> list[Path]:
     """Find finished runs in folders, recursively; raises `RunError` if there are none."""
     found = [path.parent for folder in folders for path in sorted(folder.rglob(runs.SETTINGS))]
     if not found:
-        raise runs.RunError(f"no finished run of moe-train in {', '.join(map(str, folders))}")
+        raise runs.RunError(f"no finished run in {', '.join(map(str, folders))}: moe-train writes them")
     return list(dict.fromkeys(found))
 
 
