@@ -1,16 +1,16 @@
-"""Those who decide: learners, glue for Stable-Baselines3, baselines that do not learn, policies leaving the gym.
+"""Agents: learners, Stable-Baselines3 integration, baselines, and deployment of policies.
 
-`agents` is also the import name of the PyPI package openai-agents; `benchmarks.cli` says so where that one shadows us.
+`agents` is also the import name of the PyPI package openai-agents; `benchmarks.cli` reports if it shadows this package.
 """
 
 from typing import Any
 
-DISTRIBUTION = "moe-envs"  # whose `agents` this is
+DISTRIBUTION = "moe-envs"  # distribution of this `agents` package
 __all__ = ["PPO", "REINFORCE"]
 
 
 def __getattr__(name: str) -> Any:
-    """The learners, imported when they are asked for: torch takes a second."""
+    """Import the learners on first access, since importing torch takes a second."""
     if name == "PPO":
         from agents.ppo import PPO
 

@@ -1,4 +1,4 @@
-"""From a rollout to what an update learns from: advantages, returns, scaled rewards.
+"""Training batches from rollouts: advantages, returns and scaled rewards.
 
 Shape legend: rollouts are `[time, rows, ...]`; a batch is flat `[time * rows, ...]` unless the policy is recurrent.
 """
@@ -12,11 +12,11 @@ import numpy as np
 from agents.networks import Moments
 from agents.rollouts import Rollout
 
-CLIP_REWARD = 10.0  # of normalised rewards
+CLIP_REWARD = 10.0  # bound of scaled rewards
 
 
 class Batch(NamedTuple):
-    """What an update learns from: flat `[time * rows, ...]`, or `[time, rows, ...]` for a recurrent policy."""
+    """Training batch: flat `[time * rows, ...]`, or `[time, rows, ...]` for a recurrent policy."""
 
     inputs: np.ndarray
     actions: np.ndarray
@@ -29,13 +29,13 @@ class Batch(NamedTuple):
     state: np.ndarray  # `[rows, gru]`
 
     def take(self, places: np.ndarray | slice) -> Batch:
-        """The transitions at these places, or the rows of a recurrent batch."""
+        """Select transitions, or rows of a recurrent batch."""
         if self.inputs.ndim == 2:
             return Batch._make([None if each is None else each[places] for each in self[:6]] + list(self[6:]))
         return Batch._make([*(None if each is None else each[:, places] for each in self[:-1]), self.state[places]])
 
     def flat(self) -> Batch:
-        """The same with time and rows as one axis."""
+        """Flatten time and rows into one axis."""
         count = self.starts.size
         parts: Any = (None if each is None else each.reshape(count, *each.shape[2:]) for each in self[:-1])
         return Batch._make([*parts, self.state])
@@ -45,7 +45,7 @@ def gae(
     rewards: np.ndarray, values: np.ndarray, following: np.ndarray, done: np.ndarray, gamma: float, gae_lambda: float
 ) -> np.ndarray:
     """Generalised advantage estimation (Schulman et al. 2016), `[time, rows]`; `following` are the values after each
-    step, 0 where it terminated an episode."""
+    step, 0 after termination."""
     decay = np.float32(gamma * gae_lambda)
     found: np.ndarray = (rewards + gamma * following - values).astype(np.float32)
     going_on = decay * (~done).astype(np.float32)
@@ -55,13 +55,13 @@ def gae(
 
 
 class RewardScale:
-    """Rewards over the running deviation of discounted returns, as SB3's VecNormalize."""
+    """Divides rewards by the running standard deviation of discounted returns, like SB3's VecNormalize."""
 
     def __init__(self, rows: int, gamma: float) -> None:
         self.gamma, self.moments, self.discounted = gamma, Moments(1), np.zeros(rows)
 
     def __call__(self, rollout: Rollout, done: np.ndarray) -> np.ndarray:
-        """The scaled rewards of a rollout, whose returns are taken in."""
+        """Scale the rewards of a rollout after updating the statistics with its returns."""
         rewards = rollout.rewards
         returns = np.empty_like(rewards)
         for step, reward in enumerate(rewards):
@@ -72,21 +72,21 @@ class RewardScale:
         return found
 
     def forget(self) -> None:
-        """New episodes begin in all rows."""
+        """Start new episodes in all rows."""
         self.discounted = np.zeros_like(self.discounted)
 
     def state(self) -> dict[str, Any]:
-        """For `restore`."""
+        """State for `restore`."""
         return vars(self.moments) | {"discounted": self.discounted}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state()`."""
+        """Restore a `state()`."""
         self.discounted = state.pop("discounted")
         vars(self.moments).update(state)
 
 
 def normalized(values: np.ndarray) -> np.ndarray:
-    """Values less their mean, over their deviation."""
+    """Values with zero mean and unit standard deviation."""
     size = np.float32(len(values))
     values = values - np.add.reduce(values) / size
     values /= np.sqrt(values.dot(values) / (size - 1)) + np.float32(1e-8)

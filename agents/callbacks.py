@@ -1,4 +1,4 @@
-"""What a training calls on its way."""
+"""Training callbacks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 
 class Callback:
-    """Override what you need; `learner` has `num_timesteps`, `goal`, `logs`, `predict` and `save`."""
+    """Base class of callbacks; `learner` has `num_timesteps`, `goal`, `logs`, `predict` and `save`."""
 
     def on_training_start(self, learner: Any) -> None:
-        """Before the first rollout."""
+        """Called before the first rollout."""
 
     def on_update(self, learner: Any) -> bool | None:
-        """After each rollout and update; False ends the training."""
+        """Called after each rollout and update; return False to stop the training."""
 
     def on_training_end(self, learner: Any) -> None:
-        """After the last update, however the training ended."""
+        """Called after the last update, however the training ends."""
 
 
 Callbacks = Callback | Callable[[Any], object] | Sequence["Callbacks"] | None
@@ -39,7 +39,7 @@ class _Several(Callback):
             each.on_training_start(learner)
 
     def on_update(self, learner: Any) -> bool | None:
-        return all([each.on_update(learner) is not False for each in self.callbacks])  # all are called
+        return all([each.on_update(learner) is not False for each in self.callbacks])  # call all of them
 
     def on_training_end(self, learner: Any) -> None:
         for each in self.callbacks:
@@ -47,9 +47,10 @@ class _Several(Callback):
 
 
 def callback_of(given: Callbacks) -> Callback:
-    """One `Callback` of what `learn` takes: None, a `Callback`, a function called after each update, or several.
+    """Combine the callback argument of `learn` into one `Callback`: None, a `Callback`, a function called after each
+    update, or several.
 
-    Raises `TypeError` for SB3's callbacks, which look into SB3's algorithms.
+    Raises `TypeError` for SB3's callbacks, which depend on SB3's algorithms.
     """
     if given is None:
         return Callback()

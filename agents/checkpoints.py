@@ -1,7 +1,7 @@
-"""Checkpoints: a folder of safetensors and JSON with the SHA-256 of every byte, written whole or not at all.
+"""Checkpoints: folders of safetensors and JSON with SHA-256 checksums, written atomically.
 
 A checkpoint is a nested dict of arrays, numbers, strings and lists. Arrays go to `arrays-HASH.safetensors`, the rest to
-`manifest.json`, whose renaming into place makes the new checkpoint the folder's; nothing is pickled.
+`manifest.json`, which is renamed into place last; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ PREFIX = "checkpoint-"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is absent, damaged or foreign; the message names the file, the cause and what helps."""
+    """A checkpoint is absent, damaged or foreign; the message names the file, the cause and the fix."""
 
 
 def save(folder: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint; one that is there is replaced in one moment. Raises `ValueError` where the folder holds
-    anything else."""
+    """Write a checkpoint and atomically replace an existing one; raises `ValueError` if the folder has other files."""
     from safetensors.numpy import save as dump
 
     arrays: dict[str, np.ndarray] = {}
@@ -55,7 +54,7 @@ def save(folder: Path, content: dict[str, Any]) -> None:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint; raises `CheckpointError` where one bit of it is not as it was written."""
+    """Load a checkpoint; raises `CheckpointError` if any byte was changed."""
     from safetensors import SafetensorError
     from safetensors.numpy import load as parse
 
@@ -83,13 +82,13 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def numbered(run: Path, number: int) -> Path:
-    """Where a run's checkpoint of this number belongs."""
+    """Path of the numbered checkpoint of a run."""
     return run / f"{PREFIX}{number:012d}"
 
 
 def find(path: Path) -> dict[str, Any]:
-    """The checkpoint in a folder, or the newest whole one of a run's, with a warning that names newer ones that are
-    damaged; raises `CheckpointError` where there is none."""
+    """Find the checkpoint in a folder, or the newest intact one of a run, with a warning about newer damaged ones;
+    raises `CheckpointError` if there is none."""
     inside = of_run(path)
     if (path / MANIFEST).exists() or not inside:
         return load(path)
@@ -107,7 +106,7 @@ def find(path: Path) -> dict[str, Any]:
 
 
 def prune(run: Path, keep: int = 2) -> None:
-    """Delete all checkpoints of a run but the newest, and what was left by a save that was killed."""
+    """Delete all but the newest `keep` checkpoints of a run, and leftovers of interrupted saves."""
     kept = of_run(run)[:keep]
     for folder in run.glob(f"{PREFIX}*"):
         if folder not in kept and folder.is_dir() and not foreign(folder):
@@ -115,27 +114,27 @@ def prune(run: Path, keep: int = 2) -> None:
 
 
 def of_run(run: Path) -> list[Path]:
-    """The folders of a run's checkpoints, newest first; one whose saving was killed is not among them."""
+    """Checkpoint folders of a run, newest first, without interrupted saves."""
     return sorted((manifest.parent for manifest in run.glob(f"{PREFIX}*/{MANIFEST}")), reverse=True)
 
 
 def newest(run: Path) -> str | None:
-    """What tells a run's newest checkpoint from any other, whole or not; None where there is none."""
+    """Identifier of the newest checkpoint of a run, intact or not; None if there is none."""
     there = of_run(run)
     return f"{there[0].name} {(there[0] / MANIFEST).read_bytes()[-65:].hex()}" if there else None
 
 
 def foreign(folder: Path) -> bool:
-    """Whether a folder has anything that `save` did not put there."""
+    """Whether a folder has files not written by `save`."""
     return any(
         path.name not in (MANIFEST, PARTIAL) and not fnmatch(path.name, ARRAYS.format("*")) for path in folder.iterdir()
     )
 
 
 def _pack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
-    """A JSON form of a nested value whose arrays go into `arrays` under their path."""
+    """Convert a nested value to JSON; arrays are moved to `arrays`, keyed by path."""
     if isinstance(value, np.ndarray):
-        raw = value.dtype.kind == "V"  # records, which safetensors does not know
+        raw = value.dtype.kind == "V"  # structured arrays, which safetensors does not support
         arrays[name] = np.frombuffer(value.tobytes(), np.uint8) if raw else np.ascontiguousarray(value)
         return {"array": name, "shape": value.shape, "dtype": value.dtype.str if raw else None}
     if isinstance(value, dict):
@@ -157,5 +156,5 @@ def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _seal(raw: bytes) -> bytes:
-    """The text and, in a last line of its own, its SHA-256."""
+    """Append the SHA-256 of the text as a last line."""
     return raw + b"\n" + hashlib.sha256(raw).hexdigest().encode() + b"\n"

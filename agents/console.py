@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for a good moment, a progress bar, and SB3's table of values."""
+"""Deferred Ctrl-C, progress bar, and SB3's table of values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second raises `KeyboardInterrupt` at once. Main thread only."""
+    """Event set by the first Ctrl-C; the second raises `KeyboardInterrupt` immediately. Main thread only."""
     wanted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield wanted
@@ -30,7 +30,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 @contextmanager
 def progress(name: str, done: int, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Brings a bar of the training's steps up to date; nothing where none is to be shown."""
+    """Return a function that updates the progress bar of the training steps, if one is shown."""
     if not shown:
         yield lambda done: None
         return
@@ -42,7 +42,7 @@ def progress(name: str, done: int, total: int, shown: bool) -> Iterator[Callable
 
 
 def show(values: Mapping[str, float]) -> None:
-    """Print values by name, grouped by what stands before the slash."""
+    """Print values by name, grouped by the prefix before the slash."""
     from rich.console import Console
     from rich.table import Table
 

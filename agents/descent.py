@@ -1,4 +1,4 @@
-"""Gradient descent on a network: its passes in numpy or torch, whichever is faster, and Adam."""
+"""Gradient descent on a network: passes in numpy or torch, whichever is faster, and Adam."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHUNK = 8192  # observations in one pass without gradients
 
 
 class Descent:
-    """The passes and steps of a learner. Small networks on a CPU go by numpy; a GRU or a GPU by torch's autograd."""
+    """Forward and backward passes and Adam steps; numpy for small networks on a CPU, torch for a GRU or GPU."""
 
     def __init__(self, network: Network, device: str = "cpu") -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -26,7 +26,7 @@ class Descent:
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def forward(self, inputs: np.ndarray, starts: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Heads and values for inputs `[n, inputs]`, or `[time, rows, inputs]` from a GRU's state `[rows, gru]`; keeps
+        """Heads and values for inputs `[n, inputs]`, or `[time, rows, inputs]` from a GRU state `[rows, gru]`; stores
         what `backward` needs."""
         if not self._in_torch:
             return self.network.forward(inputs)
@@ -36,7 +36,7 @@ class Descent:
         return head, values
 
     def evaluate(self, inputs: np.ndarray, starts: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`forward` without gradients, for inputs of any number."""
+        """`forward` without gradients, for any number of inputs."""
         with torch.no_grad():
             if self.network.gru:
                 return self.forward(inputs, starts, state)
@@ -46,7 +46,7 @@ class Descent:
         return head.reshape(*inputs.shape[:-1], head.shape[-1]), values.reshape(inputs.shape[:-1])
 
     def backward(self, of_head: np.ndarray, of_values: np.ndarray) -> None:
-        """Gradients from those by the last `forward`'s head and values."""
+        """Backpropagate the gradients of head and values of the last `forward`."""
         if not self._in_torch:
             self.network.backward(of_head, of_values)
             return
@@ -54,7 +54,7 @@ class Descent:
         self._gradient.copy_(torch.autograd.grad(self._outputs, [self._leaf], wanted)[0])
 
     def step(self, rate: float, max_norm: float) -> float:
-        """Clip the gradient's norm and take a step of Adam; returns the norm, and does nothing if it is not finite."""
+        """Clip the gradient norm and take one Adam step; returns the norm, and skips the step if it is not finite."""
         on_cpu, flat = self.device == "cpu", self._flat
         norm = float(flat.dot(flat)) ** 0.5 if on_cpu else float(torch.linalg.vector_norm(self._gradient))
         if not norm < np.inf:
@@ -65,7 +65,7 @@ class Descent:
             self._gradient *= max_norm / (norm + 1e-6)
         first, second, step = self._moments
         step += 1
-        # The operation below torch.optim.Adam(fused=True), whose own way to it takes several times longer.
+        # The operation below torch.optim.Adam(fused=True), whose own call takes several times longer.
         torch._fused_adam_(
             [self._leaf.detach()], [self._gradient], [first], [second], [], [step], amsgrad=False, beta1=0.9,
             beta2=0.999, lr=rate, weight_decay=0.0, eps=1e-5, maximize=False,
@@ -75,11 +75,11 @@ class Descent:
         return norm
 
     def state(self) -> dict[str, Any]:
-        """Weights and moments, for `restore`."""
+        """State of weights and moments for `restore`."""
         return {"weights": dict(self.network.weights), "adam": [each.numpy(force=True) for each in self._moments]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state()` of a network of the same form."""
+        """Restore a `state()` of a network of the same shape."""
         for name, values in state["weights"].items():
             self.network.weights[name][:] = values
         if self.device != "cpu":

@@ -1,7 +1,7 @@
-"""Distributions of actions over the outputs of a network's head, and the gradients that a policy gradient needs.
+"""Action distributions parametrised by a network head, with gradients for policy-gradient methods.
 
 All is batched numpy. `head [n, size]` has logits, or means and log standard deviations; actions are float or int arrays
-`[n, ...]` in the form of the action space. `masks [n, size]` is True where an action may be taken.
+`[n, ...]` in the form of the action space. `masks [n, size]` is True for allowed actions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-NEVER = np.float32(-1e8)  # the logit of an action that is masked
+NEVER = np.float32(-1e8)  # logit of a masked action
 
 
 class Evaluation(NamedTuple):
@@ -24,9 +24,9 @@ class Evaluation(NamedTuple):
 
 
 class Categorical:
-    """Discrete and MultiDiscrete: a softmax for each of k choices, side by side in the head."""
+    """Discrete and MultiDiscrete: k independent softmax distributions, concatenated in the head."""
 
-    free = 0  # outputs that are parameters, not functions of the observation
+    free = 0  # number of outputs that do not depend on the observation
     shape: tuple[int, ...]
 
     def __init__(self, space: spaces.Discrete | spaces.MultiDiscrete) -> None:
@@ -44,14 +44,14 @@ class Categorical:
         self._places = (np.arange(self.choices)[:, None] * self.width + np.arange(self.width))[~self._pads]
 
     def sample(self, head: np.ndarray, generator: np.random.Generator, masks: np.ndarray | None = None) -> np.ndarray:
-        """Actions drawn by inverting the cumulative distribution; one of probability 0 is never drawn."""
+        """Sample actions by inverse transform; actions of probability 0 are never drawn."""
         logits = self._logits(head, masks)
         sums = np.exp(logits - logits.max(-1, keepdims=True)).cumsum(-1)
         below = generator.random((len(head), self.choices, 1)) * sums[..., -1:]
         return self._actions((sums <= below).sum(-1))
 
     def mode(self, head: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
-        """The most probable actions."""
+        """Most probable actions."""
         return self._actions(self._logits(head, masks).argmax(-1))
 
     def evaluate(self, head: np.ndarray, actions: np.ndarray, masks: np.ndarray | None = None) -> Evaluation:
@@ -73,7 +73,7 @@ class Categorical:
         return Evaluation(*totals, (probabilities, logits, entropies, flat))
 
     def gradient(self, evaluation: Evaluation, of_log_prob: np.ndarray, of_entropy: float) -> np.ndarray:
-        """The gradient `[n, size]` by the head, from those by `log_prob [n]` and by each entropy."""
+        """Gradient `[n, size]` with respect to the head, from those with respect to `log_prob [n]` and entropies."""
         probabilities, logits, entropies, flat = evaluation.kept
         found = -of_log_prob[:, None, None] * probabilities
         if of_entropy:
@@ -99,7 +99,7 @@ class Categorical:
 
 
 class Bernoulli:
-    """MultiBinary: each bit by itself."""
+    """MultiBinary: independent bits."""
 
     free = 0
 
@@ -107,12 +107,12 @@ class Bernoulli:
         self.shape, self.size, self.dtype = space.shape, int(np.prod(space.shape)), space.dtype
 
     def sample(self, head: np.ndarray, generator: np.random.Generator, masks: np.ndarray | None = None) -> np.ndarray:
-        """Bits, 1 with the head's probability; a masked bit is 0."""
+        """Sample bits; masked bits are 0."""
         drawn = generator.random(head.shape) < _sigmoid(self._logits(head, masks))
         return drawn.astype(self.dtype).reshape(len(head), *self.shape)
 
     def mode(self, head: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
-        """The bits whose probability is above one half."""
+        """Bits with probability above one half."""
         return (self._logits(head, masks) > 0).astype(self.dtype).reshape(len(head), *self.shape)
 
     def evaluate(self, head: np.ndarray, actions: np.ndarray, masks: np.ndarray | None = None) -> Evaluation:
@@ -124,7 +124,7 @@ class Bernoulli:
         return Evaluation(log_prob, entropy, (probabilities, logits, bits))
 
     def gradient(self, evaluation: Evaluation, of_log_prob: np.ndarray, of_entropy: float) -> np.ndarray:
-        """The gradient `[n, size]` by the head, from those by `log_prob [n]` and by each entropy."""
+        """Gradient `[n, size]` with respect to the head, from those with respect to `log_prob [n]` and entropies."""
         probabilities, logits, bits = evaluation.kept
         of_entropies = of_entropy * -logits * probabilities * (1 - probabilities)
         return (bits - probabilities) * of_log_prob[:, None] + of_entropies
@@ -134,14 +134,14 @@ class Bernoulli:
 
 
 class Gaussian:
-    """Box: independent normals whose log standard deviations are free parameters; the space clips them."""
+    """Box: independent normals with free log standard deviations; actions are clipped to the space."""
 
     def __init__(self, space: spaces.Box) -> None:
         self.shape, self.free = space.shape, int(np.prod(space.shape))
         self.size, self.dtype = 2 * self.free, space.dtype
 
     def sample(self, head: np.ndarray, generator: np.random.Generator, masks: np.ndarray | None = None) -> np.ndarray:
-        """Drawn values, not clipped."""
+        """Sample values without clipping."""
         mean, log_std = np.split(head, 2, axis=1)
         drawn = mean + np.exp(log_std) * generator.standard_normal(mean.shape, dtype=np.float32)
         return drawn.reshape(len(head), *self.shape)
@@ -160,7 +160,7 @@ class Gaussian:
         return Evaluation(log_prob, entropy, (z, deviation))
 
     def gradient(self, evaluation: Evaluation, of_log_prob: np.ndarray, of_entropy: float) -> np.ndarray:
-        """The gradient `[n, size]` by the head, from those by `log_prob [n]` and by each entropy."""
+        """Gradient `[n, size]` with respect to the head, from those with respect to `log_prob [n]` and entropies."""
         z, deviation = evaluation.kept
         weight = of_log_prob[:, None]
         return np.concatenate([weight * z / deviation, weight * (z**2 - 1) + of_entropy], axis=1)
@@ -176,7 +176,7 @@ KINDS: dict[type[Any], Any] = {
 
 
 def distribution(space: spaces.Space[Any]) -> Distribution:
-    """The distribution over an action space; raises `ValueError` where there is none."""
+    """Distribution for an action space; raises `ValueError` if the space is not supported."""
     for kind, found in KINDS.items():
         if isinstance(space, kind):
             return found(space)

@@ -1,4 +1,4 @@
-"""Episodes of many rows: their returns and what else a learner's log says of each."""
+"""Episode statistics of many rows: returns and logged values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 
 class Episodes:
-    """Sums and means over episodes, from what every step of every row brought; knows all that have ended."""
+    """Accumulates sums and means per episode from the steps of all rows, and stores finished episodes."""
 
     SUMMED = ("return", "length", "reward/", "cost/")
 
@@ -20,10 +20,11 @@ class Episodes:
         self._written = 0
 
     def add(self, steps: dict[str, np.ndarray], done: np.ndarray, timesteps: np.ndarray) -> pd.DataFrame:
-        """Take steps `[time, rows]` in, by name; returns a row for each episode that ended there, in the order of time.
+        """Add steps `[time, rows]` by name; returns one row per finished episode in order of time.
 
-        `timesteps [time]` are those of the training after each step.
-        Names of `SUMMED` are summed over an episode, those that begin with `last:` taken from its end, others averaged.
+        `timesteps [time]` are the training timesteps after each step.
+        Names of `SUMMED` are summed over an episode, those that start with `last:` are taken from its end, others are
+        averaged.
         """
         times, rows = done.nonzero()
         order = np.lexsort((times, rows))
@@ -41,7 +42,7 @@ class Episodes:
             found = ends.copy()
             found[1:] -= np.where(first[1:], 0.0, ends[:-1])
             before = np.zeros(done.shape[1])
-            before[rows] = ends  # the last of each row, as rows come in the order of time
+            before[rows] = ends  # keeps the last one per row, since rows are in order of time
             self.carry[name] = sums[-1] - before
             columns[name] = found if name.startswith(self.SUMMED) else found / columns["length"]
         frame = pd.DataFrame(columns).sort_values("timesteps", kind="stable", ignore_index=True)
@@ -49,16 +50,16 @@ class Episodes:
         return frame
 
     def forget(self) -> None:
-        """All rows begin new episodes: what is unfinished does not count."""
+        """Discard unfinished episodes of all rows."""
         self.carry = {"length": np.zeros_like(self.carry["length"])}
 
     def rewind(self) -> None:
-        """The next file gets all episodes from the first."""
+        """Write all episodes from the first one to the next file."""
         self._written = 0
 
     def append_to(self, path: Path, size: int) -> int:
-        """Write the episodes that came since the last call behind the first `size` bytes of a CSV file, which has the
-        columns of its first episodes; its new size."""
+        """Write the episodes since the last call after the first `size` bytes of a CSV file, with the columns of its
+        first episodes; returns the new size."""
         new, self._written = self.frames[self._written :], len(self.frames)
         there = [frame for frame in new if len(frame)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +76,6 @@ class Episodes:
             return file.tell()
 
     def frame(self) -> pd.DataFrame:
-        """All episodes."""
+        """All finished episodes."""
         there = [frame for frame in self.frames if len(frame)]
         return pd.concat(there, ignore_index=True) if there else pd.DataFrame()

@@ -1,4 +1,4 @@
-"""Episodes of any policy in any of our environments, one row an episode, paired by seed."""
+"""Evaluation of any policy in our environments: one row per episode, paired by seed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAX_ROWS = 1000
 
 
 class Policy(Protocol):
-    """SB3's interface of a decision maker, batched.
+    """Batched version of SB3's policy interface.
 
-    It may have `env_kwargs`, arguments that its environment needs (a baseline that chooses subsets, say), and
-    `watch(env)`, by which a bound that looks at the answers gets the vector environment.
+    It may have `env_kwargs`, arguments required of its environment (e.g. subset actions), and `watch(env)`, which
+    passes the vector environment to baselines and bounds that inspect it.
     """
 
     def predict(
@@ -31,7 +31,7 @@ class Policy(Protocol):
 
 def evaluate(policy: Policy, env_id: str, episodes: int = 300, seed: int = 0, **env_kwargs: Any) -> pd.DataFrame:
     """Run `episodes` episodes; columns: episode, return, quality, cost (relative), the sums of `cost/*` and the last
-    values of other scalars in `info`. The same seed and number of episodes meet the same episodes for every policy."""
+    values of other scalars in `info`. The same seed and number of episodes give the same episodes for every policy."""
     arguments = {**env_kwargs, **getattr(policy, "env_kwargs", {})}
     env = make_rows(env_id, min(episodes, MAX_ROWS), **arguments)
     try:
@@ -41,7 +41,7 @@ def evaluate(policy: Policy, env_id: str, episodes: int = 300, seed: int = 0, **
 
 
 def make_rows(env_id: str, rows: int, **env_kwargs: Any) -> VectorEnv[Any, Any, Any]:
-    """The native vector environment that `play` takes."""
+    """Create the native vector environment for `play`."""
     mode = AutoresetMode.SAME_STEP.value
     return gymnasium.make_vec(
         env_id, num_envs=rows, vectorization_mode="vector_entry_point", autoreset_mode=mode, **env_kwargs
@@ -49,8 +49,7 @@ def make_rows(env_id: str, rows: int, **env_kwargs: Any) -> VectorEnv[Any, Any, 
 
 
 def play(policy: Policy, env: VectorEnv[Any, Any, Any], episodes: int, seed: int | list[int]) -> pd.DataFrame:
-    """What `evaluate` returns, in an environment of `make_rows` that several policies can share; one seed, or one a
-    row."""
+    """Evaluate in an environment of `make_rows`, which policies can share; `seed` is one seed, or one per row."""
     if hasattr(policy, "watch"):
         policy.watch(env.unwrapped)
     rows, finished, records = env.num_envs, 0, []
@@ -81,12 +80,12 @@ def play(policy: Policy, env: VectorEnv[Any, Any, Any], episodes: int, seed: int
 
 
 def takes_masks(policy: Any) -> bool:
-    """Whether `predict` has the argument `action_masks`, as our learners' and MaskablePPO's have."""
+    """Whether `predict` accepts `action_masks`, as our learners and MaskablePPO do."""
     return "action_masks" in inspect.signature(policy.predict).parameters
 
 
 def _scalars(infos: dict[str, Any], ended: np.ndarray) -> dict[str, np.ndarray]:
-    """The scalar infos of all rows, those of ended rows taken from `final_info`."""
+    """Scalar infos of all rows, from `final_info` for ended rows."""
     final = infos.get("final_info", {})
     keys = [key for key in {**infos, **final} if "/" in key and key[0] != "_"]
     return {key: np.where(ended, final.get(key, 0), infos.get(key, 0)) for key in keys}

@@ -1,4 +1,4 @@
-"""What PPO and REINFORCE share: acting, training, and checkpoints that resume bit for bit."""
+"""Base of PPO and REINFORCE: acting, training, and checkpoints that resume bit for bit."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ AnyEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
 
 class Learner(Resumable):
-    """Base of the learners, called as SB3's: `PPO("MlpPolicy", env, verbose=1, n_steps=128).learn(100_000)`.
+    """Base class of learners with the interface of SB3: `PPO("MlpPolicy", env, verbose=1, n_steps=128).learn(100_000)`.
 
-    `policy` is "MlpPolicy" or "GruPolicy". `env` is an id, as "moe_envs:MoERouting-v0" (made with `n_envs` rows and
-    `env_kwargs`, by its vector face where it has one), an environment, or a vector environment. All other arguments
+    `policy` is "MlpPolicy" or "GruPolicy". `env` is an id such as "moe_envs:MoERouting-v0" (created with `n_envs`
+    rows and `env_kwargs`, natively vectorised if possible), an environment, or a vector environment. Other arguments
     are those of `settings_class`.
     """
 
@@ -71,7 +71,7 @@ class Learner(Resumable):
         free, seed = self.distribution.free, self.arguments["seed"]
         self.network = Network(self.preprocessor.size, self.distribution.size, free=free, seed=seed, **sizes)
         self.descent = Descent(self.network, device)
-        self.generator = np.random.default_rng([seed, 1])  # another stream than those of the environment's rows
+        self.generator = np.random.default_rng([seed, 1])  # separate from the streams of the environment rows
         self.updates = Updates(self, self.settings, self.descent, self.distribution)
         self.collector = Collector(self.rows, self.preprocessor.flatten, self.network.begin(self.rows.count))
         self.reward_scale = RewardScale(self.rows.count, self.settings.gamma)
@@ -79,21 +79,21 @@ class Learner(Resumable):
         self.num_timesteps = self.goal = 0
         self._temperature = np.float32(self._now("temperature"))
 
-    # What a subclass says.
+    # Overridden by subclasses.
 
     def gradient(self, evaluation: Evaluation, log_prob: np.ndarray, advantages: np.ndarray) -> tuple[np.ndarray, bool]:
-        """The gradient of the policy's loss, a sum, by the log probabilities `[n]`; whether to stop the update."""
+        """Gradient of the summed policy loss by the log probabilities `[n]`, and whether to stop the update."""
         raise NotImplementedError
 
     def losses(self, evaluation: Evaluation, log_prob: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
-        """`train/policy_gradient_loss`, and what else the curves should show."""
+        """`train/policy_gradient_loss` and other values to log."""
         raise NotImplementedError
 
-    # What users call.
+    # Public methods.
 
     @property
     def logs(self) -> dict[str, float]:
-        """The newest values by SB3's names, as `rollout/ep_rew_mean`."""
+        """Latest values by SB3's names, such as `rollout/ep_rew_mean`."""
         return self.log.values
 
     @property
@@ -111,7 +111,7 @@ class Learner(Resumable):
         return self.rows.env
 
     def set_env(self, env: AnyEnv) -> None:
-        """Train in another environment from now on; raises `ValueError` where its spaces or rows differ."""
+        """Replace the training environment; raises `ValueError` if its spaces or number of rows differ."""
         rows, before = make_rows(env, self.rows.count, self.arguments["env_kwargs"]), self.rows
         same = rows.observation_space == before.observation_space and rows.action_space == before.action_space
         if not same or rows.count != before.count:
@@ -128,8 +128,8 @@ class Learner(Resumable):
         deterministic: bool = True,
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """As SB3's, but deterministic unless told: actions for observations `[n, ...]`, or one for one observation, and
-        the policy's next state. Raises `NotFiniteError` where the policy's outputs are not finite."""
+        """Like SB3's `predict`, but deterministic by default: actions for observations `[n, ...]` or for one
+        observation, and the next policy state. Raises `NotFiniteError` if the outputs of the policy are not finite."""
         observation = np.asarray(observation)
         single = observation.shape == self.observation_space.shape
         flat = self.preprocessor.flatten(observation[None] if single else observation)
@@ -159,14 +159,14 @@ class Learner(Resumable):
         checkpoint_path: str | Path | None = None,
         checkpoint_every: int = 100_000,
     ) -> Self:
-        """Train for so many steps, or, without a number, to where a resumed training was to end.
+        """Train for `total_timesteps`; by default, to the planned end of a resumed training.
 
-        As in SB3 `learn` counts from 0, in new episodes, unless `reset_num_timesteps=False`; the weights stay.
-        `callback` is a function of the learner, called after each update, which ends the training by returning False,
-        or an `agents.callbacks.Callback`, or several. `log_interval` updates lie between two tables where `verbose` is
-        1; TensorBoard's curves go to `tensorboard_log`/`tb_log_name`_N. With a `checkpoint_path` the training is saved
-        there about every `checkpoint_every` steps, at its end and on Ctrl-C; `resume` goes on from there, bit for bit.
-        Raises `ValueError` where there is nothing to do, or where the path has another training's checkpoints.
+        As in SB3, the step count and episodes start anew unless `reset_num_timesteps=False`; the weights are kept.
+        `callback` is a function of the learner, called after each update, that stops the training by returning False;
+        or an `agents.callbacks.Callback`; or several. With `verbose=1`, a table is printed every `log_interval`
+        updates. TensorBoard logs go to `tensorboard_log`/`tb_log_name`_N. With `checkpoint_path`, the training is saved
+        about every `checkpoint_every` steps, at its end and on Ctrl-C; `resume` continues it bit for bit. Raises
+        `ValueError` if there is nothing to do, or if the path has checkpoints of another training.
         """
         anew = total_timesteps is not None and reset_num_timesteps
         self._aim(total_timesteps, anew)
@@ -184,7 +184,7 @@ class Learner(Resumable):
         try:
             with (
                 threadpool_limits(1, "blas"),
-                np.errstate(over="ignore", invalid="ignore"),  # what is not finite is found and named
+                np.errstate(over="ignore", invalid="ignore"),  # non-finite values are reported as errors
                 interruptible() as wanted,
                 progress(self.name, before, self.goal, progress_bar) as advance,
             ):
@@ -234,7 +234,7 @@ class Learner(Resumable):
         return self.settings.now(name, self.num_timesteps / max(1, self.goal))
 
     def _improve(self) -> None:
-        """One rollout, one update."""
+        """Collect one rollout and update once."""
         self._temperature = np.float32(self._now("temperature"))
         batch = self._batch(self.collector.collect(self.settings.n_steps, self._act))
         try:
@@ -251,7 +251,7 @@ class Learner(Resumable):
         return self.distribution.sample(head, self.generator, masks), state
 
     def _batch(self, rollout: Rollout) -> Batch:
-        """Make a batch of a rollout; episodes and logs are brought up to date."""
+        """Create a batch from a rollout, and update episodes and logs."""
         done = (rollout.terminated | rollout.truncated) & rollout.valid
         inputs = self.preprocessor(rollout.observations)
         heads, values = self.descent.evaluate(inputs, rollout.starts, rollout.state)
@@ -273,7 +273,7 @@ class Learner(Resumable):
         return batch if self.network.gru else batch.flat()
 
     def _following(self, rollout: Rollout, values: np.ndarray) -> np.ndarray:
-        """The values after each step: 0 where it terminated an episode, the last observation's where it cut one."""
+        """Values after each step: 0 after termination, the value of the last observation after truncation."""
         last = self.collector
         assert last.observations is not None
         parts = (last.observations, last.starts, last.policy_state)

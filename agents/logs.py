@@ -1,4 +1,4 @@
-"""What a training says of itself: means over the last episodes, TensorBoard's curves, a table on the terminal."""
+"""Training logs: means over the last episodes, TensorBoard, and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pandas as pd
 from agents.episodes import Episodes
 from agents.rollouts import Rollout
 
-WINDOW = 100  # episodes in rollout/ep_rew_mean
+WINDOW = 100  # number of episodes in rollout/ep_rew_mean
 
 
 class Logs:
-    """The newest values by SB3's names, `values`, and where they go."""
+    """Latest `values` by SB3's names and their outputs."""
 
     def __init__(self, rows: int, tensorboard_log: str | Path | None, verbose: int) -> None:
         self.values: dict[str, float] = {}
@@ -25,7 +25,7 @@ class Logs:
         self._writer: Any = None
 
     def count(self, rollout: Rollout, done: np.ndarray, entropy: np.ndarray, timesteps: int) -> None:
-        """Take a rollout's episodes in; `timesteps` are those of the training after it."""
+        """Add the episodes of a rollout; `timesteps` is the number of training steps after it."""
         valid = rollout.valid.astype(np.float64)
         steps = {"length": valid, "return": rollout.rewards, "entropy": entropy * valid}
         actions = rollout.actions.reshape(*done.shape, -1)
@@ -43,7 +43,7 @@ class Logs:
                 self.values[key] = float(ended[key].mean())
 
     def open(self, name: str, anew: bool, timesteps: int) -> None:
-        """Write to `tensorboard_log`/NAME_N from now on: the next N for a new training, else the last."""
+        """Open `tensorboard_log`/NAME_N with the next N for a new training, or the last N otherwise."""
         if self.tensorboard_log is None or (self._writer is not None and not anew):
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -57,7 +57,7 @@ class Logs:
         )
 
     def write(self, timesteps: int, shown: bool) -> None:
-        """Send the values out; values of an evaluation are sent once. `shown` prints them where `verbose` is 1."""
+        """Write the values, evaluation results only once; `shown` prints them if `verbose` is 1."""
         if self.verbose and shown:
             from agents.console import show
 

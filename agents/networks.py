@@ -1,7 +1,7 @@
-"""A policy and a value network side by side, for any learner: forward and backward in numpy, and the same in torch.
+"""Separate policy and value networks with forward and backward passes in numpy and torch.
 
-All parameters lie in one flat vector, so that the optimiser is one fused call and gradients are contiguous. The numpy
-passes are those of small networks on a CPU; torch's, with autograd, are for recurrent networks, GPUs and exports.
+All parameters are in one flat vector, so that the optimiser is one fused call and gradients are contiguous. The numpy
+passes are used for small networks on a CPU; torch with autograd for recurrent networks, GPUs and exports.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-CLIP = 10.0  # of normalised observations
+CLIP = 10.0  # bound of normalised observations
 
 
 class Network:
-    """Tanh networks `net_arch` for policy and value, stacked `[2, in, out]`, behind a shared GRU where `gru` > 0.
+    """Tanh networks `net_arch` for policy and value, stacked `[2, in, out]`, after a shared GRU if `gru` > 0.
 
-    `outputs` is the size of the policy's head, of which the last `free` are parameters that no observation moves.
-    Initialised orthogonally with gains sqrt(2), 0.01 for the policy's head and 1 for the value's, as in SB3.
+    `outputs` is the size of the policy's head, of which the last `free` do not depend on the observation.
+    Initialised orthogonally as in SB3, with gain sqrt(2), 0.01 for the policy head and 1 for the value head.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Network:
         return views
 
     def begin(self, rows: int) -> np.ndarray:
-        """The state `[rows, gru]` at an episode's start."""
+        """Initial state `[rows, gru]` of an episode."""
         return np.zeros((rows, self.gru), dtype=np.float32)
 
     def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The policy's head `[n, outputs]` and the next state, without the value."""
+        """Policy head `[n, outputs]` and next state, without the value."""
         if self.gru:
             inputs = state = self._gru(inputs, state)
         for weight, bias in self._layers:
@@ -79,7 +79,7 @@ class Network:
         return self._head(inputs), state
 
     def forward(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The policy's head `[n, outputs]` and the values `[n]`, without a GRU; keeps what `backward` needs."""
+        """Policy head `[n, outputs]` and values `[n]`, without a GRU; stores what `backward` needs."""
         self._kept, hidden = [inputs[None]], inputs[None]
         for place, (weight, bias) in enumerate(self._layers):
             hidden = np.matmul(hidden, weight, out=self._space(place, len(inputs)))
@@ -89,7 +89,7 @@ class Network:
         return self._head(hidden[0]), hidden[-1] @ self.weights["value.weight"] + self.weights["value.bias"]
 
     def backward(self, of_head: np.ndarray, of_values: np.ndarray) -> None:
-        """Put the parameters' gradients, from those by the last `forward`'s head `[n, outputs]` and values `[n]`."""
+        """Compute parameter gradients from those of head `[n, outputs]` and values `[n]` of the last `forward`."""
         found, hidden, n = self.gradients, self._kept[-1], len(of_values)
         if self.free:
             of_head, of_free = of_head[:, : -self.free], of_head[:, -self.free :]
@@ -116,7 +116,7 @@ class Network:
                 np.matmul(hidden, self.weights[f"{place}.weight"].transpose(0, 2, 1), out=delta)
 
     def _space(self, name: int, n: int) -> np.ndarray:
-        """Memory `[2, n, width]` that is kept from pass to pass: fresh pages would take longer than the arithmetic."""
+        """Reused buffer `[2, n, width]`; allocating new memory would take longer than the arithmetic."""
         width = self.net_arch[name] if name < self.depth else self.net_arch[(name - self.depth or self.depth) - 1]
         if name not in self._spaces or self._spaces[name].shape[1] < n:
             self._spaces[name] = np.empty((2, n, width), dtype=np.float32)
@@ -165,7 +165,7 @@ class Network:
 
 
 class Moments:
-    """Running mean and variance `[size]` (Chan et al. 1979); 0 and 1 before anything was seen."""
+    """Running mean and variance `[size]` (Chan et al. 1979); 0 and 1 before the first update."""
 
     def __init__(self, size: int) -> None:
         self.count, self.mean, self.variance = 0.0, np.zeros(size), np.ones(size)
@@ -185,8 +185,8 @@ class Moments:
 
 
 class Preprocessor:
-    """Observations of a Box, Discrete or MultiBinary space as float32 `[n, size]`: flat or one-hot; normalised, where
-    wanted, by the moments of those that `update` has seen, and clipped at 10."""
+    """Observations of a Box, Discrete or MultiBinary space as float32 `[n, size]`: flat or one-hot, and
+    optionally normalised by the moments from `update` and clipped at 10."""
 
     def __init__(self, space: spaces.Space[Any], normalize: bool = False) -> None:
         if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiBinary):
@@ -225,7 +225,7 @@ class Preprocessor:
 
 
 def _gates(library: Any, of_inputs: Any, of_state: Any, state: Any) -> Any:
-    """The next state of a GRU (Cho et al. 2014), in numpy or torch."""
+    """Next state of a GRU (Cho et al. 2014), in numpy or torch."""
     size = state.shape[-1]
     both = of_inputs[..., : 2 * size] + of_state[..., : 2 * size]
     both = 0.5 * (library.tanh(0.5 * both) + 1)

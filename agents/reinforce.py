@@ -14,7 +14,7 @@ from agents.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforceSettings(Settings):
-    """Defaults for one update with each whole rollout."""
+    """Settings of REINFORCE; defaults use one update per whole rollout."""
 
     learning_rate: float | str = 1e-3
     n_steps: int = 128
@@ -25,18 +25,18 @@ class ReinforceSettings(Settings):
 
 
 class REINFORCE(Learner):
-    """Policy gradient on Monte Carlo returns less a learned baseline, one update for each rollout.
+    """Policy gradient on Monte Carlo returns minus a learned baseline, one update per rollout.
 
-    An episode that a rollout's end cuts is continued by the baseline. `batch_size` is the whole rollout unless given.
+    Episodes cut by the end of a rollout are bootstrapped by the baseline. `batch_size` defaults to the whole rollout.
     """
 
     name = "REINFORCE"
     settings_class = ReinforceSettings
 
     def gradient(self, evaluation: Evaluation, log_prob: np.ndarray, advantages: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Minus the advantages."""
+        """Gradient of the policy loss: the negative advantages."""
         return -advantages, False
 
     def losses(self, evaluation: Evaluation, log_prob: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
-        """The policy gradient's."""
+        """The policy-gradient loss."""
         return {"train/policy_gradient_loss": -float((advantages * evaluation.log_prob).mean())}

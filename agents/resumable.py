@@ -1,4 +1,4 @@
-"""A learner as a folder: saved, checkpointed on its way, loaded, and resumed bit for bit; nothing is pickled."""
+"""Save, checkpoint, load and resume learners without pickle; resuming is bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EPISODES = "episodes.csv"
 
 
 class Resumable:
-    """What of a learner is written and read again."""
+    """Mixin for saving and loading learners."""
 
     name: ClassVar[str]
     env_id: str | None
@@ -41,27 +41,27 @@ class Resumable:
     num_timesteps: int
     goal: int
     _temperature: np.float32
-    # The folder of this training's checkpoints and what tells the newest of them; the size of its episodes.csv.
+    # Checkpoint folder, identifier of its newest checkpoint, and size of episodes.csv.
     _run: tuple[Path, str | None] | None = None
     _episodes_size = 0
 
     @property
     def episodes(self) -> Episodes:
-        """All episodes so far; `episodes.frame()` has a row for each."""
+        """All episodes so far; `episodes.frame()` has one row per episode."""
         return self.log.episodes
 
     def save(self, path: str | Path, **more: Any) -> None:
         """Write all that `load` and `resume` need, and `more`, into the folder `path`; nothing is pickled.
 
-        Raises `ValueError` where the folder holds anything but a checkpoint.
+        Raises `ValueError` if the folder has anything but a checkpoint.
         """
         self._check_saveable()
         checkpoints.save(Path(path), self._content() | more)
 
     def checkpoint(self, run: str | Path) -> None:
-        """Save as the newest checkpoint of the folder `run`, of which two are kept; its episodes.csv grows.
+        """Save as the newest checkpoint of the folder `run`, keep the last two, and append to its episodes.csv.
 
-        An environment without `state` and `restore` begins new episodes here, as it will when this is resumed.
+        An environment without `state` and `restore` starts new episodes here, as it does when resumed.
         """
         run = Path(run)
         self._claim(run)
@@ -75,9 +75,9 @@ class Resumable:
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None) -> Self:
-        """The learner in a folder of `save`, or in a run's newest whole checkpoint; it will begin new episodes.
+        """Load a learner from a folder of `save` or the newest intact checkpoint of a run; it starts new episodes.
 
-        Raises `CheckpointError` where a byte of it is not what was written, or where it is another algorithm's.
+        Raises `CheckpointError` if it is damaged or of another algorithm.
         """
         found, _ = cls._load(Path(path), device)
         found.collector.observations = None
@@ -86,10 +86,10 @@ class Resumable:
 
     @classmethod
     def resume(cls, path: str | Path, tensorboard_log: str | Path | None = None, device: str | None = None) -> Self:
-        """As `load`, and all else as it was: `learn()` goes on as if it had never stopped, bit for bit.
+        """Load a learner with its full training state: `learn()` continues bit for bit.
 
-        An environment without `state` and `restore` begins new episodes, which for a folder of `checkpoint` is what the
-        training that wrote it did too.
+        An environment without `state` and `restore` starts new episodes, as did the training that wrote the
+        `checkpoint`.
         """
         found, content = cls._load(Path(path), device)
         found.log.tensorboard_log = tensorboard_log or content["tensorboard_log"]
@@ -112,7 +112,7 @@ class Resumable:
         return found, content
 
     def _forget(self) -> None:
-        """New episodes begin in all rows: what is unfinished does not count."""
+        """Start new episodes in all rows and discard unfinished ones."""
         self.episodes.forget()
         self.reward_scale.forget()
 
@@ -125,7 +125,7 @@ class Resumable:
             raise ValueError(f"env_kwargs cannot be saved: {error}; use numbers, strings and lists") from error
 
     def _claim(self, run: Path) -> None:
-        """Make a folder this training's own; nobody else's checkpoints may be there, its episodes must be."""
+        """Claim a folder for this training; it must have its episodes and no checkpoints of another training."""
         self._check_saveable()
         newest, size = checkpoints.newest(run), (run / EPISODES).stat().st_size if (run / EPISODES).exists() else 0
         if self._run != (run.resolve(), newest):

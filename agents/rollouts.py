@@ -1,4 +1,4 @@
-"""Rows of any Gymnasium environment, and rollouts of a policy in them."""
+"""Vectorised rows of any Gymnasium environment, and rollouts of a policy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Act = Callable[[np.ndarray, np.ndarray, np.ndarray | None], tuple[np.ndarray, np
 
 
 class NotFiniteError(ArithmeticError):
-    """A reward, observation, action or loss is NaN or infinite; the message says which and where."""
+    """A reward, observation, action or loss is NaN or infinite; the message names it."""
 
 
 class Step(NamedTuple):
@@ -33,9 +33,9 @@ class Step(NamedTuple):
 
 
 class Rows:
-    """A vector environment in any autoreset mode, whose ended rows begin anew by themselves.
+    """Vector environment with autoreset in any autoreset mode.
 
-    With NEXT_STEP a row that has ended spends one step on that; `resetting` says which rows will in the coming step.
+    In mode NEXT_STEP, an ended row uses one step for its reset; `resetting` marks rows that reset in the next step.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -54,13 +54,13 @@ class Rows:
         return np.asarray(observations)
 
     def masks(self) -> np.ndarray:
-        """`[n, size]`, True where an action may be taken; all of them in a row that is about to be reset."""
+        """Masks `[n, size]` of allowed actions; all True in a row that is about to be reset."""
         env: Any = self.env.unwrapped
         found = env.action_masks() if hasattr(env, "action_masks") else env.call("action_masks")
         return np.asarray(found, dtype=np.bool_).reshape(self.count, -1) | self.resetting[:, None]
 
     def clip(self, actions: np.ndarray) -> np.ndarray:
-        """Actions with the values outside a Box clipped."""
+        """Clip actions to a Box."""
         space = self.action_space
         return np.clip(actions, space.low, space.high).astype(space.dtype) if isinstance(space, Box) else actions
 
@@ -93,7 +93,7 @@ class Rollout(NamedTuple):
     terminated: np.ndarray
     truncated: np.ndarray
     starts: np.ndarray  # an episode's first step
-    valid: np.ndarray  # not spent on a reset
+    valid: np.ndarray  # False for reset steps
     infos: dict[str, np.ndarray]
     state: np.ndarray  # `[rows, ...]`, the policy's before the first step
     cut_steps: np.ndarray  # where episodes were truncated: their steps, rows, last observations, states of the policy
@@ -103,7 +103,7 @@ class Rollout(NamedTuple):
 
 
 class Collector:
-    """Lets a policy act in rows, from where it stood, some steps at a time."""
+    """Collects rollouts of a policy, continuing from the last step."""
 
     def __init__(self, rows: Rows, flatten: Callable[[np.ndarray], np.ndarray], begin: np.ndarray) -> None:
         self.rows, self._flatten = rows, flatten
@@ -111,7 +111,7 @@ class Collector:
         self.starts, self.policy_state, self._seed = np.ones(rows.count, dtype=np.bool_), begin, 0
 
     def state(self) -> dict[str, Any]:
-        """What `restore` takes; where an environment has no state, its seed."""
+        """State for `restore`; the seed for an environment without state."""
         env: Any = self.rows.env
         return {
             "observations": self.observations,
@@ -123,7 +123,7 @@ class Collector:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state()`; an environment that has none begins the episodes of its seed."""
+        """Restore a `state()`; an environment without state starts the episodes of its seed."""
         if state["env"] is not None:
             env: Any = self.rows.env
             env.reset(seed=0)
@@ -140,7 +140,7 @@ class Collector:
         self.policy_state = np.zeros_like(self.policy_state)
 
     def collect(self, steps: int, act: Act) -> Rollout:
-        """So many steps; raises `NotFiniteError` where a reward, observation or action of them is not finite."""
+        """Collect steps; raises `NotFiniteError` if a reward, observation or action is not finite."""
         flat, starts, state, rows = self.observations, self.starts, self.policy_state, self.rows
         assert flat is not None
         observations = np.empty((steps, *flat.shape), dtype=np.float32)
@@ -170,7 +170,7 @@ class Collector:
                     cuts.append((np.full(len(places), step), places, self._flatten(made.finals[places]), state[places]))
                 flat, starts = self._flatten(made.observations), made.starts
         except Exception:
-            self.observations = None  # begin anew, should the training go on
+            self.observations = None  # restart if the training continues
             self._check(observations[: step + 1], actions, rewards[:step])
             raise
         self._check(observations, actions, rewards, flat)
@@ -200,7 +200,7 @@ class Collector:
 def make_rows(
     env: str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any], count: int, kwargs: dict[str, Any]
 ) -> Rows:
-    """Rows of an environment by its id, native where it has a vector face; or of one that is made already."""
+    """Create rows from an id, natively vectorised if possible, or from an existing environment."""
     if isinstance(env, VectorEnv):
         return Rows(env)
     if isinstance(env, gymnasium.Env):
@@ -214,12 +214,12 @@ def make_rows(
     native: dict[str, Any] = {"num_envs": count, "vectorization_mode": "vector_entry_point", **kwargs}
     try:
         return Rows(gymnasium.make_vec(env, autoreset_mode=AutoresetMode.DISABLED.value, **native))
-    except TypeError:  # one that knows one mode only
+    except TypeError:  # environments with a single autoreset mode
         return Rows(gymnasium.make_vec(env, **native))
 
 
 def _singles_have_masks(env: Any) -> bool:
-    """Whether each environment of a SyncVectorEnv or AsyncVectorEnv says which actions are allowed."""
+    """Whether each environment of a SyncVectorEnv or AsyncVectorEnv has action masks."""
     if isinstance(env, SyncVectorEnv):
         return all(each.has_wrapper_attr("action_masks") for each in env.envs)
     if isinstance(env, AsyncVectorEnv):  # the environments are in other processes: look at one more of them
@@ -231,7 +231,7 @@ def _singles_have_masks(env: Any) -> bool:
 
 
 def scalars(infos: dict[str, Any], count: int) -> dict[str, np.ndarray]:
-    """The numbers `[count]` in a vector's info whose names have a part before a slash, as `cost/time`."""
+    """Scalars `[count]` in a vector info whose names have a slash, such as `cost/time`."""
     return {
         key: value
         for key, value in infos.items()

@@ -1,4 +1,4 @@
-"""Run folders: one training, with everything needed to evaluate or repeat it, and no pickle.
+"""Run folders: one training with everything needed to evaluate or repeat it, without pickle.
 
 `run.json` (environment, settings, seed, commit, machine, versions, SHA-256 of the weights), `episodes.csv`, TensorBoard
 logs and the weights: `policy.safetensors` of an SB3 algorithm; of ours the folder `best`, and the newest checkpoints.
@@ -45,10 +45,10 @@ def train(
     backend: str = "own",
     overwrite: bool = False,
 ) -> Policy:
-    """Train an algorithm with its tuned settings, keep the weights that are best on validation, save the run.
+    """Train an algorithm with tuned settings and save the run with the weights that score best on validation.
 
-    A run that is in the folder, finished or not, is an error, or with `overwrite` replaced. `progress` is called with
-    the share that is done. One torch thread: more would only slow such small networks down.
+    Raises `ValueError` for an existing run in the folder, finished or not, unless `overwrite` is set. `progress` is
+    called with the finished share. Uses one torch thread, which is fastest for such small networks.
     """
     require_free(folder, env_kwargs, overwrite)
     settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
@@ -60,7 +60,7 @@ def train(
 
 
 def default_name(env_id: str, algo: str, backend: str, env_kwargs: dict[str, Any], seed: int) -> str:
-    """The name of a run's folder: what tells it from others."""
+    """Default folder name of a run, from its arguments."""
     parts = [env_id.split(":")[-1], algo if backend == "own" else f"{backend}-{algo}"]
     parts += [f"{key}={json.dumps(value)}" for key, value in sorted(env_kwargs.items())]
     return re.sub(r"[^A-Za-z0-9._=,-]+", "", "-".join([*parts, f"seed{seed}"]))
@@ -69,7 +69,7 @@ def default_name(env_id: str, algo: str, backend: str, env_kwargs: dict[str, Any
 def load_zip(
     path: Path, env: str | None, algo: str, env_kwargs: dict[str, Any], trust: bool
 ) -> tuple[Policy, dict[str, Any]]:
-    """An algorithm in SB3's own zip, and a configuration like a run's. Raises `ValueError` unless it is trusted."""
+    """Load an algorithm and a run configuration from an SB3 zip file; raises `ValueError` unless trusted."""
     if not trust:
         raise ValueError(
             f"{path}: loading SB3's zip can run code that is in it; --trust loads a file you made yourself"
@@ -85,8 +85,8 @@ def load_zip(
 
 
 def require_free(folder: Path, env_kwargs: dict[str, Any], overwrite: bool) -> None:
-    """Raise `ValueError` where a training cannot begin in the folder: a run is there and not to be replaced, or what
-    looks like a run's files and is not of one."""
+    """Raise `ValueError` if a training cannot start in the folder: it has a run that must not be replaced, or files
+    that could be mistaken for those of a run."""
     if "split" in env_kwargs:
         raise ValueError("training is on the split rl_train and chooses on validation; split is for moe-eval")
     if (folder / SETTINGS).exists() and not overwrite:
@@ -100,7 +100,7 @@ def require_free(folder: Path, env_kwargs: dict[str, Any], overwrite: bool) -> N
 
 
 def resume(folder: Path, progress: Callable[[float], object] = lambda share: None) -> Policy:
-    """Go on with an interrupted training of one of our learners as if it had never stopped, bit for bit."""
+    """Resume an interrupted training of one of our learners bit for bit."""
     if (folder / SETTINGS).exists():
         raise ValueError(f"{folder} holds a finished run; moe-eval evaluates it")
     config = load_json(folder / STARTED, RunError, "only runs of --backend own that were interrupted can be resumed")
@@ -136,7 +136,7 @@ def _train(agent: Any, folder: Path, config: dict[str, Any], progress: Callable[
         remaining = None
     else:
         remaining = total
-    if agent.num_timesteps < total:  # not if all but run.json was written
+    if agent.num_timesteps < total:  # skipped if only run.json is missing
         agent.learn(remaining, after_update, checkpoint_path=folder)
     best = watcher.end(agent)
     _finish(folder, config | _weight(agent.get_env().unwrapped), (folder / BEST / MANIFEST).read_bytes())
@@ -164,12 +164,12 @@ def _finish_sb3(
 
 
 def _weight(env: Any) -> dict[str, Any]:
-    """The weight of the cost in an environment's reward; None where it has no such thing."""
+    """Cost weight in an environment's reward; None if it has none."""
     return {"cost_weight": getattr(getattr(env, "reward", None), "cost_weight", None)}
 
 
 def _clear(folder: Path, config: dict[str, Any]) -> None:
-    """Delete the run in a folder, its `run.json` first, which says that the rest is whole; note what begins there."""
+    """Delete the run in a folder, starting with `run.json`, which marks it as complete, and record the new run."""
     (folder / SETTINGS).unlink(missing_ok=True)
     for path in _files(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -177,13 +177,13 @@ def _clear(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What a run writes beside `run.json` and `started.json`, as far as it is there."""
+    """Existing files of a run other than `run.json` and `started.json`."""
     ours = [path for path in (*folder.glob("checkpoint-*"), folder / BEST) if path.is_dir() and not foreign(path)]
     return ours + [path for name in (WEIGHTS, EPISODES, CURVE, TENSORBOARD) if (path := folder / name).exists()]
 
 
 def _finish(folder: Path, config: dict[str, Any], weights: bytes) -> None:
-    """Write `run.json`, which comes last and says with its hash that the rest is whole."""
+    """Write `run.json` last; with its hash, it marks the run as complete."""
     content = {"format": FORMAT, **config, **provenance(), "sha256": hashlib.sha256(weights).hexdigest()}
     write_text(folder / SETTINGS, json.dumps(content, indent=1))
 
@@ -198,7 +198,7 @@ def finished(folder: Path, wanted: dict[str, Any]) -> bool:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """What `run.json` says; raises `RunError` where the folder holds no finished run."""
+    """Read `run.json`; raises `RunError` if the folder has no finished run."""
     try:
         config = json.loads((folder / SETTINGS).read_text())
         if config["format"] != FORMAT:
@@ -213,7 +213,7 @@ def load_config(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path) -> tuple[Policy, dict[str, Any]]:
-    """The trained model of a run and its configuration; nothing is unpickled."""
+    """Load the trained model and the configuration of a run, without pickle."""
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 

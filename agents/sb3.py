@@ -32,7 +32,7 @@ ALGORITHMS: dict[str, tuple[str, str]] = {  # class, policy
 
 
 def make_algorithm(algo: str, env: VecEnv, seed: int, values: dict[str, Any], log: str | None = None) -> BaseAlgorithm:
-    """An SB3 algorithm on the CPU with `settings`, on a VecEnv; the same seed gives the same bits."""
+    """Create an SB3 algorithm on the CPU for a VecEnv; reproducible by seed."""
     keywords = copy.deepcopy({key: value for key, value in values.items() if key not in ("n_envs", "total_timesteps")})
     rate = str(keywords.get("learning_rate", ""))
     if rate.startswith("linear "):
@@ -45,7 +45,7 @@ def make_algorithm(algo: str, env: VecEnv, seed: int, values: dict[str, Any], lo
 
 
 def algorithm_class(algo: str) -> Any:
-    """The class of an algorithm of `ALGORITHMS`, SB3's or sb3-contrib's."""
+    """Class of an algorithm of `ALGORITHMS`, from SB3 or sb3-contrib."""
     name, _ = ALGORITHMS[algo]
     return getattr(stable_baselines3, name, None) or getattr(_contrib(), name)
 
@@ -59,7 +59,7 @@ def _contrib() -> Any:
 
 
 class NativeVecEnv(VecEnv):
-    """A Gymnasium vector environment with DISABLED autoreset as an SB3 VecEnv; equals DummyVecEnv, step for step."""
+    """Gymnasium vector environment with DISABLED autoreset as an SB3 VecEnv; equivalent to DummyVecEnv."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         if env.metadata.get("autoreset_mode") is not AutoresetMode.DISABLED:
@@ -112,7 +112,7 @@ class NativeVecEnv(VecEnv):
 
 
 def make_sb3_vec(env_id: str, n_envs: int, **env_kwargs: Any) -> VecMonitor:
-    """A VecEnv of `n_envs` rows over the native vector environment, monitored for SB3's `rollout/ep_rew_mean`."""
+    """Create a VecEnv of `n_envs` rows on the native vector environment, with a monitor for `rollout/ep_rew_mean`."""
     env = gymnasium.make_vec(
         env_id,
         num_envs=n_envs,
@@ -124,15 +124,15 @@ def make_sb3_vec(env_id: str, n_envs: int, **env_kwargs: Any) -> VecMonitor:
 
 
 def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: dict[str, Any]) -> VecEnv:
-    """A VecEnv of any registered environment: over its native vector face where that has all autoreset modes, else of
-    single ones, seeded with `seed`, `seed` + 1, ..."""
+    """Create a VecEnv of any registered environment, on its native vector environment if that has all autoreset modes,
+    else of single environments; seeds are `seed`, `seed` + 1, ..."""
     module, _, name = env_id.rpartition(":")
     if module:
         importlib.import_module(module)
     if gymnasium.spec(name).vector_entry_point is not None:
         try:
             return make_sb3_vec(env_id, n_envs, **env_kwargs)
-        except TypeError as error:  # a vector face that has no autoreset mode DISABLED
+        except TypeError as error:  # vector environment without autoreset mode DISABLED
             log.debug("%s: single environments, as its vector face does not fit SB3: %s", env_id, error)
     return make_vec_env(env_id, n_envs, seed=seed, env_kwargs=env_kwargs)
 
@@ -144,8 +144,8 @@ def _rows(batch_info: dict[str, Any], count: int) -> list[dict[str, Any]]:
 
 
 class CostLogger(BaseCallback):
-    """Keeps a record of every episode: the sums of `reward/*` and `cost/*`, the last values of other scalars in `info`
-    such as `routing/*`; their means over the episodes of a rollout go to TensorBoard, `records` holds them all."""
+    """Records each episode in `records`: sums of `reward/*` and `cost/*`, last values of other scalars in `info` such
+    as `routing/*`; means over the episodes of a rollout are logged to TensorBoard."""
 
     def __init__(self, verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -179,8 +179,8 @@ class CostLogger(BaseCallback):
 
 
 class AfterUpdate(BaseCallback):
-    """Calls a function of the algorithm after each update, and after the last one of `learn`; the training ends where
-    it returns False. An `agents.training.Watcher` is such a function."""
+    """Calls a function of the algorithm, such as an `agents.training.Watcher`, after each update and at the end of
+    `learn`; training stops if it returns False."""
 
     def __init__(self, after_update: Callable[[Any], bool | None]) -> None:
         super().__init__()

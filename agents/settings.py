@@ -1,4 +1,4 @@
-"""Hyperparameters of the learners, with SB3's names and meanings, and errors that name what cannot be meant."""
+"""Hyperparameters of the learners, with SB3's names and meanings, and their validation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ COUNT = "a whole number of at least 1"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all learners have.
+    """Settings of all learners.
 
-    `learning_rate` and `temperature` are numbers, or "linear A" or "linear A B": a straight line from A to B (to 0)
+    `learning_rate` and `temperature` are numbers, or "linear A" or "linear A B": linear from A to B (default 0)
     over the training. `policy_kwargs` has `net_arch` (a list, for policy and value each) and `gru` (units of a GRU
-    before both, 0 for none). Actions are drawn from the head's outputs divided by the temperature.
+    before both, 0 for none). Actions are sampled from the logits divided by the temperature.
     """
 
     learning_rate: float | str = 3e-4
@@ -40,7 +40,7 @@ class Settings:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
-        """From keyword arguments; raises `ValueError` naming one that is unknown, and what was probably meant."""
+        """Create settings from keyword arguments; raises `ValueError` for an unknown one, with a suggestion."""
         names = [field.name for field in fields(cls)]
         for name in values:
             if name not in names:
@@ -74,17 +74,17 @@ class Settings:
 
     @property
     def epochs(self) -> int:
-        """Passes over a rollout."""
+        """Number of passes over a rollout."""
         return int(getattr(self, "n_epochs", 1))
 
     def now(self, name: str, share: float) -> float:
-        """A setting that may be a schedule, after this share of the training."""
+        """Value of a setting or schedule after a share of the training."""
         begin, end = schedule(getattr(self, name))
         return begin + (end - begin) * min(1.0, share)
 
 
 def schedule(value: float | str) -> tuple[float, float]:
-    """Begin and end of a setting that is a number, "linear A" or "linear A B"; raises `ValueError` for others."""
+    """Start and end value of a number, "linear A" or "linear A B"; raises `ValueError` for anything else."""
     if isinstance(value, str):
         kind, *numbers = value.split()
         if kind != "linear" or len(numbers) not in (1, 2):

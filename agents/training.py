@@ -1,4 +1,4 @@
-"""The one way to train: any algorithm, ours or SB3's, looked at on validation, the best weights kept."""
+"""Training of any algorithm, ours or SB3's, with validation and best weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 LOOKS, EPISODES = 10, 1000
 BEST, CURVE = "best", "validation.csv"
-Judge = Callable[[Any], float]  # an agent's score on validation, more being better
-Prepare = Callable[[Any, int], Callable[[Any], object]]  # of an agent and its steps: what is called after each update
+Judge = Callable[[Any], float]  # validation score of an agent, higher is better
+Prepare = Callable[[Any, int], Callable[[Any], object]]  # (agent, total steps) -> callback after each update
 
 
 class Look(NamedTuple):
-    """A look at a training: steps, CPU and wall seconds of training so far, and the score on validation."""
+    """Validation result: steps, CPU and wall seconds of training so far, and score."""
 
     steps: int
     cpu_s: float
@@ -39,17 +39,17 @@ class Look(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The agent with the weights that were best on validation, and every look at its training."""
+    """Agent with the best weights on validation, and all validation results."""
 
     agent: Any
     curve: list[Look]
 
 
 class Watcher:
-    """Looks at a training every so many steps and at its end; keeps the weights of the best score.
+    """Validates during training and at its end, and keeps the weights with the best score.
 
-    `on_look` is called with each look and ends the training by returning False. With a `folder` of one of our learners
-    the looks are kept there, so that a resumed training goes on as if it had never stopped.
+    `on_look` is called with each result and stops the training by returning False. With a `folder` of one of our
+    learners, results are saved there, so that a resumed training continues unchanged.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Watcher:
         self._best = folder / BEST if folder else Path(self._scratch.name) / BEST  # type: ignore[union-attr]
 
     def resume(self, agent: Any) -> None:
-        """Take up the looks that were made up to where a training goes on."""
+        """Restore the validation results up to the resumed step."""
         assert self.folder is not None
         path = self.folder / CURVE
         frame = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=Look._fields)
@@ -78,13 +78,13 @@ class Watcher:
             self._begun = now[0] - self.curve[-1].cpu_s, now[1] - self.curve[-1].wall_s
 
     def __call__(self, agent: Any) -> bool:
-        """After an update; whether the training is to go on."""
+        """Called after an update; returns whether to continue."""
         if agent.num_timesteps < (self.curve[-1].steps if self.curve else 0) + self.every:
             return True
         return self._look(agent)
 
     def end(self, agent: Any) -> Any:
-        """The agent with the best weights; the last ones are looked at as well."""
+        """Validate the final weights and return the agent with the best weights."""
         if not self.curve or self.curve[-1].steps != agent.num_timesteps:
             self._look(agent)
         if is_sb3(agent):
@@ -133,11 +133,11 @@ def train(
     prepare: Prepare = lambda agent, total: lambda agent: None,
     report: Callable[[float], object] = lambda share: None,
 ) -> Trained:
-    """Train an algorithm, with its tuned settings unless others are given, on an environment's training split.
+    """Train an algorithm on the training split of an environment, with tuned settings by default.
 
-    `looks` moments of the training are judged, by the mean return of 1,000 episodes of validation unless `judge` says
-    otherwise. `prepare` may change the agent and gives what is called after each update; `report` gets the share that
-    is done. One torch thread: more would only slow such small networks down.
+    The agent is validated `looks` times, by `judge`, or by default by the mean return of 1,000 validation episodes.
+    `prepare` may modify the agent and returns the callback after each update; `report` receives the finished share.
+    Uses one torch thread, which is fastest for such small networks.
     """
     kwargs, values = env_kwargs or {}, settings or tuned.settings(algo, env_id, backend)
     agent = make(env_id, algo, backend, kwargs, seed, values)
@@ -155,13 +155,13 @@ def train(
 
 
 def by_return(env_id: str, env_kwargs: dict[str, Any], episodes: int = EPISODES) -> Judge:
-    """Judges an agent by its mean return on validation."""
+    """Scores an agent by its mean return on validation."""
     arguments = on_split(env_id, env_kwargs, "validation")
     return lambda agent: float(evaluate(agent, env_id, episodes, **arguments)["return"].mean())
 
 
 def own(algo: str) -> type[Learner]:
-    """The class of one of our learners."""
+    """Class of one of our learners."""
     from agents.ppo import PPO
     from agents.reinforce import REINFORCE
 
@@ -177,7 +177,7 @@ def make(
     env_id: str, algo: str, backend: str, env_kwargs: dict[str, Any], seed: int, settings: dict[str, Any],
     tensorboard_log: str | None = None,
 ) -> Any:  # fmt: skip
-    """An untrained agent with `settings`, of which `total_timesteps` is left out."""
+    """Create an untrained agent with `settings` except `total_timesteps`."""
     values = {name: value for name, value in settings.items() if name != "total_timesteps"}
     if backend == "own":
         agent: Any = own(algo)
@@ -188,8 +188,8 @@ def make(
 
 
 def learn(agent: Any, total_timesteps: int, after_update: Callable[[Any], bool | None], *callbacks: Any) -> None:
-    """Train an agent of either backend; `after_update(agent)` ends the training where it returns False. Further
-    callbacks are SB3's."""
+    """Train an agent of either backend; `after_update(agent)` stops the training by returning False. Further callbacks
+    are for SB3 only."""
     if is_sb3(agent):
         from agents.sb3 import AfterUpdate
 
@@ -201,7 +201,7 @@ def learn(agent: Any, total_timesteps: int, after_update: Callable[[Any], bool |
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """As many as before afterwards."""
+    """Use one torch thread and restore the number afterwards."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Settings of algorithms that were tuned for our environments."""
+"""Tuned settings of algorithms for our environments."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 
 
 def settings(algo: str, env_id: str, backend: str = "own", **overrides: Any) -> dict[str, Any]:
-    """The tuned settings of an algorithm for an environment, with overrides; the defaults where none are tuned."""
+    """Tuned settings of an algorithm for an environment, or its defaults, with overrides."""
     if algo not in BACKENDS.get(backend, ()):
         known = "; ".join(f"{name}: {', '.join(algorithms)}" for name, algorithms in BACKENDS.items())
         raise ValueError(f"algo={algo!r} of backend={backend!r} is not one of {known}")
@@ -108,7 +108,7 @@ def settings(algo: str, env_id: str, backend: str = "own", **overrides: Any) -> 
 
 
 def rl_zoo(algo: str) -> str:
-    """The settings of an SB3 algorithm as a file of RL Baselines3 Zoo; `agents/rl_zoo/ALGO.yml` holds it.
+    """Settings of an SB3 algorithm in the format of RL Baselines3 Zoo, as in `agents/rl_zoo/ALGO.yml`.
 
     Use: python -m rl_zoo3.train --algo ppo --env MoERouting-v0 --gym-packages moe_envs --conf-file ppo.yml
     """

@@ -1,4 +1,4 @@
-"""Hyperparameters by Optuna: final policies are judged on the split `validation`, bad trials are cut short."""
+"""Hyperparameter search by Optuna on the split `validation`, with pruning of bad trials."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BEST, TRIALS = "tuned.json", "trials.log"
 CHECKS = 5
-# What is searched, where an algorithm's settings have it: numbers from low to high on a log scale, or one of a list.
+# Search space, for settings that an algorithm has: numbers from low to high on a log scale, or one of a list.
 RANGES: dict[str, tuple[float, float]] = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-5, 1e-1)}
 CHOICES: dict[str, list[Any]] = {
     "n_steps": [8, 16, 32, 64, 128],
@@ -42,10 +42,10 @@ def search(
     timesteps: int | None = None,
     report: Callable[[float], object] = lambda share: None,
 ) -> dict[str, Any]:
-    """The settings of the best of `trials` trainings; writes tuned.json.
+    """Search settings with `trials` trainings; writes the best ones to tuned.json.
 
-    Trials are kept in trials.log: a search that was interrupted goes on. The first trial is the settings that are there
-    already, so that the search can only find better ones. Raises `ValueError` where Optuna is not installed.
+    Trials are saved in trials.log, so that an interrupted search resumes. The first trial uses the existing settings,
+    so the result is never worse. Raises `ValueError` if Optuna is not installed.
     """
     if find_spec("optuna") is None:
         raise ValueError("optuna is not installed: pip install 'moe-envs[tune]'")
@@ -77,7 +77,7 @@ def search(
     for _ in range(done(), 2 * trials):  # some may fail
         if done() >= trials:
             break
-        # Seeded by the number of the trial, so that a search that was interrupted goes on as it would have.
+        # Seeded by trial number, so that a resumed search gives the same trials.
         study.sampler = optuna.samplers.TPESampler(seed=1000 * seed + len(study.trials))
         study.optimize(objective, n_trials=1, catch=(NotFiniteError, ValueError) if done() else ())
         report(done() / trials)
@@ -95,7 +95,7 @@ def search(
 
 
 def suggest(trial: optuna.Trial | optuna.trial.FrozenTrial, start: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the trial's values in place of those that are searched; learning rates fall to 0."""
+    """Settings with the values suggested by the trial; learning rates decrease to 0."""
     found = dict(start)
     for name in sorted(start.keys() & RANGES.keys()):
         found[name] = trial.suggest_float(name, *RANGES[name], log=True)
@@ -107,7 +107,7 @@ def suggest(trial: optuna.Trial | optuna.trial.FrozenTrial, start: dict[str, Any
 
 
 def _as_suggested(start: dict[str, Any]) -> dict[str, Any]:
-    """The settings in the form of a trial's parameters, those outside the search left to the sampler."""
+    """Convert settings to trial parameters; values outside the search space are left to the sampler."""
     found: dict[str, Any] = {name: value for name, value in start.items() if value in CHOICES.get(name, [])}
     for name in start.keys() & RANGES.keys():
         value = float(str(start[name]).split()[-1])
@@ -124,7 +124,7 @@ def train(
     settings: dict[str, Any],
     trial: optuna.Trial | None = None,
 ) -> float:
-    """The final policy's mean return on validation; judged on the way where there is a trial that may be cut short."""
+    """Mean validation return of the final policy; reports intermediate results to a trial that can be pruned."""
     import optuna
 
     def on_look(look: training.Look) -> None:

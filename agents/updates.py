@@ -1,4 +1,4 @@
-"""Epochs of minibatches: what turns a batch into better weights, for any policy gradient."""
+"""Updates of a policy-gradient learner: epochs of minibatches."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ Logs = dict[str, float]
 
 
 class Algorithm(Protocol):
-    """What tells one policy gradient from another."""
+    """Interface of a policy-gradient algorithm."""
 
     def gradient(self, evaluation: Evaluation, log_prob: np.ndarray, advantages: np.ndarray) -> tuple[np.ndarray, bool]:
-        """The gradient of the policy's loss, a sum, by the log probabilities `[n]`; whether to stop the update."""
+        """Gradient of the summed policy loss by the log probabilities `[n]`, and whether to stop the update."""
 
     def losses(self, evaluation: Evaluation, log_prob: np.ndarray, advantages: np.ndarray) -> Logs:
-        """`train/policy_gradient_loss`, and what else the curves should show."""
+        """`train/policy_gradient_loss` and other values to log."""
 
 
 class Updates:
-    """The updates of one training; `count` are the epochs so far."""
+    """Updates of one training; `count` is the number of epochs so far."""
 
     def __init__(self, algorithm: Algorithm, settings: Settings, descent: Descent, distribution: Distribution) -> None:
         self.algorithm, self.settings, self.descent, self.distribution = algorithm, settings, descent, distribution
         self.recurrent, self.count = bool(descent.network.gru), 0
 
     def __call__(self, batch: Batch, generator: np.random.Generator, rate: float, temperature: np.float32) -> Logs:
-        """Learn from a batch; logs are of each epoch's last minibatch, averaged."""
+        """Update on a batch; logs are averages over the last minibatch of each epoch."""
         if not batch.valid.any():
             return {}
         places, size = self._places(batch)
@@ -53,7 +53,7 @@ class Updates:
         return means | {"train/learning_rate": rate, "train/n_updates": self.count}
 
     def _places(self, batch: Batch) -> tuple[np.ndarray, int]:
-        """What is drawn from, transitions or the rows of a recurrent batch, and how many make a minibatch."""
+        """Indices to sample (transitions, or rows of a recurrent batch) and minibatch size."""
         size = self.settings.batch_size
         if not self.recurrent:
             places = batch.valid.nonzero()[0]
@@ -62,7 +62,7 @@ class Updates:
         return places, max(1, round(size / len(batch.inputs))) if size else len(places)
 
     def _minibatch(self, batch: Batch, rate: float, temperature: np.float32, wanted: bool) -> tuple[Logs, bool]:
-        """One step of the optimiser, unless the policy has moved too far; logs where they are wanted."""
+        """One optimiser step unless the policy has changed too much; returns logs if requested."""
         settings, n = self.settings, batch.advantages.size
         head, values = self.descent.forward(batch.inputs, batch.starts, batch.state)
         shapes, keep = (head.shape, values.shape), np.zeros(0, dtype=np.bool_)
@@ -110,7 +110,7 @@ def _kept(batch: Batch, head: np.ndarray, values: np.ndarray, keep: np.ndarray) 
 
 
 def _spread(values: np.ndarray, places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Values at some places of an array `shape`, 0 elsewhere."""
+    """Array of `shape` with values at given indices and 0 elsewhere."""
     found = np.zeros((len(places), *values.shape[1:]), dtype=np.float32)
     found[places] = values
     return found.reshape(shape)

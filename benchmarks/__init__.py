@@ -1,1 +1,1 @@
-"""Experiments: who is better, by how much, at what cost; statistics, reports and the command line."""
+"""Experiments, leaderboards, statistics, reports and the command line."""

@@ -1,4 +1,4 @@
-"""Plain torch trainings of Mixtures of Experts, driven by a learned policy or by torch's schedulers."""
+"""Plain torch training of Mixtures of Experts, scheduled by a learned policy or by torch schedulers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Drive = Callable[[torch.optim.Optimizer, MoEClassifier, "LoopTask"], Driver]
 
 
 class LoopTask(NamedTuple):
-    """What is trained, for how long, and how often a decision is taken."""
+    """Training task: data, model, length, and interval between decisions."""
 
     inputs: torch.Tensor
     labels: torch.Tensor
@@ -40,7 +40,7 @@ class LoopTask(NamedTuple):
 
 @cache
 def fashion_images() -> LoopTask:
-    """Fashion-MNIST, 55,000 images of 28 x 28 and 5,000 to validate on; 8 experts of 64 hidden units."""
+    """Fashion-MNIST with 55,000 training and 5,000 validation images of 28 x 28; 8 experts of 64 hidden units."""
     found = data.load("fashion-mnist")
     rows = np.concatenate([found.splits["train"], found.splits["rl_train"]])
     mean, deviation = float(found.inputs[rows].mean()), float(found.inputs[rows].std())
@@ -52,7 +52,7 @@ def fashion_images() -> LoopTask:
 
 @cache
 def small(name: str) -> LoopTask:
-    """The data, model, batches and target of a task of MoEMetaOpt-v0, trained on all inputs."""
+    """Data, model, batches and target of a task of MoEMetaOpt-v0, trained on all inputs."""
     task = tasks.load(name)
     arrays = task.inputs, task.labels, task.validation_inputs, task.validation_labels
     inputs, given, others, wanted = (torch.from_numpy(array.copy()) for array in arrays)
@@ -63,9 +63,9 @@ def small(name: str) -> LoopTask:
 def train(
     problem: LoopTask, optimizer: Callable[[Any], torch.optim.Optimizer], drive: Drive, seed: int
 ) -> dict[str, Any]:
-    """A training until the target or the last decision: steps, epochs and CPU seconds to the target, and a timeline.
+    """Train to the target or the last decision; returns steps, epochs and CPU seconds to the target, and a timeline.
 
-    One that does not get there counts as if one more decision had taken it there.
+    A training that misses the target counts as if one more decision had reached it.
     """
     begun = time.process_time()
     torch.manual_seed(seed)
@@ -123,7 +123,7 @@ def validate(model: MoEClassifier, inputs: torch.Tensor, labels: torch.Tensor) -
 
 
 def by_policy(policy: Any) -> Drive:
-    """A learned policy drives; what it asks of the gate is a part of its decision."""
+    """Schedule by a learned policy; computing the gate metrics counts as part of its decision."""
 
     def drive(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: LoopTask) -> Driver:
         groups = {"gate": model.gate, "experts": model.experts}
@@ -140,7 +140,7 @@ def by_policy(policy: Any) -> Drive:
 
 
 def constant(optimizer: torch.optim.Optimizer, model: MoEClassifier, problem: LoopTask) -> Driver:
-    """Nothing changes."""
+    """Constant learning rate and weight decay."""
     return lambda metrics, action: None
 
 
@@ -160,7 +160,7 @@ SCHEDULERS: dict[str, Drive] = {"constant": constant, "cosine": by_cosine, "plat
 
 
 def drawn_rate(seed: int) -> float:
-    """A learning rate to begin with, log-uniform as in MoEMetaOpt-v0."""
+    """Draw an initial learning rate, log-uniform as in MoEMetaOpt-v0."""
     return float(np.exp(np.random.default_rng(seed).uniform(*np.log(INITIAL_RATES))))
 
 
@@ -168,8 +168,7 @@ def search(
     problem: LoopTask, make: Callable[[float, float], Callable[[Any], torch.optim.Optimizer]], drive: Drive,
     rounds: Sequence[tuple[int, int]],
 ) -> tuple[float, float]:  # fmt: skip
-    """The learning rate and weight decay with the fewest mean steps: random candidates, of which so many meet so many
-    seeds in each round."""
+    """Learning rate and weight decay with the fewest mean steps; random search with (candidates, seeds) per round."""
     generator, count = np.random.default_rng(0), rounds[0][0]
     low, high = np.log([INITIAL_RATES[0], RATES[1]])
     rates, decays = np.exp(generator.uniform(low, high, count)), generator.choice(DECAYS, count)

@@ -1,1 +1,1 @@
-"""What running a model costs: meters, profiles measured on this machine, and the cost model of the reward."""
+"""Cost of running a model: meters, profiles measured on this machine, and the cost model of the reward."""

@@ -1,4 +1,4 @@
-"""Energy: counters of the hardware where there are any, else a proxy of FLOPs and bytes that is always called one."""
+"""Energy from hardware counters, or else from a proxy of FLOPs and bytes that is labelled as such."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PROXY = "proxy: 2.3 pJ a FLOP, 160 pJ a byte of weights, 2.5 pJ a byte of activa
 
 
 class MeterError(RuntimeError):
-    """A meter cannot measure here; the message says what would mend it."""
+    """A meter cannot measure on this machine; the message says how to fix it."""
 
 
 class Counter(Protocol):
-    """Joules used since some moment; `window` is the number of seconds over which a difference is worth reading."""
+    """Cumulative energy in J; `window` is the shortest interval in s with a reliable difference."""
 
     source: str
     window: float
@@ -26,14 +26,14 @@ class Counter(Protocol):
 
 
 def proxy_joules(flops: float, weight_bytes: float, activation_bytes: float) -> float:
-    """The proxy's energy in J of one pass: weights that are used and activations that are held, in B."""
+    """Proxy energy in J of one pass, from FLOPs, bytes of used weights and bytes of activations."""
     return (
         JOULES_PER_FLOP * flops + JOULES_PER_WEIGHT_BYTE * weight_bytes + JOULES_PER_ACTIVATION_BYTE * activation_bytes
     )
 
 
 class Rapl:
-    """The CPU packages' own counters, as Linux shows them; everything that runs on the packages is in them."""
+    """RAPL counters of the CPU packages in Linux; they include everything that runs on the packages."""
 
     source, window = "RAPL, all CPU packages", 0.05
 
@@ -47,7 +47,7 @@ class Rapl:
         self._total = 0.0
 
     def joules(self) -> float:
-        """Joules since this counter was opened; a counter that has wrapped round once between two calls is mended."""
+        """Joules since this counter was opened; corrects one overflow between two calls."""
         now = [self._read(zone / "energy_uj") for zone in self._zones]
         for new, old, span in zip(now, self._last, self._ranges, strict=True):
             self._total += (new - old if new >= old else new - old + span) * 1e-6
@@ -65,7 +65,7 @@ class Rapl:
 
 
 class Nvml:
-    """A GPU's own counter (Volta and later); everything that runs on the GPU is in it."""
+    """NVML counter of a GPU (Volta and later); it includes everything that runs on the GPU."""
 
     source, window = "NVML, whole GPU", 0.5
 
@@ -91,10 +91,10 @@ class Nvml:
 
 
 def open_counter(device: str = "cpu", source: str | None = None) -> Counter | None:
-    """The counter of a device, or None for the proxy.
+    """Open the counter of a device; None for the proxy.
 
-    `source` is "nvml", "rapl" or "proxy"; by default the device's counter where there is one, else the proxy. Raises
-    `MeterError` where the counter that was asked for cannot be read, `ValueError` for an unknown source.
+    `source` is "nvml", "rapl" or "proxy"; by default the device's counter if there is one, else the proxy. Raises
+    `MeterError` if the requested counter cannot be read, `ValueError` for an unknown source.
     """
     if source is not None and source not in SOURCES:
         raise ValueError(f"source={source!r} is not one of {', '.join(SOURCES)}")

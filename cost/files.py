@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and that say whether they are damaged."""
+"""Atomic file writes and checksums."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from filelock import FileLock
 
 
 def write_bytes(path: Path, raw: bytes) -> None:
-    """Write a file whole or not at all, readable by all; a device such as /dev/stdout is written to."""
+    """Write a file atomically, readable by all; devices such as /dev/stdout are written directly."""
     if path.exists() and not path.is_file():
         path.write_bytes(raw)
         return
@@ -23,7 +23,7 @@ def write_bytes(path: Path, raw: bytes) -> None:
     try:
         with open(descriptor, "wb") as file:
             file.write(raw)
-        os.chmod(partial, 0o644)  # a temporary file is its owner's alone
+        os.chmod(partial, 0o644)  # temporary files are readable by their owner only
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)
@@ -31,30 +31,30 @@ def write_bytes(path: Path, raw: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text whole or not at all, in UTF-8."""
+    """Write UTF-8 text atomically."""
     write_bytes(path, text.encode())
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """A lock beside a file or a folder, which other processes wait for."""
+    """Lock a file or folder against other processes by a lock file next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield
 
 
 def sha256_of(raw: bytes) -> str:
-    """SHA-256, in hexadecimal."""
+    """SHA-256 in hexadecimal."""
     return hashlib.sha256(raw).hexdigest()
 
 
 def sums_of(members: Mapping[str, bytes]) -> bytes:
-    """What `sha256sum` writes of files by name."""
+    """Checksums of files by name, in the format of `sha256sum`."""
     return "".join(f"{sha256_of(raw)}  {name}\n" for name, raw in sorted(members.items())).encode()
 
 
 def read_verified(path: Path, sha256: str | None, error: type[Exception], mend: str) -> bytes:
-    """The bytes of a file; raises `error` naming the file and the mend where its SHA-256 is another."""
+    """Read a file; raises `error` naming the file and the fix if its SHA-256 differs."""
     try:
         raw = path.read_bytes()
     except OSError as cause:
@@ -65,8 +65,8 @@ def read_verified(path: Path, sha256: str | None, error: type[Exception], mend: 
 
 
 def read_arrays(path: Path, error: type[Exception], mend: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Metadata and arrays of a safetensors file that names its own SHA-256 (`sealed`); raises `error` naming the file
-    and the mend where it is damaged or foreign."""
+    """Read metadata and arrays of a safetensors file with its own SHA-256 (`sealed`); raises `error` naming the file
+    and the fix if it is damaged or foreign."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -80,7 +80,7 @@ def read_arrays(path: Path, error: type[Exception], mend: str) -> tuple[dict[str
 
 
 def sealed(arrays: Mapping[str, Any], settings: str = "") -> dict[str, str]:
-    """The metadata of a safetensors file that names the SHA-256 of its arrays, and of its settings where it has any."""
+    """Metadata of a safetensors file with the SHA-256 of its arrays and of its settings, if any."""
     found = digest(arrays)
     if not settings:
         return {"sha256": found}
@@ -88,7 +88,7 @@ def sealed(arrays: Mapping[str, Any], settings: str = "") -> dict[str, str]:
 
 
 def digest(arrays: Mapping[str, Any]) -> str:
-    """SHA-256 of named arrays or tensors: their names, shapes and bytes."""
+    """SHA-256 of the names, shapes and bytes of arrays or tensors."""
     shapes = json.dumps({key: list(arrays[key].shape) for key in sorted(arrays)})
     return hashlib.sha256(
         shapes.encode() + b"".join(np.asarray(arrays[key]).tobytes() for key in sorted(arrays))
@@ -101,7 +101,7 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_json(path: Path, error: type[Exception], mend: str) -> dict[str, Any]:
-    """The dict in a file of `save_json`; raises `error` naming the file, what is wrong and the mend."""
+    """Load a dict saved by `save_json`; raises `error` naming the file, the problem and the fix."""
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict) or content.pop("sha256", None) != _sha256(content):

@@ -1,4 +1,4 @@
-"""The files of a monitor, written by a background thread that reads the whole process, too."""
+"""Log files of a monitor, written by a background thread that also samples the process."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ JSON_LINE = "{{" + ", ".join(f'"{name}": {{}}' for name in COLUMNS) + "}}\n"
 READINGS = ("at", "rss", "cpu", "energy")
 
 Row = dict[str, Any]
-Finish = Callable[[Any], Row | None]  # the row of a record, or None while a GPU has not come so far
+Finish = Callable[[Any], Row | None]  # row of a record, or None while the GPU is still busy
 
 
 class Logbook:
-    """Appends rows to `batches.csv` and `batches.jsonl` and readings to `process.csv` every `interval` seconds."""
+    """Appends rows to `batches.csv` and `batches.jsonl`, and process readings to `process.csv`, every `interval` s."""
 
     def __init__(self, path: Path, interval: float, counter: Counter | None, finish: Finish) -> None:
         self.path, self.interval, self.begun = path, interval, time.perf_counter()
         self._counter, self._process = counter, psutil.Process()
         self._finish = finish
         self._records: deque[Any] = deque()
-        self.add = self._records.append  # of what `finish` will make a row
+        self.add = self._records.append  # records that `finish` converts to rows
         self._rows: list[Row] = []  # since the last call of `take`
         self._unwritten: list[Row] = []
         self._epochs: list[Row] = []
@@ -58,7 +58,7 @@ class Logbook:
         self._thread.start()
 
     def take(self) -> list[Row]:
-        """The rows that came since the last call of this method and can be had; they are written by and by."""
+        """Rows completed since the last call; they are written to the files later."""
         with self._lock:
             if self._counter:
                 self._read()
@@ -71,12 +71,12 @@ class Logbook:
         self._epochs.append(row)
 
     def energy(self) -> float:
-        """The counter's joules since the logbook was opened; 0 where there is no counter."""
+        """Joules by the counter since the logbook was opened; 0 without a counter."""
         with self._lock:
             return self._joules() - self._zero
 
     def close(self) -> None:
-        """Stop the thread and write what is left; raises the `OSError` of a disk that still cannot be written to."""
+        """Stop the thread and write the remaining rows; raises `OSError` if writing still fails."""
         self._stop.set()
         self._thread.join()
         with self._lock:
@@ -87,7 +87,7 @@ class Logbook:
             with self._lock:
                 try:
                     self._update()
-                except OSError as error:  # what is left is tried again, and `close` raises
+                except OSError as error:  # remaining rows are retried later, and `close` raises
                     log.warning("the monitor cannot write to %s: %s", self.path, error)
 
     def _update(self) -> None:
@@ -122,7 +122,7 @@ class Logbook:
 
     def _write(self) -> None:
         self._read_records()
-        # Numbers only, whose repr is CSV and JSON alike but for NaN; a library would cost the training five times more.
+        # Numbers have the same repr in CSV and JSON, except NaN; a library would slow the training five times more.
         texts = [[_number(row.get(name)) for name in COLUMNS] for row in self._unwritten]
         self._append("batches.csv", (",".join(text).replace("null", "") + "\n" for text in texts))
         self._append("batches.jsonl", (JSON_LINE.format(*text) for text in texts))
@@ -142,7 +142,7 @@ def _number(value: float | None) -> str:
 
 
 def table_line(values: Iterable[Any]) -> str:
-    """One line of CSV; None is empty."""
+    """Format one CSV line; None becomes an empty field."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(values)
     return buffer.getvalue()

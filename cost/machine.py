@@ -1,4 +1,4 @@
-"""Where a figure comes from: the machine, the commit, the versions. A profile is true only where it was measured."""
+"""Provenance of results: machine, commit and library versions. A profile is valid on its machine only."""
 
 import os
 import platform
@@ -55,13 +55,13 @@ def _version(package: str) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """The commit (None outside a git checkout), the machine's fingerprint and the versions of the main libraries."""
+    """Commit (None outside a git checkout), machine fingerprint and versions of the main libraries."""
     versions = {package: _version(package) for package in PACKAGES}
     return {"commit": source_commit(), "fingerprint": fingerprint(), "versions": versions}
 
 
 def source_commit() -> str | None:
-    """The commit of this code, with `-dirty` where a Python file differs from it; None outside its own checkout."""
+    """Commit of this code, with `-dirty` if a Python file was modified; None outside its own checkout."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

@@ -1,6 +1,6 @@
 """Meters: `with TimeMeter() as reading: ...`, then `reading.value`; also as decorators, then `meter.reading`.
 
-A meter that cannot measure here raises `MeterError`, which says what would mend it.
+A meter that cannot measure on this machine raises `MeterError`, whose message says how to fix it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["EnergyMeter", "FlopMeter", "MemoryMeter", "MeterError", "Reading", "
 
 @dataclass
 class Reading:
-    """What a meter read: the value in its unit, how it was got, and what was read beside it, in the same unit."""
+    """Result of a meter: value, unit, source, and secondary values in the same unit."""
 
     value: float
     unit: str
@@ -26,7 +26,7 @@ class Reading:
 
 
 class Meter(ContextDecorator):
-    """What all meters share: a meter reads one block at a time; nested blocks need a meter each."""
+    """Base class of meters. A meter measures one block at a time; nested blocks need separate meters."""
 
     reading: Reading
 
@@ -53,9 +53,9 @@ class Meter(ContextDecorator):
 
 
 class TimeMeter(Meter):
-    """Wall time in s, and beside it `thread`, the calling thread's CPU time.
+    """Wall time in s, with the CPU time of the calling thread as secondary value `thread`.
 
-    On a CUDA device the time between two events, for which the end of the block waits.
+    On a CUDA device it is the time between two events; the end of the block synchronises.
     """
 
     def _begin(self) -> None:
@@ -76,11 +76,10 @@ class TimeMeter(Meter):
 
 
 class MemoryMeter(Meter):
-    """Peak bytes of the tensors made inside the block, beyond what was held at its start; beside it `rss`, by how much
-    the process has grown, whatever took it.
+    """Peak bytes of the tensors created inside the block, with the growth of the process as secondary value `rss`.
 
-    On the CPU every tensor that a torch operation returns is counted while it lives, but not the scratch space inside
-    an operation; on a CUDA device it is the allocator's own peak.
+    On the CPU, every tensor returned by a torch operation counts while it is alive, but scratch space inside an
+    operation does not. On a CUDA device, it is the peak of the allocator above its value at the start.
     """
 
     def _begin(self) -> None:
@@ -110,7 +109,7 @@ class MemoryMeter(Meter):
 
 
 class FlopMeter(Meter):
-    """Floating-point operations of the matrix products, convolutions and attentions inside the block, by torch."""
+    """FLOPs of matrix products, convolutions and attention inside the block, counted by torch."""
 
     def _begin(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode
@@ -125,11 +124,11 @@ class FlopMeter(Meter):
 
 
 class EnergyMeter(Meter):
-    """Energy in J by `source`: "nvml", "rapl", or "proxy"; by default the device's counter, where there is one.
+    """Energy in J by `source`: "nvml", "rapl", or "proxy"; by default the device's counter if there is one.
 
-    A counter has everything in it that runs on the device and wants blocks of 0.05 s (RAPL) or 0.5 s (NVML). The proxy
-    prices a block as one pass: the FLOPs, the parameters used, once, and the peak of the tensors made. A block of many
-    passes is to be metered pass by pass. Its `reading.source` says that it is a proxy.
+    A counter includes everything that runs on the device and needs blocks of 0.05 s (RAPL) or 0.5 s (NVML). The proxy
+    treats a block as one pass: its FLOPs, the parameters used, counted once, and the peak of the created tensors. Meter
+    a block of many passes pass by pass. `reading.source` names the proxy.
     """
 
     def __init__(self, device: str = "cpu", source: str | None = None) -> None:
@@ -158,7 +157,7 @@ class EnergyMeter(Meter):
 
 
 def require_device(device: str) -> None:
-    """Raise `ValueError` for a device that is neither the CPU nor CUDA, `MeterError` where there is no CUDA device."""
+    """Raise `ValueError` for a device other than CPU or CUDA, `MeterError` if there is no CUDA device."""
     if device == "cpu":
         return
     if not device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""What an operation costs: time, memory and energy, affine in the number of inputs."""
+"""Cost model: time, memory and energy of an operation, affine in the number of inputs."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of E operations: `fixed [E, 3]`, paid once a batch, and `slope [E, 3]`, paid for each input; s, B, J."""
+    """Costs of E operations: `fixed [E, 3]` per batch and `slope [E, 3]` per input, in s, B, J."""
 
     fixed: np.ndarray
     slope: np.ndarray
 
     def cost(self, operation: int, n: int) -> Cost:
-        """The cost of one operation on n inputs, nothing for n = 0."""
+        """Cost of one operation on n inputs; 0 for n = 0."""
         return Cost(*(self.fixed[operation] + self.slope[operation] * n).tolist()) if n else Cost()
 
     def batch(self, loads: np.ndarray) -> np.ndarray:
@@ -52,9 +52,9 @@ class CostModel:
 
 @dataclass(frozen=True)
 class RelativeCost:
-    """Cost as one number: sum over terms of weight * term / reference; 1 for the reference where the weights sum to 1.
+    """Scalar cost: sum of weight * term / reference over terms; 1 for the reference if the weights sum to 1.
 
-    Works on floats and on arrays alike, by the same operations in the same order, so that both give the same bits.
+    Floats and arrays use the same operations in the same order and give identical bits.
     """
 
     reference: Cost

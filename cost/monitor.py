@@ -1,7 +1,7 @@
-"""A monitor watches what any torch training loop costs: `with Monitor(model, optimizer, every=10, path=DIR): ...`.
+"""Monitor the costs of any torch training loop: `with Monitor(model, optimizer, every=10, path=DIR): ...`.
 
-Files in the folder: `batches.csv` and `batches.jsonl`, a row for each batch that was measured; `epochs.csv` and
-`epochs.jsonl`; `process.csv`, readings of the whole process; `monitor.json`, units, machine and the source of energies.
+Files in the folder: `batches.csv` and `batches.jsonl`, one row per measured batch; `epochs.csv` and
+`epochs.jsonl`; `process.csv`, readings of the whole process; `monitor.json`, units, machine and energy source.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ PHASES = ("forward", "backward", "optimizer")
 UNITS = {**dict.fromkeys((*PHASES, "total", "seconds", "at"), "s"), **dict.fromkeys(("rss", "device_memory"), "B")}
 UNITS |= {"energy": "J", "cpu": "share of one CPU"}
 RESERVED = {"epoch", "batches", "measured", "seconds", *PHASES, "total", "energy", "rss", "device_memory", "finite"}
-MAX_SHAPES = 8  # of inputs, whose FLOPs are counted; more are priced by their elements, like the last
-# The backward pass of a product is two products as large as the forward's (Kaplan et al. 2020, section 2.1).
+MAX_SHAPES = 8  # input shapes with counted FLOPs; further shapes are scaled from the last one by size
+# The backward pass of a product has two products of the same size (Kaplan et al. 2020, section 2.1).
 FORWARDS = 3
 BATCH_PROXY = f"{PROXY}; counted in a forward pass and taken {FORWARDS} times, for forward and backward"
 
 
 class Monitor:
-    """Hooks round forward, backward and optimiser step; measures every `every`-th batch, a batch being one step.
+    """Measures forward pass, backward pass and optimiser step of every `every`-th batch; a batch is one step.
 
-    Two lines do it: the `with`, and `monitor.end_epoch(accuracy=...)` where an epoch ends. `monitor.record(loss=loss)`,
-    before the step, puts a batch's loss and accuracy beside its costs. On a CUDA device times are between events, read
-    without waiting for the device, and `device_memory` is the allocator's peak so far; energy is the counter's or the
-    proxy's. A background thread reads the process every `interval` seconds and writes the files.
+    It needs two lines: the `with`, and `monitor.end_epoch(accuracy=...)` at the end of each epoch. Call
+    `monitor.record(loss=loss)` before the step to log the loss and accuracy of a batch. On a CUDA device, times are
+    measured by events without synchronisation, and `device_memory` is the peak of the allocator so far. Energy comes
+    from a counter or the proxy. A background thread samples the process every `interval` seconds and writes the files.
 
-    The model must be called, as `model(x)`. Forward passes in evaluation mode or without gradients are not counted, nor
-    is a batch whose FLOPs are counted for the proxy, the first of each set of inputs' shapes. The passes of several
-    forwards before one step add up, those of a step that is skipped go to the next; an optimiser that calls a closure
-    has its passes in its own time. Where no backward pass is seen its time is empty.
+    The model must be called as `model(x)`. Forward passes in evaluation mode or without gradients are not measured, nor
+    is the first batch of each set of input shapes, whose FLOPs are counted for the proxy. Several forward passes before
+    one step add up, and those of a skipped step count for the next step. If the optimiser calls a closure, its passes
+    count as optimiser time. If no backward pass is seen, its time is empty.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Monitor:
         return self
 
     def close(self) -> None:
-        """Take the hooks off and write what is left, an unfinished epoch included; a second call does nothing."""
+        """Remove the hooks and write the remaining rows, including an unfinished epoch; a second call does nothing."""
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
@@ -130,7 +130,7 @@ class Monitor:
             self._log.close()
 
     def record(self, **values: float | torch.Tensor) -> None:
-        """Put this batch's `loss` and `accuracy` beside its costs, before the step; no tensor is waited for."""
+        """Log the `loss` and `accuracy` of this batch before its step, without synchronisation."""
         for name, value in values.items():
             if name not in ("loss", "accuracy"):
                 raise ValueError(f"record takes loss and accuracy, got {name!r}; end_epoch takes any name")
@@ -141,9 +141,8 @@ class Monitor:
             self._sums[name] = total + value, count + 1
 
     def end_epoch(self, **metrics: float) -> Row:
-        """Close an epoch: medians over its measured batches, its own time and energy, the means of what was recorded,
-        and the metrics, as the accuracy on validation. Returns the row that `epochs.csv` gets; `finite` says whether
-        all values that were recorded were."""
+        """End an epoch and return its row of `epochs.csv`: medians over the measured batches, time and energy of the
+        epoch, means of the recorded values, and the given metrics. `finite` tells whether all recorded values were."""
         given = {name: float(value) for name, value in metrics.items()}
         if reserved := RESERVED & given.keys():
             raise ValueError(f"{', '.join(sorted(reserved))}: the monitor's own columns; choose other names")
@@ -171,7 +170,7 @@ class Monitor:
             raise ValueError(f"{self.path} holds a monitor's logs; name another folder, or pass overwrite=True")
 
     def _watch(self, measured: bool = True) -> None:
-        """Have all hooks on while a batch is measured; batches that are not pay for one hook."""
+        """Attach all hooks for a measured batch; other batches run one hook only."""
         self._measured = measured
         if measured and not self._watching:
             self._watching = [
@@ -224,7 +223,7 @@ class Monitor:
         self._values = {}
 
     def _price(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Add the proxy's energy of this forward pass; the first of its shapes is run under the meter."""
+        """Add the proxy energy of this forward pass; the first pass of each shape runs under the meter."""
         inputs = _tensors((arguments, keywords))
         shapes = tuple(each.shape for each in inputs)
         if shapes not in self._prices and len(self._prices) < MAX_SHAPES:
@@ -243,7 +242,7 @@ class Monitor:
         self._meter, self._pricing = None, ((), [])
 
     def _keep(self) -> None:
-        """Hand the batch to the logbook, its times and tensors to be read when the device has come so far."""
+        """Pass the batch to the logbook, which reads its times and tensors once the device is done."""
         if self._forward and not self._counted:
             energy = self._energy if self._counter is None else None
             marks = self._forward, self._backward, self._step
@@ -267,7 +266,7 @@ class Monitor:
         return row | {name: float(value) for name, value in values.items()}
 
     def _seconds(self, marks: list[Any]) -> float:
-        """The sum of the times from each even mark to the next."""
+        """Sum of the times from each even mark to the next."""
         if self._cuda:
             return sum(begin.elapsed_time(end) for begin, end in zip(marks[::2], marks[1::2], strict=True)) * 1e-3
         return (sum(marks[1::2]) - sum(marks[::2])) * 1e-9
@@ -297,7 +296,7 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in a module's inputs or output: itself, or in tuples, lists, dicts and dataclasses."""
+    """Tensors in a module's inputs or output, including those in tuples, lists, dicts and dataclasses."""
     if hasattr(value, "requires_grad"):
         return [value]
     if is_dataclass(value) and not isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Running normalisation of costs, so that none drowns the others: batched, saved as JSON, a wrapper or in the reward.
+"""Running normalisation of costs to a common scale, as a wrapper or inside the reward.
 
-A cost above the running 99th percentile counts as that percentile, in the statistics and in what is normalised; the
-percentile is that of a reservoir of 1,024 costs (Vitter 1985, algorithm R). What is left is held within 3 sigma.
+Costs are clipped at the running 99th percentile, both in the statistics and in the result. The percentile is estimated
+from a reservoir of 1,024 costs (Vitter 1985, algorithm R). Results are clipped to 3 standard deviations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ else:
 
 METHODS = ("z-norm", "ema", "min-max")
 COSTS = ("cost/time", "cost/memory", "cost/energy")
-BOUND, MOST = 3.0, 1e100  # sigmas; the largest cost, whose square is still a number
+BOUND, MOST = 3.0, 1e100  # clipping in standard deviations; largest cost whose square is finite
 SCHEMA = 1
 
 
@@ -36,7 +36,7 @@ class NormalizerError(RuntimeError):
 
 @dataclass(frozen=True)
 class FrozenNormalizer:
-    """The normalisation of one cost as it stood: (min(cost, high) - shift) / scale within +-3, on floats and arrays."""
+    """Fixed normalisation of one cost: (min(cost, high) - shift) / scale, clipped to +-3; floats or arrays."""
 
     shift: float
     scale: float
@@ -49,16 +49,16 @@ class FrozenNormalizer:
 
 
 class CostNormalizer:
-    """Normalises costs `[..., k]` named `names` by what it has seen so far.
+    """Normalises costs `[..., k]` named `names` by running statistics.
 
-    | method | a cost becomes |
+    | method | normalised cost |
     |---|---|
-    | `"z-norm"` | its distance from the mean of all costs seen, in standard deviations |
-    | `"ema"` | the same by exponential moving averages: each update weighs 1 - `ema` |
-    | `"min-max"` | 0 for the lowest seen to 1 for the 99th percentile |
+    | `"z-norm"` | standard score by the mean and standard deviation of all costs seen |
+    | `"ema"` | standard score by exponential moving averages; an update has weight 1 - `ema` |
+    | `"min-max"` | 0 for the minimum seen, 1 for the 99th percentile |
 
-    With "z-norm" and "ema" a cost is held within 3 sigma. `jitter` is the least spread, relative to the mean, that
-    counts as one: constants become 0. Costs that are not finite raise `ValueError` and change nothing.
+    With "z-norm" and "ema", results are clipped to +-3. `jitter` is the smallest relative spread that is not treated
+    as constant; constants become 0. Non-finite costs raise `ValueError` and change nothing.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class CostNormalizer:
         return self.normalize(costs)
 
     def update(self, costs: np.ndarray) -> None:
-        """Learn from costs `[..., k]`."""
+        """Update the statistics with costs `[..., k]`."""
         rows = self._rows(costs)
         if not len(rows):
             return
@@ -107,14 +107,14 @@ class CostNormalizer:
         self.mean = self.mean + share * away
 
     def normalize(self, costs: np.ndarray) -> np.ndarray:
-        """Costs `[..., k]` normalised by the present statistics, within +-3; 0 before the first update."""
+        """Normalise costs `[..., k]` by the current statistics, clipped to +-3; 0 before the first update."""
         rows = self._rows(costs)
         shift, scale = self._affine()
         normalized = np.clip((np.minimum(rows, self.high) - shift) / scale, -BOUND, BOUND)
         return (normalized if self.count else np.zeros_like(rows)).reshape(np.shape(costs))
 
     def frozen(self, name: str | None = None) -> FrozenNormalizer:
-        """The normalisation of one cost as it stands, which learns no more; raises `ValueError` before any update."""
+        """Fixed copy of the current normalisation of one cost; raises `ValueError` before any update."""
         if not self.count:
             raise ValueError("the normaliser has seen no costs yet: update it first")
         name = name or self.names[0]
@@ -125,7 +125,7 @@ class CostNormalizer:
         return FrozenNormalizer(float(shift[index]), float(scale[index]), float(self.high[index]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and statistics as JSON values; `from_state_dict` goes on from there, bit for bit."""
+        """Settings and statistics as JSON values; `from_state_dict` restores them bit for bit."""
         return {
             "schema": SCHEMA,
             "names": list(self.names),
@@ -140,7 +140,7 @@ class CostNormalizer:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> CostNormalizer:
-        """A normaliser that goes on where the one of `state_dict` stood; raises `ValueError` for anything else."""
+        """Restore a normaliser from `state_dict`; raises `ValueError` for an invalid state."""
         try:
             if state["schema"] != SCHEMA:
                 raise ValueError(f"schema {state['schema']}; this moe-envs reads {SCHEMA}")
@@ -164,7 +164,7 @@ class CostNormalizer:
 
     @classmethod
     def load(cls, path: str | Path) -> CostNormalizer:
-        """The normaliser in a file of `save`; raises `NormalizerError` naming the file and what is wrong with it."""
+        """Load a normaliser saved by `save`; raises `NormalizerError` naming the file and the problem."""
         try:
             return cls.from_state_dict(load_json(Path(path), NormalizerError, "save it again"))
         except ValueError as error:
@@ -183,7 +183,7 @@ class CostNormalizer:
         return rows
 
     def _sample(self, rows: np.ndarray) -> None:
-        """Keep each cost seen with the same chance, and look at the percentile anew where 2 % more have been seen."""
+        """Reservoir-sample the costs and recompute the percentile after 2 % more costs."""
         size, numbers = len(self._reservoir), np.arange(self.count, self.count + len(rows))
         places = np.where(numbers < size, numbers, self._generator.integers(0, numbers + 1))
         kept = places < size
@@ -201,9 +201,9 @@ class CostNormalizer:
 
 
 class NormalizeCost(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """Pays the reward `info["reward/quality"]` - `cost_weight` * the mean of the normalised costs in `info`.
+    """Replaces the reward by `info["reward/quality"]` - `cost_weight` * mean of the normalised costs in `info`.
 
-    The costs are those of the normaliser's `names`; `info["normalized/NAME"]` has each. `learning = False` freezes it.
+    The costs are the `names` of the normaliser, returned as `info["normalized/NAME"]`. `learning = False` freezes it.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], normalizer: CostNormalizer, cost_weight: float) -> None:
@@ -212,7 +212,7 @@ class NormalizeCost(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         self.normalizer, self.cost_weight, self.learning = normalizer, cost_weight, True
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One step; raises `ValueError` where `info` lacks one of the costs."""
+        """One step; raises `ValueError` if a cost is missing in `info`."""
         observation, _, terminated, truncated, info = self.env.step(action)
         costs = np.array([_named(info, name) for name in self.normalizer.names])
         normalized = self.normalizer(costs) if self.learning else self.normalizer.normalize(costs)
@@ -222,15 +222,15 @@ class NormalizeCost(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
 
 
 class NormalizeCostVector(AnyVectorWrapper):
-    """`NormalizeCost` over the rows of a vector environment, with one normaliser for all, updated once a step."""
+    """`NormalizeCost` for a vector environment, with one normaliser for all rows, updated once per step."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any], normalizer: CostNormalizer, cost_weight: float) -> None:
         super().__init__(env)
         self.normalizer, self.cost_weight, self.learning = normalizer, cost_weight, True
-        self._ended = np.zeros(self.num_envs, dtype=np.bool_)  # rows that have ended, and may only begin anew
+        self._ended = np.zeros(self.num_envs, dtype=np.bool_)  # ended rows, which may be reset in the next step
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One step in every row; rows that only begin anew have no cost and teach nothing."""
+        """One step in every row; rows that are only reset have no cost and do not update the statistics."""
         observation, reward, terminated, truncated, infos = self.env.step(actions)
         parts = [part for part in (infos, infos.get("final_info", {})) if "reward/quality" in part]
         if not parts and not self._ended.all():

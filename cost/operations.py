@@ -1,4 +1,4 @@
-"""One operation: how it is run on n inputs, and what its time, memory, energy and FLOPs fit to."""
+"""One operation: execution on n inputs, and affine fits of its time, memory, energy and FLOPs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Record(BaseModel):
 
 
 class Fit(Record):
-    """`fixed + slope * n`; `residual` is the largest relative error of the fit over the sizes, 0 where it is exact."""
+    """`fixed + slope * n`; `residual` is the largest relative error of the fit over the sizes."""
 
     fixed: float = Field(ge=0)
     slope: float = Field(ge=0)
@@ -35,7 +35,7 @@ class Fit(Record):
 class Operation(Record):
     """Time in s, memory in B, energy in J; `spread` is the median over sizes of (P95 - P5) / median of the times.
 
-    `median` and `p95` are the times in s that were measured at each of `sizes`.
+    `median` and `p95` are the measured times in s per size in `sizes`.
     """
 
     time: Fit
@@ -52,7 +52,7 @@ class Operation(Record):
 
 
 def fit(sizes: Sequence[int], values: np.ndarray) -> Fit:
-    """Least squares of relative errors of `fixed + slope * n`, both >= 0; values that are all 0 fit to 0."""
+    """Fit `fixed + slope * n`, both >= 0, by least squares of relative errors; all-zero values give 0."""
     from scipy.optimize import nnls
 
     n, values = np.asarray(sizes, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -65,7 +65,7 @@ def fit(sizes: Sequence[int], values: np.ndarray) -> Fit:
 
 
 class Case(NamedTuple):
-    """An operation made ready: a call for each size."""
+    """Prepared operation: one call per size."""
 
     name: str
     sizes: tuple[int, ...]
@@ -73,11 +73,11 @@ class Case(NamedTuple):
     device: str = "cpu"
     threads: int = 1
     dtype: str = "float32"
-    held: Callable[[int], float] | None = None  # bytes, where they are known without measuring
+    held: Callable[[int], float] | None = None  # bytes, if known without measurement
 
     @classmethod
     def of(cls, name: str, work: Work, sizes: Sequence[int], **settings: Any) -> Case:
-        """Prepare `work(n)` for each size; where it returns a callable, that is what runs."""
+        """Prepare `work(n)` for each size; if it returns a callable, that callable is timed."""
         if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
             raise ValueError(f"sizes must be different whole numbers >= 1, got {list(sizes)}")
         if settings.get("threads", 1) < 1:
@@ -90,7 +90,7 @@ class Case(NamedTuple):
 
 
 def forward(module: nn.Module, rows: torch.Tensor, n: int) -> Callable[[], object]:
-    """A module on n of the rows `[N, ...]`, over again where n > N."""
+    """Run a module on n of the rows `[N, ...]`, repeated if n > N."""
     import torch
 
     batch = rows[torch.arange(n, device=rows.device) % len(rows)]
@@ -98,7 +98,7 @@ def forward(module: nn.Module, rows: torch.Tensor, n: int) -> Callable[[], objec
 
 
 def routed(expert: nn.Module, hidden: torch.Tensor, n: int) -> Callable[[], torch.Tensor]:
-    """An expert on n of the rows `hidden [N, D]`, over again where n > N, as a routed layer runs it."""
+    """Run an expert on n of the rows `hidden [N, D]`, repeated if n > N, as a routed layer does."""
     import torch
 
     rows = torch.linspace(0, len(hidden) - 1, n).round().long()
@@ -108,14 +108,14 @@ def routed(expert: nn.Module, hidden: torch.Tensor, n: int) -> Callable[[], torc
 
 
 def weights_and_answers(expert: nn.Module, hidden: torch.Tensor, n: int) -> float:
-    """Bytes that an expert holds for n inputs: its weights and its answers."""
+    """Bytes of the weights and outputs of an expert for n inputs."""
     out = expert(hidden[:1])
     weights = sum(each.numel() * each.element_size() for each in expert.parameters())
     return weights + n * out.shape[-1] * out.element_size()
 
 
 def describe(case: Case, seconds: np.ndarray, counter: Counter | None) -> Operation:
-    """What was measured of a case: `seconds [sizes, rounds]`, and memory, energy and FLOPs, for which it runs again."""
+    """Fit the measured times `seconds [sizes, rounds]`, and measure memory, energy and FLOPs in additional runs."""
     held, joules, flops = [], [], []
     for run, n, median in zip(case.runs, case.sizes, np.median(seconds, axis=1), strict=True):
         with FlopMeter() as counted:

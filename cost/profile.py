@@ -1,7 +1,7 @@
-"""Profiles: what each operation costs on one machine, measured once, saved as JSON, then a pure look-up.
+"""Profiles: costs of operations on one machine, measured once, saved as JSON and looked up afterwards.
 
-The time of an operation on n inputs is fitted as `fixed + slope * n` to medians over n = 1..64; so are its memory and
-its energy. Where the machine has no energy counter, energy is a proxy and says so.
+Time, memory and energy of an operation on n inputs are fitted as `fixed + slope * n` to medians over n = 1..64. On
+machines without an energy counter, energy is a proxy and labelled as such.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ __all__ = [
     "measure_module",
 ]
 
-READABLE = (1, 2)  # 1 lacks the measured times, the noise, the FLOPs and the axes of the grid
+READABLE = (1, 2)  # version 1 lacks measured times, noise, FLOPs and grid axes
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 MEND = "measure again with moe-profile"
 
 
 class ProfileError(RuntimeError):
-    """A profile is absent, damaged, foreign or of another machine; the message names the file and the mend."""
+    """A profile is absent, damaged, foreign or of another machine; the message names the file and the fix."""
 
 
 class RoutedModel(Protocol):
-    """A shared trunk, and experts that take its output."""
+    """Model with a shared trunk whose output is the input of the experts."""
 
     @property
     def trunk(self) -> nn.Module: ...
@@ -74,8 +74,8 @@ class Profile(Record):
     units: dict[str, str] = {"time": "s", "memory": "B", "energy": "J", "flops": "FLOP"}
 
     def cost(self, operation: str, n: float) -> Cost:
-        """The cost of an operation on n inputs (a mean number, too), nothing for n = 0; raises `ValueError` where there
-        is no such operation."""
+        """Cost of an operation on n inputs, 0 for n = 0; n may be fractional. Raises `ValueError` for an unknown
+        operation."""
         if operation not in self._fits:
             raise ValueError(f"no operation {operation!r} in the profile; there are {', '.join(self.operations)}")
         time, more_time, memory, more_memory, energy, more_energy = self._fits[operation]
@@ -87,7 +87,7 @@ class Profile(Record):
         return {name: tuple(value for fit in row for value in (fit.fixed, fit.slope)) for name, row in fits.items()}
 
     def cost_model(self) -> CostModel:
-        """The operations, in their order, as one look-up."""
+        """Cost model of all operations in order."""
         fits = [[getattr(operation, term) for term in TERMS] for operation in self.operations.values()]
         fixed = np.array([[fit.fixed for fit in row] for row in fits])
         return CostModel(fixed, np.array([[fit.slope for fit in row] for row in fits]))
@@ -98,9 +98,9 @@ class Profile(Record):
 
     @classmethod
     def load(cls, path: str | Path, *, any_machine: bool = False) -> Profile:
-        """The profile in a file of `save`; raises `ProfileError` naming the file and what is wrong with it.
+        """Load a profile saved by `save`; raises `ProfileError` naming the file and the problem.
 
-        A profile of another machine, or of other versions of the libraries, is refused unless `any_machine`.
+        Profiles of another machine or other library versions are rejected unless `any_machine`.
         """
         profile = parse(load_json(Path(path), ProfileError, MEND), str(path))
         if not any_machine:
@@ -109,7 +109,7 @@ class Profile(Record):
 
 
 def parse(content: object, source: str) -> Profile:
-    """A profile from parsed JSON; `source` is named in the `ProfileError` where it is none."""
+    """Parse a profile from JSON; raises `ProfileError` naming `source` if invalid."""
     try:
         profile = Profile.model_validate(content)
     except ValidationError as error:
@@ -122,7 +122,7 @@ def parse(content: object, source: str) -> Profile:
 
 
 def require_this_machine(profile: Profile, source: str) -> None:
-    """Raise `ProfileError`, naming what differs, unless the profile was measured on this machine as it is now."""
+    """Raise `ProfileError` naming the differences if the profile is of another machine or of other versions."""
     now, then = fingerprint(), profile.fingerprint
     changed = [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in now.items() if then.get(key) != value]
     if changed:
@@ -140,9 +140,9 @@ def measure(
 ) -> Profile:
     """Profile any callables: `operations[name](n)` is the operation on n inputs.
 
-    Where it returns a callable it has only prepared the operation, and that callable is timed. At least `repeats` (>=
-    50) rounds over all operations and sizes in turn, so that a slow spell of the machine meets all alike, and more
-    where the host is noisy (`cost.timing`). Memory is the parameters used and the peak of the tensors made.
+    If it returns a callable, only that callable is timed. Runs at least `repeats` (>= 50) rounds over all operations
+    and sizes, so that a slow phase of the machine affects all of them equally, and more on a noisy host
+    (`cost.timing`). Memory is the parameters used plus the peak of the created tensors.
     """
     require_device(device)
     settings = {"device": device, "threads": threads}
@@ -162,7 +162,7 @@ def measure_module(
 ) -> Profile:
     """Profile the forward pass of copies of a module, in evaluation mode, over a grid.
 
-    `inputs [N, ...]` of which the first n rows, over again where n > N, are the batch; dtypes are torch's names.
+    A batch is the first n rows of `inputs [N, ...]`, repeated if n > N; dtypes are names of torch dtypes.
     """
     import torch
 
@@ -188,8 +188,8 @@ def measure_module(
 def measure_experts(model: RoutedModel, inputs: np.ndarray, repeats: int = 200, progress: bool = False) -> Profile:
     """Profile experts as a routed layer runs them: gather n rows, run the expert, add the weighted result.
 
-    `inputs [64, D]` go through the model's trunk first, unmeasured. One thread. Memory is what an expert holds for a
-    batch: its weights (fixed) and its answers (slope), not the scratch space that experts take in turns.
+    `inputs [64, D]` first pass the model's trunk, which is not timed. Uses one thread. Memory is the weights (fixed)
+    and outputs (slope) of an expert, without scratch space, which experts share.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Bytes of the tensors that torch operations make and the weights that they use."""
+"""Bytes of the tensors created and the weights used by torch operations."""
 
 import weakref
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 class StorageTracker(TorchDispatchMode):
     """Counts every new storage from its creation to its release, and every parameter used, once.
 
-    It finds what operations return, not the scratch space inside one operation. Sparse tensors are not counted.
+    It counts returned tensors, not scratch space inside an operation. Sparse tensors are not counted.
     """
 
     def __init__(self) -> None:

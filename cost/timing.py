@@ -1,4 +1,4 @@
-"""Timing that knows how far it can be trusted: rounds over all operations in turn, and what disturbed them."""
+"""Timing in rounds over all operations, with measures of the noise on the host."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from rich.progress import Progress
 
 log = logging.getLogger("cost")
 WARM_UP = 10
-MIN_SECONDS = 0.4  # of a block: the kernel counts the CPU time of other processes in ticks of 0.01 s
+MIN_SECONDS = 0.4  # minimum block length: the kernel counts CPU time of other processes in ticks of 0.01 s
 MAX_BLOCKS = 4
 RUN_DELAY = Path("/proc/thread-self/schedstat")
 
 
 class Noise(BaseModel):
-    """What disturbed a measurement, in shares of one; `None` where the system does not tell.
+    """Noise of a measurement as fractions; `None` if the system does not report it.
 
     `spread`: median over operations of (P95 - P5) / median. `drift`: median change from the first half of the rounds to
-    the second. `waited`: share of the time in which the thread was ready and not run. `others`: share of the machine's
-    CPUs that other processes used.
+    the second. `waited`: share of the time the thread was runnable but not running. `others`: share of the machine's
+    CPUs used by other processes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +38,7 @@ class Noise(BaseModel):
     others: float
 
     def complaints(self) -> list[str]:
-        """Each figure above its bound, in words; none on a quiet machine."""
+        """Describe each noise measure above its bound; empty on a quiet machine."""
         texts = {
             "spread": "the repeats of an operation spread by {:.0%} of their median",
             "drift": "times drifted by {:.1%} from the first half to the second",
@@ -59,7 +59,7 @@ BOUNDS = {"spread": 0.5, "drift": 0.05, "waited": 0.02, "others": 0.2}
 
 
 class Timed(NamedTuple):
-    """A call to time, with the number of torch threads and the device it runs on."""
+    """Call to be timed, with its number of torch threads and its device."""
 
     call: Callable[[], object]
     threads: int = 1
@@ -68,7 +68,7 @@ class Timed(NamedTuple):
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads, and with as many as before afterwards."""
+    """Set the number of torch threads and restore it afterwards."""
     import torch
 
     before = torch.get_num_threads()
@@ -80,11 +80,11 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def time_steadily(runs: Sequence[Timed], repeats: int, progress: bool = False) -> tuple[np.ndarray, Noise]:
-    """Seconds `[runs, rounds]` of at least `repeats` rounds over all runs in turn, after warm-up, and their noise.
+    """Time all runs in at least `repeats` rounds after warm-up; returns seconds `[runs, rounds]` and noise.
 
-    A block of rounds that was disturbed is measured anew, `MAX_BLOCKS` in all; the first quiet block counts alone.
-    Where none is quiet all blocks count, and a warning is logged with the figures. Torch's thread count is restored.
-    Raises `ValueError` for fewer than 50 repeats, of which the median is not steady.
+    Noisy blocks of rounds are repeated, up to `MAX_BLOCKS` in all; the first quiet block is used alone. If no block is
+    quiet, all blocks are used and a warning with the noise is logged. Torch's thread count is restored. Raises
+    `ValueError` for fewer than 50 repeats, since their median is not stable.
     """
     if repeats < 50:
         raise ValueError(f"repeats must be >= 50 for a steady median, got {repeats}")
@@ -150,7 +150,7 @@ def _timer(run: Timed) -> Callable[[], float]:
 
 
 class _Watch:
-    """How long this thread waited for a CPU, and what other processes used, since the watch was made."""
+    """CPU wait of this thread and CPU use of other processes since construction."""
 
     def __init__(self) -> None:
         self._start = self._read()

@@ -1,1 +1,1 @@
-"""What is controlled: data sets, Mixture-of-Experts models, their training, and the bundles of environments."""
+"""Data sets, Mixture-of-Experts models, their training and compression, and bundles for environments."""

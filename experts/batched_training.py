@@ -1,8 +1,8 @@
-"""Many independent trainings of small MoE classifiers as one batched product, forward and backward by hand.
+"""Many independent trainings of small MoE classifiers as batched products with manual backward pass.
 
 Each training has its own weights, data, learning rate and weight decay for gate and experts. A model is that of
 `experts.model.MoEClassifier` without a trunk: a linear gate whose `top_k` experts, two-layer perceptrons, are mixed by
-the softmax over them. A training computes the same bits whatever others run beside it.
+the softmax over them. The bits of a training do not depend on the other trainings in the batch.
 
 Shape legend: K trainings, B inputs of a mini-batch, D features, E experts, H hidden units of each, C classes, P
 weights.
@@ -19,8 +19,8 @@ from experts.model import MoEClassifier
 
 
 class Passed(NamedTuple):
-    """What a forward pass found: `loss [K]`, `accuracy [K]`, mean gate entropy `[K]` in nats, and the share of inputs
-    that chose each expert, `[K, E]`."""
+    """Result of a forward pass: `loss [K]`, `accuracy [K]`, mean gate entropy `[K]` in nats, and share of inputs per
+    expert, `[K, E]`."""
 
     loss: np.ndarray
     accuracy: np.ndarray
@@ -101,7 +101,7 @@ class BatchedTraining:
         self.first[rows], self.second[rows], self.steps[rows] = 0, 0, 0
 
     def set(self, rates: np.ndarray, decays: np.ndarray) -> None:
-        """Learning rates and weight decays `[K, 2]` from now on."""
+        """Set learning rates and weight decays `[K, 2]`."""
         self.rates, self.decays = rates.copy(), decays.copy()
         np.take(rates.astype(np.float32), self._group, axis=1, out=self._rate)
         keep = (1 - rates * decays).astype(np.float32)
@@ -124,7 +124,7 @@ class BatchedTraining:
         return found
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> Passed:
-        """The same of inputs `[n, D]` and labels `[n]` that all trainings share, or of `[K, n, D]` and `[K, n]`."""
+        """Forward pass on inputs `[n, D]` and labels `[n]` that all trainings share, or of `[K, n, D]` and `[K, n]`."""
         return self._forward(inputs, np.broadcast_to(labels, (self.count, labels.shape[-1])), "evaluate")
 
     def gradient_norms(self) -> np.ndarray:
@@ -154,11 +154,11 @@ class BatchedTraining:
         return model
 
     def state(self) -> dict[str, np.ndarray]:
-        """A copy of all that further steps depend on."""
+        """Copy of the full state."""
         return {name: getattr(self, name).copy() for name in self.STATE}
 
     def restore(self, state: dict[str, np.ndarray], rows: np.ndarray | slice = slice(None)) -> None:
-        """Go back to a `state()`, all trainings or some."""
+        """Restore a `state()` for all or some trainings."""
         for name in self.STATE[:4]:
             getattr(self, name)[rows] = state[name][rows]
         rates, decays = self.rates.copy(), self.decays.copy()
@@ -179,7 +179,7 @@ class BatchedTraining:
         return np.sqrt(np.stack([of_gate, np.maximum(total - of_gate, 0)], axis=1))
 
     def _forward(self, inputs: np.ndarray, labels: np.ndarray, use: str) -> Passed:
-        """Keeps in `self._spaces` what `_backward` needs."""
+        """Forward pass that stores what `_backward` needs in `self._spaces`."""
         n, experts = labels.shape[1], self.num_experts
         into = self._space(f"{use} into", n, experts + experts * self.width)
         np.matmul(inputs, self._of["into"], out=into)
@@ -221,7 +221,7 @@ class BatchedTraining:
         np.add.reduce(back, 1, out=found["into_bias"][:, 0])
 
     def _space(self, name: str, n: int, width: int) -> np.ndarray:
-        """Memory `[K, n, width]` that is kept from step to step: fresh pages would take longer than the arithmetic."""
+        """Reused buffer `[K, n, width]`; allocating new memory would take longer than the arithmetic."""
         if name not in self._spaces or self._spaces[name].shape[1] != n:
             self._spaces[name] = np.empty((self.count, n, width), dtype=np.float32)
         return self._spaces[name]

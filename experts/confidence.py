@@ -1,4 +1,4 @@
-"""How sure a gate may be: its logits corrected on validation data so that its confidence is how often it is right.
+"""Calibration of gates: correct the logits on validation data so that confidence matches accuracy.
 
 A gate is right about an input when the expert that it takes answers correctly. Shape legend: B inputs, E experts, C
 classes.
@@ -16,17 +16,17 @@ BINS = 15
 
 
 def right_experts(outputs_BEC: np.ndarray, labels_B: np.ndarray) -> np.ndarray:
-    """Which experts alone answer correctly, boolean `[B, E]`, of their class logits."""
+    """Experts that are correct on their own, boolean `[B, E]`, from their class logits."""
     return np.asarray(outputs_BEC.argmax(-1) == labels_B[:, None])
 
 
 def confidence(gate_logits_BE: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """The gate's largest probability, `[B]`."""
+    """Largest gate probability, `[B]`."""
     return np.asarray(softmax(gate_logits_BE / temperature).max(1))
 
 
 def gate_is_right(gate_logits_BE: np.ndarray, right_BE: np.ndarray) -> np.ndarray:
-    """Whether the expert of largest logit is right, boolean `[B]`."""
+    """Whether the top-1 expert is correct, boolean `[B]`."""
     return np.asarray(np.take_along_axis(right_BE, gate_logits_BE.argmax(1)[:, None], axis=1)[:, 0])
 
 

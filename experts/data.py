@@ -42,12 +42,12 @@ BREAST_CANCER_SHA256 = "25e2eb7b7a8745b1bde5ba18bc4969983d2e2f403291ecd5bde4a29e
 
 
 class DataError(RuntimeError):
-    """A data set is absent or is not what it claims to be; the message names the file and the mend."""
+    """A data set is absent or altered; the message names the file and the fix."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Inputs `[n, d]` float32 in 0..1, labels `[n]` int64, and for each split the indices that belong to it."""
+    """Inputs `[n, d]` float32 in 0..1, labels `[n]` int64, and indices of each split."""
 
     name: str
     inputs: np.ndarray
@@ -62,7 +62,7 @@ class Dataset:
 
 
 def load(name: str) -> Dataset:
-    """The data set `digits`, `fashion-mnist` or `breast-cancer`; raises `DataError` where it is absent or altered."""
+    """Load `digits`, `fashion-mnist` or `breast-cancer`; raises `DataError` if it is absent or altered."""
     loaders = {"digits": digits, "fashion-mnist": fashion_mnist, "breast-cancer": breast_cancer}
     if name not in loaders:
         raise ValueError(f"unknown data set {name!r}; there are {', '.join(loaders)}")

@@ -1,4 +1,4 @@
-"""Experts that cooperate: a learned graph mixes the outputs of the experts that answer an input.
+"""Expert graphs: a learned graph mixes the outputs of the selected experts of an input.
 
 The gate picks a team; edge A[e, j], a softmax over the team, says how much of expert j's output goes into what expert e
 contributes. Shape legend: T inputs, E experts, C outputs of each expert.
@@ -51,12 +51,12 @@ class ExpertGraph(nn.Module):
 
     @classmethod
     def for_outputs(cls, num_experts: int, width: int, mode: str = "weighted", **options: Any) -> ExpertGraph:
-        """A graph whose experts return `width` numbers, which only mode "conv" asks for."""
+        """Graph for experts with `width` outputs; only mode "conv" needs the width."""
         return cls(num_experts, mode, width=width if mode == "conv" else None, **options)
 
     @property
     def adjacency(self) -> torch.Tensor:
-        """The edges of a team of all experts, `[E, E]`; rows sum to 1."""
+        """Edge weights of a team of all experts, `[E, E]`; rows sum to 1."""
         return self.edges.softmax(-1)
 
     def weights(self, weights_TE: torch.Tensor, members_TE: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ class ExpertGraph(nn.Module):
         return torch.einsum("te,tec->tc", weights_TE, outputs_TEC + self.strength * messages_TEC)
 
     def share_of_others(self, members_TE: torch.Tensor) -> torch.Tensor:
-        """The mean share of what an expert contributes that other experts of its team return: 0 in teams of one."""
+        """Mean share of other experts of the team in an expert's contribution; 0 in teams of one."""
         present_TE, odds_EE = members_TE.float(), self._odds()
         own_TE = odds_EE.diagonal() / (present_TE @ odds_EE.T).clamp_min(1e-30)
         return self.strength * ((1 - own_TE) * present_TE).sum() / present_TE.sum().clamp_min(1)
@@ -97,7 +97,7 @@ class ExpertGraph(nn.Module):
         return 1 - self.adjacency.diagonal().mean()
 
     def sparsity(self, threshold: float) -> float:
-        """The share of the edges between different experts that are below a threshold."""
+        """Share of edges between different experts below a threshold."""
         adjacency = self.adjacency.detach()
         others = ~torch.eye(len(adjacency), dtype=torch.bool, device=adjacency.device)
         return float((adjacency[others] < threshold).float().mean())

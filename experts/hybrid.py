@@ -1,4 +1,4 @@
-"""Hybrid training: experts learn by cross-entropy, the gate by policy gradient on quality less cost.
+"""Hybrid training: experts learn by cross-entropy, the gate by policy gradient on quality minus cost.
 
 Shape legend: B inputs, E experts, C classes.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from experts.model import MoEClassifier, mix
 
-CostOf = Callable[[torch.Tensor], torch.Tensor]  # of chosen experts, boolean `[B, E]`: the relative cost of each input
+CostOf = Callable[[torch.Tensor], torch.Tensor]  # selected experts, boolean `[B, E]` -> relative cost per input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class HybridSettings:
 
 
 class Losses(NamedTuple):
-    """Parts of a batch's loss, scalars, and what it earned."""
+    """Loss terms of a batch and its reward, as scalars."""
 
     total: torch.Tensor
     cross_entropy: torch.Tensor
@@ -99,7 +99,7 @@ def hybrid_loss(
     temperature: float,
     generator: torch.Generator,
 ) -> Losses:
-    """The loss of one batch with one drawn expert for each input."""
+    """Loss of one batch with one sampled expert per input."""
     h_BD = model.trunk(x_BD)
     gate_BE = model.gate(h_BD.detach()) / temperature
     uniform_BE = torch.rand(gate_BE.shape, generator=generator).clamp_min(1e-10)

@@ -1,4 +1,4 @@
-"""Slices through a model's loss along random directions, each filter's as long as the filter (Li et al. 2018)."""
+"""Loss landscape of a model along random filter-normalised directions (Li et al. 2018)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def landscape(
 ) -> np.ndarray:
     """The loss at all `positions` along the directions of `seeds`: `[n]` for one, `[n, n]` for two.
 
-    `loss()` is called with the model moved; afterwards its weights are what they were, bit for bit.
+    `loss()` is called with shifted weights; they are restored bit for bit afterwards.
     """
     parameters, before = list(model.parameters()), [weights.clone() for weights in model.parameters()]
     along = [direction(model, seed) for seed in seeds]

@@ -1,9 +1,9 @@
-"""A Mixture-of-Experts layer for models of one's own: any router, sorted once by expert, no gradient of full size.
+"""Mixture-of-Experts layer with any router; rows are sorted once by expert and gradients are per expert.
 
-Rows are gathered by expert, one contiguous segment for each, and every segment is one product with its expert's own
-weights. Weights are separate parameters, so that an expert which nobody asked has no gradient, instead of one of zeros
-as large as all. Products are chosen by size and device: oneDNN's for segments of many rows on a CPU, BLAS for few,
-`grouped_mm` for bfloat16 on a GPU.
+Rows are gathered by expert into contiguous segments, and every segment is one product with the weights of its expert.
+Each expert has separate parameters, so that an unused expert has no gradient instead of a gradient of zeros. Products
+are chosen by size and device: oneDNN's for segments of many rows on a CPU, BLAS for few, `grouped_mm` for bfloat16 on a
+GPU.
 
 Shape legend: T inputs, D width of the model, F width of an expert, E experts, N choices (rows that experts see).
 """
@@ -23,8 +23,8 @@ from experts.graph import ExpertGraph
 from experts.routers import Router, RoutingStatistics, TopK, make_router
 
 PRODUCTS = ("auto", "segments", "grouped")
-BLOCK = 256  # rows whose hidden units stay in a cache
-MANY = 64  # rows from which oneDNN is quicker than BLAS (benchmarks/moe_layer.py)
+BLOCK = 256  # rows whose hidden units fit a CPU cache
+MANY = 64  # rows from which oneDNN is faster than BLAS (benchmarks/speed/layer.py)
 
 
 class SwiGLU(nn.Module):
@@ -153,7 +153,7 @@ class MoELayer(nn.Module):
         return output_TD.view_as(x), statistics
 
     def _answers(self, rows_ND: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """What the experts return for rows sorted by expert, `[N, D]`."""
+        """Expert outputs for rows sorted by expert, `[N, D]`."""
         parts = zip(self.experts, rows_ND.split(counts), strict=True)
         found = [expert(part) for expert, part in parts if len(part)]
         return torch.cat(found) if found else rows_ND
@@ -174,12 +174,12 @@ class MoELayer(nn.Module):
 
 
 def _is_plain(expert: nn.Module) -> bool:
-    """Whether an expert's products may be run without calling it: hooks would be passed by."""
+    """Whether an expert's products can run without calling the module, i.e. it has no hooks."""
     return type(expert) is SwiGLU and not expert._forward_hooks and not expert._forward_pre_hooks
 
 
 def _router_of(block: Any, plain: MoELayer, k: int) -> Router:
-    """The router with which a layer answers as the block does whose weights it has."""
+    """Router that reproduces the outputs of the block whose weights the layer has."""
     weights, training = plain.gate.weight, block.training
     x = torch.randn(1, 16, weights.shape[1], generator=torch.Generator().manual_seed(0)).to(weights)
     block.eval()

@@ -1,4 +1,4 @@
-"""Everything that environments run on, by name: one way in for bundles, tasks and reference models."""
+"""Load bundles, tasks and reference models by name."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def load(kind: Literal["task"], name: str | Path) -> Task: ...
 @overload
 def load(kind: Literal["model"], name: str | Path) -> Any: ...
 def load(kind: Kind, name: str | Path) -> Any:
-    """The artefact of a kind by its name, or a bundle by its folder, every byte verified; what is made when it is first
-    asked for is made now.
+    """Load and verify an artefact by kind and name, or a bundle by folder; artefacts that are built on first use are
+    built.
 
-    Raises `ValueError` for an unknown kind, and the kind's own error, which names what there is, for an unknown name.
+    Raises `ValueError` for an unknown kind, and the error of the kind, which lists the known names, for an unknown
+    name.
     """
     loaders: dict[str, Callable[[str], Any]] = {"bundle": _bundle, "task": _task, "model": _model}
     if kind not in loaders:

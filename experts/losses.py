@@ -1,4 +1,4 @@
-"""Losses that shape a gate and its experts beside the task's own. Shape legend: T inputs, E experts, C outputs of each.
+"""Auxiliary losses for gates and experts. Shape legend: T inputs, E experts, C outputs of each.
 
 All are scalars and differentiable.
 """

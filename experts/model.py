@@ -15,7 +15,7 @@ from experts.routers import Router, TopK, mixing_weights
 
 
 class MoEModel(Protocol):
-    """What a module must offer to become a bundle: `trunk(x) -> h`, `gate(h) -> [B, E]`, experts `h -> [B, C]`."""
+    """Interface of a module for bundles: `trunk(x) -> h`, `gate(h) -> [B, E]`, experts `h -> [B, C]`."""
 
     @property
     def trunk(self) -> nn.Module: ...

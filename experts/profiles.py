@@ -1,4 +1,4 @@
-"""Which measured costs an environment is paid with: the reference shipped with a bundle, or this machine's own."""
+"""Selection of cost profiles: the reference profile of a bundle or this machine's profile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("moe_envs")
 
 
 def machine_path(bundle: Bundle) -> Path:
-    """Where this machine's profile of a bundle is cached."""
+    """Cache path of this machine's profile of a bundle."""
     return zoo.cache_folder() / "profiles" / f"{bundle.path.name}-{bundle.sha256[:12]}.json"
 
 
@@ -56,7 +56,7 @@ def measure(bundle: Bundle, repeats: int = 200, progress: bool = False) -> Profi
 
 
 def prepare(bundle: str, costs: str) -> None:
-    """Measure what is not measured yet, once, before several processes ask for it."""
+    """Measure missing profiles once before several processes need them."""
     select(bundles.load(bundle), costs)
 
 
@@ -110,7 +110,7 @@ def _shipped_or_measured(
 
 
 def products_profile(recipe: str) -> Path:
-    """Where the reference profile of a reference model's products is."""
+    """Path of the reference profile of a reference model's products."""
     return zoo.ASSETS / "_models" / f"{recipe}.profile.json"
 
 
@@ -126,7 +126,7 @@ def _product_operations(found: Mapping[str, Product]) -> dict[str, Work]:
 
 
 def task_profile(name: str) -> Path:
-    """Where the reference profile of a shipped task is."""
+    """Path of the reference profile of a shipped task."""
     return tasks.FOLDER / f"{name}.profile.json"
 
 

@@ -1,4 +1,4 @@
-"""The bundles that environments name: how they are trained. Some are shipped; others are made when first asked for."""
+"""Reference bundles and their training. Some are shipped; others are built on first use."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Shipped:
 
 
 def profile_path(name: str) -> Path:
-    """Where the reference profile of a bundle of `MADE` is."""
+    """Path of the reference profile of a bundle of `MADE`."""
     return zoo.ASSETS / "_bundles" / f"{name}.profile.json"
 
 

@@ -1,4 +1,4 @@
-"""Who answers an input: routers turn gate logits `[T, E]` into experts and their weights.
+"""Routers: map gate logits `[T, E]` to experts and their weights.
 
 A router is called with logits and returns a `Routing`; it keeps nothing. Given a `torch.Generator` it is noisy, if it
 has noise at all; without one it is deterministic. Any callable of this signature is a router.
@@ -23,7 +23,7 @@ ABOVE_ZERO = "k", "capacity_factor", "max_k", "groups", "top_groups", "temperatu
 
 @dataclass(frozen=True, eq=False)
 class RoutingStatistics:
-    """What a routing was like, computed when asked for; losses are differentiable.
+    """Statistics of a routing, computed on demand; losses are differentiable.
 
     `chosen` are the choices before capacity cut some off, `members` what was left, both boolean `[T, E]`;
     `log_probability [T]` is that of the choice, of routers that draw it. Columns from `real` on are experts that copy
@@ -55,12 +55,12 @@ class RoutingStatistics:
 
     @property
     def experts_per_input(self) -> torch.Tensor:
-        """Mean number of experts that answer."""
+        """Mean number of experts per input."""
         return self.members[:, : self.real].sum(-1).float().mean()
 
     @property
     def dropped(self) -> torch.Tensor:
-        """The share of the choices that found their expert full."""
+        """Share of the choices dropped because the expert was full."""
         return (self.chosen & ~self.members).sum() / self.chosen.sum().clamp_min(1)
 
     @property
@@ -94,7 +94,7 @@ class Router(Protocol):
 
 
 class _InRange:
-    """Refuses options that mean nothing, when a router is made."""
+    """Validates the options of a router at construction."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -320,7 +320,7 @@ def _noisy(logits_TE: torch.Tensor, noise: float, generator: torch.Generator | N
 
 
 def _capped(chosen_TE: torch.Tensor, logits_TE: torch.Tensor, k: int, factor: float | None) -> torch.Tensor:
-    """What is left of the choices when no expert answers more than `factor` times its even share."""
+    """Choices left when each expert is limited to `factor` times its uniform share."""
     if factor is None:
         return chosen_TE
     inputs, experts = chosen_TE.shape

@@ -1,4 +1,4 @@
-"""Small classification tasks that a whole training takes well under a second of: data to train and validate on.
+"""Small classification tasks whose full training takes well under a second.
 
 Shipped inside the package as bytes of pixels under SHA-256; `moe-bundle tasks` makes them from the data sets. Larger
 ones are made when they are asked for.
@@ -87,7 +87,7 @@ def load(name: str) -> Task:
 
 
 def make(name: str) -> dict[str, np.ndarray]:
-    """The bytes of a task out of its data set, none of them from the data set's test split."""
+    """Create the bytes of a task from its data set, without the test split."""
     recipe = RECIPES[name]
     source = data.load(recipe.source)
     rows = np.concatenate([source.splits[split] for split in ("train", "rl_train", "validation")])

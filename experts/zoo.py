@@ -1,4 +1,4 @@
-"""Where bundles live: shipped inside the package, or built into the user's cache (`MOE_ENVS_CACHE` moves it)."""
+"""Locations of bundles: in the package, or in the user's cache (set by `MOE_ENVS_CACHE`)."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def cache_folder() -> Path:
 
 
 def user_folder() -> Path:
-    """Where bundles of the user's own are."""
+    """Folder of the user's own bundles."""
     return cache_folder() / "bundles"
 
 

@@ -1,6 +1,6 @@
-"""The decisions: registered Gymnasium environments over real Mixture-of-Experts models with measured costs.
+"""Gymnasium environments on real Mixture-of-Experts models with measured costs.
 
-Every module here that ends in a `Spec` is registered by importing this package.
+Importing this package registers the `Spec` of every environment module.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Agents that do not learn, and exact bounds: for each problem `baselines(env_id, **kwargs)` and `bound(...)`."""
+"""Baselines and bounds: each problem has a module with `baselines(env_id, **kwargs)` and `bound(...)`."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ Report = Callable[[float], object]
 
 
 class Baselines(Protocol):
-    """What a module of baselines offers."""
+    """Interface of a module of baselines."""
 
     def baselines(self, env_id: str, *, report: Report, **env_kwargs: Any) -> dict[str, Policy]:
-        """By name, the strongest simple policies for an environment with these arguments, tuned on validation; their
-        `kind` is "baseline". `report` is called with the share that is done."""
+        """Baselines of an environment with these arguments by name, tuned on validation; their `kind` is "baseline".
+        `report` is called with the finished share."""
 
     def bound(self, env_id: str, **env_kwargs: Any) -> Policy | None:
-        """A policy that nothing can beat, as it looks at the answers (`kind` is "bound"); None where none is known."""
+        """Upper bound: a policy that uses the labels (`kind` is "bound"); None if no bound is known."""
 
 
 def find(env_id: str) -> Baselines:
-    """The baselines of a registered environment; raises `ValueError` for an unknown one."""
+    """Find the baselines of a registered environment; raises `ValueError` for an unknown id."""
     found: Any = import_module(moe_envs.find(env_id).baselines)
     baselines: Baselines = found
     return baselines
 
 
 def on_split(env_id: str, env_kwargs: dict[str, Any], split: str) -> dict[str, Any]:
-    """The arguments with `split`, where the environment has that; others are told apart by their seeds alone."""
+    """Add `split` to the arguments if the environment has it; other environments differ by seed only."""
     spec = moe_envs.SPECS.get(env_id.rpartition(":")[2])
     return {**env_kwargs, "split": split} if spec and split in spec.splits else env_kwargs

@@ -1,7 +1,8 @@
-"""Baselines for the choice of compression levels under a budget: plans by rule, by search, and by exact allocation.
+"""Baselines for compression levels under a budget: rules, searches and exact allocation.
 
-A plan is a level for each of P matrices, out of L. `sizes [P, L]` are bytes, `gains [P, L]` what each matrix alone adds
-to the quality at each level; `budget` is for the matrices together. Where nothing fits, `ValueError` says what would.
+A plan assigns one of L levels to each of P matrices. `sizes [P, L]` are bytes, `gains [P, L]` the quality change of
+each matrix alone at each level; `budget` is in bytes for all matrices. `ValueError` names the least size if nothing
+fits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Score = Callable[[np.ndarray], float]
 
 
 class SearchedPlan(NamedTuple):
-    """Levels `[P]`, their quality as far as it was evaluated, and how many plans were evaluated for it."""
+    """Levels `[P]`, their quality if evaluated, and the number of evaluated plans."""
 
     levels: np.ndarray
     quality: float
@@ -30,20 +31,19 @@ class SearchedPlan(NamedTuple):
 
 
 def size(levels: np.ndarray, sizes: np.ndarray) -> int:
-    """The bytes of a plan."""
+    """Size of a plan in bytes."""
     return int(np.take_along_axis(sizes, levels[:, None], axis=1).sum())
 
 
 def uniform(sizes: np.ndarray, budget: float) -> np.ndarray:
-    """The same level for all, the first that fits."""
+    """First level that fits when used for all matrices."""
     _check(sizes, budget)
     level = int((sizes.sum(0) <= budget).argmax())
     return np.full(len(sizes), level)
 
 
 def greedy(sizes: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray:
-    """From the first level of all, again and again the change of one matrix to a smaller form that loses least for each
-    byte that it saves."""
+    """Start at the first level and repeatedly compress the matrix with the least quality loss per byte saved."""
     _check(sizes, budget)
     levels, places = np.zeros(len(sizes), dtype=np.int64), np.arange(len(sizes))
     while (total := size(levels, sizes)) > budget:
@@ -56,7 +56,7 @@ def greedy(sizes: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray:
 
 
 def exact(sizes: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray:
-    """The plan with the largest sum of gains that fits, by integer programming (HiGHS)."""
+    """Feasible plan with the largest sum of gains, by integer programming (HiGHS)."""
     _check(sizes, budget)
     count, choices = sizes.shape
     one_each = LinearConstraint(np.kron(np.eye(count), np.ones(choices)), 1, 1)
@@ -70,8 +70,8 @@ def exact(sizes: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray:
 def random_search(
     scores: Callable[[np.ndarray], np.ndarray], sizes: np.ndarray, budget: float, evaluations: int, seed: int = 0
 ) -> SearchedPlan:
-    """The best of random plans that fit: levels are drawn matrix by matrix, in random order, of those that leave enough
-    for the rest. `scores` takes all plans `[n, P]` at once."""
+    """Best of random feasible plans: levels are drawn matrix by matrix in random order from those that leave enough
+    bytes for the rest. `scores` takes all plans `[n, P]` at once."""
     _check(sizes, budget)
     generator, least = np.random.default_rng(seed), sizes.min(1)
     plans = np.zeros((evaluations, len(sizes)), dtype=np.int64)
@@ -88,7 +88,7 @@ def random_search(
 def local_search(
     score: Score, start: np.ndarray, sizes: np.ndarray, budget: float, evaluations: int, seed: int = 0
 ) -> SearchedPlan:
-    """Hill climbing from a plan: one matrix, or two at once, get other levels; what fits and is better is kept."""
+    """Hill climbing from a plan: change the level of one or two matrices; keep better feasible plans."""
     generator = np.random.default_rng(seed)
     best, known = SearchedPlan(start.copy(), score(start), 1), {start.tobytes()}
     done = tries = 1
@@ -107,7 +107,7 @@ def local_search(
 
 
 def all_plans(sizes: np.ndarray) -> np.ndarray:
-    """Every plan `[n, P]`, levels that take a matrix's bytes no further left out: they are the same form."""
+    """All plans `[n, P]`, without levels that do not reduce the size of a matrix, since these have the same form."""
     distinct = [np.append(0, np.diff(row).nonzero()[0] + 1) for row in sizes]
     return np.stack([each.ravel() for each in np.meshgrid(*distinct, indexing="ij")], axis=1)
 
@@ -120,12 +120,12 @@ def _check(sizes: np.ndarray, budget: float) -> None:
 
 RULES = ("uniform", "greedy", "exact on sensitivities", "random search", "exact, then local search")
 SEARCHES = RULES[3:]
-EVALUATIONS = 400  # of a search, for each model and budget
-MOST_PLANS = 200_000  # that a bound scores
+EVALUATIONS = 400  # per search, model and budget
+MOST_PLANS = 200_000  # largest number of plans that a bound evaluates
 
 
 def find_plan(name: str, tables: CompressionTables, model: int, room: float, evaluations: int, seed: int) -> np.ndarray:
-    """The plan of a rule of `RULES` for a model of the tables within `room` bytes for matrices, levels `[U]`."""
+    """Levels `[U]` that a rule of `RULES` selects for a model of the tables within `room` bytes for matrices."""
     sizes, gains = tables.sizes, tables.gains[model]
 
     def scores(plans: np.ndarray) -> np.ndarray:
@@ -144,21 +144,21 @@ def find_plan(name: str, tables: CompressionTables, model: int, room: float, eva
 
 
 class Planned:
-    """A rule as a policy: for each walk a plan made when it begins, by `plan` of the tables, model and room in bytes;
-    the plan of a model and a budget is made once."""
+    """Rule as a policy: at the start of each walk, `plan` of tables, model and bytes selects the levels; plans are
+    cached by model and budget."""
 
     def __init__(self, plan: Callable[[CompressionTables, int, float], np.ndarray], kind: str = "baseline") -> None:
         self.plan, self.kind = plan, kind
 
     def watch(self, env: MoECompressionVectorEnv) -> None:
-        """Take hold of the walks of an environment."""
+        """Attach to a vector environment."""
         self._env, self._plans = env, np.zeros_like(env.levels)
         self._made: dict[tuple[int, int], np.ndarray] = {}
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
     ) -> tuple[np.ndarray, Any]:
-        """The planned levels `[n]`."""
+        """Planned levels `[n]`."""
         env, place = self._env, self._env.place
         for row in (place == 0).nonzero()[0]:
             key = int(env.model[row]), int(env.budget[row])
@@ -175,8 +175,8 @@ def baselines(
     evaluations: int = EVALUATIONS,
     **env_kwargs: Any,
 ) -> dict[str, Any]:
-    """Uniform levels, greedy and exact allocation on sensitivities; where the budget is the same in all episodes also
-    two searches of so many evaluations, on the images that the environment trains on."""
+    """Uniform levels, greedy and exact allocation on sensitivities; for a fixed budget also two searches with
+    `evaluations` evaluations each, on the training images of the environment."""
     tables = _tables(env_id, {**env_kwargs, "split": "train"})
     names = RULES if env_kwargs.get("budget") is not None else RULES[:3]
     found: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def baselines(
 
 
 def bound(env_id: str, **env_kwargs: Any) -> Planned | None:
-    """The best of all plans on the images that are judged by; None where there are more than 200,000."""
+    """Best of all plans on the evaluation images; None if there are more than 200,000 plans."""
     tables = _tables(env_id, env_kwargs)
     if np.prod([float(len(np.unique(row))) for row in tables.sizes]) > MOST_PLANS:
         return None
@@ -214,7 +214,7 @@ def bound(env_id: str, **env_kwargs: Any) -> Planned | None:
 
 
 def score_all(tables: CompressionTables, model: int, plans: np.ndarray) -> np.ndarray:
-    """The quality of many plans `[n, U]` of a model of the tables."""
+    """Quality of plans `[n, U]` for a model of the tables."""
     parts = np.array_split(plans, max(1, len(plans) // 500))
     return np.concatenate([tables.quality(np.full(len(part), model), part)[0] for part in parts])
 

@@ -1,6 +1,6 @@
-"""Baselines for MoEMetaOpt-v0: schedules as everyone uses them, and a search for their settings.
+"""Baselines for MoEMetaOpt-v0: common schedules and a search for their settings.
 
-They set the rates of the trainings that they watch, so that none is held back by the actions of the environment.
+They set the rates of the watched trainings directly, so the action space does not limit them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ID = "moe_envs:MoEMetaOpt-v0"
 KEEP = np.array([1, 1, 1, 1])
 WARM_UP, START_SHARE, END_SHARE = 0.3, 1 / 25, 1e-4  # of one-cycle (Smith & Topin 2018), as torch's OneCycleLR
 PATIENCE = 3
-ROWS = 256  # trainings that a search has side by side
+ROWS = 256  # parallel trainings of a search
 
 
 class Rates(NamedTuple):
-    """Learning rates `[n, 2]` and places of the weight decays on the ladder `[n, 2]`, for gate and experts."""
+    """Learning rates `[n, 2]` and weight-decay indices `[n, 2]` for gate and experts."""
 
     rates: np.ndarray
     ladder: np.ndarray
@@ -52,9 +52,9 @@ def one_cycle(progress: np.ndarray) -> np.ndarray:
 
 
 class Schedule:
-    """Learning rates times a shape over the training, in all rows of the environment it watches.
+    """Multiplies the learning rates in all rows of the watched environment by a factor over the training.
 
-    Without `settings` each training goes by the rates that it began with, which its context drew.
+    Without `settings`, each training starts from the rates drawn by its context.
     """
 
     kind = "baseline"
@@ -63,13 +63,13 @@ class Schedule:
         self.shape, self.settings = shape, settings
 
     def watch(self, env: MoEMetaOptVectorEnv) -> None:
-        """Take hold of the trainings of an environment."""
+        """Attach to a vector environment."""
         self.env, self._first = env, np.zeros((env.num_envs, 2))
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
     ) -> tuple[np.ndarray, Any]:
-        """Set the rates; the action changes nothing more."""
+        """Set the rates and return a neutral action."""
         env, begun = self.env, self.env.taken == 0
         self._first[begun] = env.training.rates[begun]
         if self.settings is not None:
@@ -80,7 +80,7 @@ class Schedule:
         return np.tile(KEEP, (len(observation), 1)), state
 
     def factor(self, begun: np.ndarray) -> np.ndarray:
-        """What the first rates are multiplied by now, `[n]`."""
+        """Current factor of the initial rates, `[n]`."""
         return self.shape(self.env.taken / self.env.max_actions)
 
 
@@ -88,7 +88,7 @@ class Plateau(Schedule):
     """Halves the rates when the validation loss has not fallen for three validations (torch's ReduceLROnPlateau)."""
 
     def watch(self, env: MoEMetaOptVectorEnv) -> None:
-        """Take hold of the trainings of an environment."""
+        """Attach to a vector environment."""
         super().watch(env)
         self._factor, self._best, self._waited = (
             np.ones(env.num_envs),
@@ -97,7 +97,7 @@ class Plateau(Schedule):
         )
 
     def factor(self, begun: np.ndarray) -> np.ndarray:
-        """1, halved for each plateau so far."""
+        """Factor 1, halved at each plateau."""
         loss = self.env.validation_loss
         self._factor[begun], self._best[begun], self._waited[begun] = 1.0, np.inf, 0
         better = loss < self._best
@@ -110,17 +110,17 @@ class Plateau(Schedule):
 
 
 class Heuristic(Schedule):
-    """`agents.deploy.metaopt.Rules` in every row, from the rates that its context drew."""
+    """`agents.deploy.metaopt.Rules` in every row, starting from the rates drawn by its context."""
 
     def watch(self, env: MoEMetaOptVectorEnv) -> None:
-        """Take hold of the trainings of an environment."""
+        """Attach to a vector environment."""
         super().watch(env)
         self._rules = [Rules() for _ in range(env.num_envs)]
 
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
     ) -> tuple[np.ndarray, Any]:
-        """Set the rates and decays; the action changes nothing more."""
+        """Set the rates and decays and return a neutral action."""
         env, norms = self.env, self.env.training.weight_norms()
         rates, ladder = env.training.rates.copy(), env.ladder.copy()
         for row, rules in enumerate(self._rules):
@@ -134,7 +134,7 @@ class Heuristic(Schedule):
 
 
 class RandomActions:
-    """Any action, from a generator of its own."""
+    """Random actions from a separate generator."""
 
     kind = "baseline"
 
@@ -144,7 +144,7 @@ class RandomActions:
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
     ) -> tuple[np.ndarray, Any]:
-        """Drawn actions."""
+        """Random actions."""
         return self._generator.integers(0, 3, (len(observation), 4)), state
 
 
@@ -158,8 +158,8 @@ SCHEDULES: dict[str, Callable[[Rates | None], Schedule]] = {
 
 
 def trainings(policy: Any, seeds: Iterable[int], split: str, **env_kwargs: Any) -> pd.DataFrame:
-    """One training for each seed, in this order; columns of `agents.evaluate` and `steps`: decisions until the target,
-    one more than the largest number where it was not reached."""
+    """Run one training per seed, in order; columns of `agents.evaluate` and `steps`, the decisions to the target, or
+    the maximum plus one if it was not reached."""
     if not isinstance(env_kwargs.get("task", ""), str):
         raise ValueError(f"task={env_kwargs['task']!r}: baselines judge one task at a time")
     seeds = list(seeds)
@@ -172,8 +172,7 @@ def trainings(policy: Any, seeds: Iterable[int], split: str, **env_kwargs: Any) 
 
 
 class Searched(NamedTuple):
-    """The best settings of a search, their mean steps in its last round, and the decisions that all its trainings
-    took."""
+    """Best settings of a search, their mean steps in the last round, and the total number of decisions."""
 
     settings: Rates
     steps: float
@@ -181,7 +180,7 @@ class Searched(NamedTuple):
 
 
 class Round(NamedTuple):
-    """A round of a search: so many of the best candidates, on so many contexts each."""
+    """Search round: number of candidates and contexts per candidate."""
 
     candidates: int
     contexts: int
@@ -190,10 +189,10 @@ class Round(NamedTuple):
 def search(
     make: Callable[[Rates | None], Schedule], groups: bool, rounds: Iterable[Round], seed: int = 0, **env_kwargs: Any
 ) -> Searched:
-    """Settings with the fewest mean steps on validation contexts: random candidates, of which the best go on to the
-    next round.
+    """Search settings with the fewest mean steps on validation contexts; the best random candidates advance to the next
+    round.
 
-    With `groups` gate and experts have settings of their own.
+    With `groups`, gate and experts have separate settings.
     """
     rounds = list(rounds)
     generator, count = np.random.default_rng(seed), rounds[0].candidates
@@ -206,7 +205,7 @@ def search(
         best = np.argsort(steps, kind="stable")[:candidates]
         rates, ladder = rates[best], ladder[best]
         frames = []
-        for first in range(0, candidates, max(1, ROWS // contexts)):  # more rows at once would leave the caches
+        for first in range(0, candidates, max(1, ROWS // contexts)):  # more rows would exceed the CPU caches
             chunk = slice(first, first + max(1, ROWS // contexts))
             settings = Rates(np.repeat(rates[chunk], contexts, 0), np.repeat(ladder[chunk], contexts, 0))
             seeds = list(range(contexts)) * len(rates[chunk])
@@ -218,9 +217,9 @@ def search(
     return Searched(Rates(rates[best_one], ladder[best_one]), float(steps[best_one]), decisions)
 
 
-ROUNDS = (Round(48, 8), Round(12, 32), Round(4, 128))  # 1,280 trainings for each schedule
-BY_GROUP = "constant, by group"  # gate and experts apart
-DECAY = 1e-2  # the weight decay that trainings begin with, AdamW's default
+ROUNDS = (Round(48, 8), Round(12, 32), Round(4, 128))  # 1,280 trainings per schedule
+BY_GROUP = "constant, by group"  # separate settings for gate and experts
+DECAY = 1e-2  # initial weight decay, AdamW's default
 
 
 def baselines(
@@ -230,8 +229,8 @@ def baselines(
     rounds: Iterable[Round] = ROUNDS,
     **env_kwargs: Any,
 ) -> dict[str, Any]:
-    """Schedules from the rate that each training begins with, and with settings searched on validation, whatever it
-    begins with; our rules; chance. `rounds` are those of each search, of which there are six."""
+    """Schedules from the initial rate of each training and with settings searched on validation, our rules, and random
+    actions. `rounds` are the rounds of each of the six searches."""
     arguments = {key: value for key, value in env_kwargs.items() if key != "split"}
     found: dict[str, Any] = {"random actions": RandomActions(), "rules": Heuristic()}
     found |= {name: make(None) for name, make in SCHEDULES.items()}
@@ -244,4 +243,4 @@ def baselines(
 
 
 def bound(env_id: str, **env_kwargs: Any) -> None:
-    """None is known: `agents.baselines.metaopt_bound.beam_search` finds good sequences, not the best."""
+    """None, since no bound is known; `agents.baselines.metaopt_bound.beam_search` finds good sequences only."""

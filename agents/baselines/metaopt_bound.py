@@ -1,7 +1,7 @@
-"""How few decisions are enough in MoEMetaOpt-v0: a search that sees what becomes of every action, for single contexts.
+"""Minimum number of decisions in MoEMetaOpt-v0: beam search with look-ahead for single contexts.
 
-It knows the validation losses to come, their noise included, which no policy does. What is found is a sequence of
-actions that really arrives; only a beam that keeps every child finds the shortest there is.
+The search knows future validation losses including their noise, unlike any policy. Its sequence of actions does reach
+the target, but is the shortest one only if the beam keeps every child.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ACTIONS = np.array(list(product(range(3), repeat=4)))
 
 
 class Node(NamedTuple):
-    """A training that can be forked, and the decisions up to it `[n, 4]`. The lower `worth` the more it promises: the
-    decisions that a policy takes from here, then the validation loss. It is a row of the state."""
+    """Node of the search: a training, as a row of the state, and its decisions so far `[n, 4]`. Lower `worth` is
+    better: the remaining decisions of a policy, then the validation loss."""
 
     worth: tuple[float, float]
     actions: np.ndarray
@@ -32,10 +32,10 @@ class Node(NamedTuple):
 def beam_search(
     seed: int, split: str, width: int = 4, policy: Policy | None = None, **env_kwargs: Any
 ) -> tuple[np.ndarray, bool]:
-    """The fewest actions `[n, 4]` found that take the training of a seed to its target, and whether they do.
+    """Shortest sequence of actions `[n, 4]` found for the training of a seed, and whether it reaches the target.
 
-    From each of the `width` most promising trainings all 81 actions are tried; where a policy is given, its decisions
-    are played to the end after each of them.
+    All 81 actions are tried from each of the `width` best trainings; if a policy is given, it then plays each of them
+    to the end.
     """
     env = MoEMetaOptVectorEnv(len(ACTIONS), split=split, autoreset_mode=AutoresetMode.NEXT_STEP, **env_kwargs)
     env.reset(seed=[seed] * len(ACTIONS))
@@ -46,7 +46,7 @@ def beam_search(
         [Node((0, 0), np.zeros((0, 4), dtype=np.int64), 0, root)],
     )
     while beam and len(beam[0].actions) < len(best) - arrives:
-        children: dict[bytes, Node] = {}  # by what they are, as clamped actions come to the same training
+        children: dict[bytes, Node] = {}  # keyed by content, since clamped actions lead to the same training
         for node in beam:
             env.restore(_repeated(node.state, len(ACTIONS)))
             observation, _, ended, _, infos = env.step(ACTIONS)
@@ -75,8 +75,8 @@ def _play(
     over: np.ndarray,
     most: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many decisions of the policy each row takes to arrive, more than the environment allows where it does not
-    within `most`; the decisions `[rows, most, 4]`."""
+    """Number of policy decisions to the target per row, above the limit of the environment if it takes more than
+    `most`; and the decisions `[rows, most, 4]`."""
     steps, taken = np.where(arrived, 0, env.max_actions + 1), np.ones((env.num_envs, most, 4), dtype=np.int64)
     ended = over.copy()
     for step in range(most):
@@ -91,12 +91,12 @@ def _play(
 
 
 def _row(state: State, row: int) -> State:
-    """The state of an environment with one of another's rows."""
+    """State of a one-row environment with a row of another environment."""
     return _each(state, lambda each: each[row : row + 1])
 
 
 def _repeated(state: State, count: int) -> State:
-    """The state of an environment whose rows are copies of one row."""
+    """State of an environment whose rows are all copies of one row."""
     return _each(state, lambda each: each * count if isinstance(each, list) else each.repeat(count, axis=0))
 
 

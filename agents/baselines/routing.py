@@ -1,9 +1,9 @@
-"""Baselines for MoERouting-v0: the strongest simple rules known, tuned on validation, and the exact bound.
+"""Baselines for MoERouting-v0: simple rules tuned on validation, and the exact bound.
 
-All see what a learner sees, the observation, and know the costs. A scorer says how good subsets of experts are for an
-input: the gate itself, nearest neighbours, or a supervised predictor. A planner weighs scores against costs: greedily
-with the experts already paid, within a fixed pool of experts, or within a pool chosen for each batch. Subset codes have
-bit e set for expert e.
+All baselines use the observation, like a learner, and know the costs. A scorer rates subsets of experts for an input:
+the gate itself, nearest neighbours, or a supervised predictor. A planner weighs scores against costs: greedily given
+the experts already paid, within a fixed pool of experts, or within a pool per batch. Subset codes have bit e set for
+expert e.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEIGHBOURS = (10, 50)
 
 
 class Baseline:
-    """A rule with SB3's `predict`; `env_kwargs` asks for subset actions where the environment's cannot express it."""
+    """Rule with SB3's `predict`; `env_kwargs` requests subset actions if the action space cannot express it."""
 
     kind = "baseline"
 
@@ -54,8 +54,8 @@ class Baseline:
 
 
 class RoutingProblem:
-    """What the baselines know of an environment: layout, costs of subsets relative to the reference, and tables of the
-    splits `rl_train` (to fit) and `validation` (to choose)."""
+    """Data for the baselines: observation layout, relative costs of subsets, and tables of the splits `rl_train` (for
+    fitting) and `validation` (for selection)."""
 
     def __init__(self, env_id: str, episodes: int = TUNING_EPISODES, **env_kwargs: Any) -> None:
         self.env_id, self.episodes, self.env_kwargs = env_id, episodes, {**env_kwargs, "split": "validation"}
@@ -74,46 +74,46 @@ class RoutingProblem:
         self.slope = self.cost_weight * self.train.slope[:, 0]
         self.singles = 1 << np.arange(self.num_experts)
         pairs = self.singles[:, None] | self.singles
-        self.pairs = np.unique(pairs)  # of one or two experts
+        self.pairs = np.unique(pairs)  # codes of one or two experts
 
     def part(self, observation: np.ndarray, name: str) -> np.ndarray:
         """A named part of observations, `[n, size]`."""
         return observation[:, self.layout[name].slice]
 
     def features(self, observation: np.ndarray) -> np.ndarray:
-        """The features of the present input, `[n, F]`."""
+        """Features of the current input, `[n, F]`."""
         return self.part(observation, "features")
 
     def input(self, observation: np.ndarray) -> np.ndarray:
-        """All that an observation says of the present input, `[n, F + E]`."""
+        """Parts of the observation about the current input, `[n, F + E]`."""
         return np.hstack([self.features(observation), self.part(observation, "gate_logits")])
 
     def batch(self, observation: np.ndarray) -> np.ndarray:
-        """All that an observation says of the whole batch, `[n, E + F]`."""
+        """Parts of the observation about the whole batch, `[n, E + F]`."""
         return np.hstack([self.part(observation, "batch_gate"), self.part(observation, "batch_features")])
 
     def used(self, observation: np.ndarray) -> np.ndarray:
-        """The code of the experts already paid, `[n]`."""
+        """Codes of the experts already paid, `[n]`."""
         return (self.part(observation, "experts_used") > 0.5) @ self.singles
 
     def remaining(self, observation: np.ndarray) -> np.ndarray:
-        """The share of the batch that is still to be answered, the present input included, `[n, 1]`."""
+        """Share of the batch that remains, including the current input, `[n, 1]`."""
         return 1 - self.part(observation, "progress")
 
     def gate(self, observation: np.ndarray) -> np.ndarray:
-        """The gate's probabilities, `[n, E]`."""
+        """Gate probabilities, `[n, E]`."""
         odds = np.exp(self.part(observation, "gate_logits"))
         return odds / odds.sum(1, keepdims=True)
 
     def tune(self, candidates: list[tuple[Rule, bool]]) -> Baseline:
-        """The candidate of largest mean return on validation."""
+        """Candidate with the largest mean return on validation."""
         baselines = [Baseline(rule, self, single) for rule, single in candidates]
         if len(baselines) == 1:
             return baselines[0]
         return max(baselines, key=self.mean_return)
 
     def mean_return(self, baseline: Baseline) -> float:
-        """The mean return over episodes of validation."""
+        """Mean return over validation episodes."""
         if baseline.action not in self._envs:
             arguments = {**self.env_kwargs, "action": baseline.action}
             self._envs[baseline.action] = make_rows(self.env_id, self.episodes, **arguments)
@@ -121,7 +121,7 @@ class RoutingProblem:
 
 
 class Planner:
-    """Scores `[n, K]` of candidate subsets `codes [K]` for each input, and rules that weigh them against costs."""
+    """Rules that weigh scores `[n, K]` of candidate subsets `codes [K]` against costs."""
 
     def __init__(self, problem: RoutingProblem, scorer: Rule, codes: np.ndarray) -> None:
         self.problem, self.scorer, self.codes = problem, scorer, codes
@@ -130,12 +130,12 @@ class Planner:
         self.gains = [scorer(t.seen[:-1]) / problem.batch_size - problem.slope[codes] for t in tables]
 
     def worth(self, observation: np.ndarray) -> np.ndarray:
-        """What each candidate adds to the return, its fixed cost apart, `[n, K]`."""
+        """Contribution of each candidate to the return without fixed cost, `[n, K]`."""
         return self.scorer(observation) / self.problem.batch_size - self.problem.slope[self.codes]
 
     def greedy(self, amortisation: float, rising: bool) -> Rule:
-        """The most worth less a share of the fixed cost of experts not yet paid: constant, or rising to the whole as
-        fewer inputs remain to share it."""
+        """Candidate with the largest worth minus a share of the unpaid fixed cost; the share is constant, or rises to 1
+        as fewer inputs remain."""
 
         def rule(observation: np.ndarray) -> np.ndarray:
             new = self.codes & ~self.problem.used(observation)[:, None]
@@ -145,17 +145,17 @@ class Planner:
         return rule
 
     def in_pool(self, worth: np.ndarray, pool: np.ndarray | int) -> np.ndarray:
-        """The candidate of most worth among those that a pool holds (a code, or one for each row), `[n]`."""
+        """Candidate with the largest worth within a pool (one code, or one per row), `[n]`."""
         outside = self.codes & ~np.asarray(pool)[..., None] != 0
         return self.codes[np.where(outside, -np.inf, worth).argmax(1)]
 
     def fixed_pool(self) -> Rule:
-        """The pool of largest mean return on validation batches, for all batches."""
+        """Fixed pool with the largest mean return on validation batches."""
         best = self.pool_returns(validation=True).mean(0).argmax() + 1
         return lambda observation: self.in_pool(self.worth(observation), best)
 
     def batch_pool(self) -> Rule:
-        """The pool of largest predicted return, by a regression from batch summaries to the returns of all pools."""
+        """Pool with the largest predicted return, by regression from batch summaries to the returns of all pools."""
         tables = (self.problem.train, self.problem.validation)
         returns = self.pool_returns(validation=False), self.pool_returns(validation=True)
         train, validation = ((t.summaries[: len(r)], r) for t, r in zip(tables, returns, strict=True))
@@ -165,7 +165,7 @@ class Planner:
         )
 
     def pool_returns(self, validation: bool) -> np.ndarray:
-        """The true return of each batch (validation: of 2,000) under each pool 1..2^E - 1, `[batches, pools]`."""
+        """True return of each batch (2,000 for validation) with each pool 1..2^E - 1, `[batches, pools]`."""
         tables, worth = (self.problem.validation, self.gains[1]) if validation else (self.problem.train, self.gains[0])
         count = POOL_BATCHES if validation else len(tables.summaries)
         batches = tables.deck[:-1].reshape(-1, tables.batch_size + 1)[:count, :-1]
@@ -181,13 +181,13 @@ class Planner:
 
 
 class Oracle:
-    """The exact bound: for each batch the plan of largest return over all subsets of experts, labels known."""
+    """Exact bound: plan of largest return per batch over all subsets of experts, with known labels."""
 
     kind = "bound"
     env_kwargs = {"action": "subset"}
 
     def watch(self, env: MoERoutingVectorEnv) -> None:
-        """Look at the environment's batches and answers."""
+        """Read the batches and labels of the environment."""
         tables, reward = env.tables, env.reward
         self._env, self._tables = env, tables
         self._fixed = reward.cost_weight * tables.fixed[:, 0]
@@ -197,7 +197,7 @@ class Oracle:
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
     ) -> tuple[np.ndarray, Any]:
-        """The planned subsets `[n, E]`; plans are made where a batch begins."""
+        """Planned subsets `[n, E]`; plans are made at the start of a batch."""
         done = observation[:, self._tables.layout["progress"].slice].ravel()
         position = np.rint(done * self._tables.batch_size).astype(np.int64)
         for row in (position == 0).nonzero()[0]:
@@ -206,10 +206,10 @@ class Oracle:
         return self._plans[np.arange(len(position)), position], state
 
     def plan(self, inputs: np.ndarray) -> np.ndarray:
-        """The subset code for each input `[B]` of a batch.
+        """Subset code per input `[B]` of a batch.
 
-        For every set P of experts paid, an input's best subset of P is found by a maximum over subsets, one expert
-        after another; then the P of largest sum less its fixed cost is taken.
+        For every set P of paid experts, the best subset of P per input is computed by a maximum over subsets, expert by
+        expert. The result uses the P with the largest sum minus its fixed cost.
         """
         best = self._tables.outcomes(inputs) / len(inputs) - self._slope
         codes = np.tile(np.arange(best.shape[1]), (len(inputs), 1))
@@ -232,8 +232,8 @@ def baselines(
 ) -> dict[str, Policy]:
     """All baselines of an environment by name, each the best of its family on validation.
 
-    `scorers`, which `fit_scorers` makes of the same bundle, saves fitting them again for another cost weight. `report`
-    gets the share that is done; `episodes` of validation choose each family's parameters.
+    Pass `scorers` from `fit_scorers` for the same bundle to avoid refitting for another cost weight. `report` receives
+    the finished share; the parameters of each family are selected on `episodes` validation episodes.
     """
     problem = RoutingProblem(env_id, episodes, **env_kwargs)
     fitted = scorers or _fitted(env_id, json.dumps(_of_scorers(env_kwargs), sort_keys=True))
@@ -255,7 +255,7 @@ def baselines(
 def _planned(
     problem: RoutingProblem, name: str, family: list[tuple[Rule, np.ndarray]]
 ) -> dict[str, Callable[[], list[tuple[Rule, bool]]]]:
-    """The three ways to weigh a scorer against costs."""
+    """Baselines of one scorer with the three planners."""
 
     @cache
     def planners() -> list[Planner]:
@@ -278,7 +278,7 @@ def bound(env_id: str, **env_kwargs: Any) -> Policy:
 
 
 def _of_scorers(env_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that scorers depend on: the same for all cost weights."""
+    """Arguments that scorers depend on; the cost weight is not among them."""
     return {key: value for key, value in env_kwargs.items() if not key.endswith("_weight") and key != "split"}
 
 
@@ -288,7 +288,7 @@ def _fitted(env_id: str, arguments: str) -> Scorers:
 
 
 def fit_scorers(problem: RoutingProblem) -> Scorers:
-    """What says how good subsets are for an input, fitted on `rl_train`: by name, scorers and the codes they score."""
+    """Fit all scorers on `rl_train`; returns scorers and their subset codes by name."""
     train, validation = (
         (problem.input(t.seen[:-1]), t.outcomes(np.arange(t.num_inputs))) for t in (problem.train, problem.validation)
     )
@@ -319,7 +319,7 @@ def _top_m(problem: RoutingProblem, m: int) -> Rule:
 
 
 def _top_p(problem: RoutingProblem, p: float) -> Rule:
-    """The fewest experts whose gate probabilities sum to p."""
+    """Smallest set of experts whose gate probabilities sum to p."""
 
     def rule(observation: np.ndarray) -> np.ndarray:
         gate = problem.gate(observation)
@@ -330,7 +330,7 @@ def _top_p(problem: RoutingProblem, p: float) -> Rule:
 
 
 def _threshold(problem: RoutingProblem, confidence: float) -> Rule:
-    """One expert where the gate is confident, else two."""
+    """One expert if the gate is confident, else two."""
 
     def rule(observation: np.ndarray) -> np.ndarray:
         gate = problem.gate(observation)
@@ -340,7 +340,7 @@ def _threshold(problem: RoutingProblem, confidence: float) -> Rule:
 
 
 def _top_gates(problem: RoutingProblem, size: int) -> Rule:
-    """The largest gate among the `size` experts of largest mean gate in the batch."""
+    """Top-1 expert among the `size` experts of largest mean gate probability in the batch."""
 
     def rule(observation: np.ndarray) -> np.ndarray:
         pool = _largest(problem.part(observation, "batch_gate"), np.full(len(observation), size))
@@ -351,7 +351,7 @@ def _top_gates(problem: RoutingProblem, size: int) -> Rule:
 
 
 def _largest(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The code of the `counts [n]` largest of scores `[n, E]`."""
+    """Codes of the `counts [n]` largest scores `[n, E]`."""
     order = np.argsort(-scores, axis=1, kind="stable")
     return ((1 << order) * (np.arange(scores.shape[1]) < counts[:, None])).sum(1)
 
@@ -359,7 +359,7 @@ def _largest(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _vector_env(env_id: str, env_kwargs: dict[str, Any]) -> MoERoutingVectorEnv:
     try:
         env = gymnasium.make_vec(env_id, num_envs=1, vectorization_mode="vector_entry_point", **env_kwargs).unwrapped
-    except TypeError as error:  # another environment's constructor, which does not know our arguments
+    except TypeError as error:  # constructor of another environment without our arguments
         raise ValueError(f"{env_id} is not a routing environment: {error}") from error
     if not isinstance(env, MoERoutingVectorEnv):
         raise ValueError(f"{env_id} is not a routing environment; these baselines are for MoERouting-v0")

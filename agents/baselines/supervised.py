@@ -1,4 +1,4 @@
-"""Supervised predictors for baselines: a small perceptron stopped on validation, and nearest neighbours."""
+"""Supervised predictors for baselines: a small perceptron with early stopping, and nearest neighbours."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ def fit_perceptron(
     width: int = 128,
     batch_size: int = 256,
 ) -> nn.Module:
-    """A perceptron with two hidden layers, AdamW, the weights of the epoch of least validation loss.
+    """Train a perceptron with two hidden layers by AdamW; keeps the weights of the lowest validation loss.
 
     `train` and `validation` are inputs `[n, d]` and targets `[n, k]`.
     """
@@ -43,21 +43,21 @@ def fit_perceptron(
 
 
 def probabilities(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray]) -> Predictor:
-    """P(target = 1 | x) for each of k binary targets, by a perceptron on the cross-entropy."""
+    """P(target = 1 | x) for k binary targets, by a perceptron trained on cross-entropy."""
     network = fit_perceptron(train, validation, nn.BCEWithLogitsLoss())
     return lambda x: _forward(network, x, torch.sigmoid)
 
 
 def values(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray]) -> Predictor:
-    """E(target | x) for each of k real targets, by a perceptron on the squared error."""
+    """E(target | x) for k real targets, by a perceptron trained on squared error."""
     network = fit_perceptron(train, validation, nn.MSELoss())
     return lambda x: _forward(network, x, lambda y: y)
 
 
 def nearest_neighbours(x: np.ndarray, y: np.ndarray, counts: tuple[int, ...]) -> list[Predictor]:
-    """For each count k, the mean target of the k nearest rows of `x` (Euclidean, the row itself left out).
+    """Mean target of the k nearest rows of `x` for each count k (Euclidean, excluding the row itself).
 
-    Answers are kept, so that a row that comes again, under any of the counts, costs nothing.
+    Results are cached for all counts.
     """
     points, known = torch.from_numpy(x.astype(np.float32)), dict[bytes, np.ndarray]()
     squares = (points**2).sum(1)

@@ -1,1 +1,1 @@
-"""Learned policies that leave the gym."""
+"""Deployment of learned policies outside the environments."""

@@ -1,4 +1,4 @@
-"""A policy of MoECompression-v0 as a plan for a model: levels that `Plan.compress` applies to a checkpoint."""
+"""Compression plans from policies of MoECompression-v0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agents.evaluate import takes_masks
 from experts.compression.plan import Plan
 from moe_envs.compression.env import MoECompressionVectorEnv
 
-# Arguments that a plan's walk has its own of.
+# Environment arguments that are set by the plan itself.
 OF_TRAINING = ("model", "budget", "split", "evaluation", "shaped", "max_episode_steps", "autoreset_mode", "render_mode")
 
 
@@ -23,18 +23,18 @@ def levels_of(
     masks: bool = True,
     env_kwargs: dict[str, Any] | None = None,
 ) -> np.ndarray:
-    """The levels `[budgets, repeats, U]` that a policy, ours or SB3's, gives the units of a reference model.
+    """Levels `[budgets, repeats, U]` that a policy, ours or SB3's, selects for the units of a reference model.
 
-    What it sees are sensitivities, measured once for a model (U x 14 evaluations); nothing else is run. `env_kwargs`
-    are those of the environment that the policy was trained in, for ours as they were saved. With `masks` a policy
-    whose `predict` takes action masks gets them. Raises `ValueError` for a policy of another environment.
+    The policy observes sensitivities, which are measured once per model (U x 14 evaluations). `env_kwargs` are the
+    arguments of the training environment; our policies have them saved. With `masks`, action masks are passed to a
+    `predict` that accepts them. Raises `ValueError` for a policy of another environment.
     """
     return np.stack([_walk(policy, _env(policy, model, budget, repeats, env_kwargs), deterministic, masks)
                      for budget in budgets])  # fmt: skip
 
 
 def plan_of(policy: Any, model: str, budget: int, masks: bool = True, env_kwargs: dict[str, Any] | None = None) -> Plan:
-    """The plan that a policy gives a reference model within a budget of bytes; arguments as of `levels_of`."""
+    """Plan that a policy selects for a reference model within a byte budget; arguments as in `levels_of`."""
     env = _env(policy, model, budget, 1, env_kwargs)
     return env.tables.models[0].plan(_walk(policy, env, True, masks)[0])
 

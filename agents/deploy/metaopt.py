@@ -1,7 +1,7 @@
-"""Learning rates and weight decays of anyone's torch training, decided while it runs: by rules, or by a learned policy.
+"""Meta-optimisers for torch: schedule learning rates and weight decays by rules or by a learned policy.
 
-A meta-optimiser stands beside a torch optimiser as a learning-rate scheduler does: call `update_hparams` after each
-validation, keep its `state_dict`. It needs the gate's and the experts' parameters in parameter groups of their own.
+A meta-optimiser is used like a torch learning-rate scheduler: call `update_hparams` after each validation, and save its
+`state_dict`. Gate and experts must have separate parameter groups in the optimiser.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from moe_envs.metaopt.signals import (
 )
 
 Metrics = Mapping[str, Any]
-KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # whose last update is known from their state
+KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # last update can be computed from their state
 
 
 class MetaOptimizer:
-    """Base of the meta-optimisers. `groups` maps "gate" and "experts" to a module, or to parameters.
+    """Base class of meta-optimisers. `groups` maps "gate" and "experts" to a module or to parameters.
 
-    Every `every`-th call of `update_hparams` decides. Rates that are changed are clamped to 1e-5 .. 0.3. With `undo`
-    the weights, the buffers of modules in `groups`, and the optimiser of the last decision are kept, and restored, with
-    half the learning rates from before it, where the next validation loss is above 20 or not finite. Where a part has
-    several parameter groups their rates change by the same factor, and decays like the first group's move with it.
+    Every `every`-th call of `update_hparams` makes a decision. Changed rates are clamped to 1e-5 .. 0.3. With `undo`,
+    the weights, module buffers and optimiser state at the last decision are restored if the next validation loss is
+    above 20 or not finite, and the learning rates become half of those before that decision. If a part has several
+    parameter groups, their rates change by the same factor, and decays equal to that of the first group change with it.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class MetaOptimizer:
         self.calls = self.decisions = 0
         self.history: list[dict[str, float]] = []
         self._first_norms, self._undone = self.weight_norms(), False
-        self._losses = np.zeros((2, 0))  # logs of training's and validation's, newest first
+        self._losses = np.zeros((2, 0))  # log training and validation losses, newest first
         self._kept: dict[str, Any] = {}
         if undo:
             self._keep()
 
     def update_hparams(self, metrics: Metrics, step: int) -> dict[str, float]:
-        """Decide by what is known after `step` steps or epochs; returns the hyperparameters from now on.
+        """Make a decision after `step` steps or epochs; returns the new hyperparameters.
 
-        `metrics` has `validation_loss`, and as far as they are known `train_loss` or `train_losses` (of the last
-        optimiser steps), `validation_accuracy`, `gate_entropy` (0 to 1) and `load` (inputs of each expert), for which
-        `gate_metrics` helps. Raises `ValueError` where `validation_loss` is missing.
+        `metrics` must have `validation_loss`, and may have `train_loss` or `train_losses` (of the last optimiser
+        steps), `validation_accuracy`, `gate_entropy` (0 to 1) and `load` (inputs per expert); see `gate_metrics`.
+        Raises `ValueError` if `validation_loss` is missing.
         """
         if "validation_loss" not in metrics:
             raise ValueError(f"metrics must have validation_loss; there are {', '.join(sorted(metrics))}")
@@ -89,7 +89,7 @@ class MetaOptimizer:
         return self.hparams()
 
     def _decide(self) -> tuple[np.ndarray, np.ndarray]:
-        """New learning rates and places of the weight decays, `[2]` each, by what was last noted."""
+        """New learning rates and weight-decay indices, `[2]` each, from the last metrics."""
         raise NotImplementedError
 
     @property
@@ -103,11 +103,11 @@ class MetaOptimizer:
 
     @property
     def ladder(self) -> np.ndarray:
-        """The places in `DECAYS` next to their weight decays, `[2]`."""
+        """Indices of the values in `DECAYS` closest to the weight decays, `[2]`."""
         return np.array([int(np.abs(DECAYS - groups[0]["weight_decay"]).argmin()) for groups in self._groups])
 
     def hparams(self) -> dict[str, float]:
-        """Learning rates, weight decays and, where there are any, betas, by group."""
+        """Learning rates, weight decays and betas, if any, by group."""
         found: dict[str, float] = {}
         for name, (group, *_) in zip(GROUPS, self._groups, strict=True):
             found |= {f"{name}/lr": float(group["lr"]), f"{name}/weight_decay": float(group["weight_decay"])}
@@ -115,7 +115,7 @@ class MetaOptimizer:
         return found
 
     def timeline(self) -> pd.DataFrame:
-        """A row for each decision: step, validation loss, and what `hparams` says after it."""
+        """One row per decision: step, validation loss, and `hparams` after it."""
         return pd.DataFrame(self.history)
 
     def plot(self, path: str | Path) -> None:
@@ -133,7 +133,7 @@ class MetaOptimizer:
         figure.savefig(path, dpi=120)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the optimiser, as a scheduler's; tensors, numbers and lists only."""
+        """State without the optimiser, like that of a scheduler; tensors, numbers and lists only."""
         return {
             "calls": self.calls,
             "decisions": self.decisions,
@@ -145,18 +145,18 @@ class MetaOptimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`; the optimiser's own is loaded apart, as with a scheduler."""
+        """Restore a `state_dict`; load the optimiser state separately, as with a scheduler."""
         self.calls, self.decisions = state["calls"], state["decisions"]
         self.history = [dict(row) for row in state["history"]]
         self._first_norms, self._losses = np.array(state["first_norms"]), np.array(state["losses"]).reshape(2, -1)
         self._undone, self._kept = state["undone"], copy.deepcopy(state["kept"])
 
     def weight_norms(self) -> np.ndarray:
-        """Norms of the weights, `[2]`."""
+        """Weight norms of gate and experts, `[2]`."""
         return np.array([_norm(_parameters(groups)) for groups in self._groups])
 
     def _note(self, metrics: Metrics, loss: float) -> None:
-        """Keep what the next decisions need of metrics that are finite."""
+        """Store finite metrics for the next decisions."""
         trained = _train_losses(metrics).mean()
         logs = np.log(np.maximum([[trained], [loss]], LOSS_FLOOR))
         before = self._losses if self._losses.size else np.repeat(logs, 2, axis=1)
@@ -195,9 +195,12 @@ class MetaOptimizer:
 
 
 class Rules:
-    """Halve all rates after `patience` validations without a lower loss; a decay goes up a place when its weights' norm
-    has risen by `norm_rise` since it last did; the gate is at most `gate_share` as fast as the experts, and halved when
-    its entropy was below `low_entropy` for `patience` validations."""
+    """Rules for rates and decays.
+
+    Halve all rates after `patience` validations without a lower loss. Raise a weight decay one step when the weight
+    norm has grown by `norm_rise` since the last raise. Limit the gate rate to `gate_share` of the experts' rate, and
+    halve it when the gate entropy was below `low_entropy` for `patience` validations.
+    """
 
     def __init__(
         self, patience: int = 3, norm_rise: float = 0.25, gate_share: float = 0.5, low_entropy: float = 0.2
@@ -208,7 +211,7 @@ class Rules:
     def __call__(
         self, metrics: Metrics, rates: np.ndarray, ladder: np.ndarray, norms: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """New learning rates and places of the weight decays, `[2]` each."""
+        """New learning rates and weight-decay indices, `[2]` each."""
         loss, before, rates, ladder = float(metrics["validation_loss"]), rates, rates.copy(), ladder.copy()
         self.waited = 0 if loss < self.best else self.waited + 1
         self.best = min(self.best, loss)
@@ -227,7 +230,7 @@ class Rules:
 
 
 class HeuristicMetaOptimizer(MetaOptimizer):
-    """A `MetaOptimizer` that goes by `Rules`, whose thresholds are its further arguments."""
+    """`MetaOptimizer` that follows `Rules`; further arguments are the thresholds of the rules."""
 
     def __init__(
         self,
@@ -239,7 +242,7 @@ class HeuristicMetaOptimizer(MetaOptimizer):
     ) -> None:
         super().__init__(optimizer, groups, every, undo)
         self.rules = Rules(**thresholds)  # type: ignore[arg-type]
-        self._noted: dict[str, float] = {}  # validation loss and the gate's entropy
+        self._noted: dict[str, float] = {}  # validation loss and gate entropy
 
     def _note(self, metrics: Metrics, loss: float) -> None:
         super()._note(metrics, loss)
@@ -260,12 +263,11 @@ class HeuristicMetaOptimizer(MetaOptimizer):
 
 
 class PolicyMetaOptimizer(HeuristicMetaOptimizer):
-    """A `MetaOptimizer` that goes by a policy trained in MoEMetaOpt-v0, ours or SB3's, after `warm_up` decisions by
+    """`MetaOptimizer` that follows a policy trained in MoEMetaOpt-v0, ours or SB3's, after `warm_up` decisions by
     rules.
 
-    `target` is the validation accuracy to reach, `max_actions` the number of decisions the training is to have. What
-    the policy sees of the last update is exact for torch's Adam, AdamW and SGD; of other optimisers the first step
-    after each decision is measured.
+     `target` is the validation accuracy to reach, `max_actions` the planned number of decisions. The observed update
+    norm is exact for torch's Adam, AdamW and SGD; for other optimisers, the first step after each decision is measured.
     """
 
     def __init__(
@@ -283,14 +285,14 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
     ) -> None:
         super().__init__(optimizer, groups, every, undo, **thresholds)
         self.policy, self.target, self.max_actions, self.warm_up = policy, target, max_actions, warm_up
-        self._before: list[list[torch.Tensor]] = []  # weights before a step that is watched
+        self._before: list[list[torch.Tensor]] = []  # weights before a measured step
         self._updates, self._watching = [0.0, 0.0], not isinstance(optimizer, KNOWN)
         if self._watching:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
 
     def update_hparams(self, metrics: Metrics, step: int) -> dict[str, float]:
-        """As `MetaOptimizer`'s; `metrics` must have `validation_accuracy` as well."""
+        """Like `MetaOptimizer.update_hparams`; `metrics` must also have `validation_accuracy`."""
         if "validation_accuracy" not in metrics:
             raise ValueError("metrics must have validation_accuracy: a policy goes by its distance to the target")
         decisions, found = self.decisions, super().update_hparams(metrics, step)
@@ -339,7 +341,7 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
         return rates[0], ladder[0]
 
     def signals(self) -> Signals:
-        """What the policy sees now: the last metrics that were finite, and rates and decays as they are."""
+        """Signals for the policy: last finite metrics, and current rates and decays."""
         noted, progress = self._noted, min(1.0, (self.decisions + 1) / self.max_actions)
         pairs = (np.array([[noted[f"{name} {what}"] for name in GROUPS]]) for what in ("gradient", "ratio"))
         gradients, ratio = pairs
@@ -367,7 +369,7 @@ class PolicyMetaOptimizer(HeuristicMetaOptimizer):
 
 
 def gate_metrics(gate_logits: torch.Tensor, top_k: int = 2) -> dict[str, Any]:
-    """`gate_entropy` and `load` of gate logits `[n, E]`, for `update_hparams`."""
+    """Compute `gate_entropy` and `load` from gate logits `[n, E]` for `update_hparams`."""
     with torch.no_grad():
         log_probabilities = gate_logits.log_softmax(1)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(1).mean() / np.log(gate_logits.shape[1])
@@ -376,7 +378,7 @@ def gate_metrics(gate_logits: torch.Tensor, top_k: int = 2) -> dict[str, Any]:
 
 
 def _find(optimizer: torch.optim.Optimizer, name: str, part: nn.Module | Iterable[nn.Parameter]) -> list[int]:
-    """The places of the optimiser's parameter groups that are of a part of the model and of nothing else."""
+    """Indices of the parameter groups that belong to one part of the model only."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     parameters = list(part.parameters() if isinstance(part, nn.Module) else part)
     wanted = {id(p) for p in parameters if p.requires_grad or id(p) in held}
@@ -393,7 +395,7 @@ def _find(optimizer: torch.optim.Optimizer, name: str, part: nn.Module | Iterabl
 
 
 def _train_losses(metrics: Metrics) -> np.ndarray:
-    """The training losses that are finite; the validation loss where there is none."""
+    """Finite training losses, or the validation loss if there are none."""
     given = np.atleast_1d(metrics.get("train_losses", metrics.get("train_loss", ())))
     losses = given[np.isfinite(given)].astype(np.float64)
     return losses if len(losses) else np.array([float(metrics["validation_loss"])])

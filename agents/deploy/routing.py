@@ -1,4 +1,4 @@
-"""A policy of MoERouting-v0 as the router of the real model: experts that it does not choose are not run.
+"""Use a policy of MoERouting-v0 as the router of the real model; only selected experts are run.
 
 Shape legend: B inputs, G groups of T inputs routed in turn, E experts, F features, C classes.
 """
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class RoutedMoE(nn.Module):
-    """The classifier of a bundle, routed by a policy that was trained in MoERouting-v0, ours or SB3's.
+    """Classifier of a bundle, routed by a policy trained in MoERouting-v0, ours or SB3's.
 
-    Inputs `[B, D]` are routed in groups of `batch_size`, the length of the policy's episodes; all groups at once, input
-    by input, as in the environment: what it sees of a group is that group's own. `env` is an environment with the
-    policy's arguments; its costs are what the policy sees as cost so far.
+    Inputs `[B, D]` are split into groups of `batch_size`, the episode length of the policy. All groups are routed in
+    parallel, input by input as in the environment, each with its own observation. `env` is an environment with the
+    policy's arguments; it supplies the observed costs.
     """
 
     def __init__(self, bundle: str | Bundle, policy: Learner | BaseAlgorithm, env_kwargs: dict[str, Any] | None = None):
@@ -72,7 +72,7 @@ class RoutedMoE(nn.Module):
     slope: torch.Tensor
 
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
-        """Class logits `[B, C]`; every expert runs once, on the inputs that were routed to it."""
+        """Class logits `[B, C]`; each expert runs once on its routed inputs."""
         h_BD = self.trunk(x_BD)
         gate_BE = self.gate(h_BD)
         members_BE = self.route(x_BD, gate_BE)
@@ -81,7 +81,7 @@ class RoutedMoE(nn.Module):
         return combine(outputs_BEC, weights_BE, members_BE, self.graph)
 
     def route(self, x_BD: torch.Tensor, gate_BE: torch.Tensor) -> torch.Tensor:
-        """The chosen experts, boolean `[B, E]`."""
+        """Selected experts, boolean `[B, E]`."""
         features_BF = ((x_BD - self.mean) @ self.projection).clip(-FEATURE_BOUND, FEATURE_BOUND).half().float()
         centred_BE = (gate_BE - gate_BE.mean(1, keepdim=True)).clip(-GATE_BOUND, GATE_BOUND)
         whole = len(x_BD) // self.batch_size * self.batch_size
@@ -120,7 +120,7 @@ class RoutedMoE(nn.Module):
     def export_onnx(self, path: str | Path, batch_size: int | None = None) -> None:
         """Write an ONNX model of `input [batch_size, D] -> logits [batch_size, C]`, for batches of this size only.
 
-        The graph has no data-dependent parts: it runs all experts and weights those that were not chosen with 0.
+        The graph is static: it runs all experts and multiplies unselected ones by 0.
         """
         if importlib.util.find_spec("onnxscript") is None:
             raise ImportError("an export to ONNX needs onnx and onnxscript: pip install 'moe-envs[export]'")
@@ -133,7 +133,7 @@ class RoutedMoE(nn.Module):
 
 
 class _Dense(nn.Module):
-    """All experts on all inputs, mixed by what the policy chooses."""
+    """Runs all experts on all inputs and mixes them by the choice of the policy."""
 
     def __init__(self, routed: RoutedMoE) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class _Dense(nn.Module):
 
 
 def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:
-    """A policy's head of observations `[n, width]` as a module: of our learners or of SB3's with an `MlpPolicy`."""
+    """Policy network from observations `[n, width]` to its head as a module; from our learners or SB3's `MlpPolicy`."""
     if isinstance(policy, Learner):
         if policy.network.gru:
             raise ValueError("a policy with a GRU is not deployed: train with gru=0")
@@ -170,12 +170,12 @@ def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:
             found = nn.Sequential(network.mlp_extractor.policy_net, network.action_net)
         else:
             raise ValueError(f"a {type(network).__name__} is not deployed: train with an MlpPolicy")
-    found = copy.deepcopy(found)  # the training's own must neither move nor freeze
+    found = copy.deepcopy(found)  # leaves the training policy unchanged
     return found.to("cpu").eval().requires_grad_(False)
 
 
 class _QuantileMeans(nn.Module):
-    """The values of actions, of a network `[n, quantiles * actions]`."""
+    """Mean over quantiles: action values from a network `[n, quantiles * actions]`."""
 
     def __init__(self, network: nn.Module, quantiles: int) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class _QuantileMeans(nn.Module):
 
 
 class _Normalize(nn.Module):
-    """Observations as `Preprocessor` normalises them."""
+    """Normalises observations like `Preprocessor`."""
 
     mean: torch.Tensor
     scale: torch.Tensor

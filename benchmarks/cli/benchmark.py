@@ -1,4 +1,4 @@
-"""The command `moe-benchmark`: matrices of runs, their reports, leaderboards."""
+"""The command `moe-benchmark`: run experiments and leaderboards, report and validate results."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ if TYPE_CHECKING:
     from benchmarks.runner.matrix import Matrix
     from benchmarks.runner.processes import Executor
 
-app = group("Questions: experiments and leaderboards, each run made once and reported.")
-Jobs = Annotated[int, typer.Option(min=1, help="Processes side by side; with --ray, tasks side by side.")]
-Set = Annotated[list[str], typer.Option("--set", help="name=value, for all setups; values are JSON.")]
+app = group("Run experiments and leaderboards, and report their results.")
+Jobs = Annotated[int, typer.Option(min=1, help="Number of parallel processes, or of parallel Ray tasks with --ray.")]
+Set = Annotated[
+    list[str], typer.Option("--set", help="Override a field in all setups: name=value, with the value as JSON.")
+]
 RayAddress = Annotated[
     str | None,
-    typer.Option(help="Make the runs with Ray: 'local', or the address of a cluster that shares the folder."),
+    typer.Option(help="Run on Ray: 'local', or the address of a cluster that shares the output folder."),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="A first look: few seeds, small sizes.")]
-Again = Annotated[bool, typer.Option("--overwrite", help="Delete the rows that are there first.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Short version with few seeds and small sizes.")]
+Again = Annotated[bool, typer.Option("--overwrite", help="Delete existing results first.")]
 
 
 @app.command("list")
 def _list(json_file: Json = None) -> None:
-    """List all experiments and leaderboards, with what they ask.
+    """List all experiments and leaderboards with the question each one answers.
 
     Example: moe-benchmark list
     """
@@ -46,22 +48,26 @@ def _list(json_file: Json = None) -> None:
 
 @app.command("run")
 def _run(
-    name: Annotated[str, typer.Argument(help="An experiment (moe-benchmark list), an environment's id, or a matrix.")],
+    name: Annotated[str, typer.Argument(help="Experiment (see moe-benchmark list), environment id, or matrix file.")],
     out: Out,
     jobs: Jobs = 1,
     settings: Set = [],  # noqa: B006
-    only: Annotated[list[str] | None, typer.Option(help="Names of setups; all by default.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="So many of the experiment's seeds.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Names of splits; all by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Setups to run; default: all.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Use only the first N seeds of the experiment.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Splits to run; default: all.")] = None,
     quick: Quick = False,
     overwrite: Again = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run.")] = False,
-    part: Annotated[str, typer.Option(help="I/N: the I-th of N parts, from 0 on, for several machines.")] = "0/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the pending runs without running them.")] = False,
+    part: Annotated[
+        str, typer.Option(help="I/N: run part I of N, counted from 0, to share the work between machines.")
+    ] = "0/1",
     ray: RayAddress = None,
-    slurm: Annotated[Path | None, typer.Option(help="Write a Slurm script of --jobs tasks, and run nothing.")] = None,
+    slurm: Annotated[
+        Path | None, typer.Option(help="Only write a Slurm script with --jobs tasks to this file.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Run an experiment: setups x seeds x splits, each once; then report it. What is there is not run again.
+    """Run an experiment (setups x seeds x splits) and report it. Finished runs are skipped.
 
     Example: moe-benchmark run hybrid --out runs/hybrid --set data=digits --jobs 2
     """
@@ -92,10 +98,10 @@ def _run(
 
 @app.command("leaderboard")
 def _leaderboard(
-    env_id: Annotated[str, typer.Argument(help="A registered id; one of your own as package:Id-v0.")],
+    env_id: Annotated[str, typer.Argument(help="Registered environment id; for your own environment, package:Id-v0.")],
     out: Out,
     policy: Annotated[
-        list[str] | None, typer.Option(help="Your own beside the board's: module:attribute, with predict.")
+        list[str] | None, typer.Option(help="Your own policy to add: module:attribute of an object with predict.")
     ] = None,
     quick: Quick = False,
     jobs: Jobs = 2,
@@ -104,7 +110,7 @@ def _leaderboard(
     ray: RayAddress = None,
     json_file: Json = None,
 ) -> None:
-    """Compare learners with every baseline and the bound of an environment, on test data; as `run ENV_ID`.
+    """Compare learners with all baselines and the bound of an environment on test data. Same as `run ENV_ID`.
 
     Example: moe-benchmark leaderboard MoERouting-v0 --out runs/board --quick
     """
@@ -124,9 +130,9 @@ def _leaderboard(
 
 @app.command("report")
 def _report(
-    folder: Annotated[Path, typer.Argument(help="A folder of moe-benchmark run.")], json_file: Json = None
+    folder: Annotated[Path, typer.Argument(help="Output folder of moe-benchmark run.")], json_file: Json = None
 ) -> None:
-    """Rebuild tables and pictures from the rows.
+    """Rebuild the tables and plots of a result from its rows.
 
     Example: moe-benchmark report runs/hybrid
     """
@@ -138,21 +144,21 @@ def _report(
 
 @app.command("validate")
 def _validate(
-    file: Annotated[Path, typer.Argument(help="Rows of moe-benchmark run: a raw.jsonl.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many to run again, drawn with --seed.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    tolerance: Annotated[float, typer.Option(min=0, help="Of each metric, relative and absolute.")] = 1e-6,
-    trust: Annotated[list[str], typer.Option(help="An experiment of your own that the rows may import.")] = [],  # noqa: B006
+    file: Annotated[Path, typer.Argument(help="raw.jsonl written by moe-benchmark run.")],
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows to rerun, sampled with --seed.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the row sampling.")] = 0,
+    tolerance: Annotated[float, typer.Option(min=0, help="Relative and absolute tolerance per metric.")] = 1e-6,
+    trust: Annotated[list[str], typer.Option(help="Your own experiment that the rows may import.")] = [],  # noqa: B006
     json_file: Json = None,
 ) -> None:
-    """Run rows of a submitted result again and compare their metrics; exit code 1 where one differs.
+    """Rerun rows of a submitted result and compare the metrics. Exits with 1 if a metric differs.
 
     Example: moe-benchmark validate docs/leaderboards/MoERouting-v0/raw.jsonl --rows 1
     """
     from benchmarks.runner.validate import validate
 
     with bar() as add:
-        found = validate(file, rows, seed, tolerance, add(f"up to {rows} rows again"), trust)
+        found = validate(file, rows, seed, tolerance, add(f"rerunning up to {rows} rows"), trust)
     write(json_file, found)
     table = Table("setup", "seed", "split", "metric", "submitted", "here")
     for each in found:
@@ -163,7 +169,7 @@ def _validate(
     console = console_of(json_file)
     console.print(table)
     if unlike := sorted({name for each in found for name in each["made_with_other"]}):
-        why = ": other processors round differently" if "fingerprint" in unlike else ""
+        why = ": rounding differs between processors" if "fingerprint" in unlike else ""
         console.print(f"[yellow]made with another {', '.join(unlike)}{why}[/]")
     if any(each["differing"] for each in found):
         raise typer.Exit(1)
@@ -190,7 +196,7 @@ def _make(
             report = add(f"runs of {matrix.experiment}")
             made = runner.run(matrix, out, jobs, part, only, report, console.print, _executor(jobs, ray))
         except runner.FailedRuns:
-            with suppress(RunnerError):  # where all failed
+            with suppress(RunnerError):  # raised if all runs failed
                 runner.rebuild(out)
             raise
     if part[1] > 1:
@@ -201,7 +207,7 @@ def _make(
 
 
 def _show(out: Path, json_file: str | None, word: str) -> None:
-    """The tables of a folder's result."""
+    """Print the result tables of a folder."""
     from benchmarks.results.tables import terminal
     from benchmarks.runner import runner
 
@@ -221,7 +227,7 @@ def _show_plan(matrix: Matrix, every: list[Any], todo: list[Any], json_file: str
         seeds, splits = (sorted({getattr(job, what) for job in own}) for what in ("seed", "split"))
         rows.append({"setup": name, "seeds": seeds, "splits": len(splits), "runs": len(own), "to do": len(left)})
     write(json_file, rows)
-    table = Table("setup", "seeds", "splits", "runs", "to do", title=f"{matrix.experiment}, nothing is run")
+    table = Table("setup", "seeds", "splits", "runs", "to do", title=f"{matrix.experiment} (dry run)")
     for row in rows:
         table.add_row(*(str(each).strip("[]") for each in row.values()))
     console_of(json_file).print(table, f"{len(todo)} of {len(every)} runs to do")

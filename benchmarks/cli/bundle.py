@@ -1,4 +1,4 @@
-"""The command `moe-bundle`: list, check and rebuild what is shipped."""
+"""The command `moe-bundle`: list, check and rebuild bundles, tasks and reference models."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from experts.compression.pieces import importance
 from experts.compression.sensitivity import GRANULARITIES, SHIPPED
 from experts.compression.structured import smaller_experts
 
-app = group("Bundles, tasks and reference models: list, check, rebuild.")
+app = group("List, check and rebuild bundles, tasks and reference models.")
 
 
 @app.command("list")
 def _list_bundles() -> None:
-    """All bundles, shipped and your own, with the accuracy of their top-2 gate."""
+    """List shipped and user bundles with the test accuracy of their top-2 gate."""
     table = Table("bundle", "experts", "top-2 accuracy on test", "folder")
     for name in zoo.names():
         try:
@@ -45,16 +45,16 @@ def _list_bundles() -> None:
 
 @app.command("check")
 def _check_bundle(name: str) -> None:
-    """Verify every byte of a bundle."""
+    """Verify the checksums of a bundle."""
     console_of(None).print(f"[green]whole[/] {bundles.load(name).path}")
 
 
 @app.command("rebuild")
 def _rebuild_bundles(
-    names: Annotated[list[str], typer.Argument(help="digits, fashion-mnist")],
-    folder: Annotated[Path | None, typer.Option(help="Default: the package's own assets.")] = None,
+    names: Annotated[list[str], typer.Argument(help="Bundles to rebuild: digits, fashion-mnist.")],
+    folder: Annotated[Path | None, typer.Option(help="Output folder; default: the assets of the package.")] = None,
 ) -> None:
-    """Train the reference models from their data, profile them on this machine and replace the shipped bundles."""
+    """Retrain the reference models, profile them on this machine and replace the shipped bundles."""
     for name in names:
         built = rebuild(name, folder)
         console_of(None).print(f"[green]built[/] {built.path}  accuracy {json.dumps(built.metadata['accuracy'])}")
@@ -62,14 +62,14 @@ def _rebuild_bundles(
 
 @app.command("models")
 def _models() -> None:
-    """Train the shipped models of MoECompression-v0 (minutes), profile their products, measure their sensitivities."""
+    """Retrain the models of MoECompression-v0 (minutes), profile their matrix products, measure sensitivities."""
     for name, right in ship_models().items():
         console_of(None).print(f"[green]made[/] {name}  accuracy on test {right:.4f}")
 
 
 @app.command("tasks")
 def _tasks() -> None:
-    """Make the shipped tasks of MoEMetaOpt-v0 from their data, and profile their trainings on this machine."""
+    """Rebuild the tasks of MoEMetaOpt-v0 from their data sets and profile their training on this machine."""
     for path in tasks.ship():
         console_of(None).print(f"[green]made[/] {path}")
     for name in tasks.SHIPPED:
@@ -78,8 +78,10 @@ def _tasks() -> None:
 
 
 def rebuild(name: str, folder: Path | None = None) -> Bundle:
-    """Train, tabulate and profile a reference bundle on this machine into `folder` / name, replacing what is there;
-    without a folder into the package, of one that is not shipped its profile alone."""
+    """Train, tabulate and profile a reference bundle on this machine and write it to `folder` / name.
+
+    Without `folder`, a shipped bundle is replaced in the package; for other bundles only the profile is.
+    """
     made = name in zoo.MADE
     built = reference_bundles.build(name, folder or (zoo.user_folder() if made else zoo.ASSETS), measure_experts)
     if made and folder is None:
@@ -88,7 +90,7 @@ def rebuild(name: str, folder: Path | None = None) -> Bundle:
 
 
 def ship_models() -> dict[str, float]:
-    """Train seed 0 of each recipe into the package, with its examples, profile and sensitivities; test accuracies."""
+    """Train seed 0 of each recipe and ship it with examples, profile and sensitivities; returns test accuracies."""
     from moe_envs.compression.tables import ModelTables
 
     for path in SHIPPED.glob("sensitivity-*"):
@@ -107,11 +109,9 @@ def ship_models() -> dict[str, float]:
 
 
 def profile_products(name: str, model: reference_models.Model) -> None:
-    """Measure the products of a reference model, and of it with half its experts' neurons, into the package."""
+    """Profile the matrix products of a reference model, with all and with half of its experts' neurons."""
     calibration = torch.from_numpy(reference_models.examples(name).calibration)
-    smaller = smaller_experts(
-        model, 0.5, importance(model, calibration)
-    )  # what `moe-benchmark run methods` tries as well
+    smaller = smaller_experts(model, 0.5, importance(model, calibration))  # also used by `moe-benchmark run methods`
     found = products(model, calibration[:64]), products(smaller, calibration[:64])
     both = {f"{number} {key}": product for number, each in enumerate(found) for key, product in each.items()}
     profiles.measure_products(both, progress=True).save(profiles.products_profile(name))

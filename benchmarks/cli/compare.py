@@ -1,4 +1,4 @@
-"""`moe-compare RUN... --out DIR`: learning curves of several runs, seeds banded together, and the front they end on."""
+"""`moe-compare RUN... --out DIR`: compare the learning curves and final results of several runs."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from cost.files import write_text
 from cost.machine import provenance
 
 CURVES = {"return": "return", "reward/quality": "accuracy", "reward/cost": "cost", "entropy": "policy entropy"}
-POINTS = 200  # of a curve
-LAST = 0.1  # share of a training that its end is the mean of
+POINTS = 200  # per curve
+LAST = 0.1  # final share of a training that is averaged
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
 @app.command()
 def _compare(
-    run_dirs: Annotated[list[Path], typer.Argument(help="Run folders of moe-train, or folders that hold some.")],
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run folders of moe-train, or parent folders of them.")],
     out: Path = Path("runs/compare"),
     by: Annotated[
-        str, typer.Option(help="What makes runs one curve, separated by commas.")
+        str, typer.Option(help="Comma-separated keys; runs with equal values form one curve.")
     ] = "env,algo,backend,cost_weight",
-    smoothing: Annotated[float, typer.Option(min=0, max=0.999, help="Of the moving average; 0 for none.")] = 0.9,
+    smoothing: Annotated[
+        float, typer.Option(min=0, max=0.999, help="Weight of the exponential moving average; 0 disables it.")
+    ] = 0.9,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Compare the trainings of several runs: curves with 95 % bands over seeds, the Pareto front, a table.
+    """Compare training runs: learning curves with 95 % bands over seeds, Pareto front, summary table.
 
     Example: moe-compare runs/* --out runs/compare
     """
@@ -57,7 +59,7 @@ def _compare(
 
 
 def compare(folders: list[Path], out: Path, by: list[str], smoothing: float) -> dict[str, Any]:
-    """Draw and sum up the runs in `folders`; writes compare.png, compare.json and curves.csv into `out`."""
+    """Compare the runs in `folders`; writes compare.png, compare.json and curves.csv to `out`."""
     found = {folder: runs.load_config(folder) for folder in find(folders)}
     names = _names(list(found.values()), by)
     curves: dict[str, list[pd.DataFrame]] = {}
@@ -86,7 +88,7 @@ def compare(folders: list[Path], out: Path, by: list[str], smoothing: float) -> 
 
 
 def find(folders: list[Path]) -> list[Path]:
-    """The finished runs among and inside of folders; raises `RunError` where there is none."""
+    """Find finished runs in folders, recursively; raises `RunError` if there are none."""
     found = [path.parent for folder in folders for path in sorted(folder.rglob(runs.SETTINGS))]
     if not found:
         raise runs.RunError(f"no finished run in {', '.join(map(str, folders))}: moe-train writes them")
@@ -94,7 +96,7 @@ def find(folders: list[Path]) -> list[Path]:
 
 
 def band(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """Mean curves of several seeds at common timesteps, with Student's t intervals of 95 % where there are several."""
+    """Mean curve over seeds at common timesteps, with 95 % Student's t interval for two seeds or more."""
     steps = np.linspace(
         max(f["timesteps"].iloc[0] for f in frames), min(f["timesteps"].iloc[-1] for f in frames), POINTS
     )
@@ -110,14 +112,14 @@ def band(frames: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _names(configs: list[dict[str, Any]], by: list[str]) -> list[str]:
-    """What to call each run: its values of the keys in which the runs differ, of all where they do not."""
+    """Name each run by its values of the keys that differ between runs, or of all keys if none differ."""
     values = [{"backend": "sb3", **config["env_kwargs"], **config} for config in configs]
     differing = [key for key in by if len({str(each.get(key)) for each in values}) > 1] or by
     return [" ".join(str(each.get(key)).removeprefix("moe_envs:") for key in differing) for each in values]
 
 
 def _smooth(frame: pd.DataFrame, smoothing: float) -> pd.DataFrame:
-    """One row for each moment at which episodes ended, by an exponential moving average."""
+    """Mean over the episodes that end at the same timestep, smoothed by an exponential moving average."""
     means = frame.groupby("timesteps").mean()
     return (means.ewm(alpha=1 - smoothing).mean() if smoothing else means).reset_index()
 
@@ -142,7 +144,7 @@ def _draw(bands: dict[str, pd.DataFrame], ends: pd.DataFrame, path: Path) -> Non
         best = points[pareto.front(points)]
         best = best[np.argsort(best[:, 0])]
         panels[4].step(best[:, 0], best[:, 1], where="post", color="black", linewidth=1)
-    panels[4].set(xlabel="cost", ylabel="accuracy", title="ends of the trainings, and their front")
+    panels[4].set(xlabel="cost", ylabel="accuracy", title="final results and Pareto front")
     panels[5].axis("off")
     panels[5].legend(loc="center", fontsize="small")
     figure.savefig(path, dpi=120)

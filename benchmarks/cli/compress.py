@@ -1,4 +1,4 @@
-"""The command `moe-compress`: plans applied to checkpoints, a policy's plan, reference models as checkpoints."""
+"""The command `moe-compress`: apply compression plans, create plans from policies, export reference models."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ import typer
 from benchmarks.cli.terminal import Json, console_of, group, write
 
 LIMIT = 2**20
-app = group("Compress Mixture-of-Experts models. All methods side by side: moe-benchmark run methods.")
-Model = Annotated[str, typer.Option(help="fashion-mnist-conv or digits-mlp; -1, -2, ... for other seeds.")]
+app = group("Compress Mixture-of-Experts models. To compare methods: moe-benchmark run methods.")
+Model = Annotated[str, typer.Option(help="fashion-mnist-conv or digits-mlp; append -1, -2, ... for another seed.")]
 
 
 @app.command("apply")
 def _apply(
-    plan: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A plan of `plan` or `Plan.save`.")],
-    checkpoint: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A reference model's safetensors.")],
-    out: Annotated[Path, typer.Option(help="The compressed model.")] = Path("compressed.safetensors"),
-    steps: Annotated[int, typer.Option(min=0, help="Of fine-tuning under the plan, 0 for none.")] = 0,
-    limit: Annotated[int, typer.Option(min=1, help="Bytes that the file may have.")] = LIMIT,
+    plan: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Plan written by `moe-compress plan` or `Plan.save`.")
+    ],
+    checkpoint: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Safetensors file of a reference model.")
+    ],
+    out: Annotated[Path, typer.Option(help="File for the compressed model.")] = Path("compressed.safetensors"),
+    steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps with the plan applied; 0 disables it.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum file size in bytes.")] = LIMIT,
     json_file: Json = None,
 ) -> None:
-    """Apply a plan to a checkpoint; fails where the file would be larger than the limit.
+    """Apply a compression plan to a checkpoint. Fails if the file would exceed the limit.
 
     Example: moe-compress apply plan.json model.safetensors --out compressed.safetensors
     """
@@ -45,13 +49,15 @@ def _apply(
 @app.command("plan")
 def _plan(
     policy: Annotated[
-        Path, typer.Argument(exists=True, help="Our PPO of MoECompression-v0: RUN_DIR/best of moe-train.")
+        Path, typer.Argument(exists=True, help="PPO policy for MoECompression-v0: RUN_DIR/best of moe-train.")
     ],
     model: Model = "fashion-mnist-conv",
-    budget: Annotated[int, typer.Option(min=1, help="Bytes of the compressed file.")] = 200_000,
-    out: Annotated[Path, typer.Option(help="The plan, for `moe-compress apply`.")] = Path("plan.json"),
+    budget: Annotated[int, typer.Option(min=1, help="Maximum size of the compressed file in bytes.")] = 200_000,
+    out: Annotated[Path, typer.Option(help="File for the plan, for use with `moe-compress apply`.")] = Path(
+        "plan.json"
+    ),
 ) -> None:
-    """Write the plan that a learned policy gives a model, from the sensitivities of its matrices alone.
+    """Write the compression plan that a trained policy selects for a model.
 
     Example: moe-compress plan runs/compression/best --model fashion-mnist-conv --budget 150000
     """
@@ -67,7 +73,7 @@ def _plan(
 
 @app.command("export")
 def _export(model: Model = "fashion-mnist-conv", out: Path = Path("model.safetensors")) -> None:
-    """Write a reference model as a checkpoint, for `moe-compress apply`.
+    """Write a reference model as a checkpoint for `moe-compress apply`.
 
     Example: moe-compress export --model digits-mlp --out model.safetensors
     """

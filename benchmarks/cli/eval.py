@@ -1,4 +1,4 @@
-"""The command `moe-eval`."""
+"""The command `moe-eval`: evaluate a trained policy."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder of moe-train, or SB3's own zip with --trust.")],
-    split: Annotated[str, typer.Option(help="validation or test, or what it was trained on.")] = "test",
-    episodes: Annotated[int, typer.Option(min=2, help="How many, the same for all policies.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the first episode.")] = 0,
+    run: Annotated[Path, typer.Argument(help="Run folder of moe-train, or an SB3 zip file with --trust.")],
+    split: Annotated[str, typer.Option(help="Split to evaluate on: validation, test or the training split.")] = "test",
+    episodes: Annotated[int, typer.Option(min=2, help="Number of episodes, identical for all policies.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the first episode.")] = 0,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Tune all baselines on validation; show them and the bound.")
+        bool, typer.Option("--baselines", help="Also evaluate the baselines, tuned on validation, and the bound.")
     ] = False,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Load SB3's zip, which can run code: only a file you made yourself.")
+        bool, typer.Option("--trust", help="Load an SB3 zip file. It can execute code: use only your own files.")
     ] = False,
-    env: Annotated[str | None, typer.Option(help="Environment of SB3's zip.")] = None,
-    algo: Annotated[str, typer.Option(help="Algorithm of SB3's zip.")] = "ppo",
+    env: Annotated[str | None, typer.Option(help="Environment id of the SB3 zip file.")] = None,
+    algo: Annotated[str, typer.Option(help="Algorithm of the SB3 zip file.")] = "ppo",
     env_kwarg: EnvKwargs = [],  # noqa: B006
     json_file: Json = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Evaluate a trained policy: return, quality and cost with 95 % intervals, on inputs it never saw.
+    """Evaluate a trained policy on unseen inputs: return, quality and cost, with 95 % intervals.
 
     Example: moe-eval runs/MoERouting-v0-ppo-seed0 --split test --baselines
     """

@@ -1,4 +1,4 @@
-"""Entry points of the commands: `moe-train` is `train.py`, and so on. User errors are one line and exit code 1."""
+"""Entry points of the commands: `moe-train` runs `train.py`, etc. User errors print one line and exit with 1."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def compress() -> None:
 
 
 def _run(command: str) -> None:
-    """Run a command; Ctrl-C ends it with 130."""
+    """Run a command; print user errors in one line and exit with 1; exit with 130 on Ctrl-C."""
     try:
         _require_our_agents()
         errors = _errors()
@@ -65,7 +65,7 @@ def _run(command: str) -> None:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What a user can mend."""
+    """Exceptions that are reported as user errors, without a traceback."""
     from agents.checkpoints import CheckpointError
     from agents.rollouts import NotFiniteError
     from agents.runs import RunError

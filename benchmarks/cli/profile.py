@@ -20,10 +20,10 @@ from cost.profile import SIZES, Profile, ProfileError
 if TYPE_CHECKING:
     from torch import nn
 
-app = group("What models cost on this machine.")
-Save = Annotated[Path | None, typer.Option("--out", help="Save the profile in this file, too.")]
-Repeats = Annotated[int, typer.Option(help="Rounds over all operations and sizes, at least 50.")]
-Name = Annotated[str, typer.Argument(help="A profile's file, or a bundle's name for its reference profile.")]
+app = group("Measure, show and compare the costs of models on this machine.")
+Save = Annotated[Path | None, typer.Option("--out", help="Also save the profile to this file.")]
+Repeats = Annotated[int, typer.Option(help="Measurement rounds over all operations and sizes, at least 50.")]
+Name = Annotated[str, typer.Argument(help="Profile file, or name of a bundle for its reference profile.")]
 
 
 @app.command("bundle")
@@ -32,7 +32,7 @@ def measure_bundle(
     repeats: Repeats = 200,
     save: Save = None,
 ) -> None:
-    """Measure what a bundle's experts cost on this machine, for costs="machine".
+    """Measure the costs of a bundle's experts on this machine, for use with costs="machine".
 
     Example: moe-profile bundle fashion-mnist --out mine.json
     """
@@ -49,18 +49,20 @@ def measure_bundle(
 
 @app.command("model")
 def measure_model(
-    build: Annotated[str, typer.Argument(help="module:function, without arguments, found from the present folder.")],
-    sizes: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = ",".join(map(str, SIZES)),
-    dtypes: Annotated[str, typer.Option(help="As float32,bfloat16.")] = "float32",
-    devices: Annotated[str, typer.Option(help="As cpu,cuda.")] = "cpu",
-    threads: Annotated[str, typer.Option(help="Numbers of torch threads, as 1,2.")] = "1",
+    build: Annotated[
+        str, typer.Argument(help="module:function without arguments, importable from the current folder.")
+    ],
+    sizes: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = ",".join(map(str, SIZES)),
+    dtypes: Annotated[str, typer.Option(help="Comma-separated dtypes, e.g. float32,bfloat16.")] = "float32",
+    devices: Annotated[str, typer.Option(help="Comma-separated devices, e.g. cpu,cuda.")] = "cpu",
+    threads: Annotated[str, typer.Option(help="Comma-separated numbers of torch threads, e.g. 1,2.")] = "1",
     repeats: Repeats = 50,
     save: Save = None,
 ) -> None:
-    """Measure the forward pass of any torch module, or any callables, on this machine.
+    """Measure the forward pass of a torch module, or a set of callables, on this machine.
 
-    The function returns (module, inputs): a torch module and a tensor whose first dimension is the batch. Or it returns
-    a dict of callables by name: called with n, each is the operation on n inputs, or returns it prepared.
+    The function returns (module, inputs), where the first dimension of the inputs tensor is the batch, or a dict that
+    maps names to callables. A callable takes n and runs the operation on n inputs, or returns a prepared callable.
 
     Example: moe-profile model my_module:build --dtypes float32,bfloat16 --threads 1,2
     """
@@ -69,7 +71,7 @@ def measure_model(
     made, counts = _build(build), _numbers(sizes, "--sizes")
     if isinstance(made, dict):
         if (dtypes, devices, threads) != ("float32", "cpu", "1"):
-            raise ValueError("--dtypes, --devices and --threads are for a module; these callables choose their own")
+            raise ValueError("--dtypes, --devices and --threads apply to a module only, not to callables")
         measured = profiles.measure(made, counts, repeats, progress=True)
     else:
         grid: dict[str, Any] = {"dtypes": dtypes.split(","), "devices": devices.split(",")}
@@ -81,11 +83,11 @@ def measure_model(
 
 @app.command("logs")
 def report_logs(
-    folder: Annotated[Path, typer.Argument(help="A folder that cost.monitor.Monitor wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/monitor"),
+    folder: Annotated[Path, typer.Argument(help="Log folder of cost.monitor.Monitor.")],
+    out: Annotated[Path, typer.Option(help="Output folder of the report.")] = Path("runs/monitor"),
     json_file: Json = None,
 ) -> None:
-    """Report a monitor's logs: costs per epoch, against accuracy, normalised; alerts; pictures.
+    """Report the logs of a monitor: costs per epoch, cost against accuracy, normalised costs, alerts and plots.
 
     Example: moe-profile logs runs/monitor --out runs/costs
     """
@@ -105,7 +107,7 @@ def report_logs(
 
 @app.command()
 def show(profile: Name, json_file: Json = None) -> None:
-    """Show a profile: its fits, how far they can be trusted, and where it was measured.
+    """Show a profile: fitted costs, fit residuals and spread, and the machine it was measured on.
 
     Example: moe-profile show fashion-mnist
     """
@@ -128,7 +130,7 @@ def show(profile: Name, json_file: Json = None) -> None:
 def compare(
     first: Name,
     second: Name,
-    plot: Annotated[Path | None, typer.Option(help="Draw the times of both into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the times of both profiles to this PNG file.")] = None,
 ) -> None:
     """Compare the times of two profiles, operation by operation.
 
@@ -149,7 +151,7 @@ def compare(
 
 
 def load(name: str) -> Profile:
-    """The profile in a file, of whatever machine, or the reference profile of a bundle."""
+    """Load a profile from a file, measured on any machine, or the reference profile of a bundle."""
     from cost.profile import parse
     from experts import bundle as bundles
     from experts.bundle import BundleError
@@ -161,12 +163,12 @@ def load(name: str) -> Profile:
     except BundleError as error:
         raise ProfileError(f"{name!r} is neither a file nor a bundle: {error}") from error
     if content is None:
-        raise ProfileError(f"the bundle {name!r} has no reference profile; measure: moe-profile bundle {name}")
+        raise ProfileError(f"the bundle {name!r} has no reference profile; measure one: moe-profile bundle {name}")
     return parse(content, name)
 
 
 def differences(first: Profile, second: Profile) -> pd.DataFrame:
-    """Times in s of the operations that both have, by n: measured medians where both have them, else fitted times."""
+    """Times in s of the common operations by n: medians if both profiles measured n, otherwise fitted times."""
     common = [name for name in first.operations if name in second.operations]
     if not common:
         raise ProfileError(f"no operation in common: {', '.join(first.operations)}; {', '.join(second.operations)}")
@@ -185,7 +187,7 @@ def differences(first: Profile, second: Profile) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame, path: Path, names: tuple[str, str]) -> None:
-    """Both profiles' times against n, a panel an operation."""
+    """Plot the times of both profiles against n, one panel per operation."""
     from matplotlib.figure import Figure
 
     operations = list(frame["operation"].unique())

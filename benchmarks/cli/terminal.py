@@ -1,4 +1,4 @@
-"""What the commands share: consoles, options, progress bars, results as JSON."""
+"""Consoles, options, progress bars and JSON output shared by all commands."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 errors = Console(stderr=True)
 Json = Annotated[
-    str | None, typer.Option("--json", help="Write the result as JSON to this file; '-' is standard output.")
+    str | None, typer.Option("--json", help="Write the result as JSON to this file; '-' for standard output.")
 ]
-EnvKwargs = Annotated[list[str], typer.Option("--env-kwarg", "-k", help="name=value, passed to gymnasium.make.")]
-Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+EnvKwargs = Annotated[
+    list[str], typer.Option("--env-kwarg", "-k", help="name=value, passed to gymnasium.make; can be repeated.")
+]
+Out = Annotated[Path, typer.Option(help="Output folder of the results.")]
 Add = Callable[[str], Callable[[float], None]]
 
 
@@ -35,23 +37,23 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What all commands have."""
+    """Options common to all commands."""
 
 
 def group(help_text: str) -> typer.Typer:
-    """An app of several subcommands."""
+    """Create an app with subcommands."""
     app = typer.Typer(no_args_is_help=True, help=help_text, pretty_exceptions_enable=False)
     app.callback()(options)
     return app
 
 
 def console_of(json_file: str | None) -> Console:
-    """Where tables go: to standard error where standard output has the JSON."""
+    """Console for tables: standard error if the JSON goes to standard output."""
     return errors if json_file == "-" else Console()
 
 
 def write(json_file: str | None, result: Any) -> None:
-    """Write a result as JSON where it is wanted."""
+    """Write a result as JSON if `--json` was given."""
     if json_file == "-":
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     elif json_file is not None:
@@ -61,7 +63,7 @@ def write(json_file: str | None, result: Any) -> None:
 
 
 def pairs(given: list[str], option: str) -> dict[str, Any]:
-    """Options "name=value": values are JSON where they can be read as such, else text."""
+    """Parse "name=value" options; a value that is not valid JSON is kept as text."""
     parsed: dict[str, Any] = {}
     for pair in given:
         name, equals, value = pair.partition("=")
@@ -76,7 +78,7 @@ def pairs(given: list[str], option: str) -> dict[str, Any]:
 
 @contextmanager
 def bar() -> Iterator[Add]:
-    """Progress bars with the time left, on standard error."""
+    """Show progress bars with the remaining time on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors) as progress:
 

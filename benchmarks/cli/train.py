@@ -1,4 +1,4 @@
-"""The command `moe-train`."""
+"""The command `moe-train`: train an agent."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 def train(
     context: typer.Context,
-    env: Annotated[str, typer.Option(help="Environment id; one of your own as package:Id-v0.")] = "MoERouting-v0",
+    env: Annotated[
+        str, typer.Option(help="Environment id; for your own environment, package:Id-v0.")
+    ] = "MoERouting-v0",
     algo: Annotated[
         str,
         typer.Option(help="own: ppo, reinforce; sb3: ppo, a2c, dqn, qrdqn, ppo_lstm, ppo_mask (with action masks)."),
     ] = "ppo",
-    backend: Annotated[str, typer.Option(help="own, several times faster, or sb3, Stable-Baselines3.")] = "own",
-    seed: Annotated[int, typer.Option(help="Of weights, exploration and environment.")] = 0,
-    timesteps: Annotated[int | None, typer.Option(min=1, help="Instead of the tuned number.")] = None,
+    backend: Annotated[str, typer.Option(help="own (several times faster) or sb3 (Stable-Baselines3).")] = "own",
+    seed: Annotated[int, typer.Option(help="Seed of weights, exploration and environment.")] = 0,
+    timesteps: Annotated[
+        int | None, typer.Option(min=1, help="Number of timesteps; default: the tuned number.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/ENV-ALGO-ARGUMENTS-seedSEED.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that is there first.")] = False,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run of backend own.")] = None,
-    tune: Annotated[int, typer.Option(min=0, help="First search settings on validation with N trainings.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing run first.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Resume this interrupted run of backend own.")] = None,
+    tune: Annotated[int, typer.Option(min=0, help="Tune hyperparameters on validation first, with N trials.")] = 0,
     baselines: Annotated[
-        bool, typer.Option(help="Show the score beside the best baseline's, on validation; tuning them takes a while.")
+        bool, typer.Option(help="Compare with the best baseline on validation; tuning the baselines takes a while.")
     ] = True,
-    sb3_zip: Annotated[bool, typer.Option("--sb3-zip", help="Also save SB3's own zip (backend sb3).")] = False,
+    sb3_zip: Annotated[bool, typer.Option("--sb3-zip", help="Also save an SB3 zip file (backend sb3).")] = False,
     env_kwarg: EnvKwargs = [],  # noqa: B006
     json_file: Json = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Train an agent, keep the weights that are best on validation, save a run folder.
+    """Train an agent and save a run folder with the weights that score best on validation.
 
     Example: moe-train --env MoERouting-v0 --algo ppo --seed 0 -k cost_weight=0.4
     """
@@ -55,7 +59,7 @@ def train(
         runs.require_free(folder, env_kwargs, overwrite)
     with bar() as add:
         if tune:
-            report = add(f"{tune} trials of settings")
+            report = add(f"tuning: {tune} trials")
             arguments = {"env_id": env_id, "algo": algo, "backend": backend, "env_kwargs": env_kwargs, "seed": seed}
             overrides |= _search(tune, folder, **arguments, timesteps=timesteps, report=report)
         report = add(f"resuming {folder}" if resume else f"training {algo} on {env_id}")
@@ -66,7 +70,7 @@ def train(
                 policy = runs.train(env_id, algo, seed, folder, env_kwargs, overrides, report, backend, overwrite)
         except KeyboardInterrupt:
             saved = resume or backend == "own"
-            hint = f"go on: moe-train --resume {folder}" if saved else "nothing was saved"
+            hint = f"resume: moe-train --resume {folder}" if saved else "nothing was saved"
             errors.print(f"stopped; {hint}", soft_wrap=True)
             raise typer.Exit(130) from None
         if sb3_zip:
@@ -84,7 +88,7 @@ def train(
 
 
 def _beside(policy: Any, config: dict[str, Any], report: Any) -> str:
-    """The score on validation beside the best baseline's."""
+    """Compare the mean return on validation with that of the best baseline."""
     from agents.baselines import find, on_split
     from agents.evaluate import evaluate
 
@@ -100,11 +104,11 @@ def _beside(policy: Any, config: dict[str, Any], report: Any) -> str:
 
 
 def _only(context: typer.Context, *names: str) -> None:
-    """Refuse options that were given beside these, which they would have no effect on."""
+    """Raise `ValueError` for command-line options other than `names`, since they would have no effect."""
     for name in context.params:
         source = context.get_parameter_source(name)
         if name not in names and source is not None and source.name == "COMMANDLINE":
-            raise ValueError(f"--{name.replace('_', '-')} beside --{names[0]}: the run goes on as it began")
+            raise ValueError(f"--{name.replace('_', '-')} beside --{names[0]}: a resumed run keeps its settings")
 
 
 def _search(trials: int, folder: Path, **arguments: Any) -> dict[str, Any]:
@@ -113,5 +117,5 @@ def _search(trials: int, folder: Path, **arguments: Any) -> dict[str, Any]:
     try:
         return search(trials=trials, folder=folder, **arguments)
     except KeyboardInterrupt:
-        errors.print(f"stopped; the same command goes on with the trials in {folder}", soft_wrap=True)
+        errors.print(f"stopped; rerun the same command to resume the trials in {folder}", soft_wrap=True)
         raise typer.Exit(130) from None

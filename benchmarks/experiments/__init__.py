@@ -1,1 +1,1 @@
-"""Questions: each module here is an experiment that `moe-benchmark run NAME` runs and reports."""
+"""Experiments: `moe-benchmark run NAME` runs and reports the module NAME."""

@@ -18,7 +18,7 @@ COLOURS = {"learned": "tab:red", "baseline": "tab:gray", "bound": "tab:green"}
 
 
 class Demo(Problem):
-    """Four cost weights on Fashion-MNIST, our PPO alone."""
+    """PPO on Fashion-MNIST with four cost weights."""
 
     learners = {"PPO": ("ppo", "own")}
     looks = 10
@@ -28,17 +28,17 @@ class Demo(Problem):
         self.splits = {f"cost weight {weight:g}": {"bundle": bundle, "cost_weight": weight} for weight in WEIGHTS}
 
     def group(self, task: str) -> str:
-        """One plane for all."""
+        """Put all tasks in one group."""
         return "all cost weights"
 
 
 class DemoBoard(Leaderboard):
-    """A leaderboard with the picture of all its points."""
+    """Leaderboard with an additional plot of accuracy against cost."""
 
     SEEDS: tuple[int, ...] = (0,)
 
     def plot(self, frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
-        """pareto.png beside the leaderboard's pictures."""
+        """Plot the leaderboard and pareto.png."""
         points = [
             {"split": task["task"], **row} for task in result["tasks"] for row in task["policies"]
             if row["policy"] != "random"
@@ -48,7 +48,7 @@ class DemoBoard(Leaderboard):
 
 
 def draw(points: pd.DataFrame, path: Path) -> None:
-    """Accuracy over cost on test: PPO by cost weight, baselines with their front, the bound."""
+    """Plot test accuracy against cost: PPO per cost weight, baselines with Pareto front, and the bound."""
     figure = Figure((9, 6), layout="constrained")
     panel = figure.subplots()
     for kind, (marker, size) in {"baseline": ("o", 18), "bound": ("^", 50), "learned": ("D", 42)}.items():
@@ -70,7 +70,7 @@ def draw(points: pd.DataFrame, path: Path) -> None:
             panel.annotate(f"model's own {name.removeprefix('gate ')} gate", (row["cost"], row["quality"]),
                            textcoords="offset points", xytext=(8, -14), fontsize=10)  # fmt: skip
     shown = points[(points["cost"] < 1.3) & (points["quality"] > points["quality"].median() - 0.15)]
-    panel.set(xlabel="cost of a batch (1 = what the model's own top-2 gate costs)", ylabel="accuracy on test images",
+    panel.set(xlabel="cost per batch (1 = the model's own top-2 gate)", ylabel="accuracy on test images",
               xlim=(0, 1.3), ylim=(shown["quality"].min() - 0.01, None))  # fmt: skip
     panel.legend(loc="lower right", fontsize=11)
     panel.grid(alpha=0.3)

@@ -1,7 +1,7 @@
-"""Are experts better compressed as one bent core, or by a low rank of each, at equal numbers of parameters?
+"""Are experts compressed better by a shared core or by low-rank factors with the same number of parameters?
 
-Of experts that were trained apart from random weights, and of upcycled ones: copies of one expert that were trained on
-(Komatsuzaki et al. 2023). Weight error, and test accuracy with the first matrices of all experts replaced.
+Compares experts trained from random weights with upcycled ones, i.e. trained copies of one expert (Komatsuzaki et al.
+2023). Reports weight error, and test accuracy with the first matrix of each expert replaced.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUICK = {"setups": {name: SETTINGS[name] for name in ("independent, rank 2", "up
 
 
 class ExpertsSetup(Arguments):
-    """The experts of a reference model, as it is or upcycled; `steps` of the core's refinement."""
+    """Experts of a reference model, original or upcycled; `steps` refine the core."""
 
     kind: Literal["independent", "upcycled"]
     rank: int
@@ -41,14 +41,14 @@ Setup = ExpertsSetup
 
 
 def measure(setup: ExpertsSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters, errors and accuracies of the core, of the unbent mean and of SVD."""
+    """Parameters, errors and accuracies of the shared core, the plain mean and SVD."""
     load = reference_models.load if setup.kind == "independent" else reference_models.upcycle
     model = load(setup.model)
     inputs, labels = data.load(reference_models.recipe_of(setup.model)[1].source)["test"]
     weights = _first_matrices(model)
     more = {} if setup.steps is None else {"steps": setup.steps}
     core = fit(weights, setup.rank, **more)
-    of_each = core.total_parameters // (len(weights) * sum(weights.shape[1:]))  # no more than the core has
+    of_each = core.total_parameters // (len(weights) * sum(weights.shape[1:]))  # at most as many parameters as the core
     low = np.stack([np.matmul(*factors(each, of_each)) for each in weights])
     each_side = of_each * sum(weights.shape[1:])
     ways = {
@@ -67,7 +67,7 @@ def measure(setup: ExpertsSetup, seed: int, split: str, folder: Path) -> tuple[d
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """A table for each kind of experts."""
+    """One table per kind of experts."""
     tables = {}
     for kind, group in frame.groupby("kind", sort=False):
         rows = [row for several in group["rows"] for row in several]
@@ -78,12 +78,12 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _first_matrices(model: Any) -> np.ndarray:
-    """`[E, O, I]`."""
+    """First weight matrices of all experts, `[E, O, I]`."""
     return np.stack([piece.read() for piece in pieces(model).values() if piece.kind == "expert in"])
 
 
 def _accuracy(model: Any, weights: np.ndarray, inputs: np.ndarray, labels: np.ndarray) -> float:
-    """On test, with other first matrices."""
+    """Test accuracy with the given first matrices."""
     made = copy.deepcopy(model)
     places = [piece for piece in pieces(made).values() if piece.kind == "expert in"]
     for piece, each in zip(places, weights.astype(np.float32), strict=True):

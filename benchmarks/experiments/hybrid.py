@@ -1,10 +1,10 @@
-"""Is a gate that learns by policy gradient better than one that learns by cross-entropy, and than one expert alone?
+"""Is a gate trained by policy gradient better than one trained by cross-entropy, or than a single expert?
 
-The policy gradient's quality is whether an answer is right, or how probable the right class was, corrected by a
-temperature that is fitted on the first gate's validation answers. All start anew with the same experts, epochs and
-batch size; only the policy gradient knows of costs. The expert alone is trained by itself; of each width one, and
-the one of the best return on validation is taken. Return, accuracy and cost are those of MoERouting-v0's batches, of
-the gate's first choice, on test inputs. The costs are the profile of the bundle with the same experts.
+All trainings start from the same experts and use the same epochs and batch size; only the policy gradient uses costs.
+Its quality is either correctness, or the probability of the true class after temperature scaling fitted on the
+validation outputs of the first gate. The single expert is trained alone, one per width, and selected by return on
+validation. Return, accuracy and cost are computed on test batches of MoERouting-v0 with the gate's top-1 choice, and
+costs come from the profile of the bundle with the same experts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUICK = {"seeds": [0, 1], "settings": {"data": "digits", "epochs": 2}}
 
 
 class HybridSetup(Arguments):
-    """`alpha` weighs the policy gradient; with `straight_through` cross-entropy's gradient reaches the gate as well."""
+    """`alpha` weights the policy gradient; `straight_through` also passes the cross-entropy gradient to the gate."""
 
     gate: Literal["cross-entropy", "one expert", "policy gradient", "policy gradient, confidence"]
     data: Literal["fashion-mnist", "digits"] = "fashion-mnist"
@@ -53,7 +53,7 @@ Setup = HybridSetup
 
 
 def measure(setup: HybridSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One training, judged on test."""
+    """Train once and evaluate on test."""
     source, loaded = data.load(setup.data), bundles.load(setup.data)
     tables = RoutingTables(loaded, "test", parse(loaded.profile, setup.data), Cost(1 / 3, 1 / 3, 1 / 3))
     settings = HybridSettings(
@@ -79,7 +79,7 @@ def measure(setup: HybridSetup, seed: int, split: str, folder: Path) -> tuple[di
 
 
 def _cost_of(tables: RoutingTables) -> Any:
-    """An input's own part, and its share of its experts' fixed part, so that a batch's mean is the batch's cost."""
+    """Cost per input: its variable cost plus its share of its experts' fixed cost, so the mean is the batch cost."""
     codes = 1 << np.arange(tables.num_experts)
     fixed, slope = (torch.from_numpy(part[codes, 0]) for part in (tables.fixed, tables.slope))
 
@@ -91,7 +91,7 @@ def _cost_of(tables: RoutingTables) -> Any:
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """Means over seeds; the return with its 95 % interval; how reward and cost move."""
+    """Means over seeds, return with 95 % interval, and the course of reward and cost."""
     rows = []
     for gate, group in frame.groupby("gate", sort=False):
         row: dict[str, Any] = {"gate": gate, "return": float(group["return"].mean())}
@@ -107,7 +107,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
-    """Reward and cost over the epochs."""
+    """Plot reward and cost over epochs."""
     learned = frame[frame["gate"] == "policy gradient"]
     if not len(learned):
         return []
@@ -119,7 +119,7 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
 def _alone(
     source: data.Dataset, settings: TrainingSettings, tables: RoutingTables, cost_weight: float
 ) -> dict[str, float]:
-    """The best expert by itself, of one of each width, chosen on validation."""
+    """Train one expert per width alone; returns the best on validation."""
     judged = []
     for width in dict.fromkeys(settings.widths):
         model = train(*source["train"], replace(settings, widths=(width,)), progress=False)
@@ -130,7 +130,7 @@ def _alone(
 
 @torch.inference_mode()
 def _temperature(model: MoEClassifier, source: data.Dataset) -> float:
-    """Of the class logits of the gate's first choice, on validation."""
+    """Temperature of the class logits of the gate's top-1 choice, fitted on validation."""
     x, y = source["validation"]
     logits = model(torch.from_numpy(x), k=1).numpy()
     return fit_temperature(logits, np.eye(logits.shape[1], dtype=np.bool_)[y])
@@ -144,8 +144,8 @@ def judge(
     split: str = "test",
     place: int = 0,
 ) -> dict[str, float]:
-    """Return, accuracy and cost of the gate's first choice on a split's batches; `place` is that of the model's first
-    expert among those that are profiled."""
+    """Return, accuracy and cost of the gate's top-1 choice on the batches of a split; `place` is the index of the
+    model's first expert in the profile."""
     x, y = source[split]
     with torch.inference_mode():
         h = model.trunk(torch.from_numpy(x))

@@ -1,4 +1,4 @@
-"""Are our learners as good as SB3's? PPO with the same settings in both: returns of final policies, CPU seconds."""
+"""Are our learners as good as SB3's? PPO with equal settings: returns of the final policies and CPU seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.results.statistics import welch_interval
 from benchmarks.runner.setup import Arguments
 
 ROUTING = "moe_envs:MoERouting-v0"
-# CartPole's are those of RL Baselines3 Zoo with a constant clip range, Acrobot's near them without its normalisation.
+# CartPole: RL Baselines3 Zoo settings with a constant clip range. Acrobot: close to the Zoo, without normalisation.
 PPO: dict[str, dict[str, Any]] = {
     "CartPole-v1": {
         "n_envs": 8, "total_timesteps": 100_000, "n_steps": 32, "batch_size": 256, "n_epochs": 20,
@@ -32,7 +32,7 @@ QUICK = {"seeds": [0, 1], "settings": {"timesteps": 4096, "episodes": 20}}
 
 
 class LearnerSetup(Arguments):
-    """`timesteps` replaces the usual number; `episodes` judge the final policy."""
+    """`timesteps` overrides the default; the final policy is evaluated on `episodes` episodes."""
 
     env: Literal["CartPole-v1", "Acrobot-v1", "moe_envs:MoERouting-v0"]
     backend: Literal["own", "sb3"]
@@ -44,7 +44,7 @@ Setup = LearnerSetup
 
 
 def measure(setup: LearnerSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One training; the mean return of its final policy, acting deterministically."""
+    """Train once; returns the mean return of the deterministic final policy."""
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -66,7 +66,7 @@ def measure(setup: LearnerSetup, seed: int, split: str, folder: Path) -> tuple[d
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """For each environment: mean returns, their difference with its 95 % interval (Welch), CPU seconds."""
+    """Mean returns per environment, their difference with 95 % Welch interval, and CPU seconds."""
     rows = []
     for env, group in frame.groupby("env", sort=False):
         own, sb3 = (group[group["backend"] == backend] for backend in ("own", "sb3"))

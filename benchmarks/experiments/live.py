@@ -1,7 +1,7 @@
-"""What is a policy that was trained on profiled costs worth when the experts are really run and timed?
+"""How well does a policy trained on profiled costs perform when the experts are executed and timed?
 
-PPO is trained, and the baselines are tuned, on this machine's profile; then all of them play the same test batches
-twice, paid by the profile and paid live, in blocks by turns. Run it with nothing beside it, one job.
+PPO is trained and the baselines are tuned on this machine's profile. All policies are then evaluated on the same test
+batches with profiled and with live costs, in alternating blocks. Run it with one job on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUICK = {"seeds": [0], "settings": {"bundle": "digits", "timesteps": 4096, "bloc
 
 
 class LiveSetup(Arguments):
-    """`episodes` in each of so many `blocks`; `tuning` episodes of validation choose each baseline's parameters."""
+    """`blocks` of `episodes` each; `tuning` validation episodes select the parameters of each baseline."""
 
     policy: str
     bundle: str = "fashion-mnist"
@@ -41,12 +41,12 @@ Setup = LiveSetup
 
 
 def once(setup: LiveSetup) -> bool:
-    """Baselines are tuned once."""
+    """True for baselines: they are tuned once."""
     return setup.policy == "baselines"
 
 
 def measure(setup: LiveSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns, accuracies and times of each episode, by policy and costs."""
+    """Returns, accuracies and times per episode, policy and cost source."""
     from agents.baselines import routing
 
     kwargs: dict[str, Any] = {"bundle": setup.bundle, "cost_weight": setup.cost_weight}
@@ -71,7 +71,7 @@ def measure(setup: LiveSetup, seed: int, split: str, folder: Path) -> tuple[dict
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """For each policy its returns under both costs and their paired difference; PPO less the best baseline."""
+    """Returns per policy under both costs, their paired difference, and PPO minus the best baseline."""
     tables: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
     for played in frame["played"]:
         for name, costs in played.items():
@@ -104,7 +104,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
-    """The returns under both costs."""
+    """Plot the returns under both costs."""
     from matplotlib.figure import Figure
 
     rows = sorted(result["tables"]["Returns on test"], key=lambda row: row["live"])

@@ -1,9 +1,9 @@
-"""Is a learned policy a better scheduler of a plain torch training than torch's own?
+"""Does a learned policy schedule a plain torch training better than the schedulers of torch?
 
-The model is a Mixture of Experts on the whole images of Fashion-MNIST, larger than any the policy has met; the data are
-new to it as well, unless it was trained on tasks of Fashion-MNIST pooled. The schedulers' rates and decays are searched
-on other seeds than all are judged by. Your own policies: --set 'policies=["FOLDER", ...]'; without any, PPO is trained
-on the digits.
+The model is a Mixture of Experts on full-size Fashion-MNIST images, larger than any model in the policy's training. The
+data set is new to the policy too, unless it was trained on pooled Fashion-MNIST tasks. Learning rates and weight decays
+of the schedulers are searched on separate seeds. To evaluate your own policies: --set 'policies=["FOLDER", ...]'; by
+default, PPO is trained on digits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from experts.model import MoEClassifier
 
 FIRST_JUDGED_SEED = 1000
 SEEDS = tuple(range(FIRST_JUDGED_SEED, FIRST_JUDGED_SEED + 10))
-SEARCH = ((24, 1), (6, 4))  # candidates, seeds: 48 trainings for each scheduler
+SEARCH = ((24, 1), (6, 4))  # (candidates, seeds) per round: 48 trainings per scheduler
 STARTS = "tuned rate", "random rate"
 SETTINGS: dict[str, dict[str, Any]] = {
     f"{name}, {start}": {"policy": name, "start": start} for start in STARTS for name in (*SCHEDULERS, "PPO")
@@ -50,8 +50,8 @@ QUICK = {"seeds": [1000, 1001], "settings": {"data": "digits", "search": [[2, 1]
 
 
 class LoopSetup(Arguments):
-    """`data` is "fashion-mnist", whole images, or a task of MoEMetaOpt-v0; `search` are rounds of candidates and seeds;
-    `pairs` of windows are timed with a decision and without."""
+    """`data` is "fashion-mnist" (full-size images) or a task of MoEMetaOpt-v0; `search` lists (candidates, seeds) per
+    round; `pairs` is the number of window pairs timed with and without a decision."""
 
     policy: str
     start: Literal["tuned rate", "random rate"]
@@ -66,13 +66,13 @@ Setup = LoopSetup
 
 
 def once(setup: LoopSetup) -> bool:
-    """The overhead is measured once."""
+    """True for the overhead: it is measured once."""
     return setup.policy == "overhead"
 
 
 def measure(setup: LoopSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A training from the searched rate and decay, or from a random rate that the seed draws; for PPO one by each
-    policy. Or what a decision costs."""
+    """Train from the searched rate and decay, or from a random rate drawn by the seed, for PPO once per policy; or
+    measure the overhead of a decision."""
     task = fashion_images() if setup.data == "fashion-mnist" else small(setup.data)
     with one_torch_thread():
         if setup.policy == "overhead":
@@ -91,7 +91,7 @@ def measure(setup: LoopSetup, seed: int, split: str, folder: Path) -> tuple[dict
 
 
 def _searched(setup: LoopSetup, name: str, folder: Path) -> tuple[float, float]:
-    """A scheduler's learning rate and weight decay, searched once."""
+    """Search the learning rate and weight decay of a scheduler once."""
     path = folder / f"search-{setup.data}-{name}-{json.dumps(setup.search)}.json"
     with locked(path):
         if not path.exists():
@@ -102,7 +102,7 @@ def _searched(setup: LoopSetup, name: str, folder: Path) -> tuple[float, float]:
 
 
 def _policies(setup: LoopSetup, folder: Path) -> list[tuple[str, Any]]:
-    """Names and policies; raises `ValueError` where they are not all of the same tasks, or one is named twice."""
+    """Policies by name; raises `ValueError` if their tasks differ or a name occurs twice."""
     if not setup.policies:
         path = folder / f"policy-digits-{setup.timesteps or 'all'}"
         return [("PPO", policy_of(path, "moe_envs:MoEMetaOpt-v0", {"task": "digits"}, 0, setup.timesteps))]
@@ -114,8 +114,8 @@ def _policies(setup: LoopSetup, folder: Path) -> list[tuple[str, Any]]:
 
 
 def overhead(task: LoopTask, policy: Any, pairs: int) -> dict[str, Any]:
-    """How much slower a window of training and validation is with a decision at its end: pairs of neighbours, in turn
-    with the decision first and second. CPU time."""
+    """Relative CPU time that a decision adds to a window of training and validation, from adjacent pairs of windows in
+    alternating order."""
     task = task._replace(target=1.1, max_actions=2 * pairs)
     windows: list[float] = []
 
@@ -138,7 +138,7 @@ def overhead(task: LoopTask, policy: Any, pairs: int) -> dict[str, Any]:
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """Epochs and decisions to the target, paired by seed; what a decision costs."""
+    """Epochs and decisions to the target, paired by seed, and the overhead of a decision."""
     rows = _trainings(frame)
     tables: dict[str, Any] = {}
     if len(rows):

@@ -1,7 +1,8 @@
-"""Which way to compress a reference model is best: bytes of the file, accuracy on test, time?
+"""Which compression method is best for a reference model in file size, test accuracy and time?
 
-Everything is chosen on validation images; test images are for the report. Files are those of `Plan.compress`, and what
-is scored is what they decompress to. Time is that of the matrix products for 64 inputs, from the profile.
+All choices are made on validation images; test images are only used for the report. Models are saved by
+`Plan.compress`, and the decompressed model is evaluated. Time is the profiled time of the matrix products for 64
+inputs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from moe_envs.compression.tables import CompressionTables
 
 EXACT, INT8, HALF, INT4, LOW_RANK, QUARTER, INT2, TENTH = 0, 1, 2, 3, 4, 6, 7, 10
 PRUNED = {1.0: INT8, 0.5: HALF, 0.25: QUARTER, 0.1: TENTH}  # share kept -> level
-SMALL = 0.052  # of the float32 file: the budget of the searched plans, about 150 kB of the convolutional model
+SMALL = 0.052  # budget of the searched plans as share of the float32 file: about 150 kB for the convolutional model
 ENERGY_LOSSES = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02)
 LIMIT = 2**20  # bytes
 NAMES = (
@@ -50,7 +51,7 @@ QUICK = {"settings": {"model": "digits-mlp", "steps": 3, "evaluations": 3}}
 
 
 class MethodSetup(Arguments):
-    """`steps` of each fine-tuning; `evaluations` of the local search."""
+    """`steps` per fine-tuning; `evaluations` of the local search."""
 
     method: str
     model: str = "fashion-mnist-conv"
@@ -62,30 +63,30 @@ Setup = MethodSetup
 
 
 class MethodBench(Workbench):
-    """With what plans are searched by."""
+    """Workbench with the tables, budget and searches of plans."""
 
     evaluations = 400
 
     @cached_property
     def tables(self) -> CompressionTables:
-        """Sizes and sensitivities, of the model that the name loads."""
+        """Sizes and sensitivities of the named model."""
         return CompressionTables((self.name,), "train", "expert", "accuracy and loss", "reference")
 
     @cached_property
     def budget(self) -> int:
-        """Bytes that plans are searched for."""
+        """Budget of the searched plans in bytes."""
         least = self.tables.overhead + int(self.tables.least[0])
         return round(max(SMALL * self.tables.bytes, 1.25 * least))
 
     def searched(self, kind: str) -> np.ndarray:
-        """The levels that a baseline finds for the budget."""
+        """Levels that a baseline selects for the budget."""
         rule = {"exact": "exact on sensitivities", "exact and local search": "exact, then local search"}.get(kind, kind)
         room = self.budget - self.tables.overhead
         return rules.find_plan(rule, self.tables, 0, room, self.evaluations, self.seed)
 
 
 def measure(setup: MethodSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One method."""
+    """Apply and evaluate one method."""
     bench = MethodBench(reference_models.load(setup.model), setup.model, setup.steps, seed)
     bench.evaluations = setup.evaluations
     if setup.method == GRID:
@@ -99,7 +100,7 @@ def measure(setup: MethodSetup, seed: int, split: str, folder: Path) -> tuple[di
 
 
 def methods(bench: MethodBench) -> dict[str, Callable[[], Compressed]]:
-    """What is tried, by name."""
+    """All methods by name."""
     kinds = {name: piece.kind for name, piece in pieces(bench.model).items()}
     experts = [name for name, kind in kinds.items() if kind.startswith("expert")]
     gate = [name for name, kind in kinds.items() if kind == "gate"]
@@ -135,7 +136,7 @@ def methods(bench: MethodBench) -> dict[str, Callable[[], Compressed]]:
 
 
 def magnitude_plan(model: nn.Module, share: float) -> dict[str, int]:
-    """Levels of pruning next to what one threshold over all matrices keeps of each."""
+    """Pruning level per matrix closest to the share kept by one global magnitude threshold."""
     weights = {name: np.abs(piece.read()) for name, piece in pieces(model).items()}
     threshold = np.quantile(np.concatenate([each.ravel() for each in weights.values()]), 1 - share)
     kept = {name: float((each > threshold).mean()) for name, each in weights.items()}
@@ -143,7 +144,7 @@ def magnitude_plan(model: nn.Module, share: float) -> dict[str, int]:
 
 
 def rank_plan(model: nn.Module, loss: float) -> dict[str, int]:
-    """For each matrix the level of least rank that keeps all but a share of the squared weights; int8 where none."""
+    """Level of least rank per matrix that loses at most a share of the squared weights; int8 if there is none."""
     ranks = {level: form.rank for level, form in enumerate(LEVELS) if form.rank}
     found = {}
     for name, piece in pieces(model).items():
@@ -153,7 +154,7 @@ def rank_plan(model: nn.Module, loss: float) -> dict[str, int]:
 
 
 def automatic_low_rank(bench: MethodBench) -> dict[str, int]:
-    """The least ranks, by one bound on the energy lost, that lose at most a point of validation accuracy."""
+    """Lowest ranks, set by one bound on the energy lost, that lose at most one point of validation accuracy."""
     evaluator = bench.tables.models[0].evaluator
     found = [rank_plan(bench.model, loss) for loss in ENERGY_LOSSES]
     limit = evaluator([EXACT] * len(evaluator.names)).accuracy - 0.01
@@ -161,7 +162,7 @@ def automatic_low_rank(bench: MethodBench) -> dict[str, int]:
 
 
 def iterative(bench: MethodBench) -> Compressed:
-    """Half, a quarter, a tenth of the weights kept, trained after each cut; small layers at int8."""
+    """Prune to 1/2, 1/4 and 1/10 of the weights with training after each step; small layers at int8."""
     steps, made = max(1, bench.settings.steps // 3), bench.compress(EXACT)
     for level in (HALF, QUARTER, TENTH):
         made = bench.train(dict.fromkeys(pieces(bench.model), level) | bench.tiny, made.model, steps)
@@ -169,12 +170,12 @@ def iterative(bench: MethodBench) -> Compressed:
 
 
 def structured(bench: MethodBench) -> Compressed:
-    """The half of each expert's neurons that matter most, really removed; int8."""
+    """Remove the less important half of each expert's neurons; int8."""
     return bench.compress(INT8, smaller_experts(bench.model, 0.5, bench.importance))
 
 
 def combinations(bench: MethodBench) -> list[list[float]]:
-    """Accuracy on validation with trunk and gate at one level (row) and the experts at another (column)."""
+    """Validation accuracy by level of trunk and gate (rows) and level of the experts (columns)."""
     kinds = [piece.expert >= 0 for piece in pieces(bench.model).values()]
     count, evaluator = len(LEVELS), bench.tables.models[0].evaluator
     return [
@@ -184,7 +185,7 @@ def combinations(bench: MethodBench) -> list[list[float]]:
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """All methods by size, those that no other beats in bytes and accuracy marked; the smallest near the best."""
+    """All methods by size, with the Pareto front of bytes and accuracy marked; the smallest close to the best."""
     tried = frame[frame["method"] != GRID].sort_values("bytes")
     on_front = front(tried[["bytes", "accuracy"]].to_numpy(dtype=float))
     whole = tried[tried["method"] == "float32"]
@@ -207,7 +208,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
-    """pareto.png, heatmap.png, and the plans of all methods that have one for the reference model."""
+    """Plot pareto.png and heatmap.png, and save the plans for the reference model."""
     tried = frame[frame["method"] != GRID]
     for row in records(tried[tried["applies"].astype(bool)]):
         plan = Plan.of(reference_models.load(row["model"]), row["levels"])
@@ -233,12 +234,12 @@ def _heatmap(grid: np.ndarray, path: Path) -> None:
     names = [f"{number}: {level.name}" for number, level in enumerate(LEVELS)]
     panel.set(xlabel="level of the experts", ylabel="level of trunk and gate", xticks=range(count), yticks=range(count))
     panel.set_yticklabels(names, fontsize=7)
-    figure.colorbar(drawn, label="accuracy on validation [%], nothing trained", shrink=0.7)
+    figure.colorbar(drawn, label="validation accuracy without fine-tuning [%]", shrink=0.7)
     figure.savefig(path, dpi=120)
 
 
 def _draw(tried: pd.DataFrame, path: Path) -> None:
-    """Accuracy and bytes; the five most accurate of the front are named."""
+    """Plot accuracy against bytes with labels on the five most accurate methods of the front."""
     figure = Figure((10, 5.5), layout="constrained")
     panel = figure.subplots()
     best = tried[front(tried[["bytes", "accuracy"]].to_numpy(dtype=float))].sort_values("bytes")
@@ -254,8 +255,8 @@ def _draw(tried: pd.DataFrame, path: Path) -> None:
         panel.annotate(row["method"], place, beside, textcoords="axes fraction", fontsize=9, arrowprops=line)
     panel.axvline(LIMIT / 1000, color="grey", lw=0.8, ls=":")
     top = 100 * tried["accuracy"].max()
-    panel.set(xscale="log", xlabel="bytes of the file [kB]", ylabel="test accuracy [%]", ylim=(top - 6, top + 0.5))
+    panel.set(xscale="log", xlabel="file size [kB]", ylabel="test accuracy [%]", ylim=(top - 6, top + 0.5))
     panel.grid(alpha=0.3)
     panel.legend(loc="lower right")
-    figure.colorbar(drawn, label="time of the products of 64 inputs [µs]")
+    figure.colorbar(drawn, label="time of the matrix products for 64 inputs [µs]")
     figure.savefig(path, dpi=120)

@@ -1,6 +1,6 @@
-"""What is a learned router worth in the real model? Its answers beside the environment's, its own cost, wall times.
+"""How well does a learned router work in the real model? Accuracy, cost of the router itself, and wall times.
 
-Your own run: moe-benchmark run router --set run=RUN_DIR; without one PPO is trained first.
+To evaluate your own run: moe-benchmark run router --set run=RUN_DIR. By default, PPO is trained first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUICK = {"settings": {"bundle": "digits", "timesteps": 4096, "episodes": 20, "re
 
 
 class RouterSetup(Arguments):
-    """`run` is a run folder of moe-train; without it PPO is trained on `bundle` with `cost_weight`."""
+    """`run` is a run folder of moe-train; if None, PPO is trained on `bundle` with `cost_weight`."""
 
     run: str | None = None
     bundle: str = "fashion-mnist"
@@ -48,8 +48,8 @@ Setup = RouterSetup
 
 
 def measure(setup: RouterSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Accuracy and cost as in the environment and with what the router itself costs on this machine, wall time beside
-    the top-2 gate."""
+    """Accuracy, cost in the environment and with the router's own cost on this machine, and wall time compared with the
+    top-2 gate."""
     run = Path(setup.run) if setup.run else _trained(setup, seed, folder)
     episodes = setup.episodes
     policy: Any
@@ -91,7 +91,7 @@ def measure(setup: RouterSetup, seed: int, split: str, folder: Path) -> tuple[di
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """What the router is worth, and its wall time."""
+    """Tables of accuracy, cost and wall time."""
     first = frame.iloc[0]
     times = [
         {"batch": each["batch_size"], "top-2 gate, ms": 1e3 * each["top-2"], "routed, ms": 1e3 * each["routed"],
@@ -117,7 +117,7 @@ def _trained(setup: RouterSetup, seed: int, folder: Path) -> Path:
 
 
 def _router_cost(routed: RoutedMoE, x: torch.Tensor) -> Cost:
-    """What the decisions for one batch cost on this machine, in s, B and J."""
+    """Cost of the decisions for one batch on this machine in s, B and J."""
     with torch.inference_mode():
         gate = routed.gate(routed.trunk(x))
         profile = measure_cost({"router": lambda n: lambda: routed.route(x, gate)}, sizes=(len(x),))
@@ -125,7 +125,7 @@ def _router_cost(routed: RoutedMoE, x: torch.Tensor) -> Cost:
 
 
 def _times(routed: RoutedMoE, model: Any, inputs: torch.Tensor, repeats: int) -> list[dict[str, float]]:
-    """Medians in s, by turns: the top-2 gate as a routed layer runs it, the routed model, and its router alone."""
+    """Median times in s, alternating between top-2 gate, routed model and router alone."""
     experts = list(model.experts)
 
     def top_2(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What is left of a model without the weights below tau times the largest of their matrix?
+"""How accurate is a model after removing weights below tau times the largest weight of their matrix?
 
-A matrix is stored sparsely (a bit for each weight, the kept ones as float32) only where that is smaller. Zeros do not
-make a dense product quicker; the time of sparse ones (CSR) is beside it.
+A matrix is stored sparsely (one bit per weight plus the kept weights as float32) only if that is smaller. Zeros do not
+speed up dense products, so the time of sparse products (CSR) is reported as well.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Setup = TauSetup
 
 
 def measure(setup: TauSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Share of weights kept, test accuracy, bytes; seconds of a batch (medians of 5 runs)."""
+    """Share of weights kept, test accuracy, bytes, and seconds per batch (median of 5 runs)."""
     model = reference_models.load(setup.model)
     inputs, labels = data.load(reference_models.recipe_of(setup.model)[1].source)["test"]
     made, kept = _cut(model, setup.tau)
@@ -57,7 +57,7 @@ def measure(setup: TauSetup, seed: int, split: str, folder: Path) -> tuple[dict[
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """A row for each model and tau."""
+    """One row per model and tau."""
     columns = {
         "model": "model", "tau": "tau", "kept": "share kept", "accuracy": "accuracy", "bytes": "bytes",
         "time_us": "a batch of 64, µs", "linear_dense_us": "linear layers, dense, µs",
@@ -67,7 +67,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _cut(model: Any, tau: float) -> tuple[Any, float]:
-    """A copy without the small weights, and the share that is kept."""
+    """Copy without the small weights, and the share of weights kept."""
     made, kept, total = copy.deepcopy(model), 0, 0
     for piece in pieces(made).values():
         weights = boundary(piece.read(), tau)
@@ -77,7 +77,7 @@ def _cut(model: Any, tau: float) -> tuple[Any, float]:
 
 
 def _bytes(model: Any) -> int:
-    """Of all matrices, each dense or sparse, and of what is in none."""
+    """Size in bytes of all matrices, each dense or sparse, and of the other parameters."""
     stored = 0
     for piece in pieces(model).values():
         weights = piece.read()
@@ -86,7 +86,7 @@ def _bytes(model: Any) -> int:
 
 
 def _seconds(models: list[Any], inputs: torch.Tensor) -> list[tuple[float, tuple[float, float]]]:
-    """Of the whole model, and of its linear matrices densely and sparsely: medians of 5 runs over all in turn."""
+    """Median seconds of 5 alternating runs: whole model, dense linear products, sparse linear products."""
     calls: list[list[Callable[[], object]]] = []
     for model in models:
         linear = [torch.from_numpy(piece.read()) for piece in pieces(model).values() if piece.kind != "conv"]

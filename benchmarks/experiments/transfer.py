@@ -1,7 +1,7 @@
-"""What is a policy of MoEMetaOpt-v0 worth where it was not trained: on unseen data, wider models, other optimisers?
+"""How well does a policy of MoEMetaOpt-v0 transfer to unseen data, wider models and other optimisers?
 
-Each policy is trained on trainings of several data sets, widths and scales of the inputs side by side, one only on the
-digits as they are; the schedules' settings are searched where they are judged.
+Each policy is trained on several data sets, model widths and input scales, except one that is trained on the original
+digits only. The settings of the schedules are searched on the evaluated case.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAINED_ON: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "digits, breast-cancer": (("digits", "breast-cancer"), MIXED),
     "fashion-mnist, breast-cancer": (("fashion-mnist", "breast-cancer"), MIXED),
 }
-SEARCH = ((24, 1), (6, 4), (3, 8))  # 72 trainings for each scheduler under another optimiser
+SEARCH = ((24, 1), (6, 4), (3, 8))  # 72 trainings per scheduler with another optimiser
 SEEDS = (0, 1, 2)
 BOTH = "digits, fashion-mnist"
 SETTINGS: dict[str, Any] = {
@@ -55,8 +55,8 @@ Maker = Callable[[float, float], Callable[[Any], torch.optim.Optimizer]]
 
 
 class TransferSetup(Arguments):
-    """`contexts` trainings judge each policy; `rounds` are those of each schedule's search in the environment, `search`
-    those in plain torch under another optimiser."""
+    """`contexts` trainings evaluate each policy; `rounds` define the search of schedule settings in the environment,
+    `search` the one in plain torch with another optimiser."""
 
     trained_on: str
     task: str
@@ -64,7 +64,7 @@ class TransferSetup(Arguments):
     optimizer: str | None = None
     contexts: int = 256
     timesteps: int | None = None
-    rounds: list[tuple[int, int]] = [(16, 8), (4, 32), (2, 64)]  # 384 trainings for each schedule
+    rounds: list[tuple[int, int]] = [(16, 8), (4, 32), (2, 64)]  # 384 trainings per schedule
     search: list[tuple[int, int]] = list(SEARCH)
 
 
@@ -72,13 +72,13 @@ Setup = TransferSetup
 
 
 def check(setups: dict[str, TransferSetup], splits: list[str]) -> None:
-    """Raise `ValueError` where LAMB is asked for and not installed."""
+    """Raise `ValueError` if LAMB is requested but not installed."""
     if any(setup.optimizer == "LAMB" for setup in setups.values()) and find_spec("pytorch_optimizer") is None:
         raise ValueError("pytorch_optimizer is not installed: pip install 'moe-envs[bench]'")
 
 
 def optimizers() -> dict[str, Maker]:
-    """Makers of the other optimisers, of a learning rate and a weight decay; LAMB is pytorch_optimizer's."""
+    """Constructors of other optimisers from learning rate and weight decay; LAMB is from pytorch_optimizer."""
 
     def lamb(rate: float, decay: float) -> Callable[[Any], torch.optim.Optimizer]:
         from pytorch_optimizer import Lamb
@@ -92,7 +92,7 @@ def optimizers() -> dict[str, Maker]:
 
 
 def measure(setup: TransferSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A policy and the schedules where it was not trained, from random rates and from searched settings."""
+    """Evaluate a policy and the schedules on an unseen case, from random rates and from searched settings."""
     of, kwargs = TRAINED_ON[setup.trained_on]
     path = folder / f"{setup.trained_on.replace(', ', '+').replace(' ', '-')}-{seed}-{setup.timesteps or 'all'}"
     agent = policy_of(path, ENV, {"task": list(of), **kwargs, **_costs(of)}, seed, setup.timesteps)
@@ -102,7 +102,7 @@ def measure(setup: TransferSetup, seed: int, split: str, folder: Path) -> tuple[
 
 
 def _costs(of: Iterable[str]) -> dict[str, str]:
-    """Tasks that come without measured costs have this machine's."""
+    """Measure costs on this machine for tasks without measured costs."""
     return {} if set(of) <= set(tasks.SHIPPED) else {"costs": "machine"}
 
 
@@ -125,7 +125,7 @@ def _in_environment(setup: TransferSetup, agent: Any) -> pd.DataFrame:
 
 
 def _in_torch(setup: TransferSetup, agent: Any) -> pd.DataFrame:
-    """Trainings in plain torch under another optimiser; the policy begins with the constant schedule's settings."""
+    """Train in plain torch with another optimiser; the policy starts from the settings of the constant schedule."""
     problem, make = torch_training.small(setup.task), optimizers()[str(setup.optimizer)]
     drives = dict(torch_training.SCHEDULERS)
     found = {name: torch_training.search(problem, make, drive, setup.search) for name, drive in drives.items()}
@@ -143,7 +143,7 @@ def _in_torch(setup: TransferSetup, agent: Any) -> pd.DataFrame:
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """For each case and start the policy beside the best schedule."""
+    """Compare the policy with the best schedule for each case and start."""
     rows, every = [], {}
     for name, group in frame.groupby("setup", sort=False):
         trained = pd.DataFrame([row for several in group["trainings"] for row in several])

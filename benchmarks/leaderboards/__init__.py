@@ -1,4 +1,4 @@
-"""Leaderboards: learners beside every baseline and the bound of an environment, on test data."""
+"""Leaderboards: compare learners with all baselines and the bound of an environment on test data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import moe_envs
 
 
 def board_of(env_id: str) -> Any:
-    """The leaderboard of a registered environment: a special one where there is one for its problem."""
+    """Leaderboard of a registered environment, specialised if its problem has its own class."""
     from benchmarks.leaderboards.board import Leaderboard, Problem
 
     spec = moe_envs.find(env_id)

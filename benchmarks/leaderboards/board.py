@@ -1,9 +1,9 @@
-"""The leaderboard of any registered environment: how learners are trained and watched, and how all are scored.
+"""Leaderboard of any registered environment: training, evaluation and scoring.
 
-A split is what one training learns: data, a model, a cost weight. It has one task or several, each with a score on
-validation and on test, more being better. Tasks of one unit are scored by their mean, and have one best baseline: that
-of the best mean on validation. Learners train on the training split, keep the weights that are best on validation, and
-are judged on test.
+A split defines one training: data set, model and cost weight. It has one or more tasks, each with a score on validation
+and on test (higher is better). Tasks of one unit are scored by their mean and share one best baseline, the one with the
+best mean on validation. Learners train on the training split, keep the weights that score best on validation, and are
+evaluated on test.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ LEARNERS = {"PPO": ("ppo", "own"), "REINFORCE": ("reinforce", "own"), "SB3 PPO":
 
 
 class Problem:
-    """What a leaderboard asks of an environment; what differs from problem to problem is overridden.
+    """Leaderboard hooks of an environment; subclasses override what is specific to a problem.
 
-    Each split of the spec's `boards` is one task, scored by mean returns.
+    Each split in the spec's `boards` is one task, scored by mean return.
     """
 
     learners: Mapping[str, tuple[str, str]] = LEARNERS  # algorithm and backend
-    extras: Mapping[str, tuple[str, str]] = {}  # that only a matrix that names them has
-    looks = 20  # at a training
+    extras: Mapping[str, tuple[str, str]] = {}  # run only if a matrix names them
+    looks = 20  # evaluations per training
     episodes: Mapping[str, int] = {"validation": 1000, "test": 2000}
     first_seed = 10_000
-    episodic = True  # whether policies are judged by episodes, whose number may be given
+    episodic = True  # whether policies are evaluated by episodes
     bound_is = "exact bound"
     about = (
         "Scores are mean returns of {test:,} test episodes, the same for all policies; everything is chosen on "
@@ -50,36 +50,36 @@ class Problem:
         self.splits = {name: dict(kwargs) for name, kwargs in moe_envs.find(env_id).boards.items()}
 
     def prepared(self, policy: str, agent: Any, total: int) -> Callable[[Any], object]:
-        """What is called after each update of a learner; the agent may be changed before its first."""
+        """Return the callback after each update of a learner; may modify the agent before training."""
         return lambda agent: None
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
-        """The mean score over the split's tasks on validation."""
+        """Mean validation score over the tasks of the split."""
         return float(self._played(policy, split, "validation", episodes)["return"].mean())
 
     def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
-        """What a policy is worth in each task of the split."""
+        """Evaluate a policy on each task of the split."""
         test = self._played(policy, split, "test", episodes)
         quality, cost = (float(test[name].mean()) if name in test else 0.0 for name in ("quality", "cost"))
         score = float(test["return"].mean())
         return {split: Verdict(self.watched(policy, split, episodes, folder), score, quality, cost)}
 
     def baselines(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
-        """What each baseline is worth in each task."""
+        """Evaluate each baseline on each task."""
         found = rules.find(self.env_id).baselines(self.env_id, report=lambda share: None, **self.splits[split])
         return {name: self.judged(policy, split, episodes, folder) for name, policy in found.items()}
 
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
-        """What nothing can beat, for the tasks that have a bound."""
+        """Upper bound for the tasks that have one."""
         policy = rules.find(self.env_id).bound(self.env_id, **self.splits[split])
         return {} if policy is None else self.judged(policy, split, episodes, folder)
 
     def unit(self, task: str) -> str:
-        """The tasks that are scored by their mean."""
+        """Unit of a task: its tasks are scored by their mean."""
         return task
 
     def group(self, task: str) -> str:
-        """The tasks whose points of cost and quality belong to one plane: "DATA, ..."."""
+        """Group of tasks that share a cost-quality plane: "DATA, ..."."""
         return task.partition(",")[0]
 
     def _played(self, policy: Any, split: str, on: str, episodes: int | None) -> pd.DataFrame:
@@ -90,8 +90,8 @@ class Problem:
 
 
 class BoardSetup(BaseModel):
-    """`policy` is a learner of the board, `baselines`, `bound`, or your own, "module:attribute"; `timesteps` and
-    `episodes` replace the usual."""
+    """`policy` is a learner of the board, `baselines`, `bound`, or your own as "module:attribute"; `timesteps` and
+    `episodes` override the defaults."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -101,14 +101,14 @@ class BoardSetup(BaseModel):
 
     @model_validator(mode="after")
     def _without_effect(self) -> BoardSetup:
-        """What has no effect on a row must not make it another one."""
+        """Reset fields that have no effect, so that equal rows compare equal."""
         if self.policy in (BASELINES, BOUND) or ":" in self.policy:
             self.timesteps = None
         return self
 
 
 class Leaderboard:
-    """An experiment of `benchmarks.runner`."""
+    """Leaderboard as an experiment of `benchmarks.runner`."""
 
     Setup = BoardSetup
     SEEDS: tuple[int, ...] = SEEDS
@@ -116,16 +116,18 @@ class Leaderboard:
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.SPLITS = problem, tuple(problem.splits)
-        self.SETTINGS = {name: {"policy": name} for name in (BASELINES, BOUND, *problem.learners)}  # the longest first
+        self.SETTINGS = {
+            name: {"policy": name} for name in (BASELINES, BOUND, *problem.learners)
+        }  # the longest runs first
         self.QUICK: dict[str, Any] = {"seeds": list(SEEDS[:3]), "splits": [self.SPLITS[0]]}
         self.__doc__ = f"The leaderboard of {problem.env_id}."
 
     def once(self, setup: BoardSetup) -> bool:
-        """Whether it is the same for all seeds."""
+        """Whether the result is the same for all seeds."""
         return setup.policy in self.ONCE
 
     def measure(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> tuple[Row, Row]:
-        """A learner trained, watched and judged; or somebody's policy judged; or all baselines; or the bound."""
+        """Train and evaluate a learner, or evaluate a user policy, all baselines or the bound."""
         problem, episodes = self.problem, setup.episodes
         if setup.policy == BASELINES:
             return {"policies": _plain(problem.baselines(split, episodes, folder))}, {}
@@ -144,7 +146,7 @@ class Leaderboard:
         return {"policies": _plain(found), "curve": curve}, seconds
 
     def check(self, setups: dict[str, BoardSetup], splits: list[str]) -> None:
-        """Raise `ValueError` for a policy that the board does not have."""
+        """Raise `ValueError` for an unknown policy."""
         known = *self.problem.learners, *self.problem.extras, *self.ONCE
         for name, setup in setups.items():
             if setup.policy not in known and ":" not in setup.policy:
@@ -170,20 +172,20 @@ class Leaderboard:
         )  # fmt: skip
 
     def headline(self, setup: BoardSetup, metrics: Row) -> str:
-        """What one finished run found, in a line."""
+        """Result of a finished run in one line."""
         found = [
             f"{task} {verdict['test']:.4f}" for tasks in metrics["policies"].values() for task, verdict in tasks.items()
         ]
         return "" if setup.policy == BASELINES else f"{setup.policy} on test: {', '.join(found)}"
 
     def score(self, frame: pd.DataFrame) -> Row:
-        """For each task all verdicts, for each learner what it is worth over all of them."""
+        """Verdicts per task, and scores per learner over all tasks."""
         problem = self.problem
         found = score(frame, problem.env_id, moe_envs.find(problem.env_id).reference_point, problem.unit, problem.group)
         return found | {"bound_is": problem.bound_is, "tables": report.tables(found, problem.bound_is)}
 
     def plot(self, frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
-        """The leaderboard's pictures."""
+        """Plot the leaderboard."""
         return report.plot(frame, result, out)
 
     def text(self, result: Row) -> str:
@@ -192,8 +194,8 @@ class Leaderboard:
 
 
 def own_policy(reference: str, env_id: str, seed: int, env_kwargs: dict[str, Any]) -> Any:
-    """A policy named "module:attribute": an object with `predict`, or a function of `(env_id, seed, **env_kwargs)` that
-    makes (and may train) one."""
+    """Load a policy by "module:attribute": an object with `predict`, or a function of `(env_id, seed, **env_kwargs)`
+    that creates (and may train) one."""
     module, _, name = reference.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)

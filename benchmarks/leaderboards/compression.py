@@ -1,4 +1,4 @@
-"""The leaderboard of MoECompression-v0: what plans within budgets of bytes cost in accuracy."""
+"""The leaderboard of MoECompression-v0: accuracy change of plans within byte budgets."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from experts import reference_models
 from moe_envs.compression.tables import CompressionTables
 
 SMALL, HELD_OUT = "digits-mlp, by layer", "fashion-mnist-conv, held-out models"
-SHARES = {  # of the float32 file, that plans are compared at: 98 to 500 kB of the convolutional model
+SHARES = {  # budgets as share of the float32 file: 98 to 500 kB for the convolutional model
     "fashion-mnist-conv": (0.034, 0.04, 0.048, 0.062, 0.069, 0.086, 0.104, 0.173),
     "digits-mlp": (0.07, 0.09, 0.12, 0.16),
 }
-TIMES_LEAST = 1.3, 1.6, 2.0, 2.5, 3.5, 5.0  # budgets of the small model, of its smallest plan
+TIMES_LEAST = 1.3, 1.6, 2.0, 2.5, 3.5, 5.0  # budgets of the small model over its smallest plan
 WARM = {"PPO": 0.6, "PPO, no warm start": 0.0, "PPO, no masks": 0.6}  # share of the steps on sensitivities
 
 
 class Compression(Problem):
-    """Each training is as many tasks as there are budgets; a score is the change of accuracy in points, mean over the
-    split's models."""
+    """One task per budget; the score is the accuracy change in points, averaged over the models of the split."""
 
     learners = {"PPO": ("ppo", "own")}
     extras = {name: ("ppo", "own") for name in WARM if name != "PPO"}
     bound_is = "best of all plans"
-    episodic = False  # a plan for each budget is all there is to judge
+    episodic = False  # one plan per budget is evaluated
     about = (
         "Scores are changes of test accuracy in points, nothing trained, means over the models of a split, within a "
         "budget of bytes; the budgets of a split count as one, by their mean. Plans are searched by one half of the "
@@ -49,7 +48,7 @@ class Compression(Problem):
         }
 
     def prepared(self, policy: str, agent: Any, total: int) -> Callable[[Any], object]:
-        """PPO trains three fifths of its steps on the sum of sensitivities, with action masks."""
+        """Train PPO with action masks, the first three fifths of the steps on the sum of sensitivities."""
         env: Any = agent.get_env().unwrapped
         agent.rows.has_masks &= policy != "PPO, no masks"
         env.additive = WARM[policy] > 0
@@ -60,16 +59,16 @@ class Compression(Problem):
         return after
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
-        """The mean over models and budgets, on images that no plan is searched by."""
+        """Mean over models and budgets, on images not used for the search of plans."""
         models = self.splits[split]["model"]
         return 100 * float(np.mean(self._changes(split, models, self._plans(policy, split, models), "validation")))
 
     def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
-        """The policy's plan for each budget, from sensitivities alone."""
+        """Evaluate the policy's plan for each budget."""
         return self._verdicts(split, self._plans(policy, split, self.judged_on[split]))
 
     def baselines(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
-        """Uniform levels, greedy, exact allocation, and searches of 400 evaluations for each model and budget."""
+        """Uniform levels, greedy and exact allocation, and searches with 400 evaluations per model and budget."""
         plans: dict[str, list[list[np.ndarray]]] = {name: [] for name in rules.RULES}
         for model in self.judged_on[split]:
             tables = self._tables(model, split, "train")
@@ -79,7 +78,7 @@ class Compression(Problem):
         return {name: self._verdicts(split, found) for name, found in plans.items()}
 
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
-        """Of the small model the plan that is best on the test images, of all that fit."""
+        """Best feasible plan on the test images, for the small model only."""
         if split != SMALL:
             return {}
         (model,) = self.judged_on[split]
@@ -94,26 +93,26 @@ class Compression(Problem):
         return self._verdicts(split, [best])
 
     def unit(self, task: str) -> str:
-        """The budgets of a split: what a single one says is a matter of a few images."""
+        """Group the budgets of a split, since the score of a single budget depends on a few images."""
         return self.group(task)
 
     def group(self, task: str) -> str:
-        """The budgets of a split."""
+        """Group the budgets of a split."""
         return task.rpartition(",")[0]
 
     def _plans(self, policy: Any, split: str, models: list[str]) -> list[list[np.ndarray]]:
-        """A policy's, by model and budget."""
+        """Plans of a policy by model and budget."""
         return [[walk[0] for walk in levels_of(policy, model, self._budgets(model, split))] for model in models]
 
     def _changes(self, split: str, models: list[str], plans: list[list[np.ndarray]], on: str) -> np.ndarray:
-        """Changes of accuracy by budget, means over the models."""
+        """Accuracy changes by budget, averaged over the models."""
         return np.mean([
             self._tables(model, split, on).quality(np.zeros(len(found), dtype=np.int64), np.stack(found))[1]
             for model, found in zip(models, plans, strict=True)
         ], axis=0)  # fmt: skip
 
     def _verdicts(self, split: str, plans: list[list[np.ndarray]]) -> dict[str, Verdict]:
-        """Of plans by model and budget; cost is the share of the float32 bytes, quality the change of accuracy."""
+        """Verdicts of plans by model and budget; cost is the share of float32 bytes, quality the accuracy change."""
         models, shares = self.judged_on[split], []
         for model, found in zip(models, plans, strict=True):
             tables = self._tables(model, split, "train")
@@ -127,7 +126,7 @@ class Compression(Problem):
         }
 
     def _budgets(self, model: str, split: str) -> list[int]:
-        """The budgets in bytes that plans are compared at."""
+        """Budgets in bytes at which plans are compared."""
         tables = self._tables(model, split, "train")
         if split == SMALL:
             return [round(times * (tables.overhead + int(tables.least[0]))) for times in TIMES_LEAST]

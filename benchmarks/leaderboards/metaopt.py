@@ -1,4 +1,4 @@
-"""The leaderboard of MoEMetaOpt-v0: decisions until the target accuracy, from random rates and from a tuned one."""
+"""Leaderboard of MoEMetaOpt-v0: decisions to the target accuracy, from random rates and from a tuned rate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from benchmarks.runner.kept import policy_of
 from cost.files import locked, write_text
 
 STARTS = "random rate", "tuned rate"
-# 6,784 trainings of 30 decisions for gate and experts apart: as many decisions as a training of PPO has.
+# Separate gate and expert settings: 6,784 trainings of 30 decisions, as many decisions as a PPO training.
 GROUP_ROUNDS = (Round(480, 8), Round(60, 32), Round(8, 128))
 SEARCHED = {name: (name, False, ROUNDS) for name in SCHEDULES} | {BY_GROUP: ("constant", True, GROUP_ROUNDS)}
 FIRST_TEST_SEED = 10**6
@@ -34,10 +34,10 @@ BEAM, SEARCHED_CONTEXTS = 2, 16
 
 
 class MetaOpt(Problem):
-    """Each training is two tasks, one for each start; a score is minus the mean number of decisions."""
+    """Two tasks per training, one per start; the score is the negative mean number of decisions."""
 
     learners = {name: each for name, each in LEARNERS.items() if name != "REINFORCE"}
-    looks = 5  # a look is 256 trainings
+    looks = 5  # each evaluation takes 256 trainings
     episodes = {"validation": 128, "test": 256}
     bound_is = f"found by a search, {SEARCHED_CONTEXTS} trainings"
     about = (
@@ -49,7 +49,7 @@ class MetaOpt(Problem):
     )
 
     def watched(self, policy: Any, split: str, episodes: int | None, folder: Path) -> float:
-        """Over both starts."""
+        """Mean validation score over both starts."""
         seeds = range(episodes or self.episodes["validation"])
         return -float(np.mean([
             trainings(policy, seeds, "validation", **self.splits[split], **start)["steps"].mean()
@@ -57,13 +57,15 @@ class MetaOpt(Problem):
         ]))  # fmt: skip
 
     def judged(self, policy: Any, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
-        """From both starts; quality is the share that arrives, cost the mean number of decisions."""
+        """Evaluate from both starts; quality is the share that arrives, cost the mean number of decisions."""
         starts = self._starts(split, episodes, folder)
         return {f"{split}, {name}": self._verdict(policy, split, start, episodes) for name, start in starts.items()}
 
     def baselines(self, split: str, episodes: int | None, folder: Path) -> dict[str, dict[str, Verdict]]:
-        """Schedules from the random rate; from the tuned one with settings that were searched on validation, the
-        constant one's also for gate and experts apart; our rules; chance."""
+        """Schedules from the random rate and with settings tuned on validation, our rules, and random actions.
+
+        The constant schedule is also tuned with separate settings for gate and experts.
+        """
         found: dict[str, dict[str, Verdict]] = {}
         for start, arguments in self._starts(split, episodes, folder).items():
             rules: dict[str, Any] = {"random actions": RandomActions(), "rules": Heuristic()}
@@ -80,7 +82,7 @@ class MetaOpt(Problem):
         return found
 
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
-        """What a beam search that sees the future finds on the first test contexts, setting out from a policy."""
+        """Result of a beam search with look-ahead on the first test contexts, started from a policy."""
         from agents.baselines.metaopt_bound import beam_search
 
         few = None if episodes is None else 1024
@@ -95,7 +97,7 @@ class MetaOpt(Problem):
         return found
 
     def group(self, task: str) -> str:
-        """Each task is a plane of its own."""
+        """Each task has its own cost-quality plane."""
         return task
 
     def _verdict(self, policy: Any, split: str, start: dict[str, Any], episodes: int | None) -> Verdict:
@@ -113,7 +115,7 @@ class MetaOpt(Problem):
         return {STARTS[0]: {"initial_decay": DECAY}, STARTS[1]: {"initial_decay": DECAY, "initial_rate": rate}}
 
     def _settings(self, name: str, split: str, episodes: int | None, folder: Path) -> Rates:
-        """Of a schedule, searched once for all runs; with `episodes` among a few on so many contexts."""
+        """Settings of a schedule, searched once for all runs; with `episodes`, a short search on as many contexts."""
         schedule, by_group, rounds = SEARCHED[name]
         path = folder / f"schedule-{split}-{name.replace(', ', '-')}-{episodes or 'all'}.json"
         with locked(path):

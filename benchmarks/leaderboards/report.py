@@ -1,4 +1,4 @@
-"""A leaderboard as Markdown and pictures."""
+"""Leaderboard report: Markdown and plots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS = {"learned": "tab:red", "baseline": "tab:gray", "bound": "tab:green"}
 
 
 def text(result: Row, about: str) -> str:
-    """All of it, as Markdown."""
+    """The report as Markdown."""
     env = result["env"].split(":")[-1]
     lines = [f"# Leaderboard of {env}", "", about, "", *_unusual(result["settings"]), *_learners(result["rows"])]
     for task in result["tasks"]:
@@ -45,7 +45,7 @@ def text(result: Row, about: str) -> str:
 
 
 def tables(result: Row, bound_is: str) -> dict[str, list[Row]]:
-    """What is shown on the terminal: each learner beside the best baseline and the bound."""
+    """Tables for the terminal: each learner with the best baseline and the bound."""
     found: dict[str, list[Row]] = {}
     for task in result["tasks"]:
         ordered = sorted(task["policies"], key=lambda row: -row["test"])
@@ -63,7 +63,7 @@ def tables(result: Row, bound_is: str) -> dict[str, list[Row]]:
 
 
 def summary(result: Row) -> list[str]:
-    """A line for each task: the baseline that is best on validation, the learners, the bound, on test."""
+    """One row per task with the test scores of the best baseline on validation, the learners and the bound."""
     learners = [row["policy"] for row in result["rows"]]
     lines = markdown_header("task", "best baseline", *learners, result["bound_is"])
     for task in result["tasks"]:
@@ -129,7 +129,7 @@ def _learners(rows: list[Row]) -> list[str]:
 
 
 def plot(frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
-    """curves.png, where learners were trained, and scores.png."""
+    """Plot scores.png, and curves.png if learners were trained."""
     names = []
     learned = frame[frame["curve"].notna()] if "curve" in frame else frame[:0]
     if len(learned):
@@ -140,7 +140,7 @@ def plot(frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
 
 
 def _curves(learned: pd.DataFrame, result: Row) -> Figure:
-    """Validation over steps: means over seeds, what they span, and the best baseline."""
+    """Plot validation scores over steps (mean and range over seeds) and the best baseline."""
     splits = list(dict.fromkeys(learned["split"]))
     figure = Figure((5 * len(splits), 4), layout="constrained")
     for panel, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
@@ -154,7 +154,7 @@ def _curves(learned: pd.DataFrame, result: Row) -> Figure:
         targets = {each["target"] for row in result["rows"] for each in row["beats"] if each["split"] == split}
         for target in targets:
             panel.axhline(target, color="grey", ls="--", label="best baseline")
-        panel.set(title=split, xlabel="steps", ylabel="score on validation")
+        panel.set(title=split, xlabel="steps", ylabel="validation score")
         panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
@@ -162,7 +162,7 @@ def _curves(learned: pd.DataFrame, result: Row) -> Figure:
 
 
 def _scores(result: Row) -> Figure:
-    """Scores on test of all policies, task by task, the best at the top; an arrow for what lies to the left."""
+    """Plot test scores of all policies per task, best first; an arrow marks scores outside the axis."""
     tasks = result["tasks"]
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -177,10 +177,10 @@ def _scores(result: Row) -> Figure:
         left = np.nanmin(ends) - margin
         for place, row in enumerate(rows):
             panel.plot(row["test_ci95"], [place] * 2, color=COLOURS[row["kind"]])
-            marker = "o" if row["test"] >= left else "<"  # out of the picture
+            marker = "o" if row["test"] >= left else "<"  # outside the axis
             panel.plot(max(row["test"], left), place, marker, ms=4, color=COLOURS[row["kind"]], clip_on=False, zorder=5)
         panel.set(
-            xlim=(left, np.nanmax(ends) + margin), title=task["task"], yticks=range(len(rows)), xlabel="score on test"
+            xlim=(left, np.nanmax(ends) + margin), title=task["task"], yticks=range(len(rows)), xlabel="test score"
         )
         panel.set_yticklabels([row["policy"] for row in rows], fontsize=7)
         panel.locator_params(axis="x", nbins=4)
@@ -191,7 +191,7 @@ def _scores(result: Row) -> Figure:
 
 
 def _interval(ends: tuple[float | None, float | None] | None, digits: int) -> str:
-    """NaN, None in a file, is what a single seed has."""
+    """Format an interval; a single seed has none (NaN, or None in a file)."""
     return (
         "" if ends is None or ends[0] is None or np.isnan(ends[0]) else f"{ends[0]:.{digits}f} .. {ends[1]:.{digits}f}"
     )

@@ -1,1 +1,1 @@
-"""Programs that run in a process, or a Python, of their own."""
+"""Programs that run in a separate process or Python environment."""

@@ -1,4 +1,4 @@
-"""SGDEnv of DACBench (Eimer et al. 2021), timed: this file is copied to a Python that has torch, torchvision and
+"""Time SGDEnv of DACBench (Eimer et al. 2021). This file is copied to a Python environment with torch, torchvision and
 dacbench, and run there as a script."""
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 WIDTH, EXPERTS, BATCH, RATE = 16, 4, 64, 0.01
 EPOCH = 15  # optimiser steps
-SECONDS = 0.5  # of a round, about
+SECONDS = 0.5  # approximate length of a round
 
 
 class Inputs(torch.utils.data.Dataset[Any]):
-    """Our data as a torchvision data set of DACBench: tensors, or images where it has transforms for them."""
+    """Our data as a torchvision data set of DACBench: images if DACBench has transforms for them, else tensors."""
 
     def __init__(self, path: str, train: bool, transform: Any = None, download: bool = False) -> None:
         found = np.load(Path(path) / "data.npz")
@@ -39,7 +39,7 @@ class Inputs(torch.utils.data.Dataset[Any]):
 
 
 def main() -> None:
-    """In DACBench's process: answer each line of stdin with one of JSON."""
+    """Answer each line of stdin with a JSON line, in the DACBench process."""
     from importlib.metadata import version
 
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def theirs(steps: int, images: bool) -> dict[str, Any]:
-    """Optimiser steps per second of CPU time of DACBench's SGDEnv, resets included, and each last weights' norm."""
+    """Optimiser steps per second of CPU time of SGDEnv, resets included, and the norm of the final weights."""
     from dacbench.abstract_benchmark import objdict
     from dacbench.benchmarks.sgd_benchmark import SGD_DEFAULTS
     from dacbench.envs.env_utils.sgd_utils import DATASETS
@@ -77,7 +77,7 @@ def theirs(steps: int, images: bool) -> dict[str, Any]:
         loss_function=torch.nn.CrossEntropyLoss, loss_function_kwargs={"reduction": "none"}, epoch_mode=steps > 1,
         dataset_config={"Ours": transforms}, instance_set={0: instance}, cutoff=actions * EPOCH,
     )  # fmt: skip
-    # SGDEnv validates on everything where its cutoff is a multiple of an epoch's batches, else on a tenth.
+    # SGDEnv validates on all data if its cutoff is a multiple of an epoch's batches, otherwise on a tenth.
     env, begun = SGDEnv(config), time.process_time()
     weights: list[float] = []
     while time.process_time() - begun < SECONDS or len(weights) < 2:

@@ -1,7 +1,7 @@
-"""PPO and MoERouting-v0 in JAX as one jitted training (after PureJaxRL, Lu et al. 2022), to see how fast ours is.
+"""PPO and MoERouting-v0 in JAX as one jitted training (after PureJaxRL, Lu et al. 2022), for speed comparison.
 
-The same network, batches, epochs, loss and Adam as `agents.PPO` with its defaults, and the same look-ups as the
-environment, of its own tables. Needs the extra `bench`.
+Network, batches, epochs, loss and Adam are those of `agents.PPO` with default settings. The environment uses the tables
+of MoERouting-v0. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GAMMA, DECAY, CLIP, VF_COEF, MAX_NORM, RATE, EPOCHS, WIDTH = 0.99, 0.95, 0.2, 0.
 
 
 class Steps(NamedTuple):
-    """The state of all rows: first places in the deck, steps taken, ledgers, costs so far, batches."""
+    """State of all rows: first places in the deck, steps taken, ledgers, costs so far, batches."""
 
     place: Any
     step: Any
@@ -33,7 +33,7 @@ class Steps(NamedTuple):
 
 
 class Environment:
-    """MoERouting-v0 with its default arguments, rows that begin anew when their batch is done."""
+    """MoERouting-v0 with default arguments and autoreset."""
 
     def __init__(self, num_rows: int) -> None:
         tables = MoERoutingVectorEnv(1).tables
@@ -64,7 +64,7 @@ class Environment:
 
 
 def first_weights(inputs: int, outputs: int, key: Any) -> Any:
-    """Two tanh networks side by side, initialised as `agents.networks.Network`."""
+    """Two separate tanh networks, initialised like `agents.networks.Network`."""
     keys = iter(jax.random.split(key, 8))
     layers = [
         (jnp.stack([orthogonal(2**0.5)(next(keys), (before, after)) for _ in range(2)]), jnp.zeros((2, 1, after)))
@@ -100,7 +100,7 @@ def loss(weights: Any, x: Any, actions: Any, old: Any, advantages: Any, returns:
 
 
 def descend(carry: Any, batch: Any) -> tuple[Any, None]:
-    """A step of torch's Adam with the gradient's norm clipped."""
+    """One step of torch's Adam with gradient norm clipping."""
     weights, first, second, count = carry
     gradient = jax.grad(loss)(weights, *batch)
     norm = jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient)))
@@ -115,8 +115,8 @@ def descend(carry: Any, batch: Any) -> tuple[Any, None]:
 
 
 def make(num_rows: int, num_steps: int, size: int, updates: int, seed: int = 0) -> Any:
-    """A jitted function from a training's state and a key to (the state after so many updates, mean return of the
-    episodes that ended in each), and the first state."""
+    """Create the jitted training function and the initial state. The function maps a state and a key to (state after
+    the updates, mean return of the episodes that ended in each update)."""
     env, of_weights, of_rows = Environment(num_rows), *jax.random.split(jax.random.key(seed))
 
     def act(carry: Any, key: Any) -> tuple[Any, Any]:
@@ -163,7 +163,7 @@ def make(num_rows: int, num_steps: int, size: int, updates: int, seed: int = 0) 
 
 
 def main(rows: int, steps: int, size: int, timesteps: int) -> None:
-    """Time a training for each line of stdin; a line of JSON each."""
+    """Time one training per line of stdin; print one JSON line each."""
     updates = max(1, timesteps // (rows * steps))
     train, state = make(rows, steps, size, updates)
     compiled = train.lower(state, jax.random.key(0)).compile()

@@ -1,4 +1,4 @@
-"""Policies compared on the same trainings: mean decisions to a target, and paired differences."""
+"""Comparison of policies on the same trainings: mean decisions to the target and paired differences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from benchmarks.results.statistics import mean_interval, paired_difference
 
 
 def less_decisions(frame: pd.DataFrame, learned: str = "PPO") -> list[dict[str, Any]]:
-    """Of rows with `start`, `policy`, `seed` (of the policy), `episode`, `steps` and `arrived`: for each start and
-    policy mean decisions with a 95 % interval, the share that arrived, and the learned policy's difference."""
+    """Mean decisions with 95 % interval, share that arrived, and paired difference to the learned policy, per start and
+    policy.
+
+    Rows have `start`, `policy`, `seed` (of the policy), `episode`, `steps` and `arrived`."""
     rows = []
     for start, group in frame.groupby("start", sort=False):
         tables = {

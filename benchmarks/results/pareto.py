@@ -1,4 +1,4 @@
-"""Fronts of quality against cost, and their hypervolume, by moocore."""
+"""Pareto fronts of quality against cost and their hypervolume, computed by moocore."""
 
 from pathlib import Path
 
@@ -8,17 +8,17 @@ import pandas as pd
 
 
 def front(points: np.ndarray) -> np.ndarray:
-    """Which of the points `[n, 2]` of (cost, quality) no other one beats in both."""
+    """Mask of the Pareto-optimal points among (cost, quality) `[n, 2]`."""
     return np.asarray(moocore.is_nondominated(points, maximise=[False, True]))
 
 
 def hypervolume(points: np.ndarray, reference: tuple[float, float]) -> float:
-    """The area between the points of (cost, quality) and the worst point that counts."""
+    """Hypervolume of the points of (cost, quality) relative to the reference point."""
     return float(moocore.hypervolume(points, ref=reference, maximise=[False, True]))
 
 
 def tied(costs: np.ndarray, share: float) -> np.ndarray:
-    """Costs `[n]`, those within this share of a smaller one lowered to it: from the smallest on, group by group."""
+    """Costs `[n]`, each group within a relative tolerance set to its smallest cost."""
     found, least = costs.copy(), -np.inf
     for place in np.argsort(costs, kind="stable"):
         least = least if costs[place] <= (1 + share) * least else costs[place]
@@ -27,8 +27,8 @@ def tied(costs: np.ndarray, share: float) -> np.ndarray:
 
 
 def recommended(points: np.ndarray) -> dict[str, int]:
-    """Of the front of (cost, quality) `[n, 2]`: which is best, which is cheapest, and which is nearest to both, as
-    shares of what the front spans."""
+    """Indices of the best, the cheapest and the most balanced point of the front of (cost, quality) `[n, 2]`, the last
+    being nearest to the ideal point after scaling by the range of the front."""
     on = front(points).nonzero()[0]
     cost, quality = points[on].T
     spans = [max(float(np.ptp(each)), 1e-12) for each in (cost, quality)]
@@ -38,7 +38,7 @@ def recommended(points: np.ndarray) -> dict[str, int]:
 
 
 def plot(rows: pd.DataFrame, path: Path, title: str) -> None:
-    """Quality over cost of all rows: learned policies by cost weight, baselines with their front, the bound."""
+    """Plot quality against cost: learned policies by cost weight, baselines with Pareto front, and the bound."""
     import matplotlib
 
     matplotlib.use("Agg")

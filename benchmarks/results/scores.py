@@ -1,6 +1,6 @@
-"""How a leaderboard scores policies: normalised between the best baseline and the bound, with intervals over seeds.
+"""Leaderboard scores, normalised between the best baseline and the bound, with intervals over seeds.
 
-Tasks of one unit are scored by their mean, and have one best baseline: that of the best mean on validation.
+Tasks of one unit are scored by their mean and share one best baseline, the one with the best mean on validation.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ Row = dict[str, Any]
 
 
 class Verdict(NamedTuple):
-    """What a policy is worth in a task: its score on validation and on test, more being better, and on test where it
-    lies between cost and quality. `beside_bound` is the score on those test episodes that the bound is of, where these
-    are not all."""
+    """Result of a policy in a task: scores on validation and test (higher is better), and cost and quality on test.
+
+    `beside_bound` is the score on the test episodes of the bound, if the bound does not cover all test episodes.
+    """
 
     validation: float | None
     test: float
@@ -37,7 +38,7 @@ class Verdict(NamedTuple):
 
     @property
     def scored(self) -> float:
-        """What is compared with the bound."""
+        """Score that is compared with the bound."""
         return self.test if self.beside_bound is None else self.beside_bound
 
 
@@ -45,9 +46,11 @@ def score(
     frame: pd.DataFrame, env: str, reference: tuple[float, float], unit: Callable[[str], str],
     group: Callable[[str], str],
 ) -> Row:  # fmt: skip
-    """For each task all verdicts, for each learner the normalised score over all tasks, how likely it improves on
-    the best baseline and on the other learners, and what it took to beat that baseline on validation. `unit` names
-    the unit of a task, `group` the plane of cost and quality that it belongs to."""
+    """Verdicts per task; per learner the normalised score over all tasks, the probability of improvement over the best
+    baseline and the other learners, and the training needed to beat that baseline on validation.
+
+    `unit` names the unit of a task, `group` its cost-quality plane.
+    """
     frame = _told_apart(frame)
     tables = _tables(frame)
     units: dict[str, list[str]] = {}
@@ -87,7 +90,7 @@ def score(
 
 
 def _volumes(tables: _Tables, reference: tuple[float, float], group: Callable[[str], str]) -> Row:
-    """Hypervolumes of (cost, quality) by group of tasks, of the policies that have all of its tasks."""
+    """Hypervolumes of (cost, quality) per group, for policies with results in all of its tasks."""
     groups: dict[str, list[str]] = {}
     for task in tables.tasks:
         groups.setdefault(group(task), []).append(task)
@@ -102,8 +105,8 @@ def _volumes(tables: _Tables, reference: tuple[float, float], group: Callable[[s
 
 
 def _beats(frame: pd.DataFrame, name: str, tables: _Tables, best: dict[str, str | None]) -> list[Row]:
-    """For each split: steps and CPU seconds of training until the mean over its tasks on validation was above that
-    of the best baselines; medians of the seeds that got there, and how many did."""
+    """Training steps and CPU seconds per split until the mean validation score exceeds that of the best baselines:
+    medians over the seeds that succeed, and their number."""
     rows = []
     for split, part in frame[frame["setup"] == name].groupby("split", sort=False):
         (mine,) = part["policies"].iloc[0].values()
@@ -123,14 +126,14 @@ def _beats(frame: pd.DataFrame, name: str, tables: _Tables, best: dict[str, str 
 
 
 class _Tables(NamedTuple):
-    """By policy and task the seeds and their verdicts; kinds of the policies; all tasks in order, and their splits."""
+    """Verdicts by policy, task and seed; kinds of the policies; ordered tasks and their splits."""
 
     verdicts: dict[str, dict[str, tuple[list[int], list[Verdict]]]]
     kinds: dict[str, str]
     tasks: dict[str, str]
 
     def of(self, name: str) -> dict[str, tuple[list[int], list[Verdict]]]:
-        """A policy's, by task."""
+        """Verdicts of a policy by task."""
         return self.verdicts.get(name, {})
 
 
@@ -152,7 +155,7 @@ def _tables(frame: pd.DataFrame) -> _Tables:
 
 
 def _told_apart(frame: pd.DataFrame) -> pd.DataFrame:
-    """Learners that are named like a rule get another name."""
+    """Rename learners that have the name of a baseline."""
     of_rules = frame["policy"].isin([BASELINES, BOUND])
     rules = {name for policies in frame[of_rules]["policies"] for name in policies}
     return frame.assign(setup=frame["setup"].mask(~of_rules & frame["setup"].isin(rules), frame["setup"] + ", learned"))
@@ -161,7 +164,7 @@ def _told_apart(frame: pd.DataFrame) -> pd.DataFrame:
 def _means(
     tables: _Tables, name: str, tasks: list[str], value: Callable[[Verdict], float] = lambda verdict: verdict.scored
 ) -> dict[int, float]:
-    """By seed the mean over tasks of what `value` says of a policy's verdicts, for the seeds that have all of them."""
+    """Mean of `value` over the tasks of a policy by seed, for seeds with results in all tasks."""
     values = [
         dict(zip(seeds, map(value, verdicts), strict=True))
         for seeds, verdicts in (tables.of(name).get(task, ([], [])) for task in tasks)
@@ -171,8 +174,8 @@ def _means(
 
 
 def _best(tables: _Tables, tasks: list[str]) -> str | None:
-    """The baseline that is best on validation, in the mean over tasks; of equal ones the last, as the boards name the
-    stronger rules later."""
+    """Baseline with the best mean validation score over tasks; ties go to the last one, since boards list stronger
+    rules later."""
     known = {
         name: (*means.values(), place)
         for place, name in enumerate(tables.verdicts)
@@ -205,8 +208,8 @@ def _line(name: str, verdicts: list[Verdict], kind: str, base: float | None) -> 
 def _normalized(
     tables: _Tables, name: str, units: dict[str, list[str]], best: dict[str, str | None]
 ) -> tuple[np.ndarray, list[str]]:
-    """Scores `[seeds, units]` of the units that have a baseline and a bound above it, and of the seeds that all of
-    them have; with the units."""
+    """Normalised scores `[seeds, units]` and the units, restricted to units whose bound exceeds the baseline and to
+    seeds common to all of them."""
     found: dict[str, dict[int, float]] = {}
     for unit, tasks in units.items():
         baseline = best[tasks[0]]
@@ -223,7 +226,7 @@ def _normalized(
 def _improvement(
     tables: _Tables, name: str, units: dict[str, list[str]], others: dict[str, str | None]
 ) -> float | None:
-    """How likely a training scores more on test than another policy, one for each task; None where no unit has both."""
+    """Probability that a training scores higher on test than the other policy of each task; None without units."""
     shares = []
     for tasks in units.values():
         other = others[tasks[0]]
@@ -236,5 +239,5 @@ def _improvement(
 
 
 def _points(tasks: list[list[Verdict]]) -> np.ndarray:
-    """Cost and quality in each task, means over seeds."""
+    """Cost and quality per task, averaged over seeds."""
     return np.array([[np.mean([each.cost for each in of]), np.mean([each.quality for each in of])] for of in tasks])

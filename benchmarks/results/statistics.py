@@ -1,5 +1,5 @@
-"""Interquartile means with stratified bootstrap, as rliable has them (Agarwal et al. 2021), normalised scores, and 95 %
-intervals of means, by scipy and numpy."""
+"""Interquartile means with stratified bootstrap as in rliable (Agarwal et al. 2021), normalised scores, and 95 %
+intervals of means."""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -10,7 +10,7 @@ RESAMPLES = 2000
 
 
 def iqm(scores: np.ndarray) -> float:
-    """The mean of the middle half of all scores, of whatever runs and tasks."""
+    """Interquartile mean over all runs and tasks."""
     return float(stats.trim_mean(np.ravel(scores), 0.25))
 
 
@@ -21,10 +21,11 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     trainings: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
-    """95 % interval of a statistic of scores `[runs, tasks]`: percentiles of the bootstrap that draws runs for each
-    task apart. `trainings [tasks]` are labels: tasks of the same one are learned by the same runs, which are drawn
-    together. NaN of a single run, which says nothing of others; of a few it is too narrow. Raises `ValueError` for
-    another shape."""
+    """95 % percentile interval of a statistic of scores `[runs, tasks]` by stratified bootstrap over runs.
+
+    `trainings [tasks]` labels the training of each task; runs are resampled jointly for tasks of one training. The
+    interval is NaN for a single run and too narrow for a few runs. Raises `ValueError` for another shape.
+    """
     scores = np.asarray(scores)
     if scores.ndim != 2:
         raise ValueError(f"scores must be [runs, tasks], got the shape {scores.shape}")
@@ -39,23 +40,23 @@ def bootstrap_interval(
 
 
 def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """How likely a run of ours `[runs, tasks]` scores more than one of theirs `[runs, tasks]`, mean over tasks; equal
-    scores count half (Mann-Whitney)."""
+    """Probability that a run of ours `[runs, tasks]` scores higher than one of theirs `[runs, tasks]`, averaged over
+    tasks; ties count half (Mann-Whitney)."""
     apart = ours[:, None] - theirs[None]
     return float(((apart > 0) + 0.5 * (apart == 0)).mean())
 
 
 def normalized_score(value: np.ndarray | float, baseline: float, bound: float) -> np.ndarray:
-    """0 is the best baseline that does not learn, 1 the bound. NaN where nothing lies between the two."""
+    """Score scaled to 0 for the best baseline and 1 for the bound; NaN if the bound does not exceed the baseline."""
     gap = bound - baseline
     return np.asarray((np.asarray(value) - baseline) / gap if gap > 0 else np.full(np.shape(value), np.nan))
 
 
 def mean_interval(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean of values `[episodes]`, or of runs' values `[runs, episodes]` on the same episodes.
+    """95 % interval of the mean of values `[episodes]`, or of values `[runs, episodes]` on common episodes.
 
-    Of one run: percentile bootstrap over episodes, which says nothing of other training seeds. Of several: Student's t
-    with runs - 1 degrees of freedom, the variance of the runs' means and that of the episodes added; a bootstrap over
+    One run: percentile bootstrap over episodes, which does not cover other training seeds. Several runs: Student's t
+    with runs - 1 degrees of freedom and the sum of the variances over runs and over episodes, since a bootstrap over
     five runs would be too narrow. Raises `ValueError` for fewer than two episodes.
     """
     table = np.atleast_2d(values)
@@ -72,7 +73,7 @@ def mean_interval(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> t
 
 
 def seeds_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of one value for each training seed `[seeds]`, Student's t; NaN for a single one."""
+    """95 % Student's t interval of the mean over training seeds `[seeds]`; NaN for a single seed."""
     if len(values) < 2:
         return float("nan"), float("nan")
     error = values.std(ddof=1) / np.sqrt(len(values))
@@ -81,16 +82,15 @@ def seeds_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Mean and 95 % interval of ours `[runs, episodes]` less theirs `[episodes]` on the same episodes."""
+    """Mean and 95 % interval of ours `[runs, episodes]` minus theirs `[episodes]` on the same episodes."""
     difference = np.atleast_2d(ours) - theirs
     return float(difference.mean()), mean_interval(difference)
 
 
 def welch_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the difference of two means of unpaired values (Welch); of values that are all the same, their
-    difference."""
+    """95 % Welch interval of the difference of two means; for two constant samples, their difference."""
     difference = float(first.mean() - second.mean())
-    if len(set(first.tolist())) == len(set(second.tolist())) == 1:  # there is nothing to estimate
+    if len(set(first.tolist())) == len(set(second.tolist())) == 1:  # zero variance
         return difference, difference
     found = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
     return float(found.low), float(found.high)

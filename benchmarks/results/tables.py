@@ -1,4 +1,4 @@
-"""Tables of results: on the terminal and as Markdown."""
+"""Result tables for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rows = list[dict[str, Any]]
 
 
 def row(frame: pd.DataFrame, env: str, policy: str, kind: str, *, seed: int, **env_kwargs: Any) -> dict[str, Any]:
-    """One policy's result over the episodes of `frame`: means, and the 95 % interval of the mean return."""
+    """Result of a policy over the episodes of `frame`: means, and 95 % interval of the mean return."""
     found = {
         "env": env.split(":")[-1],
         "cost_weight": env_kwargs.get("cost_weight"),
@@ -30,7 +30,7 @@ def row(frame: pd.DataFrame, env: str, policy: str, kind: str, *, seed: int, **e
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """A table narrow enough for 80 columns."""
+    """Create a table that fits 80 columns."""
     drawn = Table(title=title, box=None, padding=(0, 2, 0, 0))
     for column in columns:
         drawn.add_column(column, no_wrap=True)
@@ -38,17 +38,17 @@ def plain_table(title: str, *columns: str) -> Table:
 
 
 def markdown_row(*cells: str) -> str:
-    """A line of a Markdown table."""
+    """Row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def markdown_header(*columns: str) -> list[str]:
-    """The first two lines of a Markdown table."""
+    """Header and separator of a Markdown table."""
     return [markdown_row(*columns), "|" + "---|" * len(columns)]
 
 
 def policies(rows: Rows, title: str) -> Table:
-    """Rows of `row` by falling return; the learned ones and the bounds stand out."""
+    """Table of rows of `row` by decreasing return, with learned policies and bounds highlighted."""
     drawn = plain_table(title, "policy", "kind", "return", "95 %", "quality", "cost")
     for entry in sorted(rows, key=lambda entry: -entry["return"]):
         low, high = entry["ci95"]
@@ -58,7 +58,7 @@ def policies(rows: Rows, title: str) -> Table:
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it: four digits, an interval as "low .. high", nothing for what is not there."""
+    """Format a table cell: four digits, intervals as "low .. high", missing values as empty text."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):
@@ -77,7 +77,7 @@ def _columns(rows: Rows) -> list[str]:
 
 
 def terminal(title: str, rows: Rows) -> Table:
-    """Rows of a result's table; a `kind` colours a row."""
+    """Result table for the terminal; `kind` selects the colour of a row."""
     drawn = Table(title=title, box=None, padding=(0, 2, 0, 0))
     for column in _columns(rows):
         drawn.add_column(column, overflow="fold")
@@ -87,7 +87,7 @@ def terminal(title: str, rows: Rows) -> Table:
 
 
 def markdown(title: str, rows: Rows) -> list[str]:
-    """The same as Markdown; learned rows are bold."""
+    """Result table as Markdown; learned rows are bold."""
     lines = [f"## {title}", "", *markdown_header(*_columns(rows))]
     for each in rows:
         cells = [cell(each.get(name)) for name in _columns(rows)]
@@ -97,19 +97,19 @@ def markdown(title: str, rows: Rows) -> list[str]:
 
 
 def renamed(frame: pd.DataFrame, columns: dict[str, str]) -> Rows:
-    """These columns of a frame under other names, as rows."""
+    """Selected columns of a frame, renamed, as rows."""
     return records(frame[[*columns]].rename(columns=columns))
 
 
 def records(frame: pd.DataFrame) -> Rows:
-    """The rows of a frame by column."""
+    """Rows of a frame as dicts."""
     found: Any = frame.to_dict("records")
     rows: Rows = found
     return rows
 
 
 def text(title: str, about: str, result: dict[str, Any]) -> str:
-    """The report of an experiment whose result has `tables`, rows by title, and perhaps `notes`."""
+    """Report of an experiment from the `tables` (rows by title) and optional `notes` of its result."""
     lines = [f"# {title}", "", about, ""]
     for name, rows in result["tables"].items():
         lines += markdown(name, rows)

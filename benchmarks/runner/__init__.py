@@ -1,1 +1,1 @@
-"""Makes the runs of a matrix, each once, through any kill, and reports them."""
+"""Runner: executes each run of a matrix once, survives kills, and reports the results."""

@@ -2,15 +2,15 @@
 
 An experiment is a module, or an object in one, that offers
 
-* `Setup`, a pydantic model of what one setup may say; `SETTINGS`, setups by name;
-* `measure(setup, seed, split, folder)`: one run; metrics, the same for the same arguments, and what was measured, which
-  differs, times say; `folder` keeps what several runs need;
-* `score(frame)`: what the rows say, as JSON: `tables` (rows by title), perhaps `notes`;
+* `Setup`, the pydantic model of a setup; `SETTINGS`, setups by name;
+* `measure(setup, seed, split, folder)`: one run; returns metrics, which are deterministic, and measurements such as
+  times, which are not; `folder` holds results shared by runs;
+* `score(frame)`: the result as JSON: `tables` (rows by title) and optional `notes`;
 
-and may offer `SPLITS`, `SEEDS`, `QUICK` (fields of a matrix for a first look), `once(setup)` (whether a setup is run
-with the first seed only), `check(setups, splits)` (raises `ValueError` for what does not go together),
-`plot(frame, result, out)` (draws pictures into a folder; their names), `text(result)` (the report as Markdown) and
-`headline(setup, metrics)` (what one finished run found, in a line).
+and may offer `SPLITS`, `SEEDS`, `QUICK` (matrix fields of the short version), `once(setup)` (whether a setup runs with
+the first seed only), `check(setups, splits)` (raises `ValueError` for incompatible arguments),
+`plot(frame, result, out)` (saves plots to a folder; returns their names), `text(result)` (the report as Markdown) and
+`headline(setup, metrics)` (the result of a finished run in one line).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from benchmarks.results import tables
 
 NEEDED = "Setup", "SETTINGS", "measure", "score"
 SEEDS = (17, 42, 1337)
-ALL = "all"  # the split of an experiment that has none
+ALL = "all"  # split name of experiments without splits
 Metrics = dict[str, Any]
 
 
 class RunnerError(RuntimeError):
-    """A matrix, a file of rows or a folder is not what it should be, or too many runs failed; the message says why."""
+    """A matrix, a file of rows or a folder is invalid, or too many runs failed."""
 
 
 class Experiment:
-    """What a module offers, with defaults for what it leaves out."""
+    """Wrapper of an experiment module with defaults for optional members."""
 
     def __init__(self, name: str, offered: Any) -> None:
         if missing := [each for each in NEEDED if not hasattr(offered, each)]:
@@ -55,11 +55,11 @@ class Experiment:
 
     @property
     def question(self) -> str:
-        """What it asks, in one line."""
+        """Question of the experiment in one line."""
         return (inspect.getdoc(self._offered) or "").partition("\n")[0]
 
     def setup(self, arguments: Mapping[str, Any]) -> Any:
-        """A setup; raises pydantic's `ValidationError`."""
+        """Create a setup; raises pydantic's `ValidationError`."""
         return self.setup_class.model_validate(arguments)
 
     def once(self, setup: Any) -> bool:
@@ -67,25 +67,25 @@ class Experiment:
         return bool(getattr(self._offered, "once", lambda setup: False)(setup))
 
     def check(self, setups: Mapping[str, Any], splits: Sequence[str]) -> None:
-        """Raise `ValueError` for what does not go together."""
+        """Raise `ValueError` for incompatible setups and splits."""
         getattr(self._offered, "check", lambda setups, splits: None)(setups, splits)
 
     def measure(self, setup: Any, seed: int, split: str, folder: Path) -> tuple[Metrics, Metrics]:
-        """One run."""
+        """Execute one run."""
         metrics, measured = self._offered.measure(setup, seed, split, folder)
         return metrics, measured
 
     def headline(self, setup: Any, metrics: Metrics) -> str:
-        """What one finished run found, in a line; nothing where the experiment does not say."""
+        """Result of a finished run in one line, empty if the experiment has no `headline`."""
         return str(getattr(self._offered, "headline", lambda setup, metrics: "")(setup, metrics))
 
     def score(self, frame: pd.DataFrame) -> Metrics:
-        """What the rows say."""
+        """Compute the result from the rows."""
         result: Metrics = self._offered.score(frame)
         return result
 
     def plot(self, frame: pd.DataFrame, result: Metrics, out: Path) -> list[str]:
-        """Draw pictures; their names."""
+        """Save plots; returns their names."""
         return list(getattr(self._offered, "plot", lambda frame, result, out: [])(frame, result, out))
 
     def text(self, result: Metrics) -> str:
@@ -96,7 +96,7 @@ class Experiment:
 
 
 def shipped() -> dict[str, str]:
-    """The modules of our experiments by name."""
+    """Modules of the shipped experiments by name."""
     packages = benchmarks.experiments, benchmarks.speed
     return {
         module.name.replace("_", "-"): f"{package.__name__}.{module.name}"
@@ -106,7 +106,7 @@ def shipped() -> dict[str, str]:
 
 
 def listed() -> Iterator[tuple[Experiment, Literal["experiment", "leaderboard"]]]:
-    """All experiments and leaderboards that come with the package."""
+    """All shipped experiments and leaderboards."""
     for name in shipped():
         yield find(name), "experiment"
     for name in moe_envs.SPECS:
@@ -114,12 +114,12 @@ def listed() -> Iterator[tuple[Experiment, Literal["experiment", "leaderboard"]]
 
 
 def is_known(name: str) -> bool:
-    """Whether an experiment is shipped, or the leaderboard of a registered environment: nothing need be imported."""
+    """Whether an experiment is shipped or the leaderboard of a registered environment, so nothing is imported."""
     return name in shipped() or name in moe_envs.SPECS
 
 
 def find(name: str) -> Experiment:
-    """A shipped experiment, the leaderboard of an environment's id, or your own, "package.module[:object]"."""
+    """Find a shipped experiment, the leaderboard of an environment id, or your own "package.module[:object]"."""
     module, _, member = name.partition(":")
     if name in shipped():
         return Experiment(name, importlib.import_module(shipped()[name]))

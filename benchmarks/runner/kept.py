@@ -1,4 +1,4 @@
-"""Policies that several runs of a matrix need, trained once."""
+"""Trained policies shared by several runs of a matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cost.files import locked
 
 
 def policy_of(path: Path, env_id: str, env_kwargs: dict[str, Any], seed: int, timesteps: int | None = None) -> Any:
-    """Our PPO after a training with its tuned settings, kept in the folder `path`, whose name says of what it is."""
+    """PPO trained with tuned settings, or loaded from the folder `path`, whose name must identify the training."""
     from agents.ppo import PPO
 
     with locked(path):

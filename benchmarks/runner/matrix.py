@@ -1,4 +1,4 @@
-"""What a matrix of runs is: setups x seeds x splits of an experiment, from a file or all of the experiment's own."""
+"""Matrix of runs: setups x seeds x splits of an experiment, from a file or the defaults of the experiment."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from benchmarks.runner.experiments import RunnerError, find
 
 
 class Matrix(BaseModel):
-    """What is run: an experiment's setups, by default all of its own, with each seed on each split. `settings` hold for
-    all setups that do not say otherwise."""
+    """Setups, seeds and splits of an experiment, by default all of them; `settings` are defaults for all setups."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -28,7 +27,7 @@ class Matrix(BaseModel):
 
 
 class Job(NamedTuple):
-    """One run, and the hash of what it is of."""
+    """One run and the hash of its arguments."""
 
     experiment: str
     setup: str
@@ -42,7 +41,7 @@ class Job(NamedTuple):
 
 
 def load_matrix(path: Path) -> Matrix:
-    """A matrix of a YAML or JSON file; raises `RunnerError` that says what is wrong where."""
+    """Load a matrix from a YAML or JSON file; raises `RunnerError` naming the invalid field."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
@@ -56,14 +55,14 @@ def load_matrix(path: Path) -> Matrix:
 
 
 def named(name: str, quick: bool = False) -> Matrix:
-    """The matrix in a file, or all of an experiment, or what its `QUICK` says."""
+    """Matrix from a file, or of all runs of an experiment, or of its `QUICK` version."""
     if Path(name).suffix in (".yaml", ".yml", ".json"):
         return load_matrix(Path(name))
     return Matrix(experiment=name, **(find(name).quick if quick else {}))
 
 
 def jobs_of(matrix: Matrix) -> list[Job]:
-    """All runs of a matrix: for each split and seed every setup; raises `RunnerError` for arguments it cannot have."""
+    """All runs of a matrix by split, seed and setup; raises `RunnerError` for invalid arguments."""
     experiment = find(matrix.experiment)
     setups = matrix.setups or experiment.settings
     seeds, splits = matrix.seeds or list(experiment.seeds), matrix.splits or list(experiment.splits)
@@ -95,7 +94,7 @@ def said(error: ValidationError) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which no key is named twice."""
+    """YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -1,4 +1,4 @@
-"""Where runs are made: in processes of this machine, or by Ray's workers, through one interface."""
+"""Executors of runs: local processes or Ray workers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from multiprocessing.connection import wait as wait_for
 from threading import Thread
 from typing import Any, Protocol
 
-Ended = tuple[Any, Any, BaseException | None]  # what `submit` gave, what the call returned, the error it ended with
+Ended = tuple[Any, Any, BaseException | None]  # handle from `submit`, returned value, error
 
 
 class Executor(Protocol):
-    """Calls functions elsewhere, `slots` at a time."""
+    """Interface of executors, which run up to `slots` calls in parallel."""
 
     slots: int
 
     def submit(self, call: Callable[..., object], *arguments: Any) -> Any:
-        """Begin a call; raises nothing that the call raises."""
+        """Start a call; its exceptions are reported by `wait`."""
 
     def wait(self, begun: Iterable[Any]) -> list[Ended]:
-        """Those that have ended, at least one; a process that died is an error of its call alone."""
+        """Wait for at least one call; a died process is an error of its own call only."""
 
     def close(self) -> None:
-        """End what still runs."""
+        """Stop running calls."""
 
 
 class Local:
-    """Processes of this machine; each is a pool of its own, so that one that dies takes no other call with it."""
+    """Local processes, each in its own pool, so that a dying process affects only its own call."""
 
     def __init__(self, processes: int) -> None:
         self.slots = processes
@@ -39,7 +39,7 @@ class Local:
         self._busy: dict[Future[object], ProcessPoolExecutor] = {}
 
     def submit(self, call: Callable[..., object], *arguments: Any) -> Any:
-        """In a free process; one that died idle is replaced."""
+        """Start a call in a free process; a process that died while idle is replaced."""
         while True:
             mine = self._free.pop()
             try:
@@ -52,7 +52,7 @@ class Local:
             return future
 
     def wait(self, begun: Iterable[Any]) -> list[Ended]:
-        """Those that have ended."""
+        """Wait for ended calls."""
         found: list[Ended] = []
         for future in wait(list(begun), return_when=FIRST_COMPLETED).done:
             mine, error = self._busy.pop(future), future.exception()
@@ -64,7 +64,7 @@ class Local:
         return found
 
     def close(self) -> None:
-        """End all processes."""
+        """Stop all processes."""
         for each in self._free:
             each.shutdown()
         for each in self._busy.values():
@@ -74,8 +74,7 @@ class Local:
 
 
 class Ray:
-    """Workers of a Ray cluster, or of one that is started here where `address` is empty; the folder of the rows must be
-    one that all of them share."""
+    """Workers of a Ray cluster, started locally if `address` is empty; all must share the folder of the rows."""
 
     def __init__(self, address: str, processes: int) -> None:
         if find_spec("ray") is None:
@@ -92,11 +91,11 @@ class Ray:
         self._call = ray.remote(num_cpus=1, max_retries=0)(_call)
 
     def submit(self, call: Callable[..., object], *arguments: Any) -> Any:
-        """As a task that Ray does not try again."""
+        """Start a call as a Ray task without retries."""
         return self._call.remote(call, *arguments)
 
     def wait(self, begun: Iterable[Any]) -> list[Ended]:
-        """Those that have ended."""
+        """Wait for ended calls."""
         done, _ = self._ray.wait(list(begun), num_returns=1)
         return [self._ended(each) for each in done]
 
@@ -109,7 +108,7 @@ class Ray:
             return reference, None, RuntimeError(f"a worker died: {str(error).splitlines()[0]}")
 
     def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
+        """Disconnect from the cluster; stop it if it was started here."""
         self._ray.shutdown()
 
 
@@ -118,8 +117,7 @@ def _call(call: Callable[..., object], *arguments: Any) -> object:
 
 
 def pool(processes: int = 1) -> ProcessPoolExecutor:
-    """Processes that start afresh, inherit no threads, compute in one, and end with the process that asked for them,
-    killed or not."""
+    """Pool of spawned single-threaded processes that end with their parent, even if it is killed."""
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_begin)
 
 

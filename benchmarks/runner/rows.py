@@ -1,4 +1,4 @@
-"""The rows of finished runs, one line of JSON each: appended under a lock, whole or not at all."""
+"""Rows of finished runs, one JSON line each, appended atomically under a lock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ABOUT = "setup", "seed", "split"
 
 
 class Row(BaseModel):
-    """A finished run, one line of `raw.jsonl`."""
+    """Finished run: one line of `raw.jsonl`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,8 +43,8 @@ class Row(BaseModel):
 
 
 def read(path: Path) -> list[Row]:
-    """All whole lines of a file of rows; raises `RunnerError` naming the first that is none. What follows the last line
-    feed was cut by a kill and does not count."""
+    """Read all complete rows of a file; raises `RunnerError` naming the first invalid row. Text after the last line
+    feed is a row cut off by a kill and is ignored."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
@@ -62,8 +62,8 @@ def read(path: Path) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row under a lock, unless one of the same hash is there; raises `ValueError` for what is no result, or has a
-    name that something else has."""
+    """Add a row under a lock unless its hash exists; raises `ValueError` for an invalid result or a name that is
+    already in use."""
     names = Counter([*ABOUT, *row.arguments, *row.metrics, *row.measured])
     if twice := [name for name, times in names.items() if times > 1]:
         raise ValueError(f"{', '.join(twice)}: of arguments, metrics and what is measured each needs a name of its own")
@@ -86,7 +86,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def sort(path: Path, every: list[Job]) -> None:
-    """Rows in the order of the matrix, those of other matrices behind them."""
+    """Sort rows in matrix order, rows of other matrices last."""
     with locked(path):
         raw = path.read_bytes() if path.exists() else b""
         lines = raw[: raw.rfind(b"\n") + 1].splitlines(keepends=True)

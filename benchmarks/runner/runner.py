@@ -1,8 +1,8 @@
-"""The runs of a matrix, each made once and kept as one line of `raw.jsonl`.
+"""Execute each run of a matrix once and store it as one line of `raw.jsonl`.
 
-A line is appended under a lock by the process that made it: what is finished survives a kill, what a kill cut short is
-made again. When all are there, the lines are put into the order of the matrix, so that the file is the same in however
-many processes it was made, times aside. Reports are made from the lines alone.
+The process of a run appends its line under a lock, so finished runs survive a kill and interrupted runs are repeated.
+When all runs are finished, the lines are sorted in matrix order, so that the file does not depend on the number of
+processes, apart from times. Reports use these lines only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MOST_FAILED = 0.05
 
 
 class FailedRuns(RunnerError):
-    """Runs that failed each time; what is finished stays."""
+    """Runs failed on every attempt; finished runs are kept."""
 
 
 def run(
@@ -44,13 +44,12 @@ def run(
     report: Callable[[float], object] = lambda share: None, say: Callable[[str], object] = lambda line: None,
     executor: Callable[[int], Executor] | None = None,
 ) -> int:  # fmt: skip
-    """Make the rows that are not there, in so many processes, or in the executor made for their number; how many were
-    made. `part` (i, n) makes the i-th of n parts only, `only` those of some setups. `report` gets the share that
-    is done, `say` what finished runs found.
+    """Execute the missing runs in parallel processes, or in the given executor; returns the number of runs executed.
 
-    A run that fails is tried twice more. Raises `FailedRuns`, with an overview in `failed-I-of-N.json`, where more than
-    5 % fail for good, at once, or any at the end; what is finished stays, and the same call goes on. Raises
-    `RunnerError` for a folder of another experiment.
+    `part` (i, n) selects the i-th of n parts, `only` selects setups. `report` receives the finished share, `say` the
+    headlines of finished runs. A failed run is retried twice. Raises `FailedRuns` as soon as more than 5 % have failed
+    for good, or at the end if any has, with an overview in `failed-I-of-N.json`; finished runs are kept, and the same
+    call resumes. Raises `RunnerError` for a folder of another experiment.
     """
     executor = executor or (lambda count: Local(min(processes, count)))
     every, failed = jobs_of(matrix), out / f"failed-{part[0]}-of-{part[1]}.json"
@@ -66,7 +65,7 @@ def run(
 
 
 def clear(out: Path) -> None:
-    """Delete the rows, the report and the kept work of a folder of `run`; raises `RunnerError` for another folder."""
+    """Delete rows, report and shared results in a folder of `run`; raises `RunnerError` for any other folder."""
     if out.exists() and not (out / MATRIX).exists() and any(out.iterdir()):
         raise RunnerError(f"{out} is no folder of moe-benchmark run: nothing is deleted")
     for name in (RAW, RESULTS, REPORT, MATRIX):
@@ -75,8 +74,7 @@ def clear(out: Path) -> None:
 
 
 def prepare(matrix: Matrix, out: Path) -> None:
-    """Write the matrix into its folder; raises `RunnerError` for one that cannot be run, or a folder of another
-    experiment."""
+    """Write the matrix to its folder; raises `RunnerError` for an invalid matrix or a folder of another experiment."""
     jobs_of(matrix)
     if (out / MATRIX).exists() and (other := load_matrix(out / MATRIX).experiment) != matrix.experiment:
         raise RunnerError(f"{out} is a folder of {other}, not of {matrix.experiment}: another --out")
@@ -84,7 +82,7 @@ def prepare(matrix: Matrix, out: Path) -> None:
 
 
 def left(matrix: Matrix, out: Path, part: tuple[int, int] = (0, 1), only: Collection[str] = ()) -> list[Job]:
-    """The runs that `run` would make; raises `RunnerError` for a setup that the matrix does not have."""
+    """Runs that `run` would execute; raises `RunnerError` for an unknown setup."""
     every = jobs_of(matrix)
     names = dict.fromkeys(job.setup for job in every)
     if unknown := [name for name in only if name not in names]:
@@ -95,8 +93,8 @@ def left(matrix: Matrix, out: Path, part: tuple[int, int] = (0, 1), only: Collec
 
 
 def _places(every: list[Job], parts: int) -> list[int]:
-    """The part of each run. What a seed of a setup needs, a trained model say, is made in one part; the seeds of a
-    setup are dealt out, to the parts that have the fewest runs first."""
+    """Part of each run. All runs of a setup and seed go to one part, since they share results such as a trained model;
+    parts with the fewest runs are filled first."""
     groups = Counter((job.setup, job.seed) for job in every)
     loads, places = [0] * parts, dict[tuple[str, int], int]()
     for name in dict.fromkeys(job.setup for job in every):
@@ -109,7 +107,7 @@ def _places(every: list[Job], parts: int) -> list[int]:
 
 
 def rebuild(out: Path) -> bool:
-    """Make the report of a folder of `run` from its rows; False where it is there, of the same rows and code."""
+    """Write the report of a folder of `run` from its rows; False if it is up to date with rows and code."""
     matrix = load_matrix(out / MATRIX)
     wanted = {job.key: number for number, job in enumerate(jobs_of(matrix))}
     rows = sorted((row for row in read(out / RAW) if row.config_hash in wanted), key=lambda r: wanted[r.config_hash])
@@ -139,13 +137,13 @@ def rebuild(out: Path) -> bool:
 
 
 def measure(job: Job, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Make one run."""
+    """Execute one run."""
     experiment = find(job.experiment)
     return experiment.measure(experiment.setup(job.arguments), job.seed, job.split, folder)
 
 
 def slurm(path: Path, out: Path, parts: int) -> str:
-    """A Slurm script that runs a matrix in so many tasks and then makes the report."""
+    """Slurm script that runs a matrix in parallel tasks and then writes the report."""
     command = f"moe-benchmark run {shlex.quote(str(path))} --out {shlex.quote(str(out))}"
     return "\n".join([
         "#!/bin/bash",
@@ -190,10 +188,10 @@ def _work(
 
 
 def _make(job: Job, attempt: int, out: Path) -> str:
-    """In a process: one run, appended to the rows; its headline."""
+    """Execute one run in a process and append its row; returns its headline."""
     wall, cpu = time.perf_counter(), time.process_time()
     about = {"config_hash": job.key, **job._asdict(), **provenance()}
-    metrics, measured = measure(job, out / WORK / str(about["commit"]))  # what other code made is not taken
+    metrics, measured = measure(job, out / WORK / str(about["commit"]))  # results of other commits are not reused
     measured |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     append(out / RAW, Row(format=1, metrics=metrics, measured=measured, attempts=attempt, **about))
     experiment = find(job.experiment)
@@ -229,7 +227,7 @@ def _alone(out: Path, part: tuple[int, int]) -> Iterator[None]:
 
 
 def _finite(value: Any) -> Any:
-    """The same, with None for NaN and infinity, which JSON has not."""
+    """Replace NaN and infinity by None, since JSON lacks them."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,9 +1,9 @@
-"""What the setups of all experiments share."""
+"""Base class of experiment setups."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Arguments(BaseModel):
-    """A setup: unknown arguments are refused."""
+    """Setup that rejects unknown arguments."""
 
     model_config = ConfigDict(extra="forbid")

@@ -1,4 +1,4 @@
-"""Rows that somebody submitted, made again and compared."""
+"""Validation of submitted rows by rerunning them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def validate(
     report: Callable[[float], object] = lambda share: None,
     trust: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Run so many drawn rows of a file again, from nothing, and list for each the metrics that differ.
+    """Rerun a random sample of rows from scratch and list the metrics of each that differ.
 
-    Raises `RunnerError` for a file of no rows, or of rows that are none of ours: what they name would be imported,
-    unless it is one of `trust`.
+    Raises `RunnerError` for a file without rows, or with rows of experiments that are neither shipped nor in `trust`,
+    since running them would import their code.
     """
     rows, found, here = read(file), [], provenance()
     if not rows:
@@ -56,7 +56,7 @@ def validate(
 
 
 def _check(row: Row, file: Path) -> None:
-    """Raise `RunnerError` for a row that its experiment cannot have made."""
+    """Raise `RunnerError` for a row that its experiment cannot have produced."""
     experiment = find(row.experiment)
     try:
         if row.split not in experiment.splits:

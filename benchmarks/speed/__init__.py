@@ -1,1 +1,1 @@
-"""How fast: experiments whose figures are measured, not computed."""
+"""Speed benchmarks."""

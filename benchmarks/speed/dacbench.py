@@ -1,6 +1,6 @@
-"""How fast are our trainings beside SGDEnv of DACBench (Eimer et al. 2021)? The same model, data and validation.
+"""How fast is MoEMetaOpt-v0 compared with SGDEnv of DACBench (Eimer et al. 2021)? Same model, data and validation.
 
-DACBench runs in a Python of its own: moe-benchmark run dacbench --set python=PATH.
+DACBench runs in a separate Python environment: moe-benchmark run dacbench --set python=PATH.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 class DacbenchSpeed(Arguments):
-    """`python` is an interpreter that can import dacbench."""
+    """`python` is the path of an interpreter that can import dacbench."""
 
     steps: int
     images: bool
@@ -47,14 +47,16 @@ Setup = DacbenchSpeed
 
 
 def check(setups: dict[str, DacbenchSpeed], splits: list[str]) -> None:
-    """Raise `ValueError` where no interpreter is named."""
+    """Raise `ValueError` if no interpreter is given."""
     if not all(setup.python for setup in setups.values()):
         raise ValueError("name a Python that has dacbench and torchvision: --set python=PATH")
 
 
 def measure(setup: DacbenchSpeed, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Optimiser steps per second of CPU time, one thread, by turns: medians, and the median ratios. Also whether
-    DACBench's training is the same for the same seed. Raises `ValueError` where DACBench does not run."""
+    """Optimiser steps per second of CPU time on one thread, measured in alternation: medians and median ratios.
+
+    Also checks whether DACBench reproduces a training by seed. Raises `ValueError` if DACBench fails.
+    """
     with tempfile.TemporaryDirectory() as place:
         script, complaints = _pack(Path(place)), Path(place) / "stderr"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": place}
@@ -76,7 +78,7 @@ def measure(setup: DacbenchSpeed, seed: int, split: str, folder: Path) -> tuple[
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """A row a case."""
+    """One row per case."""
     columns = {
         "steps": "steps between validations", "images": "DACBench gets images", "dacbench": "SGDEnv", "one": "ours",
         "many": f"{TRAININGS} of ours", "ratio_single": "ours / SGDEnv", "ratio": f"{TRAININGS} of ours / SGDEnv",
@@ -89,7 +91,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _pack(folder: Path) -> str:
-    """Copy what DACBench's process needs; its script."""
+    """Copy the files that the DACBench process needs; returns its script."""
     from experts import __file__ as experts
     from experts import tasks
 

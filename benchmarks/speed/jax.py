@@ -1,4 +1,4 @@
-"""How fast is our PPO beside one in JAX, a single jitted training? On MoERouting-v0; needs the extra bench."""
+"""How fast is our PPO compared with a fully jitted JAX PPO on MoERouting-v0? Needs the extra bench."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = {"setups": dict(list(SETTINGS.items())[:1]), "settings": {"timesteps": 2
 
 
 class JaxSpeed(Arguments):
-    """`timesteps` are trained in each of so many `rounds`, by turns."""
+    """`rounds` alternate between the learners, with `timesteps` each."""
 
     rows: int
     steps: int
@@ -41,8 +41,10 @@ Setup = JaxSpeed
 
 
 def measure(setup: JaxSpeed, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Ours and JAX by turns; medians and the median ratio. JAX runs in a process of its own, as its threads are chosen
-    before it is imported; its compilation is not counted. Raises `ValueError` without JAX."""
+    """Medians and median ratio of alternating runs; compilation is excluded. Raises `ValueError` without JAX.
+
+    JAX runs in a separate process because its threads must be set before import.
+    """
     if find_spec("jax") is None:
         raise ValueError("jax is not installed: pip install 'moe-envs[bench]'")
     from threadpoolctl import threadpool_limits
@@ -66,7 +68,7 @@ def measure(setup: JaxSpeed, seed: int, split: str, folder: Path) -> tuple[dict[
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """A row a case."""
+    """One row per case."""
     columns = {"rows": "rows", "batch_size": "minibatch", "own": "own, steps/s", "jax": "JAX, steps/s",
                "ratio": "own / JAX"}  # fmt: skip
     return {"tables": {"Steps per second of CPU time, medians": renamed(frame, columns)}}

@@ -1,6 +1,6 @@
-"""How fast is our MoE layer beside Hugging Face's Mixtral block, and beside its own matrix products alone?
+"""How fast is our MoE layer compared with Hugging Face's Mixtral block and with its bare matrix products?
 
-Milliseconds, medians, by turns in one run: CPU time of one thread, or a GPU's.
+Median milliseconds of alternating runs: CPU time of one thread, or GPU time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.runner.setup import Arguments
 from experts.layers import MoELayer, _linear, _times
 
 D_MODEL, D_FF, EXPERTS, K = 256, 1024, 8, 2
-TOKENS = {1: (30, 10), 32: (12, 5), 512: (12, 1), 4096: (6, 1)}  # inputs -> rounds, runs in a row of each
+TOKENS = {1: (30, 10), 32: (12, 5), 512: (12, 1), 4096: (6, 1)}  # inputs -> (rounds, consecutive runs)
 SEEDS = (0,)
 SETTINGS = {f"{tokens} tokens": {"tokens": tokens} for tokens in TOKENS}
 QUICK = {"setups": {"1 tokens": {"tokens": 1}}}
@@ -29,7 +29,7 @@ Run = Callable[[], object]
 
 
 class LayerSpeed(Arguments):
-    """Of so many tokens, on a device."""
+    """Number of tokens and device."""
 
     tokens: int
     device: Literal["cpu", "cuda"] = "cpu"
@@ -39,8 +39,8 @@ Setup = LayerSpeed
 
 
 def measure(setup: LayerSpeed, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The block as it comes (eager), ours with float32 and with bfloat16 weights, forward and with backward, and the
-    bare products of the rows that experts get. Raises `ValueError` without transformers, or without the device."""
+    """Time the eager Mixtral block, our layer with float32 and bfloat16 weights, and the bare matrix products,
+    forward and with backward. Raises `ValueError` without transformers or without the device."""
     if find_spec("transformers") is None:
         raise ValueError("transformers is not installed: pip install 'moe-envs[hf]'")
     if setup.device == "cuda" and not torch.cuda.is_available():
@@ -66,7 +66,7 @@ def measure(setup: LayerSpeed, seed: int, split: str, folder: Path) -> tuple[dic
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """Forward, and with backward."""
+    """Tables of forward times and of forward plus backward times."""
     forward, backward = [], []
     for tokens, row in zip(frame["tokens"].tolist(), frame["row"], strict=True):
         names = {"block": "block, ms", "ours": "ours, ms", "ours_bf16": "ours bf16, ms", "products": "products, ms"}
@@ -125,7 +125,7 @@ def _training(run: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, x:
 
 
 def _products(layer: MoELayer, counts: list[int], device: str, backward: bool = False) -> Run:
-    """The products with the rows that each expert gets, and nothing else."""
+    """Matrix products of the experts on their assigned rows, without routing."""
     parts = []
     for expert, count in zip(layer.experts, counts, strict=True):
         if count:
@@ -146,7 +146,7 @@ def _products(layer: MoELayer, counts: list[int], device: str, backward: bool = 
 
 
 def _by_turns(runs: dict[str, Run], rounds: int, in_a_row: int, device: str) -> dict[str, float]:
-    """Median milliseconds of a run, each `in_a_row` times before the next one's turn."""
+    """Median milliseconds per run, alternating after `in_a_row` runs of each."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name, run in runs.items():

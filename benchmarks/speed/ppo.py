@@ -1,4 +1,4 @@
-"""How fast is our PPO beside SB3's? Steps per second of CPU time, one thread, the same network, batch and 4 epochs."""
+"""How fast is our PPO compared with SB3? Steps per CPU second on one thread; same network, batch size and epochs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.results.tables import renamed
 from benchmarks.runner.setup import Arguments
 
 ROUTING = "moe_envs:MoERouting-v0"
-SINGLES = ", single environments"  # ours takes Gymnasium's vector CartPole, which SB3 cannot; here both step the same
+SINGLES = ", single environments"  # both step the same; SB3 cannot use Gymnasium's vector CartPole
 CASES = [  # environment, rows, steps of a rollout, minibatch: 64 is SB3's default
     ("CartPole-v1", 8, 128, 64), ("CartPole-v1", 64, 128, 64), ("CartPole-v1" + SINGLES, 8, 128, 64),
     ("CartPole-v1" + SINGLES, 64, 128, 64), (ROUTING, 8, 128, 64), (ROUTING, 64, 128, 64), (ROUTING, 1024, 32, 64),
@@ -33,7 +33,7 @@ QUICK = {"setups": dict(list(SETTINGS.items())[:1]), "settings": {"timesteps": 1
 
 
 class SpeedSetup(Arguments):
-    """`timesteps` are trained in each of so many `rounds`, by turns."""
+    """`rounds` alternate between the learners, with `timesteps` each."""
 
     env: str
     rows: int
@@ -47,7 +47,7 @@ Setup = SpeedSetup
 
 
 def measure(setup: SpeedSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both by turns; medians, and the median ratio."""
+    """Medians and median ratio of alternating runs."""
     values = {"n_envs": setup.rows, "n_steps": setup.steps, "batch_size": setup.batch_size, "n_epochs": 4}
     with training.one_torch_thread(), threadpool_limits(1, "blas"):
         agents = _both(setup.env, values)
@@ -59,7 +59,7 @@ def measure(setup: SpeedSetup, seed: int, split: str, folder: Path) -> tuple[dic
 
 
 def rate(agent: Any, steps: int) -> float:
-    """Steps per second of CPU time while an agent of either backend trains on."""
+    """Training steps per second of CPU time of an agent of either backend."""
     begun, before = time.process_time(), agent.num_timesteps
     agent.learn(steps, reset_num_timesteps=False)
     return float((agent.num_timesteps - before) / (time.process_time() - begun))
@@ -78,7 +78,7 @@ def _both(name: str, values: dict[str, Any]) -> list[Any]:
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """A row a case."""
+    """One row per case."""
     columns = {"env": "environment", "rows": "rows", "batch_size": "minibatch", "own": "own, steps/s",
                "sb3": "SB3, steps/s", "ratio": "own / SB3"}  # fmt: skip
     return {"tables": {"Steps per second of CPU time, medians": renamed(frame, columns)}}

@@ -1,7 +1,7 @@
-"""How fast are the environments? CPU time, one thread, by turns in one run, medians.
+"""How fast are the environments? Median CPU times on one thread, measured in alternation.
 
-MoERouting-v0 beside CartPole-v1, the trainings of MoEMetaOpt-v0 beside the same ones one after another in torch, and
-MoECompression-v0's evaluation of a plan beside that of a decompressed model.
+Compares MoERouting-v0 with CartPole-v1, MoEMetaOpt-v0 with the same trainings run sequentially in torch, and the plan
+evaluation of MoECompression-v0 with running the decompressed model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import pandas as pd
 
 from benchmarks.runner.setup import Arguments
 
-# rows (1: the single environment through gymnasium.make) -> steps a round, and the ratio that is asked for
+# rows (1: single environment by gymnasium.make) -> (steps per round, required ratio)
 CASES = {1: (20_000, 2.5), 64: (4_000, 2.0), 1024: (1_000, None), 4096: (300, 0.65)}
-TRAININGS = {1: 200, 32: 100, 64: 100}  # side by side -> optimiser steps a round
+TRAININGS = {1: 200, 32: 100, 64: 100}  # parallel trainings -> optimiser steps per round
 SEEDS = (0,)
 SETTINGS: dict[str, dict[str, Any]] = {f"routing, {rows} rows": {"kind": "routing", "count": rows} for rows in CASES}
 SETTINGS |= {f"{count} trainings": {"kind": "trainings", "count": count} for count in TRAININGS}
@@ -33,7 +33,7 @@ TITLES = {
 
 
 class EnvironmentSpeed(Arguments):
-    """`count` rows or trainings side by side; `share` of the usual steps in each of the `rounds`."""
+    """`count` parallel rows or trainings; `share` of the default steps in each of the `rounds`."""
 
     kind: Literal["routing", "trainings", "plans"]
     count: int = 12
@@ -47,7 +47,7 @@ Setup = EnvironmentSpeed
 
 
 def measure(setup: EnvironmentSpeed, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One table's row."""
+    """Measure one table row."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, "blas"):
@@ -55,7 +55,7 @@ def measure(setup: EnvironmentSpeed, seed: int, split: str, folder: Path) -> tup
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """The tables."""
+    """Tables of the results."""
     return {"tables": {
         TITLES[str(kind)]: group["row"].tolist() for kind, group in frame.groupby("kind", sort=False)
     }}  # fmt: skip
@@ -72,8 +72,8 @@ def _routing(setup: EnvironmentSpeed) -> dict[str, Any]:
 
 
 def _trainings(setup: EnvironmentSpeed) -> dict[str, Any]:
-    """One after another in torch (autograd and fused AdamW), all as one batched product, and the environment; the ratio
-    of the first two, and by how much the environment is slower than its batched product."""
+    """Time sequential torch trainings (autograd, fused AdamW), the batched trainings, and the environment; returns the
+    ratio of the first two, and the relative overhead of the environment over the batched trainings."""
     count, steps = setup.count, max(5, round(TRAININGS[setup.count] * setup.share))
     runs = (_torch_runner(steps), _batched_runner(count, steps), _metaopt_runner(count, steps))
     numbers = (steps, count * steps, count * steps)
@@ -87,7 +87,7 @@ def _trainings(setup: EnvironmentSpeed) -> dict[str, Any]:
 
 
 def _plans(setup: EnvironmentSpeed) -> dict[str, Any]:
-    """From caches, and of decompressing the model and running it on the same validation inputs."""
+    """Time plan evaluation from caches, and by decompressing and running the model on the same inputs."""
     import torch
     import torch.nn.functional as F
 
@@ -108,7 +108,7 @@ def _plans(setup: EnvironmentSpeed) -> dict[str, Any]:
     for _ in range(max(2, round(setup.count * setup.share))):
         if setup.plans == "at random":
             plan = generator.integers(len(LEVELS), size=len(plan))
-        else:  # two matrices changed at a time
+        else:  # change two matrices at a time
             plan[generator.choice(len(plan), 2, replace=False)] = generator.integers(len(LEVELS), size=2)
         begun = time.process_time()
         ours = evaluator(plan.tolist())
@@ -150,7 +150,7 @@ def _torch_runner(steps: int) -> Callable[[], None]:
 
 
 def _batched_runner(count: int, steps: int) -> Callable[[], None]:
-    """The optimiser steps and validations of `_metaopt_runner`, alone."""
+    """The optimiser steps and validations of `_metaopt_runner` without the environment."""
     from experts import tasks
     from experts.batched_training import BatchedTraining
 

@@ -1,4 +1,4 @@
-"""What a bundle is, and loading one: neither torch nor pickle is imported."""
+"""Bundle format and loading, without importing torch or pickle."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle on disk; its tables and its model are read when asked for."""
+    """Verified bundle on disk; tables and model are loaded on demand."""
 
     path: Path
     metadata: dict[str, Any] = field(repr=False)
@@ -173,7 +173,7 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 
 def _check_structure(bundle: Bundle) -> None:
-    """Hashes say that a bundle is as it was written; this, that what was written is a bundle."""
+    """Validate the content of a bundle; hashes only show that the files are unchanged."""
     try:
         experts = bundle.num_experts
         bundle.metadata["architecture"], bundle.metadata["accuracy"]["test/top-2"]

@@ -1,6 +1,6 @@
-"""Real bytes: a table of levels, from float32 down, that any matrix can be stored at and restored from.
+"""Table of compression levels, from float32 down, to store and restore any matrix.
 
-A level is never larger than the one before it: where its own form would be, the matrix keeps the one before.
+A level is never larger than the previous one: if its own form would be, the previous form is used.
 """
 
 from __future__ import annotations
@@ -76,21 +76,21 @@ LEVELS: tuple[Level, ...] = (
 
 
 def effective(shape: Shape, level: int) -> int:
-    """The level whose form a matrix of this shape really has at `level`: the last one up to it that is smallest."""
+    """Level whose form is actually used for a matrix of this shape at `level`: the last smallest one up to it."""
     _check(level)
     sizes = [each.size(shape) for each in LEVELS[: level + 1]]
     return max(place for place, size in enumerate(sizes) if size == min(sizes))
 
 
 def size_of(shape: Shape, level: int) -> int:
-    """The bytes of a matrix at a level, without compressing it."""
+    """Size of a matrix at a level in bytes, without compressing it."""
     return LEVELS[effective(shape, level)].size(shape)
 
 
 def compress(weights: np.ndarray, level: int, importance: np.ndarray | None = None) -> CompressedLayer:
     """A matrix `[O, I]` at a level; `importance [I]`, mean squares of its inputs, weighs the errors of its columns.
 
-    Raises `ValueError` for what is not finite.
+    Raises `ValueError` for non-finite weights.
     """
     if not np.isfinite(weights).all() or not (importance is None or np.isfinite(importance).all()):
         raise ValueError("weights and their importance must be finite")

@@ -1,4 +1,4 @@
-"""Activations of 8 bits: what each matrix is multiplied with is rounded to a scale that was found on examples."""
+"""8-bit activations: inputs of each matrix are rounded with a scale calibrated on examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.no_grad()
 def quantize_activations(model: Model, inputs: torch.Tensor) -> Model:
-    """A copy whose convolutions, linear layers and experts round their inputs to 255 steps of one scale each.
+    """Copy of a model that rounds the inputs of convolutions, linear layers and experts to 255 steps.
 
     The scale is the largest absolute value on `inputs [n, ...]` / 127 (Jacob et al. 2018, symmetric); it is a buffer of
     the module, so that plans count its bytes. The arithmetic is simulated in float32: products of such integers are

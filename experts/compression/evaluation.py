@@ -1,5 +1,5 @@
-"""What a plan does to a model, many plans a second: every matrix at every level is decompressed once, and of a new plan
-only what differs from plans before is computed.
+"""Fast evaluation of compression plans: every matrix is decompressed once per level, and results shared with previous
+plans are cached.
 
 Shape legend: n inputs, E experts, C classes.
 """
@@ -22,7 +22,7 @@ from experts.routers import mixing_weights, top_k
 
 
 class Score(NamedTuple):
-    """On the evaluator's inputs: the share that is right, and the mean cross-entropy in nats."""
+    """Accuracy and mean cross-entropy in nats on the evaluator's inputs."""
 
     accuracy: float
     loss: float
@@ -31,7 +31,7 @@ class Score(NamedTuple):
 class PlanEvaluator:
     """Scores plans of a model of `trunk` (a Sequential), `gate` and `experts` (an `ExpertStack`) on inputs `[n, d]`.
 
-    What comes after each matrix of the trunk is kept, as far as `cache_bytes` go, under the levels that it depends on.
+    Activations after each trunk matrix are cached by their levels, up to `cache_bytes`.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PlanEvaluator:
         return logits
 
     def _trunk(self, levels: tuple[int, ...]) -> torch.Tensor:
-        """What the trunk gives, from the longest prefix that is known."""
+        """Output of the trunk, computed from the longest cached prefix."""
         known = next((size for size in range(len(levels), 0, -1) if levels[:size] in self._cache), 0)
         if known:
             self._cache.move_to_end(levels[:known])
@@ -109,21 +109,21 @@ class PlanEvaluator:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, inputs: np.ndarray, labels: np.ndarray) -> float:
-    """The share that any classifier gets right of inputs `[n, ...]`, a thousand at a time."""
+    """Accuracy of a classifier on inputs `[n, ...]`, in batches of 1,000."""
     found = torch.cat([model(part).argmax(1) for part in torch.from_numpy(inputs).split(1000)])
     return float((found == torch.from_numpy(labels)).float().mean())
 
 
 @torch.inference_mode()
 def loads(model: Any, inputs: torch.Tensor, top: int = 2) -> dict[str, float]:
-    """For each piece the share of the inputs that it answers: 1 outside the experts."""
+    """Share of the inputs routed to each piece, 1 outside experts."""
     gate = model.gate(model.trunk(inputs))
     shares = top_k(gate, min(top, gate.shape[1])).float().mean(0).tolist()
     return {name: 1.0 if piece.expert < 0 else shares[piece.expert] for name, piece in pieces(model).items()}
 
 
 def variants(model: nn.Module, importance: Mapping[str, np.ndarray] | None = None) -> list[list[torch.Tensor]]:
-    """Every matrix of a model as it is at every level, `[matrices][levels]`."""
+    """Decompressed matrices of a model at every level, `[matrices][levels]`."""
     found = []
     for name, piece in pieces(model).items():
         weights, known = piece.read(), None if importance is None else importance[name]
@@ -168,6 +168,6 @@ def _halves(module: nn.Module, x: torch.Tensor) -> bool:
 
 
 def _halved(x: torch.Tensor) -> torch.Tensor:
-    """What torch's max_pool2d gives, four times as fast on a CPU."""
+    """Same result as torch's max_pool2d, four times as fast on a CPU."""
     rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
     return torch.maximum(rows[..., ::2], rows[..., 1::2])

@@ -1,4 +1,4 @@
-"""How a matrix is run: densely, whatever its weights are rounded to, or as two thin products where its rank is low.
+"""Execution of compressed matrices: as a dense product, or as two thin products for low rank.
 
 Integers of a few bits are decompressed when the model is loaded: they save bytes, not time. Only where the inputs are
 integers of 8 bits too does a product run on integers (`torch._int_mm`).
@@ -28,25 +28,25 @@ class Product(NamedTuple):
 
 
 def name_of(product: Product, way: int) -> str:
-    """What a product is called in a profile, run densely, on integers, or (`way` > 0) as two thin ones."""
+    """Name of a product in a profile: dense, on integers, or (`way` > 0) as two thin products."""
     places = f" at {product.sides[0]}x{product.sides[1]}" if product.conv else ""
     run = {DENSE: "dense", INTEGERS: "integers"}.get(way, f"rank {way}")
     return f"{product.shape[0]}x{product.shape[1]}{places}, {run}"
 
 
 def ways(product: Product, level: int, activations: bool = False) -> set[int]:
-    """How a product can be run at a level; `activations` says whether its inputs are integers of 8 bits too."""
+    """Ways to run a product at a level; `activations` tells whether its inputs are 8-bit integers."""
     integers = activations and product.conv is None and LEVELS[effective(product.shape, level)].name == "int8"
     return {DENSE, rank(product.shape, level)} | ({INTEGERS} if integers else set())
 
 
 def all_ways(product: Product) -> set[int]:
-    """How a product can be run at all levels."""
+    """Ways to run a product at any level."""
     return {way for level in range(len(LEVELS)) for way in ways(product, level, activations=True)}
 
 
 def rank(shape: Shape, level: int) -> int:
-    """The rank of a matrix's form at a level, `DENSE` where it has none."""
+    """Rank of a matrix at a level, `DENSE` if it is not low-rank."""
     form = LEVELS[effective(shape, level)]
     return form.rank(shape) if form.rank else DENSE
 

@@ -1,6 +1,6 @@
-"""A model trained on under its plan: each step runs what the plan decompresses to, and the full weights learn from it.
+"""Fine-tuning under a plan: each step runs the decompressed weights and updates the full weights.
 
-Straight-through estimation (Bengio et al. 2013); matrices of low rank are brought back to it by each refresh. The
+Straight-through estimation (Bengio et al. 2013); low-rank matrices are projected at each refresh. The
 targets are the labels and the uncompressed model (Hinton et al. 2015).
 """
 
@@ -48,7 +48,7 @@ def finetune(
     progress: bool = True,
     teacher: nn.Module | None = None,
 ) -> nn.Module:
-    """A copy of the model whose compressed form under the plan is better; compress it by `plan.compress`.
+    """Return a copy of the model fine-tuned for the plan; compress it by `plan.compress`.
 
     The targets are those of `teacher`, of the model itself where there is none. One thread: matrices are small.
     """

@@ -1,4 +1,4 @@
-"""A matrix as the product of two thin ones, each of them quantised.
+"""Low-rank compression: a matrix as the product of two thin quantised matrices.
 
 Shape legend: O rows (outputs), I columns (inputs), R rank.
 """
@@ -33,7 +33,7 @@ def factors(weights: np.ndarray, rank: int, importance: np.ndarray | None = None
 
 
 def truncate(weights: np.ndarray, share: float, importance: np.ndarray | None = None) -> np.ndarray:
-    """The matrix of that rank next to weights `[O, I]`."""
+    """Closest matrix of this rank to weights `[O, I]`."""
     left, right = factors(weights, rank_of(weights.shape, share), importance)
     return left @ right
 
@@ -45,7 +45,7 @@ def decompose(weights: np.ndarray, share: float, bits: int, importance: np.ndarr
 
 
 def compose(raw: bytes, shape: tuple[int, int], share: float, bits: int) -> np.ndarray:
-    """Weights `[O, I]` float32 of what `decompose` gave."""
+    """Restore weights `[O, I]` float32 from the bytes of `decompose`."""
     rank = rank_of(shape, share)
     cut = quantized_bytes((rank, shape[0]), bits)
     left, right = dequantize(raw[:cut], (rank, shape[0]), bits), dequantize(raw[cut:], (rank, shape[1]), bits)
@@ -53,12 +53,12 @@ def compose(raw: bytes, shape: tuple[int, int], share: float, bits: int) -> np.n
 
 
 def decomposed_bytes(shape: tuple[int, int], share: float, bits: int) -> int:
-    """The length of what `decompose` gives."""
+    """Size in bytes of the result of `decompose`."""
     rank = rank_of(shape, share)
     return quantized_bytes((rank, shape[0]), bits) + quantized_bytes((rank, shape[1]), bits)
 
 
 def automatic_rank(weights: np.ndarray, loss: float) -> int:
-    """The least rank that keeps all but a share `loss` of the squared weights."""
+    """Lowest rank that loses at most a share `loss` of the squared weights."""
     energy = np.cumsum(np.square(np.linalg.svd(weights, compute_uv=False)))
     return int(np.searchsorted(energy, (1 - loss) * energy[-1]) + 1)

@@ -1,4 +1,4 @@
-"""Bits in bytes: small integers packed without a gap, and the layers that are made of them."""
+"""Bit packing of small integers, and compressed layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """A matrix `[rows, columns]` as the bytes that lie on disk, and what they decompress to, float32."""
+    """Matrix `[rows, columns]` as stored bytes and as decompressed float32 weights."""
 
     level: int
     payload: bytes
@@ -17,7 +17,7 @@ class CompressedLayer:
 
     @property
     def bytes(self) -> int:
-        """Exactly what it takes on disk."""
+        """Exact size on disk in bytes."""
         return len(self.payload)
 
 
@@ -43,5 +43,5 @@ def unpack(raw: bytes, bits: int, count: int) -> np.ndarray:
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """The length of what `pack` gives for `count` codes."""
+    """Packed size of `count` codes in bytes."""
     return -(-count * bits // 8)

@@ -1,4 +1,4 @@
-"""A plan says at which level each matrix of a model is stored; applied to a model it gives real bytes.
+"""Compression plans: each matrix's compression level, and the compressed file of a model.
 
 A compressed model is one safetensors file: a single tensor of bytes, matrix after matrix and then everything else as
 float32, with the levels and a SHA-256 in its metadata. Its length follows from the model's shapes and the plan alone.
@@ -35,7 +35,7 @@ Raw = bytes
 
 
 class PlanError(ValueError):
-    """A plan or a compressed model is not what it claims to be, or not of this model; the message says why."""
+    """A plan or a compressed model is invalid or belongs to another model; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Exactly what the compressed model takes on disk."""
+        """Exact size of the compressed model on disk in bytes."""
         return self.overhead + sum(size_of(self.shapes[name], level) for name, level in self.levels.items())
 
     @property
     def overhead(self) -> int:
-        """The bytes of the file that no level changes: its header, and the parameters outside the matrices."""
+        """Bytes of the file that do not depend on the levels: header and parameters outside the matrices."""
         payload = sum(size_of(self.shapes[name], level) for name, level in self.levels.items()) + 4 * self.others
         return len(_file(b"", self.levels.values(), payload)) + 4 * self.others
 
     def apply(self, model: nn.Module, importance: Mapping[str, np.ndarray] | None = None) -> nn.Module:
-        """A copy of the model with the weights that its compressed form decompresses to."""
+        """Copy of the model with the decompressed weights."""
         return self.compress(model, importance)[1]
 
     def compress(self, model: nn.Module, importance: Mapping[str, np.ndarray] | None = None) -> tuple[Raw, nn.Module]:
@@ -104,7 +104,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """A plan of `save`; raises `PlanError` where it is none."""
+        """Load a plan saved by `save`; raises `PlanError` if invalid."""
         try:
             content: dict[str, Any] = json.loads(Path(path).read_bytes())
             rows = content["matrices"]
@@ -122,7 +122,7 @@ class Plan:
         return cls(levels, shapes, others)
 
     def check(self, model: nn.Module) -> None:
-        """Raise `PlanError` unless the plan is of this model's matrices."""
+        """Raise `PlanError` if the plan does not match the matrices of the model."""
         shapes = {name: piece.shape for name, piece in pieces(model).items()}
         if shapes != self.shapes:
             different = sorted(name for name in shapes | self.shapes if shapes.get(name) != self.shapes.get(name))

@@ -1,4 +1,4 @@
-"""Small weights left out: a bit for each weight says whether it is kept, the kept ones are quantised.
+"""Magnitude pruning: one mask bit per weight, and the kept weights quantised.
 
 Shape legend: O rows (outputs), I columns (inputs).
 """
@@ -14,7 +14,7 @@ ROW = 64  # kept weights that share a scale
 
 
 def kept(shape: tuple[int, int], share: float) -> int:
-    """How many weights of a matrix are kept."""
+    """Number of kept weights of a matrix."""
     return max(1, round(share * shape[0] * shape[1]))
 
 
@@ -29,7 +29,7 @@ def prune(weights: np.ndarray, share: float, bits: int, importance: np.ndarray |
 
 
 def restore(raw: bytes, shape: tuple[int, int], share: float, bits: int) -> np.ndarray:
-    """Weights `[O, I]` float32 of what `prune` gave."""
+    """Restore weights `[O, I]` float32 from the bytes of `prune`."""
     size, count = shape[0] * shape[1], kept(shape, share)
     mask = unpack(raw, 1, size).astype(np.bool_)
     weights = np.zeros(size, dtype=np.float32)
@@ -38,7 +38,7 @@ def restore(raw: bytes, shape: tuple[int, int], share: float, bits: int) -> np.n
 
 
 def pruned_bytes(shape: tuple[int, int], share: float, bits: int) -> int:
-    """The length of what `prune` gives."""
+    """Pruned size in bytes."""
     rows = -(-kept(shape, share) // ROW)
     return packed_bytes(shape[0] * shape[1], 1) + quantized_bytes((rows, ROW), bits)
 

@@ -34,7 +34,7 @@ def quantize(weights: np.ndarray, bits: int, importance: np.ndarray | None = Non
 
 
 def dequantize(raw: bytes, shape: tuple[int, int], bits: int) -> np.ndarray:
-    """Weights `[O, I]` float32 of what `quantize` gave."""
+    """Restore weights `[O, I]` float32 from the bytes of `quantize`."""
     rows, columns = shape
     size = _group(columns, bits)
     count = -(-columns // size)
@@ -45,7 +45,7 @@ def dequantize(raw: bytes, shape: tuple[int, int], bits: int) -> np.ndarray:
 
 
 def quantized_bytes(shape: tuple[int, int], bits: int) -> int:
-    """The length of what `quantize` gives."""
+    """Quantised size in bytes."""
     rows, columns = shape
     return 2 * rows * -(-columns // _group(columns, bits)) + packed_bytes(rows * columns, bits)
 

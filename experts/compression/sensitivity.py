@@ -1,4 +1,4 @@
-"""What each part of a model alone loses at each level: measured once, kept in the user's cache by the weights' hash.
+"""Sensitivity of each part of a model at each level, measured once and cached by the hash of the weights.
 
 Shape legend: U units, L levels.
 """
@@ -70,7 +70,7 @@ def sensitivity(
     importance: Mapping[str, np.ndarray],
     progress: Callable[[float], object] = lambda share: None,
 ) -> Sensitivity:
-    """Measure it on the inputs of the evaluator, or read what was before for the same weights and inputs."""
+    """Measure the sensitivity on the inputs of the evaluator, or read it from the cache."""
     name, cached = _name(evaluator, parts, importance), zoo.cache_folder() / "sensitivities"
     for path in (SHIPPED / name, cached / name):
         if (found := _read(path, len(parts))) is not None:
@@ -92,7 +92,7 @@ def write(
     found: Sensitivity, folder: Path, evaluator: PlanEvaluator, parts: Sequence[Sequence[int]],
     importance: Mapping[str, np.ndarray],
 ) -> None:  # fmt: skip
-    """Keep what was measured in a folder."""
+    """Write measured sensitivities to a folder."""
     raw = to_bytes(found._asdict(), {"sha256": _digest(found)})
     write_bytes(folder / _name(evaluator, parts, importance), raw)
 
@@ -125,7 +125,7 @@ def _name(evaluator: PlanEvaluator, parts: Sequence[Sequence[int]], importance: 
 
 
 def _read(path: Path, units: int) -> Sensitivity | None:
-    """What is in a file of the cache; None where there is none, or where it is damaged: then it is made anew."""
+    """Read a cache file; None if it is absent or damaged, so that it is measured again."""
     try:
         with safe_open(path, "numpy") as file:
             sha256 = (file.metadata() or {}).get("sha256")

@@ -1,6 +1,6 @@
-"""Experts as one core that each of them bends: W_e = (I + U_out V_out^T) C (I + U_in V_in^T).
+"""Shared core with low-rank factors per expert: W_e = (I + U_out V_out^T) C (I + U_in V_in^T).
 
-The core starts as the mean of the experts and the bends at zero; Adam lowers the summed squared error (Frobenius).
+The core starts as the mean of the experts, the factors at zero; Adam minimises the squared Frobenius error.
 
 Shape legend: E experts, O rows (outputs), I columns (inputs), R rank.
 """
@@ -40,11 +40,11 @@ class SharedCore:
 
     @property
     def total_parameters(self) -> int:
-        """Of the core and all bends."""
+        """Number of parameters of the core and all factors."""
         return sum(getattr(self, field.name).size for field in fields(self))
 
     def active_parameters(self, experts: int) -> int:
-        """Of the core and the bends of so many experts."""
+        """Number of parameters of the core and the factors of the active experts."""
         of_one = sum(getattr(self, field.name)[0].size for field in fields(self)[1:])
         return int(self.core.size + experts * of_one)
 
@@ -54,7 +54,7 @@ class SharedCore:
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> SharedCore:
-        """What `to_bytes` gave; raises `ValueError` for anything else."""
+        """Restore from `to_bytes`; raises `ValueError` for invalid bytes."""
         try:
             return cls(**load(raw))
         except (SafetensorError, TypeError) as error:
@@ -62,7 +62,7 @@ class SharedCore:
 
 
 def fit(weights: np.ndarray, rank: int, steps: int = 500, rate: float = 3e-3, seed: int = 0) -> SharedCore:
-    """The core and bends of experts' matrices `[E, O, I]`; with 0 steps the mean, unbent."""
+    """Fit core and factors to expert matrices `[E, O, I]`; with 0 steps, the core is their mean."""
     experts, rows, columns = weights.shape
     if not 1 <= rank <= min(rows, columns):
         raise ValueError(f"rank={rank!r}: must be from 1 to {min(rows, columns)}")

@@ -1,4 +1,4 @@
-"""Neurons really removed: a smaller model instead of zeros in a large one."""
+"""Structured pruning: removes neurons and returns a smaller model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Model = MoEClassifier | ConvMoEClassifier
 
 
 def smaller_experts(model: Model, share: float, importance: Mapping[str, np.ndarray]) -> Model:
-    """A model of the same kind that has only the share of each expert's neurons that matter most.
+    """Model with only the most important share of each expert's neurons.
 
     A neuron matters by the root mean square of its activation, of `pieces.importance`, times the norm of its outgoing
     weights.

@@ -1,4 +1,4 @@
-"""A reference model compressed by a plan, trained under it, judged and timed; a plan applied to a checkpoint."""
+"""Compress, fine-tune, evaluate and time a reference model; apply a plan to a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Compressed(NamedTuple):
 
 
 class Workbench:
-    """A reference model with what its compression is chosen by."""
+    """Reference model with the data for selecting its compression."""
 
     def __init__(self, model: Model, name: str, steps: int = 430, seed: int = 0) -> None:
         self.model, self.name, self.seed = model, name, seed
@@ -49,7 +49,7 @@ class Workbench:
         self.importance = importance(model, self.calibration)
 
     def compress(self, levels: Any, model: Model | None = None, finetuned: bool = False) -> Compressed:
-        """A plan applied, without training."""
+        """Apply a plan without fine-tuning."""
         model = model or self.model
         plan = Plan.of(model, levels)
         known = self.importance if model is self.model else importance(model, self.calibration)
@@ -68,11 +68,11 @@ class Workbench:
         return self.compress(levels, tuned, finetuned=True)
 
     def accuracy(self, model: nn.Module) -> float:
-        """On the test images."""
+        """Accuracy on the test images."""
         return accuracy(model, *self.source["test"])
 
     def validation(self, model: nn.Module) -> float:
-        """On the second half of the validation images, which no plan was searched by."""
+        """Accuracy on the second half of the validation images, which is not used to search plans."""
         return accuracy(model, *reference_models.examples(self.name).half("validation"))
 
     @cached_property

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 COSTS = ("reference", "machine")
 EVALUATIONS = ("model", "additive")
 CONTEXTS = 2**20
-SHARES = 0.03, 0.19  # of the float32 file, between which budgets are drawn; where little fits, from 1.25 of the least
+SHARES = 0.03, 0.19  # range of budgets as share of the float32 file, from at least 1.25 of the smallest plan
 COUNT = len(LEVELS)
 LAYOUT: Layout = layout(
     (
-        ("kind", len(KINDS), 0, 1, "of matrix: " + ", ".join(KINDS)),
+        ("kind", len(KINDS), 0, 1, "kind of matrix: " + ", ".join(KINDS)),
         ("expert", 1, 0, 1, "number of the expert / number of experts, 0 outside them"),
         ("shape", 2, 0, 2, "log2 of outputs and of inputs, / 16"),
         ("share", 1, 0, 1, "of the bytes that all matrices take as float32"),
@@ -53,7 +53,7 @@ LAYOUT: Layout = layout(
         ("progress", 1, 0, 1, "share of the matrices that is done"),
     )
 )
-STATIC = LAYOUT["losses"].slice.stop  # numbers that do not change in an episode
+STATIC = LAYOUT["losses"].slice.stop  # entries that are constant in an episode
 LOWS, HIGHS = box(LAYOUT).low, box(LAYOUT).high
 
 
@@ -112,7 +112,9 @@ class MoECompressionVectorEnv(BatchedEnv):
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         tables, place = self.tables, np.minimum(self.place, len(self.tables.units) - 1)
-        taken = np.maximum(actions, self._wall())  # sizes fall with the level: what does not fit becomes what does
+        taken = np.maximum(
+            actions, self._wall()
+        )  # sizes decrease with the level, so the first fitting level replaces those that do not fit
         self.levels[self._rows, place] = taken
         self._spent = self._spent + tables.sizes[place, taken]
         gain = tables.gains[self.model, place, taken]
@@ -154,17 +156,17 @@ class MoECompressionVectorEnv(BatchedEnv):
         return np.clip(observation, LOWS, HIGHS)
 
     def action_masks(self) -> np.ndarray:
-        """`[n, levels]`, True where the level fits, all others from here on taken as small as they get."""
+        """Mask `[n, levels]`, True if the level fits with the smallest levels for all remaining matrices."""
         return np.asarray(np.arange(COUNT) >= self._wall()[:, None])
 
     def _wall(self) -> np.ndarray:
-        """The first level that fits, `[n]`."""
+        """First level that fits, `[n]`."""
         tables, place = self.tables, np.minimum(self.place, len(self.tables.units) - 1)
         room = self.budget - self._spent - tables.least[place + 1]
         return np.minimum((tables.sizes[place] > room[:, None]).sum(1), COUNT - 1)
 
     def _final(self, rows: np.ndarray) -> np.ndarray:
-        """The quality `[rows]` of finished plans."""
+        """Quality `[rows]` of finished plans."""
         if self.additive:
             return np.asarray(self._surrogate[rows])
         quality, accuracy, loss = self.tables.quality(self.model[rows], self.levels[rows])
@@ -175,20 +177,20 @@ class MoECompressionVectorEnv(BatchedEnv):
 class MoECompressionEnv(SingleEnv):
     """
     ## Description
-    A trained Mixture of Experts must fit into a number of bytes. The agent walks over its matrices, those of the trunk,
-    the gate, and both of each expert, and says of each at which level it is stored: from float32 over 8, 4 and 2 bits,
-    pruned or not, to low rank. Sizes are exact to the byte of the file that `experts.compression.plan.Plan` writes.
-    What a matrix loses depends on what was done to the others; losses alone, which are seen, do not add up. Budgets
-    differ between episodes, so that one policy serves all of them.
+    A trained Mixture of Experts must be compressed to a byte budget. The agent visits its matrices in order (trunk,
+    gate, and two per expert) and selects each matrix's compression level: float32, 8, 4 or 2 bits, with or without
+    pruning, or low rank. Sizes are exact to the byte of the file that `experts.compression.plan.Plan` writes. The
+    accuracy lost by compressing a matrix depends on the other matrices, so the observed individual losses do not add
+    up. Budgets vary between episodes, so that one policy covers all of them.
 
-    Models, data and times are real: the compressed model is decompressed and run on held-out images at the end of the
-    walk. The splits `"train"` and `"validation"` are halves of the data's validation images; `"test"` images are for
-    reports. Sensitivities are of the images of `"train"`, whatever the split.
+    Models, data and times are real: at the end of an episode, the compressed model is decompressed and run on held-out
+    images. The splits `"train"` and `"validation"` are halves of the validation images of the data set; `"test"` images
+    are for reports. Sensitivities are always measured on `"train"`.
 
     ## Action Space
-    `Discrete(14)`: the level, an index of `experts.compression.LEVELS`. A level under which the rest would not fit any
-    more is replaced by the first that fits (sizes never rise with the level), so that every walk ends within its
-    budget. `action_masks()` says which levels fit.
+    `Discrete(14)`: the level, an index of `experts.compression.LEVELS`. A level that would leave too few bytes
+    for the rest is replaced by the first level that fits (sizes never increase with the level), so that every episode
+    ends within its budget. `action_masks()` returns the levels that fit.
 
     ## Observation Space
     A `Box` of float32; `env.unwrapped.observation_layout` maps each name to its slice, its bounds and its meaning.
@@ -196,42 +198,42 @@ class MoECompressionEnv(SingleEnv):
     | part | size | range | meaning |
     |---|---|---|---|
     | `kind` | 5 | 0..1 | conv, linear, gate, expert in, expert out |
-    | `expert` | 1 | 0..1 | number of the expert / number of experts, 0 outside them |
+    | `expert` | 1 | 0..1 | index of the expert / number of experts, 0 outside experts |
     | `shape` | 2 | 0..2 | log2 of outputs and of inputs, / 16 |
-    | `share` | 1 | 0..1 | of the bytes that all matrices take as float32 |
-    | `load` | 1 | 0..1 | share of the inputs that this expert answers, 1 outside the experts |
-    | `errors` | 14 | 0..1 | relative error of the weights at each level: log10, 1e-4 is 0 and 1 is 1 |
-    | `accuracies` | 14 | -5..5 | points of accuracy that this alone changes: sign * log(1 + points) |
-    | `losses` | 14 | -10..10 | the same of 100 times the loss |
+    | `share` | 1 | 0..1 | share of the float32 bytes of all matrices |
+    | `load` | 1 | 0..1 | share of the inputs routed to this expert, 1 outside experts |
+    | `errors` | 14 | 0..1 | relative weight error at each level on a log10 scale: 1e-4 maps to 0, 1 to 1 |
+    | `accuracies` | 14 | -5..5 | accuracy change in points if only this matrix is compressed: sign * log(1 + points) |
+    | `losses` | 14 | -10..10 | same for 100 times the loss |
     | `budget` | 1 | -6..0.1 | log of the budget / bytes of the float32 file |
-    | `slack` | 1 | 0..1 | share of the budget that the smallest levels from here on would leave |
-    | `left` | 1 | -6..0.1 | log of the bytes left / bytes of the matrices from here on as float32 |
-    | `allowed` | 14 | 0..1 | 1 where the level fits |
-    | `suggested` | 14 | 0..1 | 1 at the level of the plan that is best for the bytes left if losses add up |
-    | `previous` | 1 | 0..1 | level of the matrix before / 13 |
-    | `progress` | 1 | 0..1 | share of the matrices that is done |
+    | `slack` | 1 | 0..1 | share of the budget left over if all remaining matrices use their smallest level |
+    | `left` | 1 | -6..0.1 | log of the remaining bytes / float32 bytes of the remaining matrices |
+    | `allowed` | 14 | 0..1 | 1 if the level fits |
+    | `suggested` | 14 | 0..1 | 1 at the level in the best plan for the remaining bytes, assuming additive losses |
+    | `previous` | 1 | 0..1 | level of the previous matrix / 13 |
+    | `progress` | 1 | 0..1 | finished share of the matrices |
 
-    After the last matrix the parts about the present one are 0.
+    After the last matrix, the parts about the current matrix are 0.
 
     ## Rewards
-    R = quality - cost_weight * cost. Quality comes with the last matrix: 10 times the change of accuracy less 3 times
-    the change of loss (cross-entropy in nats) against the uncompressed model, or as `quality` says. With `shaped` every
-    step pays what its matrix alone would change, and the last one the difference to what all change together: the sum
-    is the same. With `evaluation="additive"` no model is run, and the sum of the changes is the quality: thousands of
-    steps a second to begin a training with.
+    R = quality - cost_weight * cost. Quality is given at the last matrix: 10 times the change of accuracy minus 3 times
+    the change of loss (cross-entropy in nats) relative to the uncompressed model, or as set by `quality`. With
+    `shaped`, every step gives the change caused by its matrix alone, and the last step adds the difference to the joint
+    change, so the sum is unchanged. With `evaluation="additive"`, no model is run and the quality is the sum of the
+    individual changes, which gives thousands of steps per second for pre-training.
 
-    Cost is the weighted sum of time, memory and energy, each relative to the uncompressed model, over all matrices.
-    Time (and energy) are of a batch of 64 inputs from a profile of the products: a matrix of low rank runs as two thin
-    products where that was measured to be quicker, all other levels as a dense one. Memory is the bytes of the file.
+    Cost is the weighted sum of time, memory and energy over all matrices, each relative to the uncompressed model. Time
+    and energy are those of a batch of 64 inputs in a profile of the matrix products: a low-rank matrix runs as two thin
+    products if that was measured to be faster, all other levels as a dense product. Memory is the file size in bytes.
 
     `info` has `reward/quality`, `reward/cost` (relative, unweighted), `cost/time` [s], `cost/memory` [B], `cost/energy`
-    [J], `vector_reward` (quality, -time, -memory, -energy, relative), `compression/level` (as it was taken),
-    `compression/bytes` (of the file so far), and with the last matrix `compression/accuracy` and `compression/loss`
+    [J], `vector_reward` (quality, -time, -memory, -energy, relative), `compression/level` (as applied),
+    `compression/bytes` (file size so far), and at the last matrix `compression/accuracy` and `compression/loss`
     (changes; 0 before, and with `evaluation="additive"`).
 
     ## Starting State
-    The first matrix; a model of `model` and a budget, log-uniform from 0.03 to 0.19 of the float32 file, at least 1.25
-    times the smallest plan.
+    The first matrix of a model drawn from `model`, with a budget drawn log-uniformly from 0.03 to 0.19 of the float32
+    file size, but at least 1.25 times the smallest plan.
 
     ## Episode End
     Terminated after the last matrix; never truncated by itself.
@@ -239,16 +241,17 @@ class MoECompressionEnv(SingleEnv):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
-    | `model` | `"fashion-mnist-conv"` | or `"digits-mlp"`; `-1`, `-2`, ... of other seeds; or a list of them |
-    | `budget` | None | bytes of the file, the same in all episodes; None: drawn |
+    | `model` | `"fashion-mnist-conv"` | or `"digits-mlp"`; append `-1`, `-2`, ... for other seeds; or a list of models
+    |
+    | `budget` | None | file size in bytes for all episodes; None: drawn per episode |
     | `split` | `"train"` | images of `"train"`, `"validation"` or `"test"` |
     | `cost_weight` | 0.0 | lambda of the reward |
     | `costs` | `"reference"` | the shipped profile, or this `"machine"`'s |
     | `quality` | `"accuracy and loss"` | or `"accuracy"` (its change), or `"loss"` (less its change) |
-    | `evaluation` | `"model"` | or `"additive"`: the sum of what was measured one by one |
-    | `shaped` | False | pay the additive part step by step |
-    | `granularity` | `"expert"` | a level for each matrix, or `"layer"`: the experts share theirs |
-    | `time_weight`, `memory_weight`, `energy_weight` | 0.5, 0.5, 0 | weights of the terms; let them sum to 1 |
+    | `evaluation` | `"model"` | or `"additive"`: sum of the individual changes |
+    | `shaped` | False | give the additive part of the quality step by step |
+    | `granularity` | `"expert"` | one level per matrix, or `"layer"`: experts share their levels |
+    | `time_weight`, `memory_weight`, `energy_weight` | 0.5, 0.5, 0 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
     ## Version History
@@ -259,7 +262,7 @@ class MoECompressionEnv(SingleEnv):
     vector: MoECompressionVectorEnv
 
     def action_masks(self) -> np.ndarray:
-        """`[levels]`, True where the level fits; the name is the one that sb3-contrib's MaskablePPO asks for."""
+        """Mask `[levels]`, True if the level fits; sb3-contrib's MaskablePPO requires this name."""
         return np.asarray(self.vector.action_masks()[0])
 
     def _picture(self) -> PlanPicture:
@@ -271,14 +274,14 @@ class MoECompressionEnv(SingleEnv):
 
 
 def _budgets(tables: CompressionTables, budget: int | None) -> tuple[float, float]:
-    """The smallest and the largest budget in bytes."""
+    """Smallest and largest budget in bytes."""
     least = tables.overhead + int(tables.least[0])
     if budget is None:
         low = max(SHARES[0] * tables.bytes, 1.25 * least)
         return low, max(SHARES[1] * tables.bytes, 2 * low)
     if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < least:
         raise ValueError(f"budget={budget!r}: must be a whole number of bytes of at least {least:,}, the smallest plan")
-    enough = float(min(budget, tables.bytes))  # more is not used
+    enough = float(min(budget, tables.bytes))  # larger budgets have no effect
     return enough, enough
 
 

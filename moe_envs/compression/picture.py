@@ -17,7 +17,7 @@ class PlanPicture:
     budget: int
 
     def ansi(self) -> str:
-        """A line a matrix."""
+        """One line per matrix."""
         width = max(map(len, self.names))
         lines = [
             f"{name:{width}}  level {level:2d}  {share:6.1%}"

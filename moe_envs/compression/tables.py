@@ -1,4 +1,4 @@
-"""What MoECompression-v0 looks up: of each model the sizes, sensitivities, costs and features of its parts.
+"""Tables of MoECompression-v0: sizes, sensitivities, costs and features of the parts of each model.
 
 Shape legend: M models, U units (parts that are given a level each), L levels, F features, n rows.
 """

@@ -1,4 +1,4 @@
-"""What all environments share: the two faces, the reward, spaces, registration."""
+"""Common parts of all environments: base classes, reward, spaces and registration."""
 
 from moe_envs.core.batched import BatchedEnv, Face, Outcome, SingleEnv, State
 from moe_envs.core.reward import Reward

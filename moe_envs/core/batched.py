@@ -1,8 +1,8 @@
-"""Every problem is written once, over `num_envs` rows; `BatchedEnv` and `SingleEnv` are its two faces.
+"""Base classes: a problem is implemented once for `num_envs` rows and used via `BatchedEnv` or `SingleEnv`.
 
 A problem has three hooks: `_begin(rows)` starts episodes in those rows, `_advance(actions)` makes one step in all rows,
-`_observe()` returns the observations of all rows. Rows that have ended may be advanced once more before they begin
-again; what comes of it is thrown away.
+`_observe()` returns the observations of all rows. Ended rows may be advanced once more before their reset; the
+result is discarded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ State = dict[str, Any]
 
 
 class Face(TypedDict, total=False):
-    """Arguments that all vector environments have."""
+    """Arguments of all vector environments."""
 
     autoreset_mode: str | AutoresetMode
     max_episode_steps: int | None
@@ -38,7 +38,7 @@ class Face(TypedDict, total=False):
 class Outcome(NamedTuple):
     """One step of n rows: `quality [n]`, `cost [n, 3]` in s, B and J, `terminated [n]`, further arrays for `info`.
 
-    `priced`, relative costs `[n]` and vector rewards `[n, 4]`, spares a problem that has looked them up the arithmetic.
+    `priced` has relative costs `[n]` and vector rewards `[n, 4]` if the problem has already looked them up.
     """
 
     quality: np.ndarray
@@ -49,16 +49,16 @@ class Outcome(NamedTuple):
 
 
 class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """The vector face: seeding per row, autoreset in Gymnasium's three modes, time limit, reward and `info`.
+    """Vector environment: seeding per row, autoreset in Gymnasium's three modes, time limit, reward and `info`.
 
     Row i of `reset(seed=s)` equals the single environment of `reset(seed=s + i)`, bit for bit.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
-    STATE: ClassVar[tuple[str, ...]] = ()  # names of the attributes, one array [n, ...] each, that are a row's state
+    STATE: ClassVar[tuple[str, ...]] = ()  # names of the state attributes, one array [n, ...] each
 
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
-        """Refuse arguments that the signature lacks, with the name that was probably meant."""
+        """Reject unknown arguments with a suggestion."""
         named = [name for name, each in signature(cls.__init__).parameters.items() if each.kind is each.KEYWORD_ONLY]
         for argument in arguments:
             if argument not in ("num_envs", *Face.__annotations__):
@@ -112,14 +112,14 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start episodes in all rows, or in those of `options["reset_mask"]`; row i is seeded with seed + i."""
+        """Start episodes in all rows, or those in `options["reset_mask"]`; row i is seeded with seed + i."""
         rows = self._reset_rows((options or {}).get("reset_mask"))
         self._seed(rows, seed)
         self._restart(rows)
         return self._observe(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One step in every row; raises `InvalidAction`, and changes nothing, where an action is outside the space."""
+        """One step in every row; raises `InvalidAction` and changes nothing if an action is outside the space."""
         if not self.generators:
             raise ResetNeeded("call reset before step")
         actions = self._checked(actions)
@@ -146,14 +146,14 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return observation, reward, terminated, truncated, infos
 
     def state(self) -> State:
-        """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""
+        """Copy of the full state, for forks, undo and checkpoints."""
         if not self.generators:
             raise ResetNeeded("call reset before state")
         arrays = {name: getattr(self, name) for name in self._state_names()}
         return deepcopy({"arrays": arrays, "generators": [g.bit_generator.state for g in self.generators]})
 
     def restore(self, state: State) -> np.ndarray:
-        """Go back to a `state()` of an environment with the same arguments; returns the observations there."""
+        """Restore a `state()` of an environment with the same arguments; returns its observations."""
         arrays, generators = deepcopy(state["arrays"]), deepcopy(state["generators"])
         if set(arrays) != set(self._state_names()) or len(arrays["_done"]) != self.num_envs:
             raise ValueError(f"not a state of {type(self).__name__} with {self.num_envs} rows")
@@ -169,7 +169,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return ("_elapsed", "_done", "_draws", "_drawn", *self.STATE)
 
     def _draw(self, rows: np.ndarray, high: int, block: int = 256) -> np.ndarray:
-        """One integer below `high` for each of the rows, from the row's own generator, drawn `block` at a time."""
+        """One random integer below `high` per row from the row's own generator, drawn in blocks of `block`."""
         if self._draws.shape[1] != block:
             self._draws, self._drawn[:] = np.zeros((self.num_envs, block), dtype=np.int64), block
         drawn = self._drawn.take(rows)
@@ -181,7 +181,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._draws.take(rows * block + drawn)
 
     def draw_one(self, row: int, high: int, block: int = 256) -> int:
-        """What `_draw` draws for one row, without arrays."""
+        """Version of `_draw` for one row without arrays."""
         drawn = self._drawn.item(row)
         if drawn >= self._draws.shape[1]:
             return int(self._draw(np.array([row]), high, block)[0])
@@ -198,7 +198,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     @staticmethod
     def check_mask(mask: Any, rows: int) -> None:
-        """Raise `ValueError` for what is no `reset_mask` of so many rows."""
+        """Raise `ValueError` for an invalid `reset_mask`."""
         if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (rows,) or not mask.any():
             raise ValueError(f"reset_mask must be a boolean array [{rows}] with a True, got {mask!r}")
 
@@ -217,7 +217,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 self.use_generator(row, seeding.np_random(seeds[row])[0])
 
     def use_generator(self, row: int, generator: np.random.Generator) -> None:
-        """Let a row draw from this generator from now on."""
+        """Set the random generator of a row."""
         if not self.generators:
             self.generators = [np.random.default_rng() for _ in range(self.num_envs)]
         if self.generators[row] is not generator:
@@ -231,11 +231,11 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._begin(rows)
 
     def _checked(self, actions: object) -> np.ndarray:
-        """`check_actions`, with one pass over the array where it is of integers below a common limit."""
+        """`check_actions` with a fast path for integers below a common limit."""
         array = np.asarray(actions)
         if not self._limit or array.dtype != np.int64 or array.shape != self._done.shape:
             return check_actions(self.action_space, array)
-        if np.count_nonzero(array.view(np.uint64) >= self._limit):  # negative ones are huge
+        if np.count_nonzero(array.view(np.uint64) >= self._limit):  # negative values become huge
             raise InvalidAction(f"action {actions!r} is not in {self.action_space}")
         return array
 
@@ -262,7 +262,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._observe(), infos
 
     def _terms(self, outcome: Outcome) -> dict[str, np.ndarray]:
-        """What `info` says of a step."""
+        """Entries of `info` for a step."""
         if outcome.priced is None:
             relative, costs = self.reward.price(outcome.cost)
             vector = np.column_stack([outcome.quality, costs])
@@ -282,7 +282,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return terms
 
     def _vector_info(self, terms: dict[str, np.ndarray], valid: np.ndarray | None) -> dict[str, Any]:
-        """Gymnasium's form of a vector's info: under a key an array, 0 in rows that lack it, under `_key` the mask."""
+        """Convert to Gymnasium's vector info: an array per key, 0 in rows without it, and the mask under `_key`."""
         if valid is None:
             valid = self._everywhere.copy()
         elif valid.any():
@@ -297,7 +297,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 
 class SingleEnv(gymnasium.Env[np.ndarray, Any]):
-    """The one-row face of a `BatchedEnv` class, for Gymnasium's single-environment API."""
+    """Single environment of a `BatchedEnv` class with Gymnasium's `Env` API."""
 
     vector_class: ClassVar[type[BatchedEnv]]
     observation_layout: Layout
@@ -329,7 +329,7 @@ class SingleEnv(gymnasium.Env[np.ndarray, Any]):
         self.vector.use_generator(0, self.np_random)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """One step; raises `InvalidAction` before anything changes where the action is outside the space."""
+        """One step; raises `InvalidAction` and changes nothing if the action is outside the space."""
         if not self.vector.generators:
             raise ResetNeeded("call reset before step")
         check_actions(self.action_space, action)
@@ -338,17 +338,17 @@ class SingleEnv(gymnasium.Env[np.ndarray, Any]):
         return observation[0], reward[0].item(), terminated[0].item(), False, info
 
     def state(self) -> State:
-        """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""
+        """Copy of the full state, for forks, undo and checkpoints."""
         return self.vector.state()
 
     def restore(self, state: State) -> np.ndarray:
-        """Go back to a `state()` of an environment with the same arguments; returns the observation there."""
+        """Restore a `state()` of an environment with the same arguments; returns its observation."""
         observation = self.vector.restore(state)[0]
         self.np_random = self.vector.generators[0]
         return observation
 
     def render(self) -> Any:
-        """The episode so far, `[height, width, 3]` uint8 or text; without a mode a warning and None, as Gymnasium's."""
+        """Render the episode so far, `[height, width, 3]` uint8 or text; without a mode, warn and return None."""
         if self.render_mode is None:
             logger.warn(
                 "You are calling render method without specifying any render mode. You can specify the render_mode at "

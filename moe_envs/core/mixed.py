@@ -1,4 +1,4 @@
-"""Vector environments side by side as one: one policy for several problems that look alike."""
+"""Combine vector environments into one, to train one policy on several similar problems."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from moe_envs.core.spaces import check_actions
 
 
 class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """The rows of several of our environments, whose spaces and autoreset modes must be equal, one after the other.
+    """Concatenates the rows of several environments with equal spaces and autoreset modes.
 
-    `reset(seed=s)` seeds row i with s + i. An entry of `info` that only some environments have is 0 in the others'
-    rows.
+    `reset(seed=s)` seeds row i with s + i. Entries of `info` that an environment lacks are 0 in its rows.
     """
 
     def __init__(self, envs: Sequence[BatchedEnv]) -> None:

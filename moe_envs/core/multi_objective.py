@@ -1,4 +1,4 @@
-"""Any of our environments for MO-Gymnasium: the reward is a vector, and `cost_weight` has no effect on it."""
+"""MO-Gymnasium version of our environments with vector reward; `cost_weight` has no effect."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from moe_envs.core.spaces import Layout
 
 
 class MultiObjectiveEnv(gymnasium.Env[np.ndarray, Any]):
-    """The environment `env_id` with `vector_reward` for a reward: quality, and minus time, memory and energy, each
-    relative to the reference's; `reward_space` describes it."""
+    """Environment `env_id` with `vector_reward` as reward: quality, and negative time, memory and energy relative to
+    the reference; its space is `reward_space`."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}
 
@@ -35,7 +35,7 @@ class MultiObjectiveEnv(gymnasium.Env[np.ndarray, Any]):
         return observation, info
 
     def step(self, action: Any) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
-        """As the environment's, with the vector `[4]` float32 for a reward."""
+        """One step of the environment with the vector reward `[4]` float32."""
         observation, _, terminated, truncated, info = self.env.step(action)
         return observation, info["vector_reward"].astype(np.float32), terminated, truncated, info
 

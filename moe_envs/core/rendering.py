@@ -1,4 +1,4 @@
-"""What pictures of episodes are made of."""
+"""Interface for rendering episodes."""
 
 from typing import Protocol
 
@@ -9,7 +9,7 @@ GREY, GREEN, RED, BLUE, WHITE = (225, 225, 225), (46, 160, 67), (207, 34, 46), (
 
 
 class Picture(Protocol):
-    """An episode so far."""
+    """Rendering of the episode so far."""
 
     def ansi(self) -> str:
         """As text."""

@@ -1,4 +1,4 @@
-"""The one reward of all environments: R = quality - cost_weight * cost."""
+"""Reward of all environments: R = quality - cost_weight * cost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cost.normalize import CostNormalizer, FrozenNormalizer
 
 @dataclass(frozen=True)
 class Reward:
-    """Quality minus the weighted cost; the cost is relative to a reference whose cost is 1, and goes through the
-    normalizer where there is one."""
+    """Quality minus weighted cost. The cost is relative to a reference of cost 1, and normalised if there is a
+    normalizer."""
 
     cost_weight: float
     relative: RelativeCost
@@ -26,19 +26,19 @@ class Reward:
 
     @classmethod
     def of(cls, cost_weight: float, reference: Cost, weights: Cost, normalizer: str | None = None) -> Reward:
-        """From what an environment's arguments say; `normalizer` is the file of a `CostNormalizer`."""
+        """Create the reward from environment arguments; `normalizer` is the file of a `CostNormalizer`."""
         frozen = None if normalizer is None else CostNormalizer.load(normalizer).frozen("reward/cost")
         return cls(cost_weight, RelativeCost(reference, weights), frozen)
 
     def __call__(self, quality: Array, cost: Array) -> Array:
-        """The reward of a quality and a relative cost, floats or arrays."""
+        """Reward for a quality and a relative cost, floats or arrays."""
         return quality - self.cost_weight * self.normalized(cost)
 
     def normalized(self, cost: Array) -> Array:
-        """The relative cost as the reward takes it."""
+        """Relative cost after normalisation."""
         return cost if self.normalizer is None else self.normalizer(cost)
 
     def price(self, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of costs `[n, 3]` in s, B, J: the relative cost `[n]`, and minus each term over the reference's `[n, 3]`."""
+        """Relative costs `[n]` and negative relative terms `[n, 3]` for costs `[n, 3]` in s, B, J."""
         of: Any = self.relative.reference
         return self.relative(*cost.T), -cost / (of.time, of.memory, of.energy)

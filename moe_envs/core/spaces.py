@@ -1,4 +1,4 @@
-"""Named parts of an observation vector, and the errors for arguments and actions that do not fit."""
+"""Named parts of observation vectors, and validation of arguments and actions."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from gymnasium.error import InvalidAction
 
 
 class Part(NamedTuple):
-    """Where a part of the observation lies, the bounds of its values, and what they mean."""
+    """Part of an observation: slice, bounds and meaning."""
 
     slice: slice
     low: float
@@ -37,7 +37,7 @@ def box(parts: Layout) -> spaces.Box:
 
 
 def choose(name: str, value: object, allowed: Iterable[str]) -> str:
-    """`value` if it is one of the allowed ones, else a `ValueError` that names them."""
+    """Return `value` if it is allowed; otherwise raise `ValueError` naming the allowed values."""
     names = list(allowed)
     if value not in names:
         close = difflib.get_close_matches(str(value), names, n=1)
@@ -47,7 +47,7 @@ def choose(name: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def check_actions(space: spaces.Space[np.ndarray], actions: object) -> np.ndarray:
-    """The actions as an array; raises `InvalidAction` where one is outside the space."""
+    """Convert actions to an array; raises `InvalidAction` if one is outside the space."""
     array = np.asarray(actions)
     if isinstance(space, spaces.MultiBinary) or (isinstance(space, spaces.Box) and space.dtype == np.int8):
         fits = array.shape == space.shape and array.dtype.kind in "bif" and bool(((array == 0) | (array == 1)).all())

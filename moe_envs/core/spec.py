@@ -1,4 +1,4 @@
-"""What an environment says of itself, once: registration, tests, training, baselines and leaderboard derive from it."""
+"""Specification of an environment, used by registration, tests, training, baselines and leaderboards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECS: dict[str, Spec] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """An environment, at the end of the module that holds it.
+    """Specification of an environment, defined at the end of its module.
 
     `entry_point` is the `SingleEnv`, as "package.module:NameEnv"; its vector face is "package.module:NameVectorEnv"
     unless `vector_entry_point` says otherwise. `baselines` names the module with `baselines` and `bound`.
@@ -26,15 +26,17 @@ class Spec:
     id: str
     entry_point: str
     baselines: str
-    reference_point: tuple[float, float]  # the worst (cost, quality) that counts in a hypervolume
+    reference_point: tuple[float, float]  # (cost, quality) of the hypervolume
     vector_entry_point: str = ""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     nondeterministic: bool = False
-    splits: tuple[str, ...] = ("validation", "test")  # to choose and to report on; () where `split` is no argument
-    boards: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"default": {}})  # what is compared on
-    small: Mapping[str, Any] = field(default_factory=dict)  # arguments that make it quick enough for a test
-    short: Mapping[str, Any] = field(default_factory=dict)  # arguments that, with `small`, end episodes in four steps
-    variants: tuple[Mapping[str, Any], ...] = ({},)  # arguments that tests run it with, beside `small`
+    splits: tuple[str, ...] = ("validation", "test")  # for selection and reports; () without argument `split`
+    boards: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {"default": {}}
+    )  # arguments of the leaderboard splits
+    small: Mapping[str, Any] = field(default_factory=dict)  # arguments for fast tests
+    short: Mapping[str, Any] = field(default_factory=dict)  # with `small`, episodes of four steps
+    variants: tuple[Mapping[str, Any], ...] = ({},)  # further arguments for tests, added to `small`
 
     @property
     def multi_objective_id(self) -> str:
@@ -43,7 +45,7 @@ class Spec:
 
 
 def register(spec: Spec) -> None:
-    """Register an environment with Gymnasium, and, where MO-Gymnasium is installed, its multi-objective twin."""
+    """Register an environment with Gymnasium and, if installed, its multi-objective version with MO-Gymnasium."""
     SPECS[spec.id] = spec
     if spec.id not in registry:
         vector = spec.vector_entry_point or f"{spec.entry_point.removesuffix('Env')}VectorEnv"
@@ -66,7 +68,7 @@ def register(spec: Spec) -> None:
 def find(env_id: str) -> Spec:
     """The spec of a registered id; the package of "package:Id-v0" is imported first.
 
-    Raises `ValueError` that names the ids there are.
+    Raises `ValueError` naming the known ids.
     """
     module, _, name = env_id.rpartition(":")
     if module:

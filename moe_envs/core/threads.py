@@ -1,4 +1,4 @@
-"""One thread for what is computed inside an environment: small work is quicker so, and gives the same bits."""
+"""Single-threaded computation inside environments: faster for small work, and reproducible bit for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from threadpoolctl import ThreadpoolController
 
 
 def one_thread() -> AbstractContextManager[Any]:
-    """Limit the linear algebra of numpy and torch to one thread; as many as before afterwards."""
+    """Limit numpy and torch to one thread; restores the previous numbers afterwards."""
     return _controller().limit(limits=1)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 COSTS = ("reference", "machine")
-CONTEXTS = 2**20  # in each split
+CONTEXTS = 2**20  # per split
 INITIAL_RATES = 3e-4, 1e-1  # log-uniform
 BATCH_SIZE, NUM_EXPERTS, TOP_K = 64, 4, 2
 STEP_PENALTY, ARRIVAL_BONUS, DIVERGENCE_PENALTY = 0.1, 1.0, 1.0
@@ -98,9 +98,9 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         self._scale, self.accuracy, self.gate_entropy, self._imbalance, self._spread, self._cost = np.zeros(
             (6, num_envs)
         )
-        self._losses = np.zeros((num_envs, 2, 3))  # logs of training's and validation's, newest first
+        self._losses = np.zeros((num_envs, 2, 3))  # log training and validation losses, newest first
         self._gradients, self._ratio, self._first_norms = np.ones((3, num_envs, 2))
-        self.ladder = np.zeros((num_envs, 2), dtype=np.int64)  # places in DECAYS
+        self.ladder = np.zeros((num_envs, 2), dtype=np.int64)  # positions in DECAYS
         self._undone = np.zeros(num_envs, dtype=np.bool_)
 
     def _begin(self, rows: np.ndarray) -> None:
@@ -115,14 +115,14 @@ class MoEMetaOptVectorEnv(BatchedEnv):
             rates[row] = np.exp(generator.uniform(*np.log(self.initial_rates)))
             self._width[row] = generator.integers(len(self.widths))
             self._scale[row] = np.exp(generator.uniform(*np.log(self.scales)))
-            # One draw whatever the arguments, so that the weights that follow are the same; 1 to 6 places divide 60.
+            # Always one draw, so that later weights do not depend on the arguments; 1 to 6 positions divide 60.
             self.ladder[row] = self.initial_ladder[generator.integers(60) * len(self.initial_ladder) // 60]
         self.context[rows], self._place[rows], self.taken[rows], self._cost[rows] = contexts, 0, 0, 0.0
         self._undone[rows] = False
         self.training.begin(rows, generators, self.widths[self._width[rows]])
         self.training.set(rates, DECAYS[self.ladder])
         self._first_norms[rows] = self.training.weight_norms()[rows]
-        # What an untrained model has, so that nothing need be run to begin an episode.
+        # Values of an untrained model, so that no run is needed to start an episode.
         self._losses[rows] = np.log(np.log(self.task.num_classes))
         self.accuracy[rows], self.gate_entropy[rows], self._imbalance[rows] = 1 / self.task.num_classes, 1.0, 0.0
         self._spread[rows], self._gradients[rows], self._ratio[rows] = 0.0, 1.0, RATIO_FLOOR
@@ -152,11 +152,11 @@ class MoEMetaOptVectorEnv(BatchedEnv):
 
     @property
     def validation_loss(self) -> np.ndarray:
-        """The last ones, `[n]`."""
+        """Last validation losses, `[n]`."""
         return np.exp(self._losses[:, 1, 0])
 
     def _train(self) -> np.ndarray:
-        """One step of the optimiser in every training; losses `[n]`."""
+        """Run one optimiser step in every training; returns losses `[n]`."""
         batches = self._orders.reshape(self.num_envs, -1, BATCH_SIZE)
         rows = batches[self._rows, self._place % self._length // BATCH_SIZE]
         self._place += BATCH_SIZE
@@ -169,7 +169,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         return inputs if self.scales == (1.0, 1.0) else inputs * self._scale[:, None, None].astype(np.float32)
 
     def _see(self, fine: np.ndarray, losses: np.ndarray, found: Passed) -> np.ndarray:
-        """Keep what the next observation needs of the trainings that are fine; drop of log validation loss `[n]`."""
+        """Update the signals of trainings that did not diverge; returns the decrease of log validation loss `[n]`."""
         weights = self.training.weight_norms()
         logs = np.log(np.maximum(np.stack([losses.mean(1), found.loss], axis=1), LOSS_FLOOR))
         dropped = np.where(fine, self._losses[:, 1, 0] - logs[:, 1], 0.0)
@@ -204,11 +204,11 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         return observe(signals)
 
     def state(self) -> State:
-        """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""
+        """Copy of the full state, for forks, undo and checkpoints."""
         return super().state() | {"training": self.training.state()}
 
     def restore(self, state: State) -> np.ndarray:
-        """Go back to a `state()` of an environment with the same arguments; returns the observations there."""
+        """Restore a `state()` of an environment with the same arguments; returns its observations."""
         orders = state["arrays"].get("_orders", np.zeros((0, 0)))
         if orders.shape != self._orders.shape or "training" not in state:
             raise ValueError(f"not a state of {type(self).__name__} with {self.num_envs} rows")
@@ -219,49 +219,49 @@ class MoEMetaOptVectorEnv(BatchedEnv):
 class MoEMetaOptEnv(SingleEnv):
     """
     ## Description
-    A small Mixture of Experts is trained by AdamW on real data, from new weights; every few optimiser steps it is
-    validated, and the agent changes the learning rates and weight decays of gate and experts. It is to reach a target
-    accuracy in few decisions. Each episode is another training: other weights, order and choice of data, width, and a
-    learning rate to begin with that may be far too small or far too large. The same seed and actions replay a training
-    bit for bit.
+    A small Mixture of Experts is trained from scratch by AdamW on real data. Every few optimiser steps it is validated,
+    and the agent changes the learning rates and weight decays of gate and experts. The goal is to reach a target
+    accuracy in few decisions. Each episode is a new training with different initial weights, data subset, data order,
+    width and initial learning rate, which may be far too small or far too large. The same seed and actions reproduce a
+    training bit for bit.
 
-    Nothing is simulated: an episode is a training. The vector environment trains all its rows as one batched product;
-    it takes several tasks too, `task=["digits", "fashion-mnist"]`, in equal shares of its rows.
+    Nothing is simulated: an episode is a real training. The vector environment trains all rows as one batched product.
+    It also accepts several tasks, `task=["digits", "fashion-mnist"]`, in equal shares of its rows.
 
     ## Action Space
-    `MultiDiscrete([3, 3, 3, 3])`: learning rate of the gate and of the experts, times 0.5, 1 or 2, clamped to 1e-5 ..
-    0.3; weight decay of the gate and of the experts, a place down, kept or up on the ladder 0, 0.001, 0.01, 0.1, 0.3,
-    1.
+    `MultiDiscrete([3, 3, 3, 3])`: multiply the learning rate of the gate, and of the experts, by 0.5, 1 or 2, clamped
+    to 1e-5 .. 0.3; move the weight decay of the gate, and of the experts, one step down, keep it, or move it one step
+    up on the ladder 0, 0.001, 0.01, 0.1, 0.3, 1.
 
     ## Observation Space
     A `Box` of float32 from -5 to 5; `env.unwrapped.observation_layout` maps each name to its slice, its bounds and its
-    meaning. Logs are natural unless said.
+    meaning. Logarithms are natural unless stated otherwise.
 
     | part | size | meaning |
     |---|---|---|
     | `rates` | 2 | log10 of the learning rates of gate and experts, plus 2.5 |
-    | `decays` | 2 | places of their weight decays on the ladder, less 2 |
-    | `validation_loss` | 1 | its log |
-    | `validation_change` | 2 | its last two changes, newest first, times 5 |
+    | `decays` | 2 | positions of their weight decays on the ladder, minus 2 |
+    | `validation_loss` | 1 | log of the validation loss |
+    | `validation_change` | 2 | last two changes of that log, newest first, times 5 |
     | `training_loss` | 1 | log of the mean over the last optimiser steps |
-    | `training_change` | 2 | its last two changes, times 5 |
-    | `gap` | 1 | log validation loss less log training loss |
-    | `distance` | 1 | log of the validation error over the target's error |
-    | `gradients` | 2 | log of the gradients' norms |
-    | `weights` | 2 | log of the weights' norms over those at the start |
-    | `updates` | 2 | half the log of the norms of update over weights, plus 2 |
-    | `entropy` | 1 | the gate's, over its largest possible value |
-    | `imbalance` | 1 | deviation over mean of the experts' loads |
-    | `spread` | 1 | deviation over mean of the losses in the last optimiser steps, times 5 |
-    | `progress` | 1 | share of the decisions that are taken |
-    | `cost` | 1 | so far, relative to a training that takes all decisions |
+    | `training_change` | 2 | last two changes of that log, newest first, times 5 |
+    | `gap` | 1 | log validation loss minus log training loss |
+    | `distance` | 1 | log of the validation error over the error at the target |
+    | `gradients` | 2 | log of the gradient norms |
+    | `weights` | 2 | log of the weight norms relative to the start |
+    | `updates` | 2 | half the log of update norm over weight norm, plus 2 |
+    | `entropy` | 1 | gate entropy over its maximum |
+    | `imbalance` | 1 | standard deviation over mean of the experts' loads |
+    | `spread` | 1 | standard deviation over mean of the losses in the last optimiser steps, times 5 |
+    | `progress` | 1 | decisions taken / `max_actions` |
+    | `cost` | 1 | cost so far, relative to a training with all decisions |
     | `undone` | 1 | 1 if the last optimiser steps diverged and were undone |
 
     ## Rewards
-    R = quality - cost_weight * cost. Quality is the drop of log validation loss, less 0.1 for each decision, plus 1 on
-    arrival at the target, less 1 where the training diverged. Cost is that of the optimiser steps and the validation,
-    look-ups in a profile of the same model in torch, relative to a training of the widest model that takes all
-    decisions: its costs are 1.0 in all. Widths below 8 and above 128 cost what those do.
+    R = quality - cost_weight * cost. Quality is the decrease of the log validation loss, minus 0.1 per decision, plus 1
+    when the target is reached, minus 1 if the training diverged. Cost covers the optimiser steps and the validation. It
+    is looked up in a profile of the same model in torch, relative to a training of the widest model with all decisions,
+    whose total cost is 1.0. Widths below 8 and above 128 have the cost of 8 and 128.
 
     `info` has `reward/quality`, `reward/cost`, `cost/time` [s], `cost/memory` [B], `cost/energy` [J], `vector_reward`
     (quality, -time, -memory, -energy, relative), and `meta/arrived`, `meta/actions` (decisions so far),
@@ -269,15 +269,15 @@ class MoEMetaOptEnv(SingleEnv):
     `meta/experts_decay`.
 
     ## Starting State
-    A context out of 2^20 of the split: seed of weights and data order, inputs to train on, width of the experts, scale
-    of the inputs, learning rate log-uniform from 3e-4 to 0.1 and weight decay of the ladder, for both groups. Losses
-    and accuracy are what an untrained model has, ln C and 1 / C. The contexts of all splits train and validate on the
-    same images; what is held out are weights, orders, widths and rates.
+    One of 2^20 contexts of the split: seed of weights and data order, training inputs, width of the experts, scale of
+    the inputs, learning rate (log-uniform from 3e-4 to 0.1) and weight decay (from the ladder), for both groups.
+    Initial losses and accuracy are those of an untrained model, ln C and 1 / C. All splits train and validate on the
+    same images; weights, data orders, widths and rates are held out.
 
     ## Episode End
-    Terminated on arrival at the target and after `max_actions` decisions. Optimiser steps that diverge (validation loss
-    above 20 or not finite) are undone, and the learning rates are half of those before the decision; the weight decays
-    stay as decided. With `undo=False` they end the episode.
+    Terminated when the target is reached and after `max_actions` decisions. Optimiser steps that diverge (validation
+    loss above 20 or not finite) are undone, and the learning rates become half of those before the decision; the weight
+    decays stay as decided. With `undo=False`, divergence terminates the episode.
 
     ## Arguments
     | argument | default | meaning |
@@ -289,12 +289,12 @@ class MoEMetaOptEnv(SingleEnv):
     | `steps_per_action` | 5, 10, 10, 2 | optimiser steps between two decisions, with batches of 64 |
     | `max_actions` | 30 | decisions in an episode |
     | `target` | 0.97, 0.79, 0.81, 0.97 | validation accuracy to reach |
-    | `initial_rate` | (3e-4, 0.1) | learning rate to begin with: a number, or (low, high), log-uniform |
-    | `initial_decay` | the ladder | weight decay to begin with: one of the ladder, or several to draw from |
-    | `widths` | (12, 16, 24) | hidden units of each of the 4 experts, one of these |
-    | `scales` | (1, 1) | (low, high) of a factor of the inputs, log-uniform |
+    | `initial_rate` | (3e-4, 0.1) | initial learning rate: a number, or (low, high), log-uniform |
+    | `initial_decay` | the ladder | initial weight decay: a value of the ladder, or several to draw from |
+    | `widths` | (12, 16, 24) | hidden units of each of the 4 experts, drawn from these |
+    | `scales` | (1, 1) | (low, high) of a log-uniform factor on the inputs |
     | `undo` | True | see Episode End |
-    | `time_weight`, `memory_weight`, `energy_weight` | 1/2, 0, 1/2 | weights of the terms; let them sum to 1 |
+    | `time_weight`, `memory_weight`, `energy_weight` | 1/2, 0, 1/2 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
     ## Version History
@@ -311,7 +311,7 @@ class MoEMetaOptEnv(SingleEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin another training."""
+        """Start a new training."""
         self._history = []
         return super().reset(seed=seed, options=options)
 
@@ -323,11 +323,11 @@ class MoEMetaOptEnv(SingleEnv):
         return result
 
     def state(self) -> State:
-        """A copy of everything that the next steps depend on: a fork of the training."""
+        """Copy of the full state, for forks of the training."""
         return super().state() | {"history": list(self._history)}
 
     def restore(self, state: State) -> np.ndarray:
-        """Go back to a `state()` of an environment with the same arguments; returns the observation there."""
+        """Restore a `state()` of an environment with the same arguments; returns its observation."""
         observation = super().restore({key: value for key, value in state.items() if key != "history"})
         self._history = list(state["history"])
         return observation

@@ -16,7 +16,7 @@ class TrainingPicture:
     history: list[tuple[float, float, float]]
 
     def ansi(self) -> str:
-        """A line a decision."""
+        """One line per decision."""
         lines = [
             f"{number + 1:3d}  accuracy {accuracy:.3f}  learning rate: gate {gate:.1e}, experts {experts:.1e}"
             for number, (accuracy, gate, experts) in enumerate(self.history)

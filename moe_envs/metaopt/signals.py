@@ -1,4 +1,4 @@
-"""What MoEMetaOpt-v0 shows of a training and what its actions do, for the environment and for anyone's own loop."""
+"""Observations and actions of MoEMetaOpt-v0, for the environment and for other training loops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAYOUT = layout(
 
 
 class Signals(NamedTuple):
-    """Of n trainings: all `[n]` unless said."""
+    """Signals of n trainings, `[n]` unless stated otherwise."""
 
     rates: np.ndarray  # `[n, 2]`, of gate and experts
     ladder: np.ndarray  # `[n, 2]`, places in DECAYS

@@ -134,59 +134,59 @@ class MoERoutingVectorEnv(BatchedEnv):
 class MoERoutingEnv(SteppedBatch):
     """
     ## Description
-    A trained Mixture of Experts gets a mini-batch of real inputs; the agent says, input by input, which experts answer
-    it. Running an expert for the first time in a batch costs its fixed part (its call, its weights), each input it
-    answers costs a little more, and the experts differ: small ones are cheap, large ones are good, each is best on
-    something else. What was already paid in this batch is nearly free afterwards, so that the choice for one input
-    changes what is wise for the next: a sequential problem, not a bandit.
+    A trained Mixture of Experts classifies a mini-batch of real inputs. In each step, the agent selects the experts for
+    the next input. The first use of an expert in a batch costs a fixed amount (its call and its weights), and each
+    input adds a small cost. Experts differ: small ones are cheap, large ones are accurate, and each is best on
+    different inputs. Since an expert is nearly free after its first use, the choice for one input affects the best
+    choice for the next: the problem is sequential, not a bandit.
 
-    Models, data and costs are real: the answers of all 2^E subsets of experts are tabulated in a bundle, and the costs
-    are look-ups in a profile that was measured on a machine (where it has no energy counter, energy is a proxy).
+    Models, data and costs are real. The outcomes of all 2^E subsets of experts are tabulated in a bundle, and the costs
+    are looked up in a profile measured on a machine (energy is a proxy on machines without an energy counter).
 
-    With `costs="live"`, the default of `MoERoutingLive-v0` (nondeterministic), the experts are run in each step and
-    timed: an expert's time in a batch is that of its last run, on as many example inputs as it has inputs there, so
-    that a step costs what that run took more than the one before, or less. Memory and energy stay those of this
-    machine's profile.
+    With `costs="live"`, the default of `MoERoutingLive-v0` (nondeterministic), the experts are run and timed in each
+    step, on as many example inputs as the expert has inputs in the batch so far. The time of an expert in a batch is
+    that of its last run, so a step costs the difference to the run before. Memory and energy come from this machine's
+    profile.
 
     ## Action Space
-    By the argument `action`, for a bundle of E experts (8 in the shipped ones):
+    The argument `action` selects the action space, for a bundle of E experts (8 in the shipped bundles):
 
     | action | space | meaning |
     |---|---|---|
-    | `"expert"` | `Discrete(E)` | this expert answers |
-    | `"subset"` | `MultiBinary(E)` | these experts answer, mixed by the gate's softmax over them |
-    | `"top-m"` | `Discrete(E)` | the m + 1 experts of largest gate logit answer |
+    | `"expert"` | `Discrete(E)` | run this expert |
+    | `"subset"` | `MultiBinary(E)` | run these experts, mixed by the gate's softmax over them |
+    | `"top-m"` | `Discrete(E)` | run the m + 1 experts with the largest gate logits |
 
-    The empty subset runs nothing, costs nothing and is never correct.
+    The empty subset has no cost and is never correct.
 
     ## Observation Space
     A `Box` of float32; `env.unwrapped.observation_layout` maps each name to its slice, its bounds and its meaning.
 
     | part | size | range | meaning |
     |---|---|---|---|
-    | `features` | F | -5..5 | principal components of the present input, scaled to variance 1 |
-    | `gate_logits` | E | -10..10 | the gate's logits for it, less their mean |
-    | `batch_gate` | E | 0..E | mean gate probability over the whole batch, times E: 1 if even |
+    | `features` | F | -5..5 | principal components of the current input, scaled to variance 1 |
+    | `gate_logits` | E | -10..10 | gate logits of the current input minus their mean |
+    | `batch_gate` | E | 0..E | mean gate probability over the whole batch, times E; 1 if uniform |
     | `batch_features` | F | -15..15 | mean features over the whole batch, times 3 |
     | `experts_used` | E | 0..1 | 1 for experts already paid in this batch |
-    | `edges` | E | 0..1 | mean edge from those experts to each; only of models with an expert graph |
+    | `edges` | E | 0..1 | mean edge weight from those experts to each expert; only for models with an expert graph |
     | `cost` | 1 | 0..all experts for all inputs | cost of this batch so far |
-    | `progress` | 1 | 0..1 | share of the batch that is done |
+    | `progress` | 1 | 0..1 | finished share of the batch |
 
-    After the last input the parts about the present input are 0.
+    After the last input, the parts about the current input are 0.
 
     ## Rewards
-    R = quality - cost_weight * cost. Quality is 1 / batch_size for a correct answer, so that an episode's quality is
-    the batch's accuracy. Cost is the weighted sum of time, memory and energy, each relative to what the model's own
-    top-2 gate costs on a mean batch: an episode's cost is 1.0 for what everyone does today.
+    R = quality - cost_weight * cost. Quality is 1 / batch_size for a correct answer, so that the quality of an episode
+    is the accuracy on its batch. Cost is the weighted sum of time, memory and energy, each relative to the mean cost of
+    the model's own top-2 gate per batch, so that the top-2 gate has a mean cost of 1.0 per episode.
 
-    `info` has `reward/quality`, `reward/cost` (relative, unweighted; with a `normalizer` the reward takes
+    `info` has `reward/quality`, `reward/cost` (relative, unweighted; with a `normalizer` the reward uses
     `reward/normalized_cost` instead), `cost/time` [s], `cost/memory` [B], `cost/energy`
     [J], `vector_reward` (quality, -time, -memory, -energy, relative), and
-    `routing/experts_used`, the distinct ones in this batch so far.
+    `routing/experts_used`, the number of distinct experts used in this batch so far.
 
     ## Starting State
-    The row's next mini-batch out of 16,384 that the split is laid out in; no expert is paid.
+    The next mini-batch of the row, out of 16,384 per split; no expert is paid.
 
     ## Episode End
     Terminated after the last input of the batch; never truncated by itself.
@@ -201,8 +201,8 @@ class MoERoutingEnv(SteppedBatch):
     | `batch_size` | 32 | inputs in a batch, steps in an episode |
     | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
     | `action` | `"expert"` | see Action Space |
-    | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | weights of the terms; let them sum to 1 |
-    | `normalizer` | None | file of a `CostNormalizer` of `reward/cost`: the reward takes it normalised |
+    | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | weights of the cost terms; should sum to 1 |
+    | `normalizer` | None | file of a `CostNormalizer` for `reward/cost`; the reward then uses the normalised cost |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
     ## Version History

@@ -9,7 +9,7 @@ from moe_envs.core.rendering import BLUE, CELL, FONT_SIZE, GREEN, GREY, MARGIN, 
 
 @dataclass(frozen=True)
 class RoutingPicture:
-    """A mini-batch: an input a column, an expert a row; `choices` are (subset code, correct) of the inputs so far."""
+    """Mini-batch, columns are inputs, rows experts; `choices` are (subset code, correct) of the inputs so far."""
 
     num_experts: int
     batch_size: int
@@ -17,7 +17,7 @@ class RoutingPicture:
     cost: float
 
     def ansi(self) -> str:
-        """A line an expert: + where it took part in a correct answer, x in a wrong one, . where it was not asked."""
+        """One line per expert: + for a correct answer with the expert, x for a wrong one, . if not used."""
         lines = [
             f"expert {expert:2d} "
             + "".join(("x", "+")[correct] if code >> expert & 1 else "." for code, correct in self.choices)

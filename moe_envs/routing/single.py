@@ -1,4 +1,4 @@
-"""The single face of MoERouting-v0: the vector face's look-ups in Python numbers, several times as fast for one row."""
+"""Single environment of MoERouting-v0: look-ups in Python numbers, several times faster for one row."""
 
 from operator import index
 from typing import Any
@@ -15,7 +15,7 @@ Move = tuple[float, float, float, float, np.ndarray, int, int]
 
 
 class SteppedBatch(SingleEnv):
-    """One mini-batch, laid out when it begins; `state` and `restore` go through the vector face."""
+    """One mini-batch, prepared at its start; `state` and `restore` use the vector environment."""
 
     vector: Any
 
@@ -81,19 +81,19 @@ class SteppedBatch(SingleEnv):
         return observation, self._reward(quality, cost), position == self._batch_size, False, info
 
     def state(self) -> State:
-        """A copy of everything that the next steps depend on: a fork, an undo, a checkpoint."""
+        """Copy of the full state, for forks, undo and checkpoints."""
         self.vector.put_row(self._batch, self._position, self._unpaid, self._cost)
         return super().state() | {"choices": list(self._choices)}
 
     def restore(self, state: State) -> np.ndarray:
-        """Go back to a `state()` of an environment with the same arguments; returns the observation there."""
+        """Restore a `state()` of an environment with the same arguments; returns its observation."""
         observation = super().restore(state)
         batch, position, unpaid, cost = self.vector.take_row()
         self._load(batch, position, unpaid, cost, list(state["choices"]))
         return observation
 
     def batch_inputs(self) -> np.ndarray:
-        """The input indices `[batch_size]` of the present batch."""
+        """Input indices `[batch_size]` of the current batch."""
         return self.vector.tables.batch(self._batch)[:-1]
 
     def _picture(self) -> RoutingPicture:
@@ -102,7 +102,7 @@ class SteppedBatch(SingleEnv):
         return RoutingPicture(self.vector.tables.num_experts, self._batch_size, choices, self._cost)
 
     def _load(self, batch: int, position: int, unpaid: int, cost: float, choices: list[tuple[int, int]]) -> None:
-        """Lay out what the steps of a batch need."""
+        """Prepare the data for the steps of a batch."""
         tables = self.vector.tables
         self._batch, self._position, self._unpaid, self._cost, self._choices = batch, position, unpaid, cost, choices
         inputs = tables.batch(batch)
@@ -114,7 +114,7 @@ class SteppedBatch(SingleEnv):
         self._observations[:, -1] = tables.progress[:-1]
 
     def _look_up(self, move: int) -> Move:
-        """What a move costs and leads to, kept for the next time."""
+        """Cost and result of a move, cached."""
         tables = self.vector.tables
         cost, time, memory, energy = tables.terms[move, :4].tolist()
         after = tables.ledger.item(move) // self._num_options, tables.num_used.item(move)
@@ -122,7 +122,7 @@ class SteppedBatch(SingleEnv):
         return self._moves[move]
 
     def _choice(self, action: Any) -> int:
-        """The number of the choice that an action is; raises `InvalidAction` where it is outside the space."""
+        """Index of the choice of an action; raises `InvalidAction` if it is outside the space."""
         if self.vector.action == "subset":
             return int(check_actions(self.action_space, action).astype(np.int64) @ self.vector.tables.codes)
         try:

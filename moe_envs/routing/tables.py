@@ -1,4 +1,4 @@
-"""What MoERouting-v0 looks up: mini-batches, observations, outcomes and costs, laid out once when an env is made."""
+"""Tables of MoERouting-v0: mini-batches, observations, outcomes and costs, built once per environment."""
 
 from typing import Any, TypeVar
 

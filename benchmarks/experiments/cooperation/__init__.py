@@ -1,7 +1,7 @@
-"""Does it help when experts cooperate? Networks with and without a graph, by number of experts, gate and router.
+"""Do cooperating experts improve accuracy? Networks with and without an expert graph, several gates and routers.
 
-Every variant is trained with the same seeds: the same first experts, the same order of the data; differences are
-paired. Accuracy is on test; nothing is chosen on it: the best network is the best on validation.
+All variants share their seeds, initial experts and data order, so differences are paired by seed. Accuracy is measured
+on test; the best network is selected on validation.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from experts.losses import diversity_loss
 from experts.network import MoENetwork, NetworkSettings, train_network
 from moe_envs.core.threads import one_thread
 
-EPOCHS = {"digits": (30, 32), "fashion-mnist": (8, 128)}  # and batch size
-BATCH, ROUNDS = 256, 31  # inputs whose time is measured, how often
+EPOCHS = {"digits": (30, 32), "fashion-mnist": (8, 128)}  # epochs, batch size
+BATCH, ROUNDS = 256, 31  # inputs per timed batch, number of timings
 BASE = "flat, k=2, no graph"
-THRESHOLD = 0.5 / EXPERTS  # of an edge: half of what each of all experts would get evenly
+THRESHOLD = 0.5 / EXPERTS  # minimum weight of an edge: half of the uniform weight
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS = {name: {"network": name} for name in variants()}
 QUICK = {"seeds": [0, 1], "settings": {"epochs": 2},
@@ -37,7 +37,7 @@ QUICK = {"seeds": [0, 1], "settings": {"epochs": 2},
 
 
 class CooperationSetup(Arguments):
-    """A variant's name; `epochs` instead of 30 on the digits and 8 on Fashion-MNIST."""
+    """Name of a variant; `epochs` defaults to 30 on digits and 8 on Fashion-MNIST."""
 
     network: str
     data: Literal["digits", "fashion-mnist"] = "digits"
@@ -54,14 +54,14 @@ def check(setups: dict[str, CooperationSetup], splits: list[str]) -> None:
 
 
 def measure(setup: CooperationSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train a variant and describe what came out; its time beside that of the plain top-2 network."""
+    """Train and evaluate a variant; its time is relative to that of the plain top-2 network."""
     with one_thread():
         path, found = _trained(setup, seed, folder)
         return found, {"time": _relative_time(setup.data, path), "path": str(path)}
 
 
 def _trained(setup: CooperationSetup, seed: int, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of the network, and what is told of it."""
+    """Train the network if its file does not exist; returns the file and the metrics."""
     variant, (epochs, batch_size) = variants()[setup.network], EPOCHS[setup.data]
     epochs = setup.epochs or epochs
     path = folder / "networks" / f"{setup.data}-{epochs}-{_file(setup.network)}-{seed}.safetensors"
@@ -91,8 +91,8 @@ def _trained(setup: CooperationSetup, seed: int, folder: Path) -> tuple[Path, di
 
 @torch.inference_mode()
 def _relative_time(source: str, path: Path) -> float:
-    """CPU time of a batch through a network over that of an untrained plain top-2 one, by turns; median of the
-    ratios."""
+    """Median ratio of the CPU times per batch of a network and an untrained plain top-2 network, measured in
+    alternation."""
     x = torch.from_numpy(data.load(source)["test"][0][:BATCH])
     with torch.random.fork_rng(devices=[]):
         plain = _make(source, variants()[BASE].network).eval()
@@ -137,7 +137,7 @@ def _described(network: MoENetwork, content: data.Dataset) -> dict[str, Any]:
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """Means over seeds with 95 % intervals, and paired differences of accuracy, in points; the gate's calibration."""
+    """Means over seeds with 95 % intervals, paired accuracy differences in points, and the gate's calibration."""
     trained = records(frame)
     by_name: dict[str, list[dict[str, Any]]] = {}
     for each in trained:
@@ -162,7 +162,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
-    """Accuracies, edges, routing, loss surfaces and the gate's confidence."""
+    """Plot accuracies, graph edges, routing, loss surfaces and the gate's calibration."""
     with one_thread():
         return report.draw(frame, result, out)
 

@@ -1,4 +1,4 @@
-"""The networks that are compared."""
+"""Network variants of the experiment `cooperation`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BASE = "flat, k=2, no graph"
 
 
 class Variant(NamedTuple):
-    """What a network and its training differ in, the setup it is compared with, and the question it belongs to."""
+    """Settings of a network and its training, the reference variant, and the question it answers."""
 
     network: dict[str, Any]
     training: dict[str, Any]
@@ -18,7 +18,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> dict[str, Variant]:
-    """Everything that is compared, by name."""
+    """All variants by name."""
     found = {}
     graphs: dict[str, Any] = {"no graph": None, "identity": {"init": "identity"}, "random": {"init": "random"}}
     for router, gate in (("topk", "flat"), ("hierarchical", "hierarchical")):

@@ -1,4 +1,4 @@
-"""What `cooperation` found, as Markdown, a table of runs, and pictures."""
+"""Report of the experiment `cooperation`: Markdown, table of runs, and plots."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ GRAPHS = (
     "flat, k=2, random, conv",
     "flat, k=3, random",
 )
-SURFACES = "flat, k=2, no graph", *GRAPHS[:2], "diversity", "drift stabiliser"  # whose loss is drawn
-SHOWN = 8  # inputs of each expert in the picture of the routing
+SURFACES = "flat, k=2, no graph", *GRAPHS[:2], "diversity", "drift stabiliser"  # variants in the loss plot
+SHOWN = 8  # inputs per expert in routing.png
 POSITIONS = np.linspace(-1, 1, 21)
 Result = dict[str, Any]
 
 
 def draw(frame: pd.DataFrame, result: Result, out: Path) -> list[str]:
-    """accuracy.png, confidence.png, edges.png, and, where the networks are still there, routing.png and
-    landscape.png."""
+    """Plot accuracy.png, confidence.png and edges.png, and routing.png and landscape.png if the network files
+    still exist."""
     first = {row["network"]: row for row in records(frame.sort_values("seed", ascending=False))}
     _draw_accuracy(result, out / "accuracy.png")
     _draw_confidence(result["data"], result["gate"], out / "confidence.png")
@@ -59,7 +59,7 @@ def draw(frame: pd.DataFrame, result: Result, out: Path) -> list[str]:
 
 
 def text(result: Result) -> str:
-    """All rows as Markdown."""
+    """The report as Markdown."""
     rows = {row["name"]: row for row in result["rows"]}
     plain = [rows[name] for name in ("flat, k=2, no graph", "hierarchical, k=2, no graph") if name in rows]
     found, best = result["gate"], result["best"]
@@ -116,7 +116,7 @@ def _layers(values: list[float], form: str) -> str:
 
 
 def corrections(source: str) -> Result:
-    """Calibration errors of a bundle's gate on test, as it is and corrected on validation."""
+    """Calibration errors of a bundle's gate on test, before and after correction on validation."""
     ways, truth, divisor = _corrected(source)
     return {name: expected_calibration_error(sure, truth) for name, sure in ways.items()} | {"divisor": divisor}
 
@@ -133,7 +133,7 @@ def _corrected(source: str) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
 
 
 def _draw_confidence(source: str, errors: Result, path: Path) -> None:
-    """The reliability diagram of a bundle's gate."""
+    """Plot the reliability diagram of a bundle's gate."""
     ways, truth, _ = _corrected(source)
     figure = Figure((5.5, 5), layout="constrained")
     panel = figure.subplots()
@@ -182,7 +182,7 @@ def _draw_accuracy(result: Result, path: Path) -> None:
 
 
 def _draw_edges(first: dict[str, Result], path: Path) -> bool:
-    """The edges of the first layer over the epochs, of a few networks."""
+    """Plot the edge weights of the first layer over epochs for a few networks."""
     names = [name for name in GRAPHS if name in first] or [name for name in first if first[name]["edges"]][:6]
     if not names:
         return False
@@ -198,14 +198,14 @@ def _draw_edges(first: dict[str, Result], path: Path) -> bool:
             panel.set(title=f"{name}\nafter epoch {epoch}" if epoch == shown[0] else f"after epoch {epoch}")
             panel.title.set_fontsize(8)
             panel.tick_params(labelsize=6)
-    figure.colorbar(drawn, ax=panels, shrink=0.5, label="edge: share of expert (column) in what an expert (row) says")
+    figure.colorbar(drawn, ax=panels, shrink=0.5, label="weight of expert (column) in the output of expert (row)")
     figure.savefig(path, dpi=120)
     return True
 
 
 @torch.inference_mode()
 def _draw_routing(source: str, network: MoENetwork, path: Path) -> None:
-    """For each expert of the first layer the test inputs that its gate gives it most surely."""
+    """Show the test inputs with the highest gate probability for each expert of the first layer."""
     inputs, labels = data.load(source)["test"]
     statistics = network(torch.from_numpy(inputs))[1][0]
     probability, load = statistics.logits.softmax(-1).numpy(), statistics.load.tolist()
@@ -217,12 +217,14 @@ def _draw_routing(source: str, network: MoENetwork, path: Path) -> None:
             panel.set(xticks=[], yticks=[])
             panel.set_title(f"{labels[row]}: {probability[row, expert]:.2f}", fontsize=7)
         line[0].set_ylabel(f"expert {expert}\n{load[expert]:.0%}", fontsize=8)
-    figure.suptitle("class and gate probability of the surest inputs of each expert of the first layer", fontsize=9)
+    figure.suptitle(
+        "inputs with the highest gate probability per expert of the first layer (class: probability)", fontsize=9
+    )
     figure.savefig(path, dpi=120)
 
 
 def _draw_landscape(source: str, first: dict[str, Result], path: Path) -> None:
-    """The loss on test inputs along one random direction, of several networks, and along two, of the first."""
+    """Plot the test loss along one random direction for several networks, and along two for the first."""
     inputs, labels = (torch.from_numpy(each[:1000]) for each in data.load(source)["test"])
     figure = Figure((11, 4.5), layout="constrained")
     line, plane = figure.subplots(1, 2)

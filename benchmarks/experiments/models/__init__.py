@@ -1,7 +1,7 @@
-"""How good are models that are routed, trained or stored in different ways: on test images and on corrupted ones?
+"""How accurate are models with different routing, training and compression on clean and corrupted test images?
 
-Models are trained on `train`; temperatures are fitted and recommendations chosen on `validation`; all figures are of
-`test`, corrupted with the seed that the model was trained with, so that setups of one seed meet the same images.
+Models are trained on `train`. Temperatures are fitted and recommendations chosen on `validation`. All results are on
+`test`, corrupted with the training seed, so that setups with the same seed see the same images.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from cost.files import locked
 
 CLEAN = "test"
 SPLITS = (CLEAN, *(f"{kind}-{level}" for kind in KINDS for level in range(1, LEVELS + 1)))
-SAME_COST = 0.05  # costs that are no further apart are ties
-MIDDLE = 3  # the level at which a drop of less than 20 points is asked for
+SAME_COST = 0.05  # costs within this relative difference are ties
+MIDDLE = 3  # level at which the drop must stay below 20 points
 MEANS = (
     "accuracy", "validation_accuracy", "top5", "loss", "entropy", "top2_gap", "ece", "ece_calibrated", "mce",
     "mce_calibrated", "experts_per_input", "parameters", "bytes",
 )  # fmt: skip
 QUICK = {"seeds": [17], "splits": ["test"], "settings": {"data": "digits", "timesteps": 4096}}
-WORST = {"batch_ms": (50.0, 0.0), "energy_j": (0.1, 0.0)}  # (cost, accuracy) that count in hypervolumes
+WORST = {"batch_ms": (50.0, 0.0), "energy_j": (0.1, 0.0)}  # reference points (cost, accuracy) of the hypervolumes
 MEASURED = "batch_ms", "batch_p95_ms", "energy_j", "memory_bytes"
 
 Setup = ModelSetup
@@ -37,7 +37,7 @@ plot, text = report.plot, report.text
 
 
 def check(setups: dict[str, ModelSetup], splits: list[str]) -> None:
-    """Raise `ValueError` for setups of different data, or where there are no clean images to compare with."""
+    """Raise `ValueError` if the setups use different data, or if clean images are missing."""
     if len(found := {setup.data for setup in setups.values()}) > 1:
         raise ValueError(f"setups of different data, {', '.join(sorted(found))}: a matrix for each")
     if CLEAN not in splits:
@@ -45,7 +45,7 @@ def check(setups: dict[str, ModelSetup], splits: list[str]) -> None:
 
 
 def measure(setup: ModelSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One model on one kind of images."""
+    """Evaluate one model on one kind of images."""
     import torch
 
     from benchmarks.experiments.models import measures
@@ -71,13 +71,13 @@ def measure(setup: ModelSetup, seed: int, split: str, folder: Path) -> tuple[dic
             "experts_per_input": float(subject.experts_per_input(x).float().mean()),
             "parameters": subject.parameters, "bytes": subject.bytes, "inputs": len(x), "sha256": digest(inputs),
         }  # fmt: skip
-        with locked(folder / "timing"):  # no two at once; a training beside them is not kept out
+        with locked(folder / "timing"):  # excludes other timings, but not concurrent trainings
             return metrics, measures.least_costs(subject.ways, x)
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """For each setup: what it is worth on test, how that falls with corruption, how it ranks; then who is on the fronts
-    of accuracy against time and energy, and what to take."""
+    """Test results, robustness and rank per setup, Pareto fronts of accuracy against time and energy, and
+    recommendations."""
     rows = [_of_setup(str(name), part) for name, part in frame.groupby("setup", sort=False)]
     corrupted = frame[frame["split"] != CLEAN]
     if len(corrupted):
@@ -112,7 +112,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the terminal shows."""
+    """Tables for the terminal."""
     return [
         {
             "setup": row["setup"], "accuracy": f"{row['accuracy']:.2%}", "points, paired": row.get("points"),
@@ -147,9 +147,11 @@ def _of_setup(name: str, part: pd.DataFrame) -> dict[str, Any]:
 
 
 def _robustness(part: pd.DataFrame, clean: pd.DataFrame) -> dict[str, Any]:
-    """Accuracy by kind and level, means over seeds with intervals; the drop at level 3; relative robustness, the share
-    of the clean accuracy that is left; stability, the share of the inputs whose class stays; and the variance over
-    seeds against that on clean images."""
+    """Robustness of a setup, with means and intervals over seeds.
+
+    Gives accuracy by kind and level, the drop at level 3, relative robustness (corrupted over clean accuracy),
+    stability (share of inputs with unchanged class), and the variance over seeds relative to clean images.
+    """
     if not len(part):
         return {}
     named = part["split"].str.rpartition("-")

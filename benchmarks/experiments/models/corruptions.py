@@ -1,7 +1,7 @@
-"""Seven kinds of corruption of square grey images at five levels, made when asked for, the same for the same seed.
+"""Seven corruptions of square grey images at five levels, computed on demand and reproducible by seed.
 
-Noise, brightness and contrast have the strengths of CIFAR-10-C (Hendrycks & Dietterich 2019), whose images are about as
-large; blur, shift and rotation have ours. Every pixel is rounded to 1/255 again, as an image file would hold it.
+Noise, brightness and contrast use the strengths of CIFAR-10-C (Hendrycks & Dietterich 2019), whose images are of
+similar size; blur, shift and rotation use our own. Pixels are rounded to multiples of 1/255, as in an image file.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ Corruption = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 
 
 def gaussian_noise(images_NSS: np.ndarray, deviation: float, generator: np.random.Generator) -> np.ndarray:
-    """Normal noise on each pixel."""
+    """Add Gaussian noise to each pixel."""
     return images_NSS + deviation * generator.standard_normal(images_NSS.shape, dtype=np.float32)
 
 
 def shot_noise(images_NSS: np.ndarray, photons: float, generator: np.random.Generator) -> np.ndarray:
-    """What so many photons at a white pixel leave of it."""
+    """Apply Poisson noise with this number of photons per white pixel."""
     return generator.poisson(images_NSS * photons) / photons
 
 
 def blur(images_NSS: np.ndarray, deviation: float, generator: np.random.Generator) -> np.ndarray:
-    """A Gaussian of so many pixels."""
+    """Apply a Gaussian blur with this standard deviation in pixels."""
     return np.asarray(gaussian_filter(images_NSS, (0, deviation, deviation)))
 
 
 def brightness(images_NSS: np.ndarray, more: float, generator: np.random.Generator) -> np.ndarray:
-    """Every pixel lighter."""
+    """Add a constant to each pixel."""
     return images_NSS + more
 
 
 def contrast(images_NSS: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """A share of the distance to the image's mean."""
+    """Scale the distance of each pixel to the image mean."""
     mean_N11 = images_NSS.mean((1, 2), keepdims=True)
     return (images_NSS - mean_N11) * share + mean_N11
 
 
 def shift(images_NSS: np.ndarray, pixels: float, generator: np.random.Generator) -> np.ndarray:
-    """So many pixels into a random direction."""
+    """Shift by this number of pixels in a random direction."""
     angle_N = generator.uniform(0, 2 * np.pi, len(images_NSS))
     return _moved(images_NSS, np.zeros(len(images_NSS)), pixels * np.cos(angle_N), pixels * np.sin(angle_N))
 
 
 def rotation(images_NSS: np.ndarray, degrees: float, generator: np.random.Generator) -> np.ndarray:
-    """So many degrees to the left or to the right."""
+    """Rotate by this number of degrees, with random sign."""
     angle_N = np.deg2rad(degrees) * generator.choice([-1, 1], len(images_NSS))
     return _moved(images_NSS, angle_N, np.zeros(len(images_NSS)), np.zeros(len(images_NSS)))
 
@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[Corruption, tuple[float, ...]]] = {
 
 
 def corrupt(inputs_ND: np.ndarray, kind: str, level: int, seed: int) -> np.ndarray:
-    """Flat square images in 0..1, corrupted, float32 `[n, d]`; `ValueError` for another kind, level or shape."""
+    """Corrupt flat square images in 0..1, float32 `[n, d]`; raises `ValueError` for an unknown kind, level or shape."""
     side = int(inputs_ND.shape[1] ** 0.5)
     if kind not in KINDS or not 1 <= level <= LEVELS:
         raise ValueError(f"corruption {kind!r} at level {level}: there are {', '.join(KINDS)} at levels 1 to {LEVELS}")
@@ -80,7 +80,7 @@ def corrupt(inputs_ND: np.ndarray, kind: str, level: int, seed: int) -> np.ndarr
 
 
 def digest(inputs_ND: np.ndarray) -> str:
-    """SHA-256 of images, as shades 0..255."""
+    """SHA-256 of images as 8-bit grey values."""
     return hashlib.sha256(np.rint(inputs_ND * SHADES).astype(np.uint8).tobytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What is said of a model on some images: how right it is, how sure, and what a batch takes.
+"""Metrics of a model on a set of images: quality, calibration and costs per batch.
 
 Shape legend: B inputs, C classes.
 """
@@ -24,12 +24,12 @@ from experts.confidence import (
 )
 
 BATCH, BATCHES, WARM_UP = 256, 40, 2
-NOISY = 2.0  # P95 above so many medians
+NOISY = 2.0  # ratio of P95 to median
 
 
 def quality(logits_BC: np.ndarray, labels_B: np.ndarray) -> dict[str, float]:
-    """Top-1 and top-5 accuracy, cross-entropy, mean entropy of the classes in nats, and how far the likeliest class's
-    probability is from the next's."""
+    """Top-1 and top-5 accuracy, cross-entropy, mean entropy in nats, and mean margin between the two highest class
+    probabilities."""
     probability_BC = softmax(logits_BC.astype(np.float64))
     rank_B = (logits_BC > np.take_along_axis(logits_BC, labels_B[:, None], 1)).sum(1)
     right_B = np.take_along_axis(probability_BC, labels_B[:, None], 1)[:, 0]
@@ -44,13 +44,13 @@ def quality(logits_BC: np.ndarray, labels_B: np.ndarray) -> dict[str, float]:
 
 
 def temperature(logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
-    """What class logits are to be divided by, fitted on these, validation's."""
+    """Temperature of the class logits, fitted on the given validation logits."""
     return fit_temperature(logits_BC, np.eye(logits_BC.shape[1], dtype=np.bool_)[labels_B])
 
 
 def calibration(logits_BC: np.ndarray, labels_B: np.ndarray, divisor: float) -> dict[str, Any]:
-    """Expected and maximum calibration error (of bins with 1 % of the inputs or more) as the model is and with its
-    logits divided, and both reliability diagrams."""
+    """Expected and maximum calibration error (over bins with at least 1 % of the inputs) and reliability diagram,
+    before and after temperature scaling."""
     right_B = logits_BC.argmax(1) == labels_B
     found: dict[str, Any] = {}
     for suffix, sure_B in (("", confidence(logits_BC)), ("_calibrated", confidence(logits_BC, divisor))):
@@ -62,9 +62,11 @@ def calibration(logits_BC: np.ndarray, labels_B: np.ndarray, divisor: float) -> 
 
 
 def batch_costs(classify: Classify, inputs: torch.Tensor) -> dict[str, Any]:
-    """Of batches of 256, whatever the number of inputs: median and P95 of the wall time of 40, after two that do not
-    count, `noisy` where P95 is above twice the median; mean energy of 40 by a counter, of one by the proxy; peak memory
-    of one."""
+    """Time, energy and memory of batches of 256, for any number of inputs.
+
+    Median and P95 of the wall time of 40 batches after two warm-up batches, with `noisy` set if P95 exceeds twice the
+    median; mean energy of 40 batches by a counter, or of one by the proxy; peak memory of one batch.
+    """
     batches = _batches(inputs)
     for _ in range(WARM_UP):
         classify(next(batches))
@@ -74,7 +76,7 @@ def batch_costs(classify: Classify, inputs: torch.Tensor) -> dict[str, Any]:
         with TimeMeter() as time:
             classify(batch)
         seconds.append(time.value)
-    several = [next(batches) for _ in range(1 if open_counter() is None else BATCHES)]  # a counter wants long blocks
+    several = [next(batches) for _ in range(1 if open_counter() is None else BATCHES)]  # a counter needs long blocks
     with EnergyMeter() as energy:
         for batch in several:
             classify(batch)
@@ -88,7 +90,7 @@ def batch_costs(classify: Classify, inputs: torch.Tensor) -> dict[str, Any]:
 
 
 def least_costs(ways: dict[str, Classify], inputs: torch.Tensor) -> dict[str, Any]:
-    """The costs of the ways to the same logits: time of the fastest, energy and memory of the thriftiest in each."""
+    """Minimum of each cost over the ways to compute the same logits."""
     costs = {way: batch_costs(classify, inputs) for way, classify in ways.items()}
     fastest, thriftiest, smallest = (
         min(costs, key=lambda way: float(costs[way][key])) for key in ("batch_ms", "energy_j", "memory_bytes")

@@ -1,4 +1,4 @@
-"""What `experiment.score` found, as Markdown and pictures."""
+"""Report of the experiment `models`: Markdown and plots."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from benchmarks.results.tables import markdown_header as header
 from benchmarks.results.tables import markdown_row as cells
 
 Row = dict[str, Any]
-COSTS = {  # label, and what the figure is multiplied with
+COSTS = {  # label and unit factor
     "batch_ms": ("time of a batch of 256 [ms]", 1),
     "energy_j": ("energy of a batch of 256 [mJ]", 1000),
 }
 
 
 def text(result: Row) -> str:
-    """All of it, as Markdown."""
+    """The report as Markdown."""
     rows = [row for row in result["rows"] if "accuracy" in row]
     if not rows:
         return f"# Models on {result['data']}\n\nNo run on clean images is there yet."
@@ -131,7 +131,7 @@ def _recommendations(result: Row, rows: list[Row]) -> list[str]:
 
 
 def plot(frame: pd.DataFrame, result: Row, out: Path) -> list[str]:
-    """robustness.png, reliability.png and pareto.png, as far as there are rows for them."""
+    """Plot robustness.png, reliability.png and pareto.png if rows for them exist."""
     rows = [row for row in result["rows"] if "accuracy" in row]
     if not rows:
         return []
@@ -160,7 +160,7 @@ def _curves(rows: list[Row]) -> Figure:
         panel.grid(alpha=0.3)
     for panel in panels[len(kinds) :]:
         panel.axis("off")
-    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", title="95 % over seeds")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", title="95 % intervals over seeds")
     return figure
 
 
@@ -174,7 +174,7 @@ def _reliability(rows: list[Row]) -> Figure:
             bins = {key: np.array(values) for key, values in row[f"reliability{side}"].items()}
             many = bins["counts"] >= 20
             panel.plot(bins["confidence"][many], bins["right"][many], marker="o", ms=3, label=label)
-        panel.set(xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1.02))
+        panel.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
         errors = f"{row['ece']:.3f}, with temperature {row['ece_calibrated']:.3f}"
         panel.set_title(f"{row['setup']}\nECE {errors}", fontsize=9)
     for panel in panels[len(rows) :]:
@@ -195,7 +195,7 @@ def _fronts(result: Row, rows: list[Row]) -> Figure:
         front = sorted((row for row in rows if row["setup"] in result[f"front_{cost}"]), key=lambda row: row[cost])
         corners = np.array([[scale * row[cost], 100 * row["accuracy"]] for row in front])
         panel.step(*corners.T, where="post", color="grey", lw=0.8, zorder=0)
-        panel.set(xlabel=label, ylabel="test accuracy [%]", xscale="log", title="diamonds: on the front")
+        panel.set(xlabel=label, ylabel="test accuracy [%]", xscale="log", title="diamonds: Pareto front")
         panel.xaxis.set_major_formatter(ScalarFormatter())
         panel.xaxis.set_minor_formatter(ScalarFormatter())
         panel.grid(alpha=0.3)

@@ -1,6 +1,6 @@
-"""What is evaluated: one classifier, trained, routed or stored in several ways, for each seed anew.
+"""Models under evaluation: one classifier with different training, routing and compression per seed.
 
-What several runs need, a trained model say, is made once into a folder, by whichever run comes first.
+Results shared by several runs, such as a trained model, are created once in a folder by the first run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from experts.model import MoEClassifier
 
-CONCERNS = {  # what a kind depends on, beside the data
+CONCERNS = {  # fields that each kind depends on, besides the data
     "top-k": ("k",),
     "graph": ("k",),
     "adamw": ("k",),
@@ -30,17 +30,18 @@ CONCERNS = {  # what a kind depends on, beside the data
     "rl-router": ("cost_weight", "timesteps"),
 }
 ALL, CHOSEN = "all experts", "chosen experts"
-DECISIONS = 30  # of a policy that drives a training, as in MoEMetaOpt-v0
+DECISIONS = 30  # decisions per training, as in MoEMetaOpt-v0
 Classify = Callable[["torch.Tensor"], "torch.Tensor"]  # inputs [B, D] -> class logits [B, C]
 
 
 class ModelSetup(BaseModel):
-    """What a matrix may say of a setup; what does not concern its kind is as if it were not said.
+    """Fields of a setup in a matrix; fields that do not apply to its kind are ignored.
 
-    `top-k`: the gate's `k` experts. `graph`: the same with an expert graph. `adamw`: trained with AdamW. `metaopt`:
-    with AdamW, its rates by a policy of MoEMetaOpt-v0, which sees validation. `compressed`: stored at `level`, the gate
-    at `gate_level`, names of `experts.compression.LEVELS`. `rl-router`: routed by PPO, trained in MoERouting-v0 with
-    `cost_weight`. Policies learn from labels that the other kinds do not see: `rl_train`'s, MetaOpt's validation's too.
+    `top-k`: the gate selects `k` experts. `graph`: top-k with an expert graph. `adamw`: trained with AdamW. `metaopt`:
+    trained with AdamW, rates set by a policy of MoEMetaOpt-v0, which sees validation. `compressed`: stored at `level`,
+    with the gate at `gate_level`, names of `experts.compression.LEVELS`. `rl-router`: routed by PPO, trained in
+    MoERouting-v0 with `cost_weight`. Policies use labels that other kinds do not see: those of `rl_train`, and for
+    `metaopt` also those of validation.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,11 +52,11 @@ class ModelSetup(BaseModel):
     level: str = "int4"
     gate_level: str = "int8"
     cost_weight: float = Field(default=0.1, ge=0)
-    timesteps: int | None = Field(default=None, ge=1)  # of a policy's training, instead of the tuned number
+    timesteps: int | None = Field(default=None, ge=1)  # of the policy training; default: the tuned number
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> ModelSetup:
-        """What has no effect on a row must not make it another one; levels must be known."""
+        """Reset fields that have no effect, so that equal rows compare equal; validate level names."""
         for name, field in type(self).model_fields.items():
             if name not in ("kind", "data", *CONCERNS[self.kind]):
                 setattr(self, name, field.default)
@@ -77,8 +78,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Subject(NamedTuple):
-    """A model to evaluate: the ways to have its logits, all experts run or the chosen ones alone, the experts that
-    answer each input `[B]`, and what it takes to store."""
+    """Model to evaluate: functions for its logits (running all experts or only the selected ones), experts per input
+    `[B]`, and storage size."""
 
     ways: dict[str, Classify]
     experts_per_input: Callable[[torch.Tensor], torch.Tensor]
@@ -86,12 +87,12 @@ class Subject(NamedTuple):
     bytes: int
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:
-        """Class logits `[B, C]`, which are the same in all ways, rounding aside."""
+        """Class logits `[B, C]`; all functions agree up to rounding."""
         return next(iter(self.ways.values()))(x)
 
 
 def make(setup: ModelSetup, seed: int, folder: Path) -> Subject:
-    """The model of a setup."""
+    """Create the model of a setup."""
     if setup.kind == "rl-router":
         return _routed(setup, seed, folder)
     if setup.kind == "compressed":
@@ -102,7 +103,7 @@ def make(setup: ModelSetup, seed: int, folder: Path) -> Subject:
 
 
 def _number(level: str) -> int:
-    """Of a level of compression; raises `ValueError` for an unknown one."""
+    """Number of a compression level; raises `ValueError` if unknown."""
     from experts.compression import LEVELS
 
     names = [each.name for each in LEVELS]
@@ -139,7 +140,7 @@ def _compressed(setup: ModelSetup, seed: int, folder: Path) -> Subject:
 
 
 def _routed(setup: ModelSetup, seed: int, folder: Path) -> Subject:
-    """PPO as the router of the top-2 setup's model; costs are those of the shipped bundle, whose model is as large."""
+    """Model of the top-2 setup routed by PPO, with costs of the shipped bundle of the same size."""
     from agents import runs
     from agents.deploy.routing import RoutedMoE
     from experts import bundle, data, zoo
@@ -188,7 +189,7 @@ def _train_graph(setup: ModelSetup, seed: int, folder: Path) -> MoEClassifier:
 
 
 def _train_adamw(setup: ModelSetup, seed: int, folder: Path) -> MoEClassifier:
-    """The optimizer that `_train_by_policy` sets out with, its rates left as they are."""
+    """Train with the initial optimizer of `_train_by_policy` at constant rates."""
     from experts import data, training
     from experts.reference_bundles import SETTINGS as REFERENCE
 
@@ -201,7 +202,7 @@ def _train_adamw(setup: ModelSetup, seed: int, folder: Path) -> MoEClassifier:
 
 
 def _adamw(model: MoEClassifier, rate: float) -> torch.optim.Optimizer:
-    """A group for the gate and one for the experts."""
+    """AdamW with one parameter group for the gate and one for the experts."""
     import torch
 
     groups = [{"params": part.parameters()} for part in (model.gate, model.experts)]
@@ -209,7 +210,7 @@ def _adamw(model: MoEClassifier, rate: float) -> torch.optim.Optimizer:
 
 
 def _train_by_policy(setup: ModelSetup, seed: int, folder: Path) -> MoEClassifier:
-    """The training with AdamW, whose rates a policy changes 30 times; its target is what top-k's reaches."""
+    """Train with AdamW and 30 rate changes by a policy; the target is the result of top-k."""
     import torch
 
     from agents.deploy.metaopt import PolicyMetaOptimizer, gate_metrics
@@ -247,7 +248,7 @@ def _train_by_policy(setup: ModelSetup, seed: int, folder: Path) -> MoEClassifie
 def _kept(
     setup: ModelSetup, seed: int, folder: Path, train: Callable[[ModelSetup, int, Path], MoEClassifier]
 ) -> MoEClassifier:
-    """The trained model, from the folder where it is there."""
+    """Trained model, loaded from the folder if it exists."""
     from experts.checkpoints import load_model, save_model
     from experts.model import MoEClassifier
 
@@ -260,6 +261,6 @@ def _kept(
 
 
 def _name(setup: ModelSetup, seed: int, *fields: str) -> str:
-    """A name for what depends on the data, the seed and these fields."""
+    """File name derived from the data, the seed and these fields."""
     said = json.dumps([getattr(setup, field) for field in ("data", *fields)])
     return f"{setup.data}-{seed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"

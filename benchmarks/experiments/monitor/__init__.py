@@ -1,7 +1,8 @@
-"""What does a training cost, and what does watching it cost? A monitor's report, and pairs with and without it.
+"""Training cost per epoch, and overhead of the monitor in pairs of epochs with and without it.
 
-A training of the reference MoE is monitored at every batch; its logs are drawn, normalised and summed up. Then the same
-training runs in interleaved pairs, with the monitor and without. Your own logs: moe-profile logs FOLDER.
+A training of the reference MoE is monitored at every batch, and its logs are plotted, normalised and summarised. The
+same training then runs in interleaved pairs of epochs with and without the monitor. To report your own logs, use
+moe-profile logs FOLDER.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ QUICK = {"settings": {"data": "digits", "epochs": 2, "pairs": 2, "batch_size": 3
 
 
 class MonitorSetup(Arguments):
-    """`epochs` of the monitored training; `pairs` of epochs, with the monitor and without; `warm_up` batches before an
-    epoch is timed."""
+    """`epochs` of the monitored training; `pairs` of epochs with and without the monitor; `warm_up` batches before each
+    timed epoch."""
 
     part: Literal["training", "overhead", "look-up"]
     data: Literal["fashion-mnist", "digits"] = "fashion-mnist"
@@ -52,7 +53,7 @@ Setup = MonitorSetup
 
 
 def measure(setup: MonitorSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One part."""
+    """Run one part of the experiment."""
     if setup.part == "look-up":
         return {}, {"look_up": look_up()}
     with torch_threads(1):
@@ -65,7 +66,7 @@ def measure(setup: MonitorSetup, seed: int, split: str, folder: Path) -> tuple[d
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """The report's figures."""
+    """Results for the report."""
     result: dict[str, Any] = {}
     for column in ("costs", "overhead", "attach", "look_up"):
         there = frame[column].dropna().tolist() if column in frame else []
@@ -76,7 +77,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
-    """Pictures of the logs, where they are still there, and of the overhead."""
+    """Plot the overhead, and the logs if they still exist."""
     logs = [Path(each) for each in frame["logs"].dropna().tolist()] if "logs" in frame else []
     return report.plot(logs[0] if logs and logs[0].exists() else None, result, out)
 
@@ -85,7 +86,7 @@ text = report.markdown
 
 
 class Training:
-    """The reference MoE's gate and experts, trained by cross-entropy on a data set's split `train`."""
+    """Training of the reference MoE by cross-entropy on the split `train` of a data set."""
 
     def __init__(self, source: Dataset, seed: int, batch_size: int = 256) -> None:
         import torch
@@ -103,13 +104,13 @@ class Training:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
 
     def epoch(self) -> list[torch.Tensor]:
-        """The rows of each batch, in a new order."""
+        """Yield the row indices of each batch in random order."""
         import torch
 
         return list(torch.randperm(len(self.inputs), generator=self.generator).split(self.batch_size))
 
     def step(self, rows: torch.Tensor, monitor: Monitor | None = None) -> None:
-        """One step of the optimiser."""
+        """Run one optimiser step."""
         import torch.nn.functional as F
 
         loss = F.cross_entropy(self.model(self.inputs[rows]), self.labels[rows])
@@ -120,7 +121,7 @@ class Training:
         self.optimizer.step()
 
     def accuracy(self) -> float:
-        """The accuracy on validation."""
+        """Validation accuracy."""
         import torch
 
         self.model.eval()
@@ -140,11 +141,11 @@ def train(training: Training, epochs: int, logs: Path, every: int) -> None:
 
 
 def pair(training: Training, pairs: int, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """One training, its epochs by turns with the monitor and without.
+    """Train with alternating epochs with and without the monitor.
 
-    An epoch, of full batches only, ends with `end_epoch` where it has the monitor. What a training pays once is
-    outside: making and closing the monitor and the first batches, one of which has its FLOPs counted; by how much they
-    take longer is `attach`. Medians of the slow-down with 95 % intervals.
+    Returns median slow-downs with 95 % intervals. An epoch has full batches only and, if monitored, ends with
+    `end_epoch`. One-time costs are excluded and reported as `attach`: opening and closing the monitor, and the first
+    batches, one of which has its FLOPs counted.
     """
     batches = len(training.inputs) // training.batch_size
     if batches < 2:
@@ -167,7 +168,7 @@ def pair(training: Training, pairs: int, warm_up: int = WARM_UP) -> dict[str, An
 
 
 def _epoch(training: Training, every: int | None, warm_up: int) -> np.ndarray:
-    """Wall and CPU time in s of an epoch of training, monitored unless `every` is None; the wall time before, after."""
+    """Wall and CPU time in s of an epoch, monitored unless `every` is None, and the wall time before and after."""
     batches = [rows for rows in training.epoch() if len(rows) == training.batch_size]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         begun, monitor = time.perf_counter(), None
@@ -186,7 +187,7 @@ def _epoch(training: Training, every: int | None, warm_up: int) -> np.ndarray:
 
 
 def look_up(repeats: int = 100_000) -> dict[str, float]:
-    """Seconds that the look-up of a profiled cost takes: by name in a profile, and in a step of MoERouting-v0."""
+    """Seconds per look-up of a profiled cost: by name in a profile, and in a step of MoERouting-v0."""
     import timeit
 
     import gymnasium

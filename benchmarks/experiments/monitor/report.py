@@ -1,4 +1,4 @@
-"""The report of a monitor's logs: costs by epoch, against accuracy, before and after normalising, and alerts."""
+"""Report of monitor logs: costs per epoch, cost against accuracy, normalised costs, and alerts."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from cost.normalize import BOUND, METHODS, CostNormalizer
 
 COSTS = {"total": "time of a batch", "rss": "memory of the process", "energy": "energy of a batch"}
 ACCURACIES = ("validation_accuracy", "test_accuracy", "accuracy")
-UPDATE = 64  # batches that the normaliser learns from at a time
+UPDATE = 64  # batches per update of the normaliser
 SLOW_EPOCH, GROWTH, LOST, TAIL = 1.5, 0.2, 0.02, 2.0
 Result = dict[str, Any]
 
 
 class LogsError(ValueError):
-    """A folder holds no monitor's logs, or none that a report can be made of."""
+    """A folder has no monitor logs, or logs that cannot be reported."""
 
 
 def read(logs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
-    """Batches, epochs and what `monitor.json` says; raises `LogsError` naming the file."""
+    """Read batches, epochs and `monitor.json`; raises `LogsError` naming the file."""
     try:
         about = json.loads((logs / "monitor.json").read_text())
         if about["schema"] != SCHEMA:
             raise LogsError(f"{logs}/monitor.json has schema {about['schema']}; this moe-envs reads {SCHEMA}")
         batches, epochs = (pd.read_csv(logs / name, on_bad_lines="skip") for name in ("batches.csv", "epochs.csv"))
         batches["total"] = pd.to_numeric(batches["total"], errors="coerce")
-        batches = batches.dropna(subset=list(COSTS))  # a line that was cut by the end of its process
-        epochs[["seconds", "total", "rss", "energy", "finite"]], about["energy_source"]  # are there
+        batches = batches.dropna(subset=list(COSTS))  # the last line is cut if the process was killed
+        (
+            epochs[["seconds", "total", "rss", "energy", "finite"]],
+            about["energy_source"],
+        )  # raises KeyError if a column is missing
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise LogsError(
@@ -50,7 +53,7 @@ def read(logs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
 
 
 def analyse(logs: Path) -> Result:
-    """All figures of the report."""
+    """Results for the report."""
     batches, epochs, about = read(logs)
     times = batches["total"]
     result: Result = {
@@ -73,7 +76,7 @@ def analyse(logs: Path) -> Result:
 
 
 def alerts(batches: pd.DataFrame, epochs: pd.DataFrame) -> list[str]:
-    """What a person should look at, each with its figure and its bound."""
+    """Alerts, each with its value and its bound."""
     found = []
     slowest, typical = epochs["seconds"].max(), epochs["seconds"].median()
     if slowest > SLOW_EPOCH * typical:
@@ -95,14 +98,14 @@ def alerts(batches: pd.DataFrame, epochs: pd.DataFrame) -> list[str]:
 
 
 def normalise(batches: pd.DataFrame, method: str) -> np.ndarray:
-    """The logged costs `[n, 3]` as the normaliser gives them while it learns, `UPDATE` batches at a time."""
+    """Normalise the logged costs `[n, 3]` while updating the normaliser every `UPDATE` batches."""
     normalizer = CostNormalizer(list(COSTS), method)
     costs = batches[list(COSTS)].to_numpy(dtype=np.float64)
     return np.concatenate([normalizer(costs[start : start + UPDATE]) for start in range(0, len(costs), UPDATE)])
 
 
 def write(logs: Path, out: Path) -> Result:
-    """The report of a monitor's folder: report.md, results.json and pictures in `out`."""
+    """Write report.md, results.json and plots for a monitor folder to `out`."""
     result = analyse(logs)
     out.mkdir(parents=True, exist_ok=True)
     pictures = "\n".join(f"![{name}]({name})\n" for name in plot(logs, result, out))
@@ -159,7 +162,7 @@ def markdown(result: Result) -> str:
 
 
 def plot(logs: Path | None, result: Result, out: Path) -> list[str]:
-    """epochs.png, efficiency.png, distributions.png and overhead.png, where there is what they show; their names."""
+    """Plot epochs.png, efficiency.png, distributions.png and overhead.png if data exist; returns the file names."""
     names = []
     if logs is not None and "epochs" in result:
         epochs = pd.DataFrame(result["epochs"])
@@ -256,5 +259,5 @@ def _draw_overhead(overhead: list[dict[str, Any]], path: Path) -> None:
         panel.errorbar(row["median"] * 100, place, xerr=error, fmt="D", color="tab:red", capsize=4)
     panel.axvline(0, color="black", linewidth=0.8)
     panel.set_yticks(range(len(labels)), labels)
-    panel.set(xlabel="slow-down by the monitor, % (grey: pairs; red: median and 95 % interval)")
+    panel.set(xlabel="overhead of the monitor [%] (grey: pairs; red: median and 95 % interval)")
     figure.savefig(path, dpi=120)
