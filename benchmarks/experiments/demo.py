@@ -53,22 +53,23 @@ def draw(points: pd.DataFrame, path: Path) -> None:
     panel = figure.subplots()
     for kind, (marker, size) in {"baseline": ("o", 18), "bound": ("^", 50), "learned": ("D", 42)}.items():
         part = points[points["kind"] == kind]
-        label = {"learned": "PPO", "baseline": "baselines", "bound": "exact bound (sees the labels)"}[kind]
+        label = {"learned": "PPO, by cost weight", "baseline": "baselines", "bound": "exact bound (sees the labels)"}[
+            kind
+        ]
         panel.scatter(part["cost"], part["quality"], s=size, c=COLOURS[kind], marker=marker, label=label, zorder=3)
         best = part[["cost", "quality"]].to_numpy()
         if len(best):
             best = best[front(best)]
             best = best[np.argsort(best[:, 0])]
             panel.step(best[:, 0], best[:, 1], where="post", color=COLOURS[kind], linewidth=1, zorder=2)
-    learned = points[points["kind"] == "learned"].sort_values("cost")
-    for number, row in enumerate(records(learned)):
-        line = {"arrowstyle": "-", "color": "tab:red", "lw": 0.6}
-        panel.annotate(row["split"], (row["cost"], row["quality"]), textcoords="offset points", color="tab:red",
-                       xytext=(28, -34 - 16 * (number % 2)), fontsize=10, arrowprops=line)  # fmt: skip
+    for row in records(points[points["kind"] == "learned"]):
+        panel.annotate(row["split"].removeprefix("cost weight "), (row["cost"], row["quality"]), ha="center",
+                       textcoords="offset points", xytext=(0, 10), color=COLOURS["learned"],
+                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
     for name in ("gate top-1", "gate top-2"):
         for row in records(points[points["policy"] == name].head(1)):
             panel.annotate(f"model's own {name.removeprefix('gate ')} gate", (row["cost"], row["quality"]),
-                           textcoords="offset points", xytext=(8, -14), fontsize=10)  # fmt: skip
+                           ha="center", textcoords="offset points", xytext=(0, 12), fontsize=10)  # fmt: skip
     shown = points[(points["cost"] < 1.3) & (points["quality"] > points["quality"].median() - 0.15)]
     panel.set(xlabel="cost per batch (1 = the model's own top-2 gate)", ylabel="accuracy on test images",
               xlim=(0, 1.3), ylim=(shown["quality"].min() - 0.01, None))  # fmt: skip
