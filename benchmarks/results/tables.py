@@ -30,10 +30,10 @@ def row(frame: pd.DataFrame, env: str, policy: str, kind: str, *, seed: int, **e
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """Create a table that fits 80 columns."""
+    """Create a table that fits 80 columns: names in the first column wrap, figures never."""
     drawn = Table(title=title, box=None, padding=(0, 2, 0, 0))
     for column in columns:
-        drawn.add_column(column, no_wrap=True)
+        drawn.add_column(column, no_wrap=column != columns[0])
     return drawn
 
 
