@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperCommand
 
 from benchmarks.cli.terminal import Json, Out, bar, console_of, group, pairs, write
 
@@ -24,7 +25,9 @@ Set = Annotated[
 ]
 RayAddress = Annotated[
     str | None,
-    typer.Option(help="Run on Ray: 'local', or the address of a cluster that shares the output folder."),
+    typer.Option(
+        metavar="[ADDRESS]", help="Run on Ray, here or on the cluster at ADDRESS, which must share the output folder."
+    ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Short version with few seeds and small sizes.")]
 Again = Annotated[bool, typer.Option("--overwrite", help="Delete existing results first.")]
@@ -46,7 +49,18 @@ def _list(json_file: Json = None) -> None:
     console_of(json_file).print(table)
 
 
-@app.command("run")
+class _RayCommand(TyperCommand):
+    """Command whose option --ray needs no value: without one, Ray is started on this machine."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a bare --ray its value."""
+        for place, word in reversed([*enumerate(args)]):
+            if word == "--ray" and (place + 1 == len(args) or args[place + 1].startswith("-")):
+                args.insert(place + 1, "local")
+        return super().parse_args(ctx, args)
+
+
+@app.command("run", cls=_RayCommand)
 def _run(
     name: Annotated[str, typer.Argument(help="Experiment (see moe-benchmark list), environment id, or matrix file.")],
     out: Out,
@@ -96,7 +110,7 @@ def _run(
     _make(wanted, out, jobs, place, only or (), ray, overwrite, json_file)
 
 
-@app.command("leaderboard")
+@app.command("leaderboard", cls=_RayCommand)
 def _leaderboard(
     env_id: Annotated[str, typer.Argument(help="Registered environment id; for your own environment, package:Id-v0.")],
     out: Out,

@@ -66,10 +66,11 @@ def draw(points: pd.DataFrame, path: Path) -> None:
         panel.annotate(row["split"].removeprefix("cost weight "), (row["cost"], row["quality"]), ha="center",
                        textcoords="offset points", xytext=(0, 10), color=COLOURS["learned"],
                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
-    for name in ("gate top-1", "gate top-2"):
+    for name, above in (("gate top-1", 50), ("gate top-2", 25)):
         for row in records(points[points["policy"] == name].head(1)):
-            panel.annotate(f"model's own {name.removeprefix('gate ')} gate", (row["cost"], row["quality"]),
-                           ha="center", textcoords="offset points", xytext=(0, 12), fontsize=10)  # fmt: skip
+            line = {"arrowstyle": "-", "color": COLOURS["baseline"]}
+            panel.annotate(f"model's own {name.removeprefix('gate ')} gate", (row["cost"], row["quality"]), ha="center",
+                           textcoords="offset points", xytext=(0, above), fontsize=10, arrowprops=line)  # fmt: skip
     shown = points[(points["cost"] < 1.3) & (points["quality"] > points["quality"].median() - 0.15)]
     panel.set(xlabel="cost per batch (1 = the model's own top-2 gate)", ylabel="accuracy on test images",
               xlim=(0, 1.3), ylim=(shown["quality"].min() - 0.01, None))  # fmt: skip

@@ -37,7 +37,7 @@ def test_killed_workers_change_no_row(tiny: Path, tmp_path: Path) -> None:
     path, serial, out = tmp_path / "matrix.json", tmp_path / "serial", tmp_path / "out"
     path.write_text(matrix.model_dump_json())
     code = "from benchmarks.cli.main import benchmark; benchmark()"
-    command = [sys.executable, "-c", code, "run", str(path), "--out", str(out), "--jobs", "2", "--ray", "local"]
+    command = [sys.executable, "-c", code, "run", str(path), "--out", str(out), "--jobs", "2", "--ray"]
     draw, kills, rows = random.Random(0), 0, 0
     while len(read(out / "raw.jsonl")) < len(jobs_of(matrix)):  # a run killed three times is left to the next call
         with running(command, stdout=subprocess.DEVNULL) as process:
