@@ -1,4 +1,4 @@
-"""MaskablePPO of sb3-contrib on MoECompression-v0, begun on the sum of sensitivities; then a plan for a checkpoint."""
+"""MaskablePPO of sb3-contrib (extra contrib) on MoECompression-v0; then a plan for a checkpoint."""
 
 import sys
 

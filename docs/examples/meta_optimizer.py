@@ -1,4 +1,4 @@
-"""A learned policy drives the learning rates and weight decays of a plain torch training."""
+"""A learned policy drives the learning rates and weight decays of a plain torch training (extra data)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A router and experts of one's own in a MoE layer: the second expert only where the gate is in doubt."""
+"""A router and experts of one's own in a MoE layer: the second expert only where the gate is in doubt (extra data)."""
 
 import sys
 

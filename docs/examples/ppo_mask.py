@@ -1,4 +1,4 @@
-"""MaskablePPO of sb3-contrib on MoERouting-v0 under a hard limit: at most three experts in a batch."""
+"""MaskablePPO of sb3-contrib on MoERouting-v0 under a hard limit: at most three experts in a batch (extra contrib)."""
 
 import sys
 
