@@ -1,4 +1,4 @@
-"""RecurrentPPO of sb3-contrib on MoERouting-v0: cost curves on TensorBoard, and its result on test images (extra contrib)."""
+"""RecurrentPPO of sb3-contrib on MoERouting-v0, with cost curves and its result on test images (extra contrib)."""
 
 import sys
 
