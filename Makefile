@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/moe-benchmark run demo --out runs/demo --jobs 2
 
 test: lint type
-	$(BIN)/pytest -n 2 --cov --durations=10 --cov-report=term-missing:skip-covered
+	$(BIN)/pytest -n 2 --dist worksteal --cov --durations=10 --cov-report=term-missing:skip-covered
 	$(BIN)/python tests/coverage_floors.py
 
 # Slow tests: the runner through twenty kills of its processes, and of Ray's workers.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,14 +44,16 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_one_file_outside_the_package_is_trained_evaluated_and_compared(elsewhere: Path) -> None:
-    def command(name: str, *arguments: str) -> Any:
+    def command(name: str, *arguments: str, says: str = "") -> Any:
         code = f"from benchmarks.cli.main import {name}; {name}()"
         done = subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        assert re.search(says, done.stderr)
         return json.loads(done.stdout)
 
     env_id = "own_environment:Cascade-v0"
-    command("train", "--env", env_id, "--timesteps", "2048", "--out", "run", "--json", "-")
+    beside = r"mean return on validation: ppo -?[\d.]+, best baseline -?[\d.]+ \(confidence below"
+    command("train", "--env", env_id, "--timesteps", "2048", "--out", "run", "--json", "-", says=beside)
     rows = command("evaluate", "run", "--baselines", "--episodes", "200", "--json", "-")["rows"]
     returns = {row["kind"]: row["return"] for row in rows}
     assert returns["learned"] < returns["bound"]

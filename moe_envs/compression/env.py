@@ -241,8 +241,7 @@ class MoECompressionEnv(SingleEnv):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
-    | `model` | `"fashion-mnist-conv"` | or `"digits-mlp"`; append `-1`, `-2`, ... for other seeds; or a list of models
-    |
+    | `model` | `"fashion-mnist-conv"` | or `"digits-mlp"`; with `-1`, `-2`, ... for other seeds; or a list |
     | `budget` | None | file size in bytes for all episodes; None: drawn per episode |
     | `split` | `"train"` | images of `"train"`, `"validation"` or `"test"` |
     | `cost_weight` | 0.0 | lambda of the reward |

@@ -1,7 +1,6 @@
 """The commands, as a person calls them."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -68,14 +67,6 @@ def test_the_router_of_a_run_is_measured(run: Path, tmp_path: Path) -> None:
     assert [row["batch_size"] for row in measured["times"]] == [1, 32, 512]
 
 
-def test_baselines_and_the_bound_stand_beside_a_policy(run: Path) -> None:
-    done = command("evaluate", str(run), "--episodes", "50", "--baselines", "--json", "-")
-    assert done.returncode == 0, done.stderr
-    rows = {row["policy"]: row for row in json.loads(done.stdout)["rows"]}
-    assert {row["kind"] for row in rows.values()} == {"learned", "baseline", "bound"}
-    assert max(rows.values(), key=lambda row: row["return"])["kind"] == "bound"
-
-
 def test_sb3s_zip_is_loaded_where_it_is_trusted(run: Path) -> None:
     arguments = [str(run / "sb3.zip"), "--env", "MoERouting-v0", "-k", "bundle=digits", "-k", "cost_weight=0.3"]
     refused = command("evaluate", *arguments)
@@ -85,15 +76,6 @@ def test_sb3s_zip_is_loaded_where_it_is_trusted(run: Path) -> None:
     ours = command("evaluate", str(run), "--episodes", "50", "--json", "-")
     returns = [json.loads(each.stdout)["rows"][0]["return"] for each in (done, ours)]
     assert all(-1 < value < 1 for value in returns)
-
-
-def test_the_last_line_of_a_training_has_the_best_baseline(tmp_path: Path) -> None:
-    done = command("train", "--env", "MoECompression-v0", "-k", 'model=["digits-mlp"]', "--timesteps", "1344",
-                   "--out", str(tmp_path / "run"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert re.search(
-        r"mean return on validation: ppo -?[\d.]+, best baseline -?[\d.]+ \(", done.stdout.splitlines()[-1]
-    )
 
 
 def test_default_names_hold_what_was_given() -> None:

@@ -14,7 +14,7 @@ def test_its_environment_is_ours() -> None:
     seen, _ = ours.reset(seed=0)
     zeros = np.zeros(4, dtype=np.int32)
     batch = env.batch.copy()  # type: ignore[attr-defined]
-    rows = jax_ppo.Rows(batch * 33, zeros, zeros + theirs.first_ledger, zeros.astype(np.float32), batch)
+    rows = jax_ppo.Steps(batch * 33, zeros, zeros + theirs.first_ledger, zeros.astype(np.float32), batch)
     generator = np.random.default_rng(0)
     for _ in range(31):
         np.testing.assert_allclose(theirs.observe(rows), seen, atol=1e-6)

@@ -88,7 +88,7 @@ def test_a_module_and_callables_of_ones_own(module: Path) -> None:
         (["model", "my_module:half_wrong"], "must return"),
         (["model", "my_module:build", "--sizes", "1,x"], "whole numbers"),
         (["model", "my_module:build", "--dtypes", "int8"], "floating-point"),
-        (["model", "my_module:calls", "--threads", "2"], "for a module"),
+        (["model", "my_module:calls", "--threads", "2"], "apply to a module only"),
     ],
 )
 def test_mistakes_say_what_to_do(module: Path, arguments: list[str], message: str) -> None:

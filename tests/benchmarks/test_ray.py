@@ -17,7 +17,7 @@ from benchmarks.runner.rows import read
 from tests.processes import running
 
 pytest.importorskip("ray", reason="needs the extra ray")
-KILLS = int(os.environ.get("MOE_ENVS_KILLS", "3"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_ray.py
+KILLS = int(os.environ.get("MOE_ENVS_KILLS", "2"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_ray.py
 
 
 def workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
@@ -32,7 +32,7 @@ def workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 
 def test_killed_workers_change_no_row(tiny: Path, tmp_path: Path) -> None:
-    setups = {f"setup {number}": {"factor": number, "seconds": 0.5} for number in range(1, 2 + KILLS)}
+    setups = {f"setup {number}": {"factor": number, "seconds": 0.3} for number in range(1, 2 + KILLS)}
     matrix = Matrix(experiment="small.tiny", seeds=[1, 2], setups=setups)
     path, serial, out = tmp_path / "matrix.json", tmp_path / "serial", tmp_path / "out"
     path.write_text(matrix.model_dump_json())
