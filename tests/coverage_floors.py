@@ -11,8 +11,8 @@ FLOORS = {
     "experts": 85,
     "agents": 90,
     "benchmarks": 85,
-    "evaluation": 85,
-    "leaderboards": 85,
+    "benchmarks/experiments/models": 85,
+    "benchmarks/leaderboards": 85,
 }
 
 
