@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import gymnasium
 import numpy as np
 import pandas as pd
 
@@ -19,8 +20,11 @@ from agents.networks import Preprocessor
 from agents.rollouts import Collector, Rows
 from agents.settings import Settings
 from agents.updates import Updates
+from cost.trust import require_env
 
 EPISODES = "episodes.csv"
+# What arguments and state that do not fit an environment raise.
+UNFIT = (ValueError, KeyError, TypeError, AttributeError, IndexError, gymnasium.error.Error, RuntimeError)
 
 
 class Resumable:
@@ -74,40 +78,48 @@ class Resumable:
         self._run = run.resolve(), checkpoints.newest(run)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | None = None) -> Self:
+    def load(cls, path: str | Path, device: str | None = None, allow_import: bool = False) -> Self:
         """Load a learner from a folder of `save` or the newest intact checkpoint of a run; it starts new episodes.
 
-        Raises `CheckpointError` if it is damaged or of another algorithm.
+        Raises `CheckpointError` if it is damaged or of another algorithm, and `ValueError` if its environment is of a
+        package that is not imported yet, unless `allow_import` is set: importing runs the package's code.
         """
-        found, _ = cls._load(Path(path), device)
+        found, _ = cls._load(Path(path), device, allow_import)
         found.collector.observations = None
         found._forget()
         return found
 
     @classmethod
-    def resume(cls, path: str | Path, tensorboard_log: str | Path | None = None, device: str | None = None) -> Self:
-        """Load a learner with its full training state: `learn()` continues bit for bit.
+    def resume(
+        cls,
+        path: str | Path,
+        tensorboard_log: str | Path | None = None,
+        device: str | None = None,
+        allow_import: bool = False,
+    ) -> Self:
+        """Load a learner with its full training state, as `load` does: `learn()` continues bit for bit.
 
         An environment without `state` and `restore` starts new episodes, as did the training that wrote the
         `checkpoint`.
         """
-        found, content = cls._load(Path(path), device)
+        found, content = cls._load(Path(path), device, allow_import)
         found.log.tensorboard_log = tensorboard_log or content["tensorboard_log"]
         if newest := checkpoints.newest(Path(path)):
             found._run = Path(path).resolve(), newest
         return found
 
     @classmethod
-    def _load(cls, path: Path, device: str | None) -> tuple[Self, dict[str, Any]]:
+    def _load(cls, path: Path, device: str | None, allow_import: bool) -> tuple[Self, dict[str, Any]]:
         content = checkpoints.find(path)
         if content.get("algorithm") != cls.name:
             raise CheckpointError(f"{path} holds a checkpoint of {content.get('algorithm')}, not of {cls.name}")
-        arguments = content["arguments"] | ({"device": device} if device else {})
+        require_env(content.get("env"), path, allow_import)
         made: Any = cls
-        found = made(arguments.pop("policy"), content["env"], **arguments, **content["settings"])
         try:
+            arguments = content["arguments"] | ({"device": device} if device else {})
+            found = made(arguments.pop("policy"), content["env"], **arguments, **content["settings"])
             found._restore(content)
-        except (ValueError, KeyError, TypeError) as error:
+        except UNFIT as error:
             raise CheckpointError(f"{path} does not fit {content['env']} as it is made here: {error}") from error
         return found, content
 

@@ -6,10 +6,10 @@ logs and the weights: `policy.safetensors` of an SB3 algorithm; of ours the fold
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,16 @@ import pandas as pd
 
 from agents import checkpoints, training, tuned
 from agents.checkpoints import MANIFEST, foreign
+from agents.resumable import UNFIT
 from agents.training import BEST, CURVE, Watcher
-from cost.files import load_json, save_json, write_bytes, write_text
+from cost.files import alone, load_json, save_json, sha256_of, write_bytes, write_text
 from cost.machine import provenance, source_commit
+from cost.trust import require_env
 
 if TYPE_CHECKING:
     from agents.evaluate import Policy
 
-FORMAT = 1
+FORMAT = 2  # 1 had no seal
 SETTINGS, WEIGHTS, EPISODES = "run.json", "policy.safetensors", "episodes.csv"
 STARTED, TENSORBOARD = "started.json", "tensorboard"
 
@@ -47,23 +49,29 @@ def train(
 ) -> Policy:
     """Train an algorithm with tuned settings and save the run with the weights that score best on validation.
 
-    Raises `ValueError` for an existing run in the folder, finished or not, unless `overwrite` is set. `progress` is
-    called with the finished share. Uses one torch thread, which is fastest for such small networks.
+    Raises `ValueError` for an existing run in the folder, finished or not, unless `overwrite` is set, and `RunError`
+    while another training is at work in it. `progress` is called with the finished share. Uses one torch thread, which
+    is fastest for such small networks.
     """
-    require_free(folder, env_kwargs, overwrite)
-    settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
-    config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "backend": backend, "seed": seed}
-    config["settings"] = settings
-    agent = _make(folder, config)
-    _clear(folder, config)
-    return _train(agent, folder, config, progress)
+    with alone(folder, RunError):
+        require_free(folder, env_kwargs, overwrite)
+        settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
+        config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "backend": backend, "seed": seed}
+        config["settings"] = settings
+        agent = _make(folder, config)
+        _clear(folder, config)
+        return _train(agent, folder, config, progress)
 
 
 def default_name(env_id: str, algo: str, backend: str, env_kwargs: dict[str, Any], seed: int) -> str:
     """Default folder name of a run, from its arguments."""
     parts = [env_id.split(":")[-1], algo if backend == "own" else f"{backend}-{algo}"]
     parts += [f"{key}={json.dumps(value)}" for key, value in sorted(env_kwargs.items())]
-    return re.sub(r"[^A-Za-z0-9._=,-]+", "", "-".join([*parts, f"seed{seed}"]))
+    whole = "-".join([*parts, f"seed{seed}"])
+    name = re.sub(r'["\[\] ]+', "", whole)  # which never tell two values apart
+    if (plain := re.sub(r"[^A-Za-z0-9._=,-]+", "", name)) != name or len(plain) > 200:
+        return f"{plain[:180]}-{sha256_of(whole.encode())[:8]}"
+    return plain
 
 
 def load_zip(
@@ -99,18 +107,31 @@ def require_free(folder: Path, env_kwargs: dict[str, Any], overwrite: bool) -> N
         raise ValueError(f"{there[0]} is not of a run of moe-train and would be lost; --out names another folder")
 
 
-def resume(folder: Path, progress: Callable[[float], object] = lambda share: None) -> Policy:
-    """Resume an interrupted training of one of our learners bit for bit."""
-    if (folder / SETTINGS).exists():
-        raise ValueError(f"{folder} holds a finished run; moe-eval evaluates it")
-    config = load_json(folder / STARTED, RunError, "only runs of --backend own that were interrupted can be resumed")
-    if config["backend"] != "own":
-        raise ValueError(f"{folder} is a run of {config['backend']}, which cannot be resumed; --overwrite begins anew")
-    if not checkpoints.of_run(folder):
-        agent: Any = _make(folder, config)
-    else:
-        agent = training.own(config["algo"]).resume(folder, folder / TENSORBOARD)
-    return _train(agent, folder, config, progress)
+def resume(
+    folder: Path, progress: Callable[[float], object] = lambda share: None, allow_import: bool = False
+) -> Policy:
+    """Resume an interrupted training of one of our learners bit for bit.
+
+    Raises `RunError` if the folder holds none, or while another training is at work in it.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder} is no run folder")
+    with alone(folder, RunError):
+        if (folder / SETTINGS).exists():
+            raise ValueError(f"{folder} holds a finished run; moe-eval evaluates it")
+        mend = "only runs of --backend own that were interrupted can be resumed"
+        config = load_json(folder / STARTED, RunError, mend)
+        _require_config(config, folder / STARTED)
+        require_env(config["env"], folder / STARTED, allow_import)
+        if config["backend"] != "own":
+            raise ValueError(
+                f"{folder} is a run of {config['backend']}, which cannot be resumed; --overwrite begins anew"
+            )
+        if not checkpoints.of_run(folder):
+            agent: Any = _make(folder, config)
+        else:
+            agent = training.own(config["algo"]).resume(folder, folder / TENSORBOARD, allow_import=allow_import)
+        return _train(agent, folder, config, progress)
 
 
 def _make(folder: Path, config: dict[str, Any]) -> Any:
@@ -184,8 +205,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _finish(folder: Path, config: dict[str, Any], weights: bytes) -> None:
     """Write `run.json` last; with its hash, it marks the run as complete."""
-    content = {"format": FORMAT, **config, **provenance(), "sha256": hashlib.sha256(weights).hexdigest()}
-    write_text(folder / SETTINGS, json.dumps(content, indent=1))
+    save_json(folder / SETTINGS, {"format": FORMAT, **config, **provenance(), "weights_sha256": sha256_of(weights)})
 
 
 def finished(folder: Path, wanted: dict[str, Any]) -> bool:
@@ -198,42 +218,75 @@ def finished(folder: Path, wanted: dict[str, Any]) -> bool:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """Read `run.json`; raises `RunError` if the folder has no finished run."""
+    """Read `run.json`; raises `RunError` if the folder has no finished run or it was altered, and warns about a run of
+    before format 2, which cannot tell."""
+    path = folder / SETTINGS
+    if not path.exists():
+        raise RunError(f"{folder} holds no finished run: there is no {SETTINGS}")
+    mend = "restore it from a copy, or train again"
+    if _is_unsealed(path):
+        config = json.loads(path.read_bytes())
+        if not isinstance(config.get("sha256"), str):
+            raise RunError(f"{path} is no configuration of a run: it has no SHA-256 of the weights")
+        config = {"backend": "sb3", **config, "weights_sha256": config.pop("sha256")}
+        warnings.warn(f"{path} is of format 1, which has no hash: an alteration goes unnoticed", stacklevel=2)
+    else:
+        config = load_json(path, RunError, mend)
+        if config.get("format") != FORMAT:
+            raise RunError(f"{path} is of format {config.get('format')}; this moe-envs reads {FORMAT}")
+    _require_config(config, path)
+    return config
+
+
+def _is_unsealed(path: Path) -> bool:
+    """Whether this is a run.json of format 1, whose `sha256` is that of the weights."""
     try:
-        config = json.loads((folder / SETTINGS).read_text())
-        if config["format"] != FORMAT:
-            raise RunError(f"{folder / SETTINGS} is of format {config['format']}; this moe-envs reads {FORMAT}")
-        if missing := {"env", "env_kwargs", "algo", "seed", "settings", "cost_weight", "sha256"} - config.keys():
-            raise KeyError(f"no {', '.join(sorted(missing))}")
-    except OSError as error:
-        raise RunError(f"{folder} holds no finished run: {SETTINGS} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder / SETTINGS} is damaged or foreign: {error!r}") from error
-    return dict(config)
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == 1 and content.keys().isdisjoint({"weights_sha256"})
 
 
-def load(folder: Path) -> tuple[Policy, dict[str, Any]]:
-    """Load the trained model and the configuration of a run, without pickle."""
+def _require_config(config: dict[str, Any], path: Path) -> None:
+    """Raise `RunError` if a run configuration lacks a part or has one of another type."""
+    finished = path.name == SETTINGS
+    kinds: dict[str, Any] = {"env": str, "env_kwargs": dict, "algo": str, "backend": str, "seed": int, "settings": dict}
+    kinds |= {"weights_sha256": str, "cost_weight": int | float | None} if finished else {}
+    for name, kind in kinds.items():
+        if name not in config or not isinstance(config[name], kind):
+            raise RunError(f"{path} is no configuration of a run: {name} is {config.get(name)!r}")
+    known = tuned.BACKENDS.get(config["backend"], ())
+    if config["algo"] not in known:
+        raise RunError(f"{path}: {config['algo']!r} is no algorithm of backend {config['backend']!r}")
+
+
+def load(folder: Path, allow_import: bool = False) -> tuple[Policy, dict[str, Any]]:
+    """Load the trained model and the configuration of a run, without pickle.
+
+    Raises `RunError` if it is damaged, and `ValueError` if its environment is of a package that is not imported yet,
+    unless `allow_import` is set: importing runs the package's code.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
     from agents.sb3 import make_algorithm, make_env
 
     config = load_config(folder)
-    own = config.get("backend") == "own"
+    require_env(config["env"], folder / SETTINGS, allow_import)
+    own = config["backend"] == "own"
     weights = folder / (f"{BEST}/{MANIFEST}" if own else WEIGHTS)
     try:
         raw = weights.read_bytes()
     except OSError as error:
         raise RunError(f"{weights} cannot be read: {error.strerror}") from error
-    if hashlib.sha256(raw).hexdigest() != config["sha256"]:
+    if sha256_of(raw) != config["weights_sha256"]:
         raise RunError(f"{weights} is damaged: its SHA-256 is not the one in {SETTINGS}")
     if own:
-        return training.own(config["algo"]).load(folder / BEST), config
-    env = make_env(config["env"], config["settings"]["n_envs"], config["seed"], config["env_kwargs"])
-    model = make_algorithm(config["algo"], env, config["seed"], config["settings"])
+        return training.own(config["algo"]).load(folder / BEST, allow_import=allow_import), config
     try:
+        env = make_env(config["env"], config["settings"]["n_envs"], config["seed"], config["env_kwargs"])
+        model = make_algorithm(config["algo"], env, config["seed"], config["settings"])
         model.policy.load_state_dict(parse(raw))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, *UNFIT) as error:
         raise RunError(f"{weights} does not fit a {config['algo']} policy of {config['env']}: {error}") from error
     return model, config

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 
 def write_bytes(path: Path, raw: bytes) -> None:
@@ -41,6 +41,21 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield
+
+
+@contextmanager
+def alone(folder: Path, error: type[Exception], name: str = ".lock") -> Iterator[None]:
+    """Hold a folder for one process and thread, which may nest this; raises `error` at once if it is held elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / name, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise error(f"another process is at work in {folder}: wait for its end, or name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sha256_of(raw: bytes) -> str:

@@ -157,6 +157,12 @@ class BatchedTraining:
         """Copy of the full state."""
         return {name: getattr(self, name).copy() for name in self.STATE}
 
+    def fits(self, state: Any) -> bool:
+        """Whether this is a `state()` of as many trainings of the same model."""
+        if not isinstance(state, dict) or set(state) != {*self.STATE}:
+            return False
+        return all(np.shape(state[name]) == getattr(self, name).shape for name in self.STATE)
+
     def restore(self, state: dict[str, np.ndarray], rows: np.ndarray | slice = slice(None)) -> None:
         """Restore a `state()` for all or some trainings."""
         for name in self.STATE[:4]:

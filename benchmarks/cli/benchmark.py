@@ -30,6 +30,12 @@ RayAddress = Annotated[
     ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Short version with few seeds and small sizes.")]
+Trust = Annotated[
+    list[str],
+    typer.Option(
+        help="Your own experiment, environment or policy that a file names; it is imported, which runs its code."
+    ),
+]
 Again = Annotated[bool, typer.Option("--overwrite", help="Delete existing results first.")]
 
 
@@ -76,6 +82,7 @@ def _run(
         str, typer.Option(help="I/N: run part I of N, counted from 0, to share the work between machines.")
     ] = "0/1",
     ray: RayAddress = None,
+    trust: Trust = [],  # noqa: B006
     slurm: Annotated[
         Path | None, typer.Option(help="Only write a Slurm script with --jobs tasks to this file.")
     ] = None,
@@ -89,7 +96,7 @@ def _run(
     from benchmarks.runner.experiments import find
     from benchmarks.runner.matrix import jobs_of, named
 
-    wanted = named(name, quick)
+    wanted = named(name, quick, trust)
     wanted.settings |= pairs(settings, "--set")
     wanted.splits = list(split or wanted.splits)
     if seeds is not None:
@@ -100,7 +107,7 @@ def _run(
     if slurm:
         if only or dry_run or part != "0/1":
             raise ValueError("--slurm writes a script of the whole matrix: without --only, --part and --dry-run")
-        _write_slurm(slurm, wanted, out, jobs)
+        _write_slurm(slurm, wanted, out, jobs, trust if Path(name).is_file() else (name, *trust))
         return
     place = int(number), int(parts)
     if dry_run:
@@ -144,7 +151,9 @@ def _leaderboard(
 
 @app.command("report")
 def _report(
-    folder: Annotated[Path, typer.Argument(help="Output folder of moe-benchmark run.")], json_file: Json = None
+    folder: Annotated[Path, typer.Argument(help="Output folder of moe-benchmark run.")],
+    trust: Trust = [],  # noqa: B006
+    json_file: Json = None,
 ) -> None:
     """Rebuild the tables and plots of a result from its rows.
 
@@ -152,7 +161,7 @@ def _report(
     """
     from benchmarks.runner import runner
 
-    done = runner.rebuild(folder)
+    done = runner.rebuild(folder, trust)
     _show(folder, json_file, "saved" if done else "up to date")
 
 
@@ -162,7 +171,7 @@ def _validate(
     rows: Annotated[int, typer.Option(min=1, help="Number of rows to rerun, sampled with --seed.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the row sampling.")] = 0,
     tolerance: Annotated[float, typer.Option(min=0, help="Relative and absolute tolerance per metric.")] = 1e-6,
-    trust: Annotated[list[str], typer.Option(help="Your own experiment that the rows may import.")] = [],  # noqa: B006
+    trust: Trust = [],  # noqa: B006
     json_file: Json = None,
 ) -> None:
     """Rerun rows of a submitted result and compare the metrics. Exits with 1 if a metric differs.
@@ -211,12 +220,12 @@ def _make(
             made = runner.run(matrix, out, jobs, part, only, report, console.print, _executor(jobs, ray))
         except runner.FailedRuns:
             with suppress(RunnerError):  # raised if all runs failed
-                runner.rebuild(out)
+                runner.rebuild(out, trust=True)
             raise
     if part[1] > 1:
         console.print(f"{made} runs; when all parts are through: moe-benchmark report {out}")
         return
-    done = runner.rebuild(out) or made
+    done = runner.rebuild(out, trust=True) or made  # it has just been run
     _show(out, json_file, "saved" if done else "nothing to do:")
 
 
@@ -247,10 +256,10 @@ def _show_plan(matrix: Matrix, every: list[Any], todo: list[Any], json_file: str
     console_of(json_file).print(table, f"{len(todo)} of {len(every)} runs to do")
 
 
-def _write_slurm(path: Path, matrix: Matrix, out: Path, parts: int) -> None:
+def _write_slurm(path: Path, matrix: Matrix, out: Path, parts: int, trust: Collection[str]) -> None:
     from benchmarks.runner import runner
     from cost.files import write_text
 
     runner.prepare(matrix, out)
-    write_text(path, runner.slurm(out / runner.MATRIX, out, parts))
+    write_text(path, runner.slurm(out / runner.MATRIX, out, parts, trust))
     console_of(None).print(f"[green]saved[/] {path}    start it: sbatch {path}")

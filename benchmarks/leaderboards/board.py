@@ -99,6 +99,11 @@ class BoardSetup(BaseModel):
     timesteps: int | None = Field(default=None, ge=1)
     episodes: int | None = Field(default=None, ge=2)
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """What a run of this setup would import and call."""
+        return (self.policy,) if ":" in self.policy else ()
+
     @model_validator(mode="after")
     def _without_effect(self) -> BoardSetup:
         """Reset fields that have no effect, so that equal rows compare equal."""

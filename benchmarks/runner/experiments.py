@@ -17,23 +17,25 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 import benchmarks.experiments
 import benchmarks.speed
 import moe_envs
 from benchmarks.results import tables
+from cost.trust import require_import
 
 NEEDED = "Setup", "SETTINGS", "measure", "score"
 SEEDS = (17, 42, 1337)
 ALL = "all"  # split name of experiments without splits
 Metrics = dict[str, Any]
+Trust = Collection[str] | Literal[True]  # what a file may have imported: modules and references, or all
 
 
 class RunnerError(RuntimeError):
@@ -116,6 +118,30 @@ def listed() -> Iterator[tuple[Experiment, Literal["experiment", "leaderboard"]]
 def is_known(name: str) -> bool:
     """Whether an experiment is shipped or the leaderboard of a registered environment, so nothing is imported."""
     return name in shipped() or name in moe_envs.SPECS
+
+
+def require_trusted(name: str, setups: Iterable[Mapping[str, Any]], where: Path, trust: Trust) -> None:
+    """Raise `RunnerError` if running what a file names would import code that is neither ours nor in `trust`.
+
+    A setup says by `imports` what it would import.
+    """
+    try:
+        if not is_known(name):
+            require_import(name, where, trust)
+        experiment = find(name)
+        for arguments in setups:
+            try:
+                setup = experiment.setup(arguments)
+            except ValidationError:
+                continue  # cannot be run
+            for reference in getattr(setup, "imports", ()):
+                if trust is not True and reference not in trust:
+                    raise ValueError(
+                        f"{where} names {reference!r}, which would be imported and called. If it is yours: --trust "
+                        f"{reference}"
+                    )
+    except ValueError as error:
+        raise RunnerError(str(error)) from error
 
 
 def find(name: str) -> Experiment:

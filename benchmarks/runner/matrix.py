@@ -11,7 +11,9 @@ from typing import Annotated, Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.runner.experiments import RunnerError, find
+from benchmarks.runner.experiments import RunnerError, Trust, find, require_trusted
+
+SHOWN = 5  # errors of a file in one line
 
 
 class Matrix(BaseModel):
@@ -46,7 +48,9 @@ def load_matrix(path: Path) -> Matrix:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise RunnerError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError as error:
+        raise RunnerError(f"{path} is nested too deeply") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise RunnerError(f"{path} is neither YAML nor JSON: {error}") from error
     try:
         return Matrix.model_validate(content)
@@ -54,10 +58,18 @@ def load_matrix(path: Path) -> Matrix:
         raise RunnerError(f"{path}: {said(error)}") from error
 
 
-def named(name: str, quick: bool = False) -> Matrix:
-    """Matrix from a file, or of all runs of an experiment, or of its `QUICK` version."""
+def trusted_matrix(path: Path, trust: Trust = ()) -> Matrix:
+    """Load a matrix whose runs import nothing but ours, what is imported already, and what is in `trust`."""
+    matrix = load_matrix(path)
+    setups = [{**matrix.settings, **each} for each in (*matrix.setups.values(), {})]
+    require_trusted(matrix.experiment, setups, path, trust)
+    return matrix
+
+
+def named(name: str, quick: bool = False, trust: Trust = ()) -> Matrix:
+    """Matrix from a file, as `trusted_matrix`, or of all runs of an experiment, or of its `QUICK` version."""
     if Path(name).suffix in (".yaml", ".yml", ".json"):
-        return load_matrix(Path(name))
+        return trusted_matrix(Path(name), trust)
     return Matrix(experiment=name, **(find(name).quick if quick else {}))
 
 
@@ -90,14 +102,20 @@ def jobs_of(matrix: Matrix) -> list[Job]:
 
 
 def said(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}" for each in error.errors())
+    """The first errors, each with its place, in one line."""
+    errors = error.errors()
+    shown = [f"{'.'.join(map(str, each['loc']))[:80] or 'the whole'}: {each['msg']}" for each in errors[:SHOWN]]
+    return "; ".join([*shown, f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else shown)
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)  # merge keys: <<
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+        if not all(isinstance(key, str) for key in keys):
+            raise yaml.constructor.ConstructorError(None, None, "a name is not text", node.start_mark)
+        if twice := [key for key, times in Counter(keys).items() if times > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is named twice", node.start_mark)
         return super().construct_mapping(node, deep)

@@ -1,18 +1,24 @@
-"""Rows of finished runs, one JSON line each, appended atomically under a lock."""
+"""Rows of finished runs, one JSON line each, appended atomically under a lock.
+
+A row carries the SHA-256 of all of itself; rows of format 1, published before, have none. Reading drops a row that stands
+twice and refuses two that contradict each other.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from benchmarks.runner.experiments import RunnerError
 from benchmarks.runner.matrix import Job, said
-from cost.files import locked, write_text
+from cost.files import locked, sha256_of, write_text
 
 RAW = "raw.jsonl"
 ABOUT = "setup", "seed", "split"
@@ -21,9 +27,9 @@ ABOUT = "setup", "seed", "split"
 class Row(BaseModel):
     """Finished run: one line of `raw.jsonl`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[1]
+    format: Literal[1, 2]
     config_hash: str
     experiment: str
     setup: str
@@ -32,10 +38,36 @@ class Row(BaseModel):
     split: str
     metrics: dict[str, Any]
     measured: dict[str, Any]
-    attempts: int
+    attempts: Annotated[int, Ge(1)]
     commit: str | None
     fingerprint: dict[str, str]
     versions: dict[str, str]
+    sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        """Check both hashes, and that all numbers are finite."""
+        if self.config_hash != self.job.key:
+            raise ValueError("its config_hash is not that of its arguments")
+        if self.sha256 != (None if self.format == 1 else self._hash()):
+            raise ValueError("it was altered: its sha256 is not that of its content")
+        if not _finite([self.arguments, self.metrics, self.measured]):
+            raise ValueError("it holds a number that is not finite")
+        return self
+
+    @classmethod
+    def made(cls, **content: Any) -> Row:
+        """A row of the present format with its hash."""
+        row = cls.model_construct(format=2, **content)
+        return cls(**row.model_dump(exclude={"sha256"}), sha256=row._hash())
+
+    @property
+    def line(self) -> bytes:
+        """The row as it stands in a file."""
+        return json.dumps(self.model_dump(exclude_none=self.format == 1)).encode() + b"\n"
+
+    def _hash(self) -> str:
+        return sha256_of(json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True).encode())
 
     @property
     def job(self) -> Job:
@@ -43,22 +75,59 @@ class Row(BaseModel):
 
 
 def read(path: Path) -> list[Row]:
-    """Read all complete rows of a file; raises `RunnerError` naming the first invalid row. Text after the last line
-    feed is a row cut off by a kill and is ignored."""
+    """Read all complete rows of a file, each run once; raises `RunnerError` naming the first invalid line and its cause.
+
+    Text after the last line feed is a row cut off by a kill and is ignored.
+    """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            row = Row.model_validate_json(line)
-        except ValidationError as error:
-            raise RunnerError(f"{path}, line {number + 1}, is not a row: {said(error)}") from error
-        if row.config_hash != row.job.key:
-            raise RunnerError(f"{path}, line {number + 1}: its config_hash is not that of its arguments")
-        rows.append(row)
-    return rows
+    except OSError as error:
+        raise RunnerError(f"{path} cannot be read: {error.strerror}") from error
+    found: dict[str, tuple[int, Row]] = {}
+    for number, line in enumerate(lines, 1):
+        row = _row(path, number, line)
+        first, other = found.setdefault(row.config_hash, (number, row))
+        if other.metrics != row.metrics:
+            raise RunnerError(f"{path}, lines {first} and {number}, are of the same run with different metrics")
+    _check_names(path, found)
+    return [row for _, row in found.values()]
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    """One line as a row."""
+    causes = {"it begins with a byte order mark": line[:3] == b"\xef\xbb\xbf",
+              "it ends with a carriage return: save it with Unix line ends": line[-1:] == b"\r",
+              "it is empty": not line}  # fmt: skip
+    for cause, there in causes.items():
+        if there:
+            raise RunnerError(f"{path}, line {number}, is not a row: {cause}")
+    try:
+        return Row.model_validate_json(line)
+    except (ValidationError, RecursionError) as error:
+        why = said(error) if isinstance(error, ValidationError) else "it is nested too deeply"
+        raise RunnerError(f"{path}, line {number}, is not a row: {why}") from error
+
+
+def _check_names(path: Path, found: dict[str, tuple[int, Row]]) -> None:
+    """Raise `RunnerError` if rows of one setup and split have metrics of different names."""
+    names: dict[tuple[str, str, str], tuple[int, set[str]]] = {}
+    for number, row in found.values():
+        first, other = names.setdefault((row.experiment, row.setup, row.split), (number, {*row.metrics}))
+        if differing := other ^ {*row.metrics}:
+            raise RunnerError(
+                f"{path}: lines {first} and {number}, of setup {row.setup!r}, have different metrics: only one has "
+                f"{', '.join(sorted(differing))}"
+            )
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def append(path: Path, row: Row) -> None:
@@ -72,7 +141,6 @@ def append(path: Path, row: Row) -> None:
             json.dumps(value, allow_nan=False)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name} is {value!r}: no JSON; numbers must be finite") from error
-    line = json.dumps(row.model_dump()).encode() + b"\n"
     with locked(path):
         if row.config_hash in {each.config_hash for each in read(path)}:
             return
@@ -80,7 +148,7 @@ def append(path: Path, row: Row) -> None:
         with open(descriptor, "r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
             file.seek(0, os.SEEK_END)
-            file.write(line)
+            file.write(row.line)
             file.flush()
             os.fsync(descriptor)
 

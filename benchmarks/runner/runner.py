@@ -15,22 +15,22 @@ import shutil
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
-from benchmarks.runner.experiments import RunnerError, find
-from benchmarks.runner.matrix import Job, Matrix, jobs_of, load_matrix
+from benchmarks.runner.experiments import RunnerError, Trust, find
+from benchmarks.runner.matrix import Job, Matrix, jobs_of, load_matrix, trusted_matrix
 from benchmarks.runner.processes import Executor, Local
 from benchmarks.runner.rows import RAW, Row, append, read, sort
-from cost.files import write_text
+from cost.files import alone, write_text
 from cost.machine import provenance
 
 MATRIX, RESULTS, REPORT, WORK = "matrix.json", "results.json", "report.md", "work"
+RUNNING = ".running-{}-of-{}.lock"
 ATTEMPTS = 3
 MOST_FAILED = 0.05
 
@@ -53,7 +53,7 @@ def run(
     """
     executor = executor or (lambda count: Local(min(processes, count)))
     every, failed = jobs_of(matrix), out / f"failed-{part[0]}-of-{part[1]}.json"
-    with _alone(out, part):
+    with alone(out, RunnerError, RUNNING.format(*part)):
         todo = left(matrix, out, part, only)
         prepare(matrix, out)
         failed.unlink(missing_ok=True)
@@ -66,11 +66,16 @@ def run(
 
 def clear(out: Path) -> None:
     """Delete rows, report and shared results in a folder of `run`; raises `RunnerError` for any other folder."""
-    if out.exists() and not (out / MATRIX).exists() and any(out.iterdir()):
+    if not out.exists():
+        return
+    if not (out / MATRIX).exists() and any(out.iterdir()):
         raise RunnerError(f"{out} is no folder of moe-benchmark run: nothing is deleted")
-    for name in (RAW, RESULTS, REPORT, MATRIX):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    with ExitStack() as stack:
+        for lock in out.glob(RUNNING.format("*", "*")):
+            stack.enter_context(alone(out, RunnerError, lock.name))
+        for name in (RAW, RESULTS, REPORT, MATRIX):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def prepare(matrix: Matrix, out: Path) -> None:
@@ -106,9 +111,13 @@ def _places(every: list[Job], parts: int) -> list[int]:
     return [places[job.setup, job.seed] for job in every]
 
 
-def rebuild(out: Path) -> bool:
-    """Write the report of a folder of `run` from its rows; False if it is up to date with rows and code."""
-    matrix = load_matrix(out / MATRIX)
+def rebuild(out: Path, trust: Trust = ()) -> bool:
+    """Write the report of a folder of `run` from its rows; False if it is up to date with rows and code.
+
+    Raises `RunnerError` for rows that are damaged or do not fit the experiment, and for a folder whose experiment would
+    be imported and is not in `trust`.
+    """
+    matrix = trusted_matrix(out / MATRIX, trust)
     wanted = {job.key: number for number, job in enumerate(jobs_of(matrix))}
     rows = sorted((row for row in read(out / RAW) if row.config_hash in wanted), key=lambda r: wanted[r.config_hash])
     if not rows:
@@ -124,8 +133,11 @@ def rebuild(out: Path) -> bool:
     frame = pd.DataFrame(
         [{"setup": r.setup, "seed": r.seed, "split": r.split, **r.arguments, **r.metrics, **r.measured} for r in rows]
     )
-    result = experiment.score(frame)
-    pictures = experiment.plot(frame, result, out)
+    try:
+        result = experiment.score(frame)
+        pictures = experiment.plot(frame, result, out)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:  # metrics that its own rows have
+        raise RunnerError(f"{out / RAW}: its rows do not fit {matrix.experiment}: {error!r}") from error
     about = (
         f"{source['rows']} of {source['of']} runs, at commit {', '.join(source['commits'])}, on "
         f"{', '.join(source['machines'])}. `moe-benchmark report` makes this page from `{RAW}`."
@@ -142,13 +154,14 @@ def measure(job: Job, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return experiment.measure(experiment.setup(job.arguments), job.seed, job.split, folder)
 
 
-def slurm(path: Path, out: Path, parts: int) -> str:
+def slurm(path: Path, out: Path, parts: int, trust: Collection[str] = ()) -> str:
     """Slurm script that runs a matrix in parallel tasks and then writes the report."""
-    command = f"moe-benchmark run {shlex.quote(str(path))} --out {shlex.quote(str(out))}"
+    trusted = "".join(f" --trust {shlex.quote(each)}" for each in trust)
+    command = f"moe-benchmark run {shlex.quote(str(path))} --out {shlex.quote(str(out))}{trusted}"
     return "\n".join([
         "#!/bin/bash",
         "#SBATCH --job-name=moe-benchmark", f"#SBATCH --array=0-{parts - 1}", "#SBATCH --cpus-per-task=1",
-        f"# then: moe-benchmark report {shlex.quote(str(out))}",
+        f"# then: moe-benchmark report {shlex.quote(str(out))}{trusted}",
         f'srun {command} --part "$SLURM_ARRAY_TASK_ID/{parts}"', "",
     ])  # fmt: skip
 
@@ -193,7 +206,7 @@ def _make(job: Job, attempt: int, out: Path) -> str:
     about = {"config_hash": job.key, **job._asdict(), **provenance()}
     metrics, measured = measure(job, out / WORK / str(about["commit"]))  # results of other commits are not reused
     measured |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-    append(out / RAW, Row(format=1, metrics=metrics, measured=measured, attempts=attempt, **about))
+    append(out / RAW, Row.made(metrics=metrics, measured=measured, attempts=attempt, **about))
     experiment = find(job.experiment)
     return experiment.headline(experiment.setup(job.arguments), metrics)
 
@@ -210,20 +223,6 @@ def _overview(failures: list[_Failure], total: int, failed: Path) -> str:
     more = [f"and {len(failures) - 10} more"] if len(failures) > 10 else []
     head = f"{len(failures)} of {total} runs failed {ATTEMPTS} times; traces are in {failed}, the same call goes on"
     return "\n  ".join([head, *shown, *more])
-
-
-@contextmanager
-def _alone(out: Path, part: tuple[int, int]) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / f".running-{part[0]}-of-{part[1]}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunnerError(f"another process is running this matrix in {out}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _finite(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from benchmarks.runner.experiments import RunnerError, find, is_known
+from benchmarks.runner.experiments import RunnerError, find, require_trusted
 from benchmarks.runner.matrix import said
 from benchmarks.runner.processes import pool
 from benchmarks.runner.rows import Row, read
@@ -35,9 +35,8 @@ def validate(
     rows, found, here = read(file), [], provenance()
     if not rows:
         raise RunnerError(f"{file} holds no rows" if file.exists() else f"{file} is not there")
-    if foreign := [row.experiment for row in rows if not is_known(row.experiment) and row.experiment not in trust]:
-        raise RunnerError(f"{file} is of the experiment {foreign[0]!r}, which is none of ours: moe-benchmark list")
     for row in rows:
+        require_trusted(row.experiment, [row.arguments], file, trust)
         _check(row, file)
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
     with tempfile.TemporaryDirectory() as folder, pool() as process:

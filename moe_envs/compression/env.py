@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 from gymnasium import spaces
 
+from cost.arguments import Count, NonNegative, choose
 from cost.model import Cost
 from experts.compression import KINDS, LEVELS
 from moe_envs.compression.picture import PlanPicture
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
-from moe_envs.core.spaces import Layout, box, choose, layout
+from moe_envs.core.spaces import Layout, box, layout
 
 if TYPE_CHECKING:
     from moe_envs.compression.tables import CompressionTables
@@ -67,28 +68,26 @@ class MoECompressionVectorEnv(BatchedEnv):
         num_envs: int = 1,
         *,
         model: str | Sequence[str] = "fashion-mnist-conv",
-        budget: int | None = None,
+        budget: Count | None = None,
         split: str = "train",
-        cost_weight: float = 0.0,
+        cost_weight: NonNegative = 0.0,
         costs: str = "reference",
         quality: str = "accuracy and loss",
         evaluation: str = "model",
         shaped: bool = False,
         granularity: str = "expert",
-        time_weight: float = 0.5,
-        memory_weight: float = 0.5,
-        energy_weight: float = 0.0,
+        time_weight: NonNegative = 0.5,
+        memory_weight: NonNegative = 0.5,
+        energy_weight: NonNegative = 0.0,
         **face: Unpack[Face],
     ) -> None:
         from moe_envs.compression.tables import CompressionTables  # imports torch
 
         choose("costs", costs, COSTS)
         choose("evaluation", evaluation, EVALUATIONS)
-        names = (model,) if isinstance(model, str) else tuple(model) if isinstance(model, list | tuple) else ()
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"model={model!r}: must be a name, or a list of at least one")
-        if not isinstance(shaped, bool):
-            raise ValueError(f"shaped={shaped!r}: must be True or False")
+        names = (model,) if isinstance(model, str) else tuple(model)
+        if not names:
+            raise ValueError("model=(): must be a name, or a list of at least one")
         self.tables = tables = CompressionTables(names, split, granularity, quality, costs)
         self.shaped, self.additive = shaped, evaluation == "additive"
         self.budgets = _budgets(tables, budget)
@@ -278,7 +277,7 @@ def _budgets(tables: CompressionTables, budget: int | None) -> tuple[float, floa
     if budget is None:
         low = max(SHARES[0] * tables.bytes, 1.25 * least)
         return low, max(SHARES[1] * tables.bytes, 2 * low)
-    if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < least:
+    if budget < least:
         raise ValueError(f"budget={budget!r}: must be a whole number of bytes of at least {least:,}, the smallest plan")
     enough = float(min(budget, tables.bytes))  # larger budgets have no effect
     return enough, enough

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cost.arguments import choose
 from experts import data, library, profiles, reference_models
 from experts.compression import KINDS, LEVELS, size_of
 from experts.compression.evaluation import PlanEvaluator, loads
@@ -18,7 +19,6 @@ from experts.compression.execution import name_of, products, ways
 from experts.compression.pieces import importance, pieces
 from experts.compression.plan import Plan
 from experts.compression.sensitivity import GRANULARITIES, Sensitivity, expand, sensitivity, unit_sizes, units
-from moe_envs.core.spaces import choose
 from moe_envs.core.threads import one_thread
 
 SPLITS = ("train", "validation", "test")

@@ -20,9 +20,10 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from cost.arguments import Count, choose, validated
 from moe_envs.core.rendering import Picture
 from moe_envs.core.reward import Reward
-from moe_envs.core.spaces import Layout, box, check_actions, choose
+from moe_envs.core.spaces import Layout, box, check_actions
 
 State = dict[str, Any]
 
@@ -31,8 +32,8 @@ class Face(TypedDict, total=False):
     """Arguments of all vector environments."""
 
     autoreset_mode: str | AutoresetMode
-    max_episode_steps: int | None
-    render_mode: None
+    max_episode_steps: Count | None
+    render_mode: Any
 
 
 class Outcome(NamedTuple):
@@ -57,6 +58,12 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
     STATE: ClassVar[tuple[str, ...]] = ()  # names of the state attributes, one array [n, ...] each
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Validate the arguments of a problem by the annotations of its `__init__`."""
+        super().__init_subclass__(**arguments)
+        if "__init__" in vars(cls):
+            cls.__init__ = validated(cls.__init__)  # type: ignore[method-assign]
+
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
         """Reject unknown arguments with a suggestion."""
         named = [name for name, each in signature(cls.__init__).parameters.items() if each.kind is each.KEYWORD_ONLY]
@@ -67,18 +74,16 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def __init__(
         self,
-        num_envs: int,
+        num_envs: Count,
         observation_layout: Layout,
         action_space: spaces.Space[Any],
         reward: Reward,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
-        max_episode_steps: int | None = None,
-        render_mode: None = None,
+        max_episode_steps: Count | None = None,
+        render_mode: Any = None,
     ) -> None:
         if render_mode is not None:
             raise ValueError(f"render_mode={render_mode!r}: a vector environment does not render, a single one does")
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be >= 1, got {num_envs}")
         self.num_envs = num_envs
         self.observation_layout = observation_layout
         self.single_observation_space = box(observation_layout)
@@ -87,7 +92,13 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.action_space = batch_space(action_space, num_envs)
         self._limit = np.uint64(action_space.n if isinstance(action_space, spaces.Discrete) else 0)
         self.reward = reward
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = AutoresetMode(
+            choose(
+                "autoreset_mode",
+                getattr(autoreset_mode, "value", autoreset_mode),
+                [each.value for each in AutoresetMode],
+            )
+        )
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.max_episode_steps = max_episode_steps
         self.generators: list[np.random.Generator] = []
@@ -154,9 +165,8 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def restore(self, state: State) -> np.ndarray:
         """Restore a `state()` of an environment with the same arguments; returns its observations."""
+        self.check_state(state)
         arrays, generators = deepcopy(state["arrays"]), deepcopy(state["generators"])
-        if set(arrays) != set(self._state_names()) or len(arrays["_done"]) != self.num_envs:
-            raise ValueError(f"not a state of {type(self).__name__} with {self.num_envs} rows")
         for name, array in arrays.items():
             setattr(self, name, array)
         self.generators = [np.random.Generator(np.random.PCG64()) for _ in generators]
@@ -164,6 +174,21 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             generator.bit_generator.state = saved
         self._any_done = bool(self._done.any())
         return self._observe()
+
+    def check_state(self, state: Any, parts: tuple[str, ...] = ()) -> None:
+        """Raise `ValueError` for what is no state of this class with as many rows, and with these further parts."""
+        try:
+            fits = set(state) >= {*parts} and set(state["arrays"]) == set(self._state_names())
+            for name, array in state["arrays"].items():
+                mine = getattr(self, name)
+                fits = fits and array.dtype == mine.dtype and (array.shape == mine.shape or name == "_draws")
+            fits = fits and len(state["generators"]) == self.num_envs
+            for saved in state["generators"]:
+                np.random.PCG64().state = saved
+        except (TypeError, KeyError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise ValueError(f"restore: not a state of {type(self).__name__} with {self.num_envs} rows")
 
     def _state_names(self) -> tuple[str, ...]:
         return ("_elapsed", "_done", "_draws", "_drawn", *self.STATE)
@@ -245,6 +270,10 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._elapsed += 1
         return self._elapsed >= self.max_episode_steps
 
+    def ended(self) -> bool:
+        """Whether a row has ended and was not reset."""
+        return self._any_done
+
     def _restart_all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         self._restart(self._rows)
         running = np.zeros((2, self.num_envs), dtype=np.bool_)
@@ -300,6 +329,7 @@ class SingleEnv(gymnasium.Env[np.ndarray, Any]):
     """Single environment of a `BatchedEnv` class with Gymnasium's `Env` API."""
 
     vector_class: ClassVar[type[BatchedEnv]]
+    PARTS: ClassVar[tuple[str, ...]] = ()  # what `state()` has beside the vector's
     observation_layout: Layout
     metadata: dict[str, Any] = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}
 
@@ -332,6 +362,8 @@ class SingleEnv(gymnasium.Env[np.ndarray, Any]):
         """One step; raises `InvalidAction` and changes nothing if the action is outside the space."""
         if not self.vector.generators:
             raise ResetNeeded("call reset before step")
+        if self.vector.ended():
+            raise ResetNeeded("the episode has ended: call reset before step")
         check_actions(self.action_space, action)
         observation, reward, terminated, _, infos = self.vector.step(np.asarray(action)[None])
         info = {key: value[0] if value.ndim > 1 else value[0].item() for key, value in infos.items() if key[0] != "_"}
@@ -343,6 +375,7 @@ class SingleEnv(gymnasium.Env[np.ndarray, Any]):
 
     def restore(self, state: State) -> np.ndarray:
         """Restore a `state()` of an environment with the same arguments; returns its observation."""
+        self.vector.check_state(state, self.PARTS)
         observation = self.vector.restore(state)[0]
         self.np_random = self.vector.generators[0]
         return observation

@@ -6,8 +6,10 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from cost.arguments import choose
 from moe_envs.core.batched import State
 from moe_envs.core.spaces import Layout
+from moe_envs.core.spec import SPECS
 
 
 class MultiObjectiveEnv(gymnasium.Env[np.ndarray, Any]):
@@ -17,6 +19,7 @@ class MultiObjectiveEnv(gymnasium.Env[np.ndarray, Any]):
     metadata: dict[str, Any] = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}
 
     def __init__(self, *, env_id: str, **arguments: Any) -> None:
+        choose("env_id", env_id, SPECS)
         made: Any = gymnasium.make(env_id, disable_env_checker=True, **arguments)
         self.env: Any = made.unwrapped
         self.observation_space, self.action_space = self.env.observation_space, self.env.action_space

@@ -1,6 +1,5 @@
 """Named parts of observation vectors, and validation of arguments and actions."""
 
-import difflib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -34,16 +33,6 @@ def box(parts: Layout) -> spaces.Box:
     """The float32 space of a layout."""
     bounds = np.concatenate([[[part.low, part.high]] * (part.slice.stop - part.slice.start) for part in parts.values()])
     return spaces.Box(bounds[:, 0].astype(np.float32), bounds[:, 1].astype(np.float32), dtype=np.float32)
-
-
-def choose(name: str, value: object, allowed: Iterable[str]) -> str:
-    """Return `value` if it is allowed; otherwise raise `ValueError` naming the allowed values."""
-    names = list(allowed)
-    if value not in names:
-        close = difflib.get_close_matches(str(value), names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, names))}{hint}")
-    return str(value)
 
 
 def check_actions(space: spaces.Space[np.ndarray], actions: object) -> np.ndarray:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import numpy as np
+from annotated_types import Gt, Lt
 from gymnasium import spaces
 
+from cost.arguments import Count, NonNegative, Positive, choose
 from cost.model import Cost
 from experts import library, profiles, tasks
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, State
-from moe_envs.core.spaces import choose
 from moe_envs.core.threads import one_thread
 from moe_envs.metaopt.picture import TrainingPicture
 from moe_envs.metaopt.signals import (
@@ -52,19 +53,19 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         *,
         task: str = "digits",
         split: str = "train",
-        cost_weight: float = 0.0,
+        cost_weight: NonNegative = 0.0,
         costs: str = "reference",
-        steps_per_action: int | None = None,
-        max_actions: int = 30,
-        target: float | None = None,
-        initial_rate: float | tuple[float, float] | None = None,
-        initial_decay: float | Sequence[float] | None = None,
-        widths: Sequence[int] = (12, 16, 24),
-        scales: tuple[float, float] = (1.0, 1.0),
+        steps_per_action: Count | None = None,
+        max_actions: Count = 30,
+        target: Annotated[float, Gt(0), Lt(2)] | None = None,
+        initial_rate: Positive | tuple[Positive, Positive] | None = None,
+        initial_decay: NonNegative | Sequence[NonNegative] | None = None,
+        widths: Sequence[Count] = (12, 16, 24),
+        scales: tuple[Positive, Positive] = (1.0, 1.0),
         undo: bool = True,
-        time_weight: float = 0.5,
-        memory_weight: float = 0.0,
-        energy_weight: float = 0.5,
+        time_weight: NonNegative = 0.5,
+        memory_weight: NonNegative = 0.0,
+        energy_weight: NonNegative = 0.5,
         **face: Unpack[Face],
     ) -> None:
         from experts.batched_training import BatchedTraining  # imports torch
@@ -79,9 +80,7 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         self.initial_rates = np.broadcast_to(INITIAL_RATES if initial_rate is None else initial_rate, 2)
         decays = np.atleast_1d(DECAYS if initial_decay is None else initial_decay)
         self.widths, self.initial_ladder = np.array(widths, dtype=np.int64), np.flatnonzero(np.isin(DECAYS, decays))
-        _check(self.steps, max_actions, self.widths, self.initial_rates, scales)
-        if not 0 < self.target < 2:
-            raise ValueError(f"target={target!r}: must be between 0 and 2")
+        _check(self.widths, self.initial_rates, scales)
         if not decays.size or not np.isin(decays, DECAYS).all():
             raise ValueError(f"initial_decay={initial_decay!r}: must be one or several of {DECAYS.tolist()}")
         self._paid = profiles.of_training(self.task, costs, self.widths, self.steps, BATCH_SIZE)  # [widths, 3]
@@ -209,11 +208,15 @@ class MoEMetaOptVectorEnv(BatchedEnv):
 
     def restore(self, state: State) -> np.ndarray:
         """Restore a `state()` of an environment with the same arguments; returns its observations."""
-        orders = state["arrays"].get("_orders", np.zeros((0, 0)))
-        if orders.shape != self._orders.shape or "training" not in state:
-            raise ValueError(f"not a state of {type(self).__name__} with {self.num_envs} rows")
+        self.check_state(state)
         self.training.restore(state["training"])
-        return super().restore({key: value for key, value in state.items() if key != "training"})
+        return super().restore(state)
+
+    def check_state(self, state: Any, parts: tuple[str, ...] = ()) -> None:
+        """As the base class's, weights and moments included."""
+        super().check_state(state, ("training", *parts))
+        if not self.training.fits(state["training"]):
+            raise ValueError(f"restore: not a state of {type(self).__name__} with {self.num_envs} rows")
 
 
 class MoEMetaOptEnv(SingleEnv):
@@ -302,6 +305,7 @@ class MoEMetaOptEnv(SingleEnv):
     """
 
     vector_class = MoEMetaOptVectorEnv
+    PARTS = ("history",)
     vector: MoEMetaOptVectorEnv
 
     def __init__(self, **arguments: Any) -> None:
@@ -328,7 +332,7 @@ class MoEMetaOptEnv(SingleEnv):
 
     def restore(self, state: State) -> np.ndarray:
         """Restore a `state()` of an environment with the same arguments; returns its observation."""
-        observation = super().restore({key: value for key, value in state.items() if key != "history"})
+        observation = super().restore(state)
         self._history = list(state["history"])
         return observation
 
@@ -336,16 +340,12 @@ class MoEMetaOptEnv(SingleEnv):
         return TrainingPicture(self.vector.max_actions, self.vector.target, self._history)
 
 
-def _check(steps: Any, max_actions: Any, widths: np.ndarray, rates: Any, scales: Any) -> None:
-    whole = {"steps_per_action": steps, "max_actions": max_actions}
-    for name, value in whole.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
-    if not len(widths) or widths.min() < 1:
-        raise ValueError(f"widths={tuple(widths.tolist())}: must be whole numbers of at least 1")
+def _check(widths: np.ndarray, rates: Any, scales: Any) -> None:
+    if not len(widths):
+        raise ValueError("widths=(): must be at least one")
     for name, (low, high) in {"initial_rate": rates, "scales": scales}.items():
-        if not 0 < low <= high:
-            raise ValueError(f"{name}={(low, high)}: must be positive and in order")
+        if low > high:
+            raise ValueError(f"{name}={(float(low), float(high))}: the first must not be above the second")
 
 
 SPEC = Spec(

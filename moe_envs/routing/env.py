@@ -6,11 +6,11 @@ from typing import Unpack
 import numpy as np
 from gymnasium import spaces
 
+from cost.arguments import Count, NonNegative, choose
 from cost.model import Cost
 from experts import library, profiles
 from experts.bundle import SPLITS
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, Spec
-from moe_envs.core.spaces import choose
 from moe_envs.routing.live import LiveExperts
 from moe_envs.routing.single import SteppedBatch
 from moe_envs.routing.tables import ACTIONS, STREAMS, RoutingTables
@@ -29,14 +29,14 @@ class MoERoutingVectorEnv(BatchedEnv):
         *,
         bundle: str = "fashion-mnist",
         split: str = "rl_train",
-        cost_weight: float = 0.2,
+        cost_weight: NonNegative = 0.2,
         costs: str = "reference",
-        batch_size: int = 32,
+        batch_size: Count = 32,
         stream: str = "topical",
         action: str = "expert",
-        time_weight: float = 1 / 3,
-        memory_weight: float = 1 / 3,
-        energy_weight: float = 1 / 3,
+        time_weight: NonNegative = 1 / 3,
+        memory_weight: NonNegative = 1 / 3,
+        energy_weight: NonNegative = 1 / 3,
         normalizer: str | None = None,
         **face: Unpack[Face],
     ) -> None:

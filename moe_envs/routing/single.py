@@ -18,6 +18,7 @@ class SteppedBatch(SingleEnv):
     """One mini-batch, prepared at its start; `state` and `restore` use the vector environment."""
 
     vector: Any
+    PARTS = ("choices",)
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)

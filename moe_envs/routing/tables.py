@@ -68,8 +68,6 @@ class RoutingTables:
         stream: str = "topical",
         action: str = "expert",
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
         tables = bundle.split(split)
         self.batch_size, self.num_experts, self.num_inputs = batch_size, bundle.num_experts, len(tables.labels)
         self._pay(profile.cost_model(), bundle.split("rl_train"), stream, weights)
