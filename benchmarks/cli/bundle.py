@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from benchmarks.cli.terminal import console_of, group
-from cost.files import write_bytes
-from cost.profile import measure_experts
-from experts import bundle as bundles
-from experts import data, profiles, reference_bundles, reference_models, tasks, zoo
-from experts.bundle import PROFILE, Bundle, BundleError
-from experts.compression import sensitivity
-from experts.compression.evaluation import accuracy
-from experts.compression.execution import products
-from experts.compression.pieces import importance
-from experts.compression.sensitivity import GRANULARITIES, SHIPPED
-from experts.compression.structured import smaller_experts
+
+if TYPE_CHECKING:
+    from experts import reference_models
+    from experts.bundle import Bundle
 
 app = group("List, check and rebuild bundles, tasks and reference models.")
 
@@ -30,6 +22,10 @@ app = group("List, check and rebuild bundles, tasks and reference models.")
 @app.command("list")
 def _list_bundles() -> None:
     """List shipped and user bundles with the test accuracy of their top-2 gate."""
+    from experts import bundle as bundles
+    from experts import zoo
+    from experts.bundle import BundleError
+
     table = Table("bundle", "experts", "top-2 accuracy on test", "folder")
     for name in zoo.names():
         try:
@@ -46,6 +42,8 @@ def _list_bundles() -> None:
 @app.command("check")
 def _check_bundle(name: str) -> None:
     """Verify the checksums of a bundle."""
+    from experts import bundle as bundles
+
     console_of(None).print(f"[green]whole[/] {bundles.load(name).path}")
 
 
@@ -70,6 +68,8 @@ def _models() -> None:
 @app.command("tasks")
 def _tasks() -> None:
     """Rebuild the tasks of MoEMetaOpt-v0 from their data sets and profile their training on this machine."""
+    from experts import profiles, tasks
+
     for path in tasks.ship():
         console_of(None).print(f"[green]made[/] {path}")
     for name in tasks.SHIPPED:
@@ -82,6 +82,11 @@ def rebuild(name: str, folder: Path | None = None) -> Bundle:
 
     Without `folder`, a shipped bundle is replaced in the package; for other bundles only the profile is.
     """
+    from cost.files import write_bytes
+    from cost.profile import measure_experts
+    from experts import reference_bundles, zoo
+    from experts.bundle import PROFILE
+
     made = name in zoo.MADE
     built = reference_bundles.build(name, folder or (zoo.user_folder() if made else zoo.ASSETS), measure_experts)
     if made and folder is None:
@@ -91,6 +96,10 @@ def rebuild(name: str, folder: Path | None = None) -> Bundle:
 
 def ship_models() -> dict[str, float]:
     """Train seed 0 of each recipe and ship it with examples, profile and sensitivities; returns test accuracies."""
+    from experts import data, reference_models
+    from experts.compression import sensitivity
+    from experts.compression.evaluation import accuracy
+    from experts.compression.sensitivity import GRANULARITIES, SHIPPED
     from moe_envs.compression.tables import ModelTables
 
     for path in SHIPPED.glob("sensitivity-*"):
@@ -110,6 +119,13 @@ def ship_models() -> dict[str, float]:
 
 def profile_products(name: str, model: reference_models.Model) -> None:
     """Profile the matrix products of a reference model, with all and with half of its experts' neurons."""
+    import torch
+
+    from experts import profiles, reference_models
+    from experts.compression.execution import products
+    from experts.compression.pieces import importance
+    from experts.compression.structured import smaller_experts
+
     calibration = torch.from_numpy(reference_models.examples(name).calibration)
     smaller = smaller_experts(model, 0.5, importance(model, calibration))  # also used by `moe-benchmark run methods`
     found = products(model, calibration[:64]), products(smaller, calibration[:64])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+OURS = "agents", "benchmarks", "cost", "experts", "moe_envs", "gymnasium"
+
 
 def train() -> None:
     """Entry point of `moe-train`."""
@@ -45,17 +47,12 @@ def _run(command: str) -> None:
     """Run a command; print user errors in one line and exit with 1; exit with 130 on Ctrl-C."""
     try:
         _require_our_agents()
-        errors = _errors()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ImportError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
-    try:
         import_module(f"benchmarks.cli.{command}").app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except errors as error:
+    except Exception as error:
+        if not _is_users(error):
+            raise
         from rich.text import Text
 
         from benchmarks.cli.terminal import errors as console
@@ -64,20 +61,11 @@ def _run(command: str) -> None:
         sys.exit(1)
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    """Exceptions that are reported as user errors, without a traceback."""
-    from agents.checkpoints import CheckpointError
-    from agents.rollouts import NotFiniteError
-    from agents.runs import RunError
-    from benchmarks.runner.experiments import RunnerError
-    from cost.energy import MeterError
-    from cost.normalize import NormalizerError
-    from cost.profile import ProfileError
-    from experts.bundle import BundleError
-    from experts.data import DataError
-
-    ours = (BundleError, CheckpointError, DataError, MeterError, NormalizerError, NotFiniteError, ProfileError)
-    return (ValueError, TypeError, OSError, *ours, RunError, RunnerError)
+def _is_users(error: Exception) -> bool:
+    """Whether the user can mend an error: one of our own classes, of Gymnasium's, or a wrong value or file. Nothing is
+    imported to find out, so that `--help` is quick."""
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, ValueError | TypeError | OSError | ImportError) or package in OURS
 
 
 def _require_our_agents() -> None:
