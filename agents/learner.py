@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import gymnasium
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge, Le
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from threadpoolctl import threadpool_limits
@@ -23,8 +24,10 @@ from agents.logs import Logs
 from agents.networks import Network, Preprocessor
 from agents.resumable import Resumable
 from agents.rollouts import Collector, NotFiniteError, Rollout, make_rows
-from agents.settings import COUNT, POLICIES, Settings, is_count
+from agents.settings import POLICIES, Settings
 from agents.updates import Updates
+from cost.arguments import validated
+from cost.files import alone
 
 AnyEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
@@ -39,23 +42,22 @@ class Learner(Resumable):
 
     settings_class: ClassVar[type[Settings]]
 
+    @validated
     def __init__(
         self,
         policy: str,
         env: AnyEnv,
         *,
         verbose: int = 0,
-        seed: int | None = 0,
+        seed: Annotated[int, Ge(0)] | None = 0,
         device: str = "cpu",
         tensorboard_log: str | Path | None = None,
-        n_envs: int = 8,
+        n_envs: Annotated[int, Ge(1), Le(2**16)] = 8,
         env_kwargs: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r} is not one of {', '.join(POLICIES)}; it stands before env, as in SB3")
-        if not is_count(n_envs):
-            raise ValueError(f"n_envs={n_envs!r}: must be {COUNT}")
         self.settings = self.settings_class.of(settings)
         self.arguments: dict[str, Any] = {
             "policy": policy, "n_envs": n_envs, "env_kwargs": env_kwargs or {},
@@ -166,8 +168,22 @@ class Learner(Resumable):
         or an `agents.callbacks.Callback`; or several. With `verbose=1`, a table is printed every `log_interval`
         updates. TensorBoard logs go to `tensorboard_log`/`tb_log_name`_N. With `checkpoint_path`, the training is saved
         about every `checkpoint_every` steps, at its end and on Ctrl-C; `resume` continues it bit for bit. Raises
-        `ValueError` if there is nothing to do, or if the path has checkpoints of another training.
+        `ValueError` if there is nothing to do, if the path has checkpoints of another training, or while another
+        process trains into it.
         """
+        arguments = total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+        if checkpoint_path is None:
+            self._learn(*arguments, None, checkpoint_every)
+        else:
+            with alone(Path(checkpoint_path), ValueError):
+                self._learn(*arguments, checkpoint_path, checkpoint_every)
+        return self
+
+    def _learn(
+        self, total_timesteps: int | None, callback: Callbacks, log_interval: int, tb_log_name: str | None,
+        reset_num_timesteps: bool, progress_bar: bool, checkpoint_path: str | Path | None, checkpoint_every: int,
+    ) -> None:  # fmt: skip
+        """`learn`, once the folder of the checkpoints is held."""
         anew = total_timesteps is not None and reset_num_timesteps
         self._aim(total_timesteps, anew)
         if checkpoint_path is not None:
@@ -209,7 +225,6 @@ class Learner(Resumable):
                 f"{self.name}.resume({str(checkpoint_path)!r}).learn() goes on" if checkpoint_path else "nothing saved"
             )
             raise KeyboardInterrupt(f"stopped after {self.num_timesteps} steps; {mend}")
-        return self
 
     def close(self) -> None:
         """Close the environment and the TensorBoard file."""

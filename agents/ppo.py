@@ -9,15 +9,16 @@ import numpy as np
 from agents.distributions import Evaluation
 from agents.learner import Learner
 from agents.settings import Settings
+from cost.arguments import Count, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOSettings(Settings):
     """Settings of PPO with the defaults of SB3."""
 
-    n_epochs: int = 10
-    clip_range: float = 0.2
-    target_kl: float | None = None
+    n_epochs: Count = 10
+    clip_range: Positive = 0.2
+    target_kl: Positive | None = None
 
 
 class PPO(Learner):

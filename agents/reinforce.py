@@ -9,7 +9,7 @@ import numpy as np
 
 from agents.distributions import Evaluation
 from agents.learner import Learner
-from agents.settings import Settings
+from agents.settings import Settings, Share, Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,9 @@ class ReinforceSettings(Settings):
     """Settings of REINFORCE; defaults use one update per whole rollout."""
 
     learning_rate: float | str = 1e-3
-    n_steps: int = 128
-    batch_size: int | None = None
-    gae_lambda: float = 1.0
+    n_steps: Steps = 128
+    batch_size: Steps | None = None
+    gae_lambda: Share = 1.0
 
     whole_rollouts: ClassVar[bool] = True
 

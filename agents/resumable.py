@@ -20,6 +20,7 @@ from agents.networks import Preprocessor
 from agents.rollouts import Collector, Rows
 from agents.settings import Settings
 from agents.updates import Updates
+from cost.files import sha256_of
 from cost.trust import require_env
 
 EPISODES = "episodes.csv"
@@ -45,9 +46,10 @@ class Resumable:
     num_timesteps: int
     goal: int
     _temperature: np.float32
-    # Checkpoint folder, identifier of its newest checkpoint, and size of episodes.csv.
+    # Checkpoint folder, identifier of its newest checkpoint, and size and SHA-256 of episodes.csv.
     _run: tuple[Path, str | None] | None = None
     _episodes_size = 0
+    _episodes_sha256: str | None = None
 
     @property
     def episodes(self) -> Episodes:
@@ -73,6 +75,7 @@ class Resumable:
             self.collector.begin(int(self.generator.integers(2**31)))
             self._forget()
         self._episodes_size = self.episodes.append_to(run / EPISODES, self._episodes_size)
+        self._episodes_sha256 = sha256_of((run / EPISODES).read_bytes())
         self.save(checkpoints.numbered(run, self.num_timesteps))
         checkpoints.prune(run)
         self._run = run.resolve(), checkpoints.newest(run)
@@ -146,13 +149,17 @@ class Resumable:
                     f"{run} holds what another training wrote ({newest.split()[0] if newest else EPISODES}): "
                     f"{self.name}.resume goes on with its newest checkpoint; for a new one name another folder"
                 )
-            self._run, self._episodes_size = (run.resolve(), None), 0
+            self._run, self._episodes_size, self._episodes_sha256 = (run.resolve(), None), 0, None
             self.episodes.rewind()
         if self._episodes_size > size:
             raise CheckpointError(
                 f"{run / EPISODES} had {self._episodes_size} bytes and has {size}: put it back, or checkpoint to "
                 "another folder"
             )
+        if self._episodes_size and self._episodes_sha256:
+            with (run / EPISODES).open("rb") as file:
+                if sha256_of(file.read(self._episodes_size)) != self._episodes_sha256:
+                    raise CheckpointError(f"{run / EPISODES} was altered: put it back, or checkpoint to another folder")
 
     def _content(self) -> dict[str, Any]:
         log = self.log.tensorboard_log
@@ -166,6 +173,7 @@ class Resumable:
             "generator": self.generator.bit_generator.state,
             "observations": vars(self.preprocessor.moments),
             "returns": self.reward_scale.state(),
+            "episodes_sha256": self._episodes_sha256,
             "counts": [self.num_timesteps, self.goal, self.updates.count, self._episodes_size],
             "temperature": float(self._temperature),
             "collector": self.collector.state(),
@@ -180,6 +188,7 @@ class Resumable:
         self.preprocessor.refresh()
         self.reward_scale.restore(content["returns"])
         self.num_timesteps, self.goal, self.updates.count, self._episodes_size = content["counts"]
+        self._episodes_sha256 = content.get("episodes_sha256")  # older checkpoints have none
         self._temperature = np.float32(content["temperature"])
         self.collector.restore(content["collector"])
         self.episodes.carry, self.log.window = content["episodes"], pd.DataFrame(content["window"])

@@ -6,6 +6,7 @@ logs and the weights: `policy.safetensors` of an SB3 algorithm; of ours the fold
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from agents import checkpoints, training, tuned
 from agents.checkpoints import MANIFEST, foreign
 from agents.resumable import UNFIT
 from agents.training import BEST, CURVE, Watcher
-from cost.files import alone, load_json, save_json, sha256_of, write_bytes, write_text
+from cost.files import alone, load_json, read_verified, save_json, sha256_of, write_bytes, write_text
 from cost.machine import provenance, source_commit
 from cost.trust import require_env
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # 1 had no seal
 SETTINGS, WEIGHTS, EPISODES = "run.json", "policy.safetensors", "episodes.csv"
-STARTED, TENSORBOARD = "started.json", "tensorboard"
+STARTED, TENSORBOARD, OLD_CURVE = "started.json", "tensorboard", "validation.csv"
 
 
 class RunError(RuntimeError):
@@ -178,7 +179,7 @@ def _finish_sb3(
     weights = dump({name: value.contiguous() for name, value in agent.policy.state_dict().items()})
     write_bytes(folder / WEIGHTS, weights)
     write_text(folder / EPISODES, pd.DataFrame(costs.records).to_csv(index=False))
-    write_text(folder / CURVE, pd.DataFrame(watcher.curve).to_csv(index=False))
+    training.save_curve(folder, watcher.curve)
     _finish(folder, config | _weight(agent.get_env().unwrapped.env), weights)
     policy: Policy = agent
     return policy
@@ -200,12 +201,22 @@ def _clear(folder: Path, config: dict[str, Any]) -> None:
 def _files(folder: Path) -> list[Path]:
     """Existing files of a run other than `run.json` and `started.json`."""
     ours = [path for path in (*folder.glob("checkpoint-*"), folder / BEST) if path.is_dir() and not foreign(path)]
-    return ours + [path for name in (WEIGHTS, EPISODES, CURVE, TENSORBOARD) if (path := folder / name).exists()]
+    return ours + [
+        path for name in (WEIGHTS, EPISODES, CURVE, OLD_CURVE, TENSORBOARD) if (path := folder / name).exists()
+    ]
 
 
 def _finish(folder: Path, config: dict[str, Any], weights: bytes) -> None:
     """Write `run.json` last; with its hash, it marks the run as complete."""
-    save_json(folder / SETTINGS, {"format": FORMAT, **config, **provenance(), "weights_sha256": sha256_of(weights)})
+    sums = {"weights_sha256": sha256_of(weights), "episodes_sha256": sha256_of((folder / EPISODES).read_bytes())}
+    save_json(folder / SETTINGS, {"format": FORMAT, **config, **provenance(), **sums})
+
+
+def episodes(folder: Path) -> pd.DataFrame:
+    """The episodes of a finished run, a row each; raises `RunError` if the file was altered."""
+    sha256 = load_config(folder).get("episodes_sha256")
+    raw = read_verified(folder / EPISODES, sha256, RunError, f"its SHA-256 is not the one in {SETTINGS}")
+    return pd.read_csv(io.BytesIO(raw))
 
 
 def finished(folder: Path, wanted: dict[str, Any]) -> bool:

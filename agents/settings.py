@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from functools import cache
+from math import inf
+from typing import Annotated, Any, ClassVar, Self, get_type_hints
+
+from annotated_types import Ge, Le
+
+from cost.arguments import Adapters, NonNegative, Positive, adapters_of, check
 
 POLICIES: dict[str, dict[str, Any]] = {
     "MlpPolicy": {"net_arch": (64, 64), "gru": 0},
     "GruPolicy": {"net_arch": (64,), "gru": 64},
 }
-COUNT = "a whole number of at least 1"
+Share = Annotated[float, Ge(0), Le(1)]
+Width = Annotated[int, Ge(1), Le(2**14)]
+KNOWN = {"net_arch": Sequence[Width], "gru": Annotated[int, Ge(0), Le(2**14)]}  # in policy_kwargs
+Steps = Annotated[int, Ge(1), Le(2**24)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +33,14 @@ class Settings:
     """
 
     learning_rate: float | str = 3e-4
-    n_steps: int = 2048
-    batch_size: int | None = 64
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
+    n_steps: Steps = 2048
+    batch_size: Steps | None = 64
+    gamma: Share = 0.99
+    gae_lambda: Share = 0.95
     normalize_advantage: bool = True
     ent_coef: float = 0.0
-    vf_coef: float = 0.5
-    max_grad_norm: float = 0.5
+    vf_coef: NonNegative = 0.5
+    max_grad_norm: Positive = 0.5
     temperature: float | str = 1.0
     normalize_observations: bool = False
     normalize_rewards: bool = False
@@ -50,27 +60,22 @@ class Settings:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "n_epochs", "batch_size"):
-            value = getattr(self, name, 1)
-            whole = value is None and name == "batch_size" and self.whole_rollouts
-            _require(whole or is_count(value), name, value, COUNT)
-        for name in ("gamma", "gae_lambda"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
-        for name in ("max_grad_norm", "clip_range", "target_kl"):
-            value = getattr(self, name, None)
-            _require(value is None or (isinstance(value, int | float) and value > 0), name, value, "a positive number")
+        """Validate all settings by their annotations."""
+        kind: Any = type(self)
+        for name, value in check(_adapters(kind), vars(self)).items():
+            object.__setattr__(self, name, value)
+        if self.batch_size is None and not self.whole_rollouts:
+            raise ValueError("batch_size=None: must be a whole number of at least 1")
         for name, last in (("learning_rate", 0.0), ("temperature", 1e-9)):
             try:
                 begin, end = schedule(getattr(self, name))
-            except (TypeError, ValueError) as error:
+            except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            _require(begin > 0 and end >= last, name, getattr(self, name), "positive")
-        policy, known = self.policy_kwargs or {}, POLICIES["MlpPolicy"]
-        if unknown := policy.keys() - known.keys():
-            raise ValueError(f"policy_kwargs has {', '.join(sorted(unknown))}; known are {', '.join(known)}")
-        widths = policy.get("net_arch", [])
-        fits = isinstance(widths, list | tuple) and all(map(is_count, widths))
-        _require(fits, "net_arch", widths, "a list of widths, for policy and value each")
+            if not (0 < begin < inf and last <= end < inf):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be positive")
+        if unknown := (self.policy_kwargs or {}).keys() - KNOWN.keys():
+            raise ValueError(f"policy_kwargs has {', '.join(sorted(unknown))}; known are {', '.join(KNOWN)}")
+        check(adapters_of(KNOWN), self.policy_kwargs or {})
 
     @property
     def epochs(self) -> int:
@@ -83,6 +88,11 @@ class Settings:
         return begin + (end - begin) * min(1.0, share)
 
 
+@cache
+def _adapters(kind: Any) -> Adapters:
+    return adapters_of(get_type_hints(kind, include_extras=True))
+
+
 def schedule(value: float | str) -> tuple[float, float]:
     """Start and end value of a number, "linear A" or "linear A B"; raises `ValueError` for anything else."""
     if isinstance(value, str):
@@ -91,14 +101,4 @@ def schedule(value: float | str) -> tuple[float, float]:
             raise ValueError(f"{value!r} is not a number, 'linear A' or 'linear A B'")
         begin, end = (*map(float, numbers), 0.0)[:2]
         return begin, end
-    return float(value), float(value)
-
-
-def is_count(value: object) -> bool:
-    """Whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and value > 0
-
-
-def _require(fits: bool, name: str, value: object, wanted: str) -> None:
-    if not fits:
-        raise ValueError(f"{name}={value!r}: must be {wanted}")
+    return value, value

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from agents import tuned
 from agents.baselines import on_split
+from agents.checkpoints import CheckpointError
 from agents.evaluate import evaluate
-from cost.files import write_text
+from cost.files import load_json, save_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from agents.learner import Learner
 
 LOOKS, EPISODES = 10, 1000
-BEST, CURVE = "best", "validation.csv"
+BEST, CURVE = "best", "validation.json"
 Judge = Callable[[Any], float]  # validation score of an agent, higher is better
 Prepare = Callable[[Any, int], Callable[[Any], object]]  # (agent, total steps) -> callback after each update
 
@@ -69,10 +69,8 @@ class Watcher:
     def resume(self, agent: Any) -> None:
         """Restore the validation results up to the resumed step."""
         assert self.folder is not None
-        path = self.folder / CURVE
-        frame = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=Look._fields)
-        there = frame[frame["steps"] <= agent.num_timesteps]
-        self.curve = [Look(int(row.steps), row.cpu_s, row.wall_s, row.score) for row in there.itertuples()]
+        there = load_curve(self.folder) if (self.folder / CURVE).exists() else []
+        self.curve = [look for look in there if look.steps <= agent.num_timesteps]
         if self.curve:
             now = time.process_time(), time.perf_counter()
             self._begun = now[0] - self.curve[-1].cpu_s, now[1] - self.curve[-1].wall_s
@@ -107,7 +105,7 @@ class Watcher:
         else:
             agent.logs["eval/mean_reward"] = look.score
         if self.folder:
-            write_text(self.folder / CURVE, pd.DataFrame(self.curve).to_csv(index=False))
+            save_curve(self.folder, self.curve)
         going_on = self.on_look(look) is not False
         self._begun = self._begun[0] + time.process_time() - cpu, self._begun[1] + time.perf_counter() - wall
         return going_on
@@ -152,6 +150,24 @@ def train(
 
     learn(agent, total, after_update)
     return Trained(watcher.end(agent), watcher.curve)
+
+
+def save_curve(folder: Path, curve: list[Look]) -> None:
+    """Write the validation results of a run, sealed."""
+    save_json(folder / CURVE, {"looks": [look._asdict() for look in curve]})
+
+
+def load_curve(folder: Path) -> list[Look]:
+    """Read the validation results of a run; raises `CheckpointError` if they were altered."""
+    path = folder / CURVE
+    content = load_json(path, CheckpointError, "restore it from a copy, or train again")
+    try:
+        looks = [Look(**look) for look in content["looks"]]
+        if not all(np.isfinite(np.array(looks, dtype=np.float64)).ravel()):
+            raise ValueError("a number is not finite")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no validation results: {error!r}") from error
+    return looks
 
 
 def by_return(env_id: str, env_kwargs: dict[str, Any], episodes: int = EPISODES) -> Judge:

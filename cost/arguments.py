@@ -75,9 +75,9 @@ def choose(name: str, value: object, allowed: Iterable[str]) -> str:
 def _adapters(function: Callable[..., None]) -> Adapters:
     hints = get_type_hints(function, include_extras=True)
     for name, each in inspect.signature(function).parameters.items():
-        if each.kind is each.VAR_KEYWORD and name in hints:  # **face: Unpack[Face]
-            (typed,) = hints.pop(name).__args__
-            hints |= get_type_hints(typed, include_extras=True)
+        if each.kind is each.VAR_KEYWORD and name in hints:
+            typed = get_args(hints.pop(name))  # of **face: Unpack[Face]
+            hints |= get_type_hints(typed[0], include_extras=True) if typed else {}
     return adapters_of({name: hint for name, hint in hints.items() if name not in ("self", "return")})
 
 
@@ -98,6 +98,8 @@ def _allowed(hint: Any) -> str:
         return " or ".join(map(_allowed, parts))
     if origin is Literal:
         return " or ".join(map(repr, parts))
+    if origin is dict:
+        return "a dict"
     if origin is tuple:
         return f"a list of {len(parts)}, each {_allowed(parts[0])}"
     if origin is Sequence:

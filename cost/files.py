@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,14 +20,18 @@ def write_bytes(path: Path, raw: bytes) -> None:
         path.write_bytes(raw)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}-")
     try:
         with open(descriptor, "wb") as file:
             file.write(raw)
+            file.flush()
+            os.fsync(descriptor)
         os.chmod(partial, 0o644)  # temporary files are readable by their owner only
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(partial)
+        if isinstance(error, OSError) and error.filename in (None, partial):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -47,7 +52,7 @@ def locked(path: Path) -> Iterator[None]:
 def alone(folder: Path, error: type[Exception], name: str = ".lock") -> Iterator[None]:
     """Hold a folder for one process and thread, which may nest this; raises `error` at once if it is held elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / name, timeout=0, is_singleton=True)
+    lock = FileLock(folder.resolve() / name, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
@@ -56,6 +61,47 @@ def alone(folder: Path, error: type[Exception], name: str = ".lock") -> Iterator
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of `target` at the end of the block; a block that fails changes nothing.
+
+    At every moment `target` is there whole, or `healed` puts it back, whatever was interrupted.
+    """
+    with locked(target):
+        _heal(target)
+        for left in target.parent.glob(f".{target.name}-new-*"):
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-new-", dir=target.parent) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            yield new
+            if target.exists():
+                os.rename(target, _old(target))
+            os.rename(new, target)
+            if _old(target).exists():
+                os.rename(_old(target), Path(scratch) / "old")
+
+
+def healed(target: Path) -> Path:
+    """The same folder, put back if `replacing` was interrupted between its two renames."""
+    if not target.exists() and _old(target).exists():
+        with locked(target):
+            _heal(target)
+    return target
+
+
+def _heal(target: Path) -> None:
+    if _old(target).exists() and not target.exists():
+        os.rename(_old(target), target)
+    elif _old(target).exists():
+        shutil.rmtree(_old(target))
+
+
+def _old(target: Path) -> Path:
+    """Where `replacing` puts a folder aside."""
+    return target.with_name(f".{target.name}.old")
 
 
 def sha256_of(raw: bytes) -> str:
@@ -69,12 +115,12 @@ def sums_of(members: Mapping[str, bytes]) -> bytes:
 
 
 def read_verified(path: Path, sha256: str | None, error: type[Exception], mend: str) -> bytes:
-    """Read a file; raises `error` naming the file and the fix if its SHA-256 differs."""
+    """Read a file; raises `error` naming the file and the fix if its SHA-256 differs; None is any."""
     try:
         raw = path.read_bytes()
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}") from cause
-    if sha256_of(raw) != sha256:
+    if sha256 is not None and sha256_of(raw) != sha256:
         raise error(f"{path} is damaged: {mend}")
     return raw
 
@@ -82,15 +128,27 @@ def read_verified(path: Path, sha256: str | None, error: type[Exception], mend: 
 def read_arrays(path: Path, error: type[Exception], mend: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Read metadata and arrays of a safetensors file with its own SHA-256 (`sealed`); raises `error` naming the file
     and the fix if it is damaged or foreign."""
-    from safetensors import SafetensorError, safe_open
+    try:
+        raw = path.read_bytes()
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause.strerror}): {mend}") from cause
+    return arrays_of(raw, str(path), error, mend)
+
+
+def arrays_of(
+    raw: bytes, source: str, error: type[Exception], mend: str
+) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """As `read_arrays`, from the bytes of a file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
 
     try:
-        with safe_open(path, "numpy") as file:
-            metadata, arrays = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as cause:
-        raise error(f"{path} is damaged or no safetensors file ({cause}): {mend}") from cause
+        arrays = load(raw)
+        metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as cause:
+        raise error(f"{source} is damaged or no safetensors file ({cause}): {mend}") from cause
     if metadata.get("sha256") != sealed(arrays, metadata.get("settings", ""))["sha256"]:
-        raise error(f"{path} is damaged: its SHA-256 is not the one it names; {mend}")
+        raise error(f"{source} is damaged: its SHA-256 is not the one it names; {mend}")
     return metadata, arrays
 
 

@@ -224,16 +224,18 @@ def save(model: Model, name: str, path: Path) -> None:
     """Write a model's weights, with its name and their SHA-256."""
     kind, seed = _parse(name)
     weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    metadata = {"model": kind, "seed": str(seed), **sealed(weights)}
-    write_bytes(path, to_bytes(weights, metadata))
+    write_bytes(path, to_bytes(weights, sealed(weights, f"{kind}-{seed}")))
 
 
 def read(path: Path) -> tuple[Model, str]:
     """A model of `save`, and its name; raises `DataError` where the file is damaged or foreign."""
     metadata, weights = _weights(path, "take another file")
-    if set(metadata) != {"model", "seed", "sha256"}:
+    if set(metadata) == {"model", "seed", "sha256"}:  # of before: its name is not in its SHA-256
+        name = f"{metadata['model']}-{metadata['seed']}"
+    elif set(metadata) == {"settings", "sha256"}:
+        name = metadata["settings"]
+    else:
         raise DataError(f"{path} is not of a reference model")
-    name = f"{metadata['model']}-{metadata['seed']}"
     try:
         with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and replaced
             model = _make(recipe_of(name)[1])

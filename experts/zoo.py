@@ -6,6 +6,8 @@ from pathlib import Path
 
 import platformdirs
 
+from cost.files import healed
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ASSETS = Path(__file__).parent / "assets"
 MADE = ("fashion-mnist-graph",)  # made when first asked for: their tables are too large to ship; their profiles are
@@ -37,9 +39,11 @@ def find(name_or_path: str | Path) -> Path | None:
     if name in shipped():
         return ASSETS / name
     own = user_folder() / name if NAME.fullmatch(name) else None
-    candidates = [path for path in (own, Path(name)) if path is not None and len(name) < 4096]
-    return next((path for path in candidates if name and path.is_dir()), None)
+    candidates = [path for path in (own, Path(name)) if path is not None and path.name and len(name) < 4096]
+    return next((path for path in candidates if len(path.name) < 200 and healed(path).is_dir()), None)
 
 
 def _bundles(folder: Path) -> list[str]:
+    for left in folder.glob(".*.old"):
+        healed(folder / left.name[1:-4])
     return sorted(path.name for path in folder.glob("[!._]*") if path.is_dir())

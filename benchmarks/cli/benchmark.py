@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
-from benchmarks.cli.terminal import Json, Out, bar, console_of, group, pairs, write
+from benchmarks.cli.terminal import Json, Out, bar, console_of, group, pairs, require_writable, write
 
 if TYPE_CHECKING:
     from benchmarks.runner.matrix import Matrix
@@ -169,7 +169,7 @@ def _report(
 def _validate(
     file: Annotated[Path, typer.Argument(help="raw.jsonl written by moe-benchmark run.")],
     rows: Annotated[int, typer.Option(min=1, help="Number of rows to rerun, sampled with --seed.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the row sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the row sampling.")] = 0,
     tolerance: Annotated[float, typer.Option(min=0, help="Relative and absolute tolerance per metric.")] = 1e-6,
     trust: Trust = [],  # noqa: B006
     json_file: Json = None,
@@ -180,6 +180,7 @@ def _validate(
     """
     from benchmarks.runner.validate import validate
 
+    require_writable(json_file)
     with bar() as add:
         found = validate(file, rows, seed, tolerance, add(f"rerunning up to {rows} rows"), trust)
     write(json_file, found)
@@ -211,6 +212,7 @@ def _make(
     from benchmarks.runner import runner
     from benchmarks.runner.experiments import RunnerError
 
+    require_writable(json_file)
     if overwrite:
         runner.clear(out)
     console = console_of(json_file)

@@ -65,7 +65,7 @@ def compare(folders: list[Path], out: Path, by: list[str], smoothing: float) -> 
     curves: dict[str, list[pd.DataFrame]] = {}
     ends: list[dict[str, Any]] = []
     for (folder, config), group in zip(found.items(), names, strict=True):
-        frame = pd.read_csv(folder / runs.EPISODES).reindex(columns=["timesteps", *CURVES])
+        frame = runs.episodes(folder).reindex(columns=["timesteps", *CURVES])
         if frame.empty:
             raise runs.RunError(f"{folder / runs.EPISODES} has no episodes: the training was too short")
         curves.setdefault(group, []).append(_smooth(frame, smoothing))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.cli.terminal import EnvKwargs, Json, _version, bar, console_of, pairs, write
+from benchmarks.cli.terminal import EnvKwargs, Json, _version, bar, console_of, pairs, require_writable, write
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -17,12 +17,17 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder of moe-train, or an SB3 zip file with --trust.")],
     split: Annotated[str, typer.Option(help="Split to evaluate on: validation, test or the training split.")] = "test",
     episodes: Annotated[int, typer.Option(min=2, help="Number of episodes, identical for all policies.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the first episode.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first episode.")] = 0,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also evaluate the baselines, tuned on validation, and the bound.")
     ] = False,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Load an SB3 zip file. It can execute code: use only your own files.")
+        bool,
+        typer.Option(
+            "--trust",
+            help="Load an SB3 zip file, or a run of an environment of another package. Both can execute code: use only "
+            "your own files.",
+        ),
     ] = False,
     env: Annotated[str | None, typer.Option(help="Environment id of the SB3 zip file.")] = None,
     algo: Annotated[str, typer.Option(help="Algorithm of the SB3 zip file.")] = "ppo",
@@ -43,10 +48,11 @@ def evaluate(
     from cost.machine import provenance
 
     policy: Any
+    require_writable(json_file)
     if run.suffix == ".zip":
         policy, config = runs.load_zip(run, env, algo, pairs(env_kwarg, "--env-kwarg"), trust)
     else:
-        policy, config = runs.load(run)
+        policy, config = runs.load(run, trust)
     env_id, kwargs = config["env"], config["env_kwargs"]
     policies: dict[str, Any] = {config["algo"]: policy}
     arguments = on_split(env_id, kwargs, split)

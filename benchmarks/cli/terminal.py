@@ -52,6 +52,18 @@ def console_of(json_file: str | None) -> Console:
     return errors if json_file == "-" else Console()
 
 
+def require_writable(json_file: str | None) -> None:
+    """Raise `OSError` before any work if the file of `--json` cannot be written."""
+    if json_file not in (None, "-"):
+        path = Path(str(json_file))
+        there = path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+
+
 def write(json_file: str | None, result: Any) -> None:
     """Write a result as JSON if `--json` was given."""
     if json_file == "-":

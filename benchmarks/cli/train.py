@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.cli.terminal import EnvKwargs, Json, _version, bar, console_of, errors, pairs, write
+from benchmarks.cli.terminal import EnvKwargs, Json, _version, bar, console_of, errors, pairs, require_writable, write
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -23,7 +24,7 @@ def train(
         typer.Option(help="own: ppo, reinforce; sb3: ppo, a2c, dqn, qrdqn, ppo_lstm, ppo_mask (with action masks)."),
     ] = "ppo",
     backend: Annotated[str, typer.Option(help="own (several times faster) or sb3 (Stable-Baselines3).")] = "own",
-    seed: Annotated[int, typer.Option(help="Seed of weights, exploration and environment.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights, exploration and environment.")] = 0,
     timesteps: Annotated[
         int | None, typer.Option(min=1, help="Number of timesteps; default: the tuned number.")
     ] = None,
@@ -34,6 +35,10 @@ def train(
     baselines: Annotated[
         bool, typer.Option(help="Compare with the best baseline on validation; tuning the baselines takes a while.")
     ] = True,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="With --resume: the run's environment may be imported, which runs its code."),
+    ] = False,
     sb3_zip: Annotated[bool, typer.Option("--sb3-zip", help="Also save an SB3 zip file (backend sb3).")] = False,
     env_kwarg: EnvKwargs = [],  # noqa: B006
     json_file: Json = None,
@@ -47,17 +52,19 @@ def train(
     """
     import moe_envs
     from agents import runs
+    from cost.files import alone
 
+    require_writable(json_file)
     env_id, env_kwargs = moe_envs.full_id(env), pairs(env_kwarg, "--env-kwarg")
     if sb3_zip and backend != "sb3":
         raise ValueError("--sb3-zip is for --backend sb3: our learners save folders without pickle")
     folder = resume or out or Path("runs") / runs.default_name(env_id, algo, backend, env_kwargs, seed)
     overrides: dict[str, Any] = {} if timesteps is None else {"total_timesteps": timesteps}
     if resume:
-        _only(context, "resume", "json_file", "baselines")
+        _only(context, "resume", "json_file", "baselines", "trust")
     else:
         runs.require_free(folder, env_kwargs, overwrite)
-    with bar() as add:
+    with nullcontext() if resume else alone(folder, runs.RunError), bar() as add:
         if tune:
             report = add(f"tuning: {tune} trials")
             arguments = {"env_id": env_id, "algo": algo, "backend": backend, "env_kwargs": env_kwargs, "seed": seed}
@@ -65,7 +72,7 @@ def train(
         report = add(f"resuming {folder}" if resume else f"training {algo} on {env_id}")
         try:
             if resume:
-                policy = runs.resume(folder, report)
+                policy = runs.resume(folder, report, trust)
             else:
                 policy = runs.train(env_id, algo, seed, folder, env_kwargs, overrides, report, backend, overwrite)
         except KeyboardInterrupt:

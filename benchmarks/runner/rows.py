@@ -1,7 +1,7 @@
 """Rows of finished runs, one JSON line each, appended atomically under a lock.
 
-A row carries the SHA-256 of all of itself; rows of format 1, published before, have none. Reading drops a row that stands
-twice and refuses two that contradict each other.
+A row carries the SHA-256 of all of itself; rows of format 1, published before, have none. Reading drops a row that is
+there twice and refuses two that contradict each other.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Row(BaseModel):
 
 
 def read(path: Path) -> list[Row]:
-    """Read all complete rows of a file, each run once; raises `RunnerError` naming the first invalid line and its cause.
+    """Read all complete rows of a file, each run once; raises `RunnerError` naming the first invalid line and why.
 
     Text after the last line feed is a row cut off by a kill and is ignored.
     """

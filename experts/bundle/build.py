@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,17 +10,27 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from cost.files import sha256_of, sums_of
+from cost.files import replacing, sha256_of, sums_of, write_bytes
 from cost.machine import source_commit
 from experts import zoo
-from experts.bundle.read import FORMAT, METADATA, MODEL, PROFILE, SPLITS, SUMS, Bundle, Split, load, project
+from experts.bundle.read import (
+    FORMAT,
+    MAX_EXPERTS,
+    METADATA,
+    MODEL,
+    PROFILE,
+    SPLITS,
+    SUMS,
+    Bundle,
+    Split,
+    load,
+    project,
+)
 from experts.bundle.tabulate import principal_components, tabulated
 
 if TYPE_CHECKING:
     from experts.model import MoEModel
     from experts.training import TrainingSettings
-
-MAX_EXPERTS = 10  # the outcomes of all 2^E subsets are tabulated: 128 bytes an input at 10
 
 
 class Measured(Protocol):
@@ -159,12 +167,6 @@ def _write(
     }
     if profile is not None:
         members[PROFILE] = json.dumps(profile, indent=1).encode()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
+    with replacing(target) as new:
         for file, raw in (members | {SUMS: sums_of(members)}).items():
-            (new / file).write_bytes(raw)
-        if target.exists():
-            shutil.move(target, old)
-        new.rename(target)
+            write_bytes(new / file, raw)

@@ -7,11 +7,13 @@ import re
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cost.files import read_verified, sha256_of, sums_of
+from cost.files import healed, read_verified, sha256_of, sums_of
 from experts import zoo
 
 if TYPE_CHECKING:
@@ -23,6 +25,43 @@ FORMAT = 1
 SPLITS = ("rl_train", "validation", "test")
 SUMS, METADATA, MODEL, PROFILE = "SHA256SUMS", "bundle.json", "model.safetensors", "profile.json"
 FEATURE_BOUND = 5.0
+MAX_EXPERTS = 10  # the outcomes of all 2^E subsets are tabulated: 128 bytes an input at 10
+Size = Annotated[int, Ge(1), Le(2**20)]
+
+
+class Architecture(BaseModel):
+    """Arguments of an `experts.model.MoEClassifier`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    num_inputs: Size
+    num_classes: Size
+    widths: list[Size]
+    trunk: Annotated[int, Ge(0), Le(2**20)] = 0
+    graph: dict[str, str | int | float | bool | None] | None = None
+
+    @property
+    def parameters(self) -> int:
+        """At least so many."""
+        hidden = self.trunk or self.num_inputs
+        return self.num_inputs * self.trunk + sum(self.widths) * (hidden + self.num_classes)
+
+
+class Metadata(BaseModel):
+    """What `bundle.json` must hold; `training` and `data` are for the reader only."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    format: Literal[1]
+    name: str
+    num_experts: Annotated[int, Ge(1), Le(MAX_EXPERTS)]
+    num_classes: Annotated[int, Ge(2), Le(2**15)]
+    architecture: Architecture | None
+    training: dict[str, Any] | None
+    rows: dict[str, Annotated[int, Ge(1)]]
+    accuracy: dict[str, Annotated[float, Ge(0), Le(1)]]
+    data: dict[str, Any]
+    commit: str | None
 
 
 class BundleError(RuntimeError):
@@ -84,17 +123,25 @@ class Bundle:
         """The trained torch model; for a bundle of your own module pass a fresh one to fill with the weights."""
         import torch
 
-        from experts.model import MoEClassifier
-
         if module is None:
             if self.metadata["architecture"] is None:
                 raise ValueError(f"{self.path.name} holds a module of your own: bundle.model(YourModule())")
-            settings = dict(self.metadata["architecture"])
-            with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
-                module = MoEClassifier(settings.pop("num_inputs"), settings.pop("num_classes"), **settings)
+            module = self._classifier()
         weights = {k[6:]: torch.from_numpy(v) for k, v in self._tensors(MODEL).items() if k.startswith("model.")}
-        module.load_state_dict(weights)
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            raise BundleError(f"{self.path / MODEL} holds other weights than this model's: {error}") from error
         return module.eval()  # type: ignore[return-value]
+
+    def _classifier(self) -> nn.Module:
+        """The untrained model."""
+        import torch
+
+        from experts.model import MoEClassifier
+
+        with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
+            return MoEClassifier(**self.metadata["architecture"])
 
     def features(self, inputs: np.ndarray) -> np.ndarray:
         """The features `[n, F]` of new inputs `[n, d]`, as a policy trained on this bundle sees them."""
@@ -139,9 +186,7 @@ def load(name_or_path: str | Path) -> Bundle:
     if path is None:
         mend = f": moe-bundle rebuild {name_or_path} makes it" if name_or_path in zoo.MADE else ""
         raise BundleError(f"no bundle {str(name_or_path)!r}; there are {', '.join(zoo.names())}{mend}")
-    sums = _read_sums(path / SUMS)
-    mend = f"its SHA-256 is not the one in {SUMS}"
-    members = {name: read_verified(path / name, sha256, BundleError, mend) for name, sha256 in sums.items()}
+    members = _members(path)
     try:
         metadata = json.loads(members[METADATA])
         written_by = metadata["format"]
@@ -152,6 +197,20 @@ def load(name_or_path: str | Path) -> Bundle:
     bundle = Bundle(path, metadata, members)
     _check_structure(bundle)
     return bundle
+
+
+def _members(path: Path) -> dict[str, bytes]:
+    """The verified files of a bundle, of one moment: read again if it was replaced meanwhile."""
+    while True:
+        before = path.stat().st_ino
+        try:
+            sums = _read_sums(path / SUMS)
+            mend = f"its SHA-256 is not the one in {SUMS}"
+            return {name: read_verified(path / name, sha256, BundleError, mend) for name, sha256 in sums.items()}
+        except BundleError:
+            if healed(path).is_dir() and path.stat().st_ino != before:
+                continue
+            raise
 
 
 def project(inputs: np.ndarray, mean: np.ndarray, projection: np.ndarray) -> np.ndarray:
@@ -175,18 +234,42 @@ def _read_sums(path: Path) -> dict[str, str]:
 def _check_structure(bundle: Bundle) -> None:
     """Validate the content of a bundle; hashes only show that the files are unchanged."""
     try:
-        experts = bundle.num_experts
-        bundle.metadata["architecture"], bundle.metadata["accuracy"]["test/top-2"]
-        if bundle.profile is not None and len(bundle.profile["operations"]) != experts:
-            raise ValueError(f"its profile is not of {experts} experts")
-        bundle.examples, bundle.features(bundle.examples)
+        about = Metadata.model_validate(bundle.metadata)
+        about.accuracy["test/top-2"]
+        if about.architecture is not None and 4 * about.architecture.parameters > len(bundle.members[MODEL]):
+            raise ValueError(f"its architecture has more parameters than {MODEL}")
+        if bundle.profile is not None and len(bundle.profile["operations"]) != about.num_experts:
+            raise ValueError(f"its profile is not of {about.num_experts} experts")
+        if not all(np.isfinite(array).all() for array in bundle._tensors(MODEL).values()):
+            raise ValueError(f"{MODEL} holds numbers that are not finite")
+        if bundle.features(bundle.examples).shape != (len(bundle.examples), bundle.split("test").features.shape[1]):
+            raise ValueError("its examples and its tables have other features")
         for name in SPLITS:
-            split = bundle.split(name)
-            n = len(split.labels)
-            shapes = [split.gate_logits.shape, split.outputs.shape[:2], split.outcomes.shape, split.features.shape[:1]]
-            if shapes != [(n, experts), (n, experts), (n, max(1, 2**experts // 8)), (n,)] or n < 1:
-                raise ValueError(f"the tables of {name} have the shapes {shapes}")
+            _check_tables(bundle.split(name), about.num_experts, about.num_classes, name)
     except BundleError:
         raise
-    except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(
+            f"{bundle.path / METADATA} is not the metadata of a bundle: {where}: {first['msg']}"
+        ) from error
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise BundleError(f"{bundle.path} is not a bundle of this program: {error!r}") from error
+
+
+def _check_tables(split: Split, experts: int, classes: int, name: str) -> None:
+    n = len(split.labels)
+    wanted = {
+        "features": ("f2", (n, split.features.shape[1])), "gate_logits": ("f4", (n, experts)), "labels": ("i2", (n,)),
+        "outputs": ("i1", (n, experts, classes)), "output_scale": ("f4", (1,)),
+        "outcomes": ("u1", (n, max(1, 2**experts // 8))),
+    }  # fmt: skip
+    for table, (dtype, shape) in wanted.items():
+        array = getattr(split, table)
+        if array.dtype != np.dtype(dtype) or array.shape != shape or n < 1:
+            raise ValueError(f"{table} of {name} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{table} of {name} holds numbers that are not finite")
+    if split.labels.min() < 0 or split.labels.max() >= classes or np.abs(split.features).max() > FEATURE_BOUND:
+        raise ValueError(f"{name} has labels or features out of bounds")

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 from torch import nn
 
-from cost.files import write_bytes
+from cost.files import load_json, save_json
 from experts.compression import LEVELS, compress, decompress, size_of
 from experts.compression.pieces import other_parameters, pieces
 
@@ -100,13 +100,17 @@ class Plan:
             {"name": name, "shape": list(self.shapes[name]), "level": level, "form": LEVELS[level].name}
             for name, level in self.levels.items()
         ]}  # fmt: skip
-        write_bytes(Path(path), json.dumps(content, indent=1).encode())
+        save_json(Path(path), content)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Load a plan saved by `save`; raises `PlanError` if invalid."""
         try:
             content: dict[str, Any] = json.loads(Path(path).read_bytes())
+            if "sha256" in content:  # one written by hand needs none
+                content = load_json(Path(path), PlanError, "save it again")
+            if foreign := content.keys() - {"format", "others", "matrices"}:
+                raise ValueError(f"it has {', '.join(sorted(foreign))}")
             rows = content["matrices"]
             if content["format"] != 1:
                 raise ValueError(f"format {content['format']!r}")

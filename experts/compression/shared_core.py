@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import Progress
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
-from cost.files import write_bytes
+from cost.files import arrays_of, sealed, write_bytes
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,17 @@ class SharedCore:
         return int(self.core.size + experts * of_one)
 
     def to_bytes(self) -> bytes:
-        """As safetensors, bit for bit."""
-        return save({field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)})
+        """As safetensors, bit for bit, with their SHA-256."""
+        arrays = {field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)}
+        return save(arrays, sealed(arrays))
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> SharedCore:
         """Restore from `to_bytes`; raises `ValueError` for invalid bytes."""
-        try:
-            return cls(**load(raw))
-        except (SafetensorError, TypeError) as error:
-            raise ValueError(f"not a shared core: {error}") from error
+        _, arrays = arrays_of(raw, "the shared core", ValueError, "fit it again")
+        if set(arrays) != {field.name for field in fields(cls)}:
+            raise ValueError(f"not a shared core: it holds {', '.join(sorted(arrays))}")
+        return cls(**arrays)
 
 
 def fit(weights: np.ndarray, rank: int, steps: int = 500, rate: float = 3e-3, seed: int = 0) -> SharedCore:
