@@ -22,7 +22,7 @@ from agents.training import one_torch_thread
 from benchmarks.results.paired import less_decisions
 from benchmarks.results.statistics import median_interval
 from benchmarks.results.tables import records
-from benchmarks.runner.kept import policy_of
+from benchmarks.runner.kept import found_once, policy_of
 from benchmarks.runner.setup import Arguments
 from benchmarks.torch_training import (
     SCHEDULERS,
@@ -36,7 +36,6 @@ from benchmarks.torch_training import (
     small,
     train,
 )
-from cost.files import locked, write_text
 from experts.model import MoEClassifier
 
 FIRST_JUDGED_SEED = 1000
@@ -92,13 +91,13 @@ def measure(setup: LoopSetup, seed: int, split: str, folder: Path) -> tuple[dict
 
 def _searched(setup: LoopSetup, name: str, folder: Path) -> tuple[float, float]:
     """Search the learning rate and weight decay of a scheduler once."""
-    path = folder / f"search-{setup.data}-{name}-{json.dumps(setup.search)}.json"
-    with locked(path):
-        if not path.exists():
-            task = fashion_images() if setup.data == "fashion-mnist" else small(setup.data)
-            write_text(path, json.dumps(search(task, adamw, SCHEDULERS[name], setup.search)))
-        rate, decay = json.loads(path.read_text())
-    return rate, decay
+
+    def settings() -> dict[str, Any]:
+        task = fashion_images() if setup.data == "fashion-mnist" else small(setup.data)
+        return dict(zip(("rate", "decay"), search(task, adamw, SCHEDULERS[name], setup.search), strict=True))
+
+    found = found_once(folder / f"search-{setup.data}-{name}-{json.dumps(setup.search)}.json", settings)
+    return found["rate"], found["decay"]
 
 
 def _policies(setup: LoopSetup, folder: Path) -> list[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from agents.baselines.metaopt import (
 )
 from benchmarks.leaderboards.board import LEARNERS, SEEDS, Leaderboard, Problem
 from benchmarks.results.scores import Verdict
-from benchmarks.runner.kept import policy_of
-from cost.files import locked, write_text
+from benchmarks.runner.kept import found_once, policy_of
 
 STARTS = "random rate", "tuned rate"
 # Separate gate and expert settings: 6,784 trainings of 30 decisions, as many decisions as a PPO training.
@@ -118,13 +116,14 @@ class MetaOpt(Problem):
         """Settings of a schedule, searched once for all runs; with `episodes`, a short search on as many contexts."""
         schedule, by_group, rounds = SEARCHED[name]
         path = folder / f"schedule-{split}-{name.replace(', ', '-')}-{episodes or 'all'}.json"
-        with locked(path):
-            if not path.exists():
-                few = rounds if episodes is None else (Round(4, episodes),)
-                found = search(SCHEDULES[schedule], by_group, few, **self.splits[split]).settings
-                write_text(path, json.dumps({"rates": found.rates.tolist(), "ladder": found.ladder.tolist()}))
-            kept = json.loads(path.read_text())
-            return Rates(np.array(kept["rates"]), np.array(kept["ladder"]))
+
+        def settings() -> dict[str, Any]:
+            few = rounds if episodes is None else (Round(4, episodes),)
+            found = search(SCHEDULES[schedule], by_group, few, **self.splits[split]).settings
+            return {"rates": found.rates.tolist(), "ladder": found.ladder.tolist()}
+
+        kept = found_once(path, settings)
+        return Rates(np.array(kept["rates"]), np.array(kept["ladder"]))
 
 
 BOARD = Leaderboard(MetaOpt("MoEMetaOpt-v0"))
