@@ -58,8 +58,8 @@ def test_one_file_outside_the_package_is_trained_evaluated_and_compared(elsewher
     returns = {row["kind"]: row["return"] for row in rows}
     assert returns["learned"] < returns["bound"]
     assert returns["baseline"] < returns["bound"]
-    board = command("benchmark", "leaderboard", env_id, "--quick", "--set", "timesteps=512", "--set", "episodes=100",
-                    "--out", "board", "--json", "-")  # fmt: skip
+    board = command("benchmark", "leaderboard", env_id, "--quick", "--jobs", "1", "--set", "timesteps=512", "--set",
+                    "episodes=100", "--out", "board", "--json", "-")  # fmt: skip
     assert {row["policy"] for row in board["rows"]} == {"PPO", "REINFORCE", "SB3 PPO"}
     assert board["tasks"][0]["best_baseline"].startswith("confidence below")
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +27,7 @@ Add = Callable[[str], Callable[[float], None]]
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import moe_envs
-
-        typer.echo(f"moe-envs {moe_envs.__version__}")
+        typer.echo(f"moe-envs {version('moe-envs')}")
         raise typer.Exit
 
 

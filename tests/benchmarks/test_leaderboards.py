@@ -174,7 +174,7 @@ def test_a_board_is_run_and_reported(tmp_path: Path) -> None:
     settings = {"timesteps": 2048, "episodes": 2}
     wanted = Matrix(experiment="MoEMetaOpt-v0", seeds=[17, 42], splits=["digits"], settings=settings)
     learners = len(board_of("MoEMetaOpt-v0").problem.learners)
-    assert runner.run(wanted, tmp_path, processes=2) == 2 * learners + 2
+    assert runner.run(wanted, tmp_path, processes=1) == 2 * learners + 2
     assert runner.rebuild(tmp_path)
     rows = as_run(tmp_path, exact=False)  # its stand-in for a bound is a search
     first, second = (row.metrics["policies"] for row in rows if row.setup == "PPO")
@@ -204,7 +204,17 @@ def said(*arguments: str) -> str:
 
 def test_a_board_by_its_commands(tmp_path: Path) -> None:
     out = tmp_path / "board"
-    arguments = "leaderboard", "MoECompression-v0", "--out", str(out), "--quick", "--set", "timesteps=4096"
+    arguments = (
+        "leaderboard",
+        "MoECompression-v0",
+        "--out",
+        str(out),
+        "--quick",
+        "--jobs",
+        "1",
+        "--set",
+        "timesteps=4096",
+    )
     assert "saved" in said(*arguments)
     assert "nothing to do" in said(*arguments)
     assert len(as_run(out, exact=True)) == 3 + 2
