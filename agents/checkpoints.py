@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from cost.files import naming
+
 FORMAT = 1
 ARRAYS, MANIFEST, PARTIAL = "arrays-{}.safetensors", "manifest.json", ".partial"
 PREFIX = "checkpoint-"
@@ -41,7 +43,7 @@ def save(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for file, data in ((name, raw), (MANIFEST, _seal(json.dumps(manifest).encode()))):
-            with (folder / PARTIAL).open("wb") as partial:
+            with naming(folder / file), (folder / PARTIAL).open("wb") as partial:
                 partial.write(data)
                 partial.flush()
                 os.fsync(partial.fileno())
@@ -77,7 +79,7 @@ def load(folder: Path) -> dict[str, Any]:
         return dict(_unpack(manifest["content"], parse(raw)))
     except OSError as error:
         raise CheckpointError(f"{folder} holds no checkpoint: {error.filename}: {error.strerror}") from error
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is damaged or foreign: {error!r}") from error
 
 

@@ -79,7 +79,10 @@ class Descent:
         return {"weights": dict(self.network.weights), "adam": [each.numpy(force=True) for each in self._moments]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore a `state()` of a network of the same shape."""
+        """Restore a `state()` of a network of the same shape; raises `ValueError` for another one's."""
+        shapes = [{name: each.shape for name, each in net.items()} for net in (self.network.weights, state["weights"])]
+        if shapes[0] != shapes[1] or [each.shape for each in state["adam"]] != [each.shape for each in self._moments]:
+            raise ValueError("the weights are of another network")
         for name, values in state["weights"].items():
             self.network.weights[name][:] = values
         if self.device != "cpu":

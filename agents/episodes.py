@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cost.files import naming
+
 
 class Episodes:
     """Accumulates sums and means per episode from the steps of all rows, and stores finished episodes."""
@@ -63,7 +65,7 @@ class Episodes:
         new, self._written = self.frames[self._written :], len(self.frames)
         there = [frame for frame in new if len(frame)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("r+b" if size else "w+b") as file:
+        with naming(path), path.open("r+b" if size else "w+b") as file:
             columns = file.readline().decode().strip().split(",") if size else []
             file.truncate(size)
             file.seek(size)

@@ -20,10 +20,12 @@ from agents.networks import Preprocessor
 from agents.rollouts import Collector, Rows
 from agents.settings import Settings
 from agents.updates import Updates
+from cost.arguments import one_line
 from cost.files import sha256_of
 from cost.trust import require_env
 
 EPISODES = "episodes.csv"
+LARGEST = 1e10  # weight of a network
 # What arguments and state that do not fit an environment raise.
 UNFIT = (ValueError, KeyError, TypeError, AttributeError, IndexError, gymnasium.error.Error, RuntimeError)
 
@@ -123,7 +125,9 @@ class Resumable:
             found = made(arguments.pop("policy"), content["env"], **arguments, **content["settings"])
             found._restore(content)
         except UNFIT as error:
-            raise CheckpointError(f"{path} does not fit {content['env']} as it is made here: {error}") from error
+            raise CheckpointError(
+                f"{path} does not fit {content['env']} as it is made here: {one_line(error)}"
+            ) from error
         return found, content
 
     def _forget(self) -> None:
@@ -182,6 +186,8 @@ class Resumable:
         }
 
     def _restore(self, content: dict[str, Any]) -> None:
+        if not _finite(content["descent"]):
+            raise ValueError("weights or moments are not finite")
         self.descent.restore(content["descent"])
         self.generator.bit_generator.state = content["generator"]
         vars(self.preprocessor.moments).update(content["observations"])
@@ -194,3 +200,10 @@ class Resumable:
         self.episodes.carry, self.log.window = content["episodes"], pd.DataFrame(content["window"])
         if content["collector"]["env"] is None:
             self._forget()
+
+
+def _finite(value: Any) -> bool:
+    """Whether all arrays in nested dicts and lists are finite, and small enough to stay so in a network."""
+    if isinstance(value, dict | list):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, np.ndarray) or bool((np.abs(value) < LARGEST).all())

@@ -19,8 +19,9 @@ import pandas as pd
 
 from agents import checkpoints, training, tuned
 from agents.checkpoints import MANIFEST, foreign
-from agents.resumable import UNFIT
+from agents.resumable import LARGEST, UNFIT
 from agents.training import BEST, CURVE, Watcher
+from cost.arguments import one_line
 from cost.files import alone, load_json, read_verified, save_json, sha256_of, write_bytes, write_text
 from cost.machine import provenance, source_commit
 from cost.trust import require_env
@@ -297,7 +298,12 @@ def load(folder: Path, allow_import: bool = False) -> tuple[Policy, dict[str, An
     try:
         env = make_env(config["env"], config["settings"]["n_envs"], config["seed"], config["env_kwargs"])
         model = make_algorithm(config["algo"], env, config["seed"], config["settings"])
-        model.policy.load_state_dict(parse(raw))
+        values = parse(raw)
+        if not all(bool((value.abs() < LARGEST).all()) for value in values.values()):
+            raise ValueError("weights are not finite")
+        model.policy.load_state_dict(values)
     except (SafetensorError, *UNFIT) as error:
-        raise RunError(f"{weights} does not fit a {config['algo']} policy of {config['env']}: {error}") from error
+        raise RunError(
+            f"{weights} does not fit a {config['algo']} policy of {config['env']}: {one_line(error)}"
+        ) from error
     return model, config

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 from annotated_types import Ge, Le
 
-from cost.arguments import Adapters, NonNegative, Positive, adapters_of, check
+from cost.arguments import Adapters, NonNegative, Positive, adapters_of, check, short
 
 POLICIES: dict[str, dict[str, Any]] = {
     "MlpPolicy": {"net_arch": (64, 64), "gru": 0},
@@ -98,7 +98,7 @@ def schedule(value: float | str) -> tuple[float, float]:
     if isinstance(value, str):
         kind, *numbers = value.split()
         if kind != "linear" or len(numbers) not in (1, 2):
-            raise ValueError(f"{value!r} is not a number, 'linear A' or 'linear A B'")
+            raise ValueError(f"{short(value)} is not a number, 'linear A' or 'linear A B'")
         begin, end = (*map(float, numbers), 0.0)[:2]
         return begin, end
     return value, value

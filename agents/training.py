@@ -165,7 +165,7 @@ def load_curve(folder: Path) -> list[Look]:
         looks = [Look(**look) for look in content["looks"]]
         if not all(np.isfinite(np.array(looks, dtype=np.float64)).ravel()):
             raise ValueError("a number is not finite")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} holds no validation results: {error!r}") from error
     return looks
 

@@ -17,24 +17,25 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 Count = Annotated[int, Ge(1)]
-NonNegative = Annotated[float, Ge(0)]
-Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0), Le(1e12)]  # larger ones overflow where they meet others
+Positive = Annotated[float, Gt(0), Le(1e12)]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", type(None): "None"}
 WORDS: dict[type, str] = {Ge: "of at least {}", Gt: "above {}", Le: "of at most {}", Lt: "below {}"}
-REPR = reprlib.Repr()
-REPR.maxstring = REPR.maxother = REPR.maxlong = 80
-Adapters = Mapping[str, tuple[Any, "TypeAdapter[Any]"]]  # annotations and their validators by argument
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+Adapters = dict[str, tuple[Any, "TypeAdapter[Any]"]]  # annotations and their validators by argument
 
 
-def validated(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a method so that its arguments are validated and converted by `check` before it runs."""
-    signature = inspect.signature(function)
+def validated(function: Callable[..., None], **more: Any) -> Callable[..., None]:
+    """Decorate a method so that its arguments are validated and converted by `check` before it runs; `more` has further
+    annotations, which take precedence."""
+    signature, extra = inspect.signature(function), adapters_of(more)
 
     @wraps(function)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         given = dict(zip(list(signature.parameters)[1:], args, strict=False)) | kwargs
-        checked = check(_adapters(function), given)
+        checked = check(_adapters(function) | extra, given)
         function(self, *(checked[name] for name in list(checked)[: len(args)]), **{k: checked[k] for k in kwargs})
 
     return wrapper
@@ -52,7 +53,7 @@ def check(adapters: Adapters, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def adapters_of(hints: Mapping[str, Any]) -> Adapters:
     """Validators by name for annotations; what pydantic has no schema for is left out."""
-    found = {}
+    found: Adapters = {}
     for name, hint in hints.items():
         try:
             found[name] = hint, TypeAdapter(hint, config=STRICT)
@@ -61,13 +62,24 @@ def adapters_of(hints: Mapping[str, Any]) -> Adapters:
     return found
 
 
+def short(value: object) -> str:
+    """A value as it is shown in a message: its repr, cut in the middle if it is long."""
+    return _REPR.repr(value)
+
+
+def one_line(error: object) -> str:
+    """What an error of a library says, in one line."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= 300 else f"{said[:300]} ..."
+
+
 def choose(name: str, value: object, allowed: Iterable[str]) -> str:
     """Return `value` if it is allowed; otherwise raise `ValueError` naming the allowed values."""
     names = list(allowed)
     if not isinstance(value, str) or value not in names:
         close = difflib.get_close_matches(str(value), names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}={REPR.repr(value)} is not one of {', '.join(map(repr, names))}{hint}")
+        raise ValueError(f"{name}={short(value)} is not one of {', '.join(map(repr, names))}{hint}")
     return value
 
 
@@ -85,7 +97,7 @@ def _checked(name: str, value: object, hint: Any, adapter: TypeAdapter[Any]) -> 
     try:
         return adapter.validate_python(_plain(value))
     except ValidationError:
-        raise ValueError(f"{name}={REPR.repr(value)}: must be {_allowed(hint)}") from None
+        raise ValueError(f"{name}={short(value)}: must be {_allowed(hint)}") from None
 
 
 def _allowed(hint: Any) -> str:

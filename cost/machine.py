@@ -72,5 +72,9 @@ def source_commit() -> str | None:
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return None
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except FileNotFoundError:
         return None
+    except subprocess.CalledProcessError as error:
+        if error.returncode == 128:  # no repository
+            return None
+        raise

@@ -154,7 +154,7 @@ class CostNormalizer:
                 raise ValueError("its parts do not fit each other")
             made._reservoir[: len(seen)] = seen
             made._generator.bit_generator.state = state["generator"]
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, OverflowError, AttributeError) as error:
             raise ValueError(f"not the state of a normaliser: {error!r}") from error
         return made
 

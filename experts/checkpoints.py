@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from cost.arguments import one_line
 from cost.files import read_arrays, sealed, write_bytes
 from experts.data import DataError
 
 Model = TypeVar("Model", bound=nn.Module)
+MOST = 2**20  # of inputs, units or experts
 
 
 def save_model(model: Any, path: Path) -> None:
@@ -33,10 +35,27 @@ def load_model(path: Path, kind: type[Model]) -> Model:
     text = metadata.get("settings", "")
     if not text or any(each.dtype != torch.float32 for each in weights.values()):
         raise DataError(f"{path} is not of save_model")
-    settings = json.loads(text)
-    if (name := settings.pop("class", "model of another format")) != kind.__name__:
-        raise DataError(f"{path} holds a {name}, not a {kind.__name__}")
-    with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
-        model = kind(**settings)
-    model.load_state_dict(weights)
+    try:
+        settings = json.loads(text)
+        if (name := settings.pop("class", "model of another format")) != kind.__name__:
+            raise DataError(f"{path} holds a {name}, not a {kind.__name__}")
+        if not all(bool(each.isfinite().all()) for each in weights.values()):
+            raise ValueError("weights are not finite")
+        _require_bounded(settings)
+        with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
+            model = kind(**settings)
+        model.load_state_dict(weights)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} holds no {kind.__name__}: {one_line(error)}") from error
     return model.eval()
+
+
+def _require_bounded(value: Any) -> None:
+    """Raise `ValueError` for settings with sizes that no model of ours has, before memory is taken for them."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _require_bounded(each)
+    elif isinstance(value, int | float) and not abs(value) <= MOST:
+        raise ValueError(f"a size of {value}")

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from safetensors.numpy import save as numpy_bytes
 from safetensors.torch import save as to_bytes
 
+from cost.arguments import short
 from cost.files import read_arrays, sealed, write_bytes
 from experts import data, zoo
 from experts.data import DataError
@@ -268,5 +269,6 @@ def _make(recipe: ModelRecipe, **others: Any) -> Model:
 def _parse(name: str) -> tuple[str, int]:
     found = re.fullmatch(r"([a-z-]+?)(?:-([0-9]{1,9}))?", name)
     if found is None or found[1] not in RECIPES:
-        raise ValueError(f"model={name!r} is not one of {', '.join(RECIPES)}, with -1, -2 and so on for other seeds")
+        known = ", ".join(RECIPES)
+        raise ValueError(f"model={short(name)} is not one of {known}, with -1, -2 and so on for other seeds")
     return found[1], int(found[2] or 0)

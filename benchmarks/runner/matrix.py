@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.runner.experiments import RunnerError, Trust, find, require_trusted
+from cost.arguments import one_line
 
 SHOWN = 5  # errors of a file in one line
 
@@ -51,7 +52,7 @@ def load_matrix(path: Path) -> Matrix:
     except RecursionError as error:
         raise RunnerError(f"{path} is nested too deeply") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise RunnerError(f"{path} is neither YAML nor JSON: {error}") from error
+        raise RunnerError(f"{path} is neither YAML nor JSON: {one_line(error)}") from error
     try:
         return Matrix.model_validate(content)
     except ValidationError as error:

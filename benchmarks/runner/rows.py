@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from benchmarks.runner.experiments import RunnerError
 from benchmarks.runner.matrix import Job, said
-from cost.files import locked, sha256_of, write_text
+from cost.files import locked, naming, sha256_of, write_text
 
 RAW = "raw.jsonl"
 ABOUT = "setup", "seed", "split"
@@ -74,17 +75,22 @@ class Row(BaseModel):
         return Job(self.experiment, self.setup, self.arguments, self.seed, self.split)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, cut: bool = False) -> list[Row]:
     """Read all complete rows of a file, each run once; raises `RunnerError` naming the first invalid line and why.
 
-    Text after the last line feed is a row cut off by a kill and is ignored.
+    Text after the last line feed is a row cut off by a kill: it is left out, with a warning unless `cut` is set, as by
+    those who make its run again.
     """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        *lines, last = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
         raise RunnerError(f"{path} cannot be read: {error.strerror}") from error
+    if last and not cut:
+        warnings.warn(
+            f"{path}: its last line is cut off, and left out; the run it is of must be made again", stacklevel=2
+        )
     found: dict[str, tuple[int, Row]] = {}
     for number, line in enumerate(lines, 1):
         row = _row(path, number, line)
@@ -142,10 +148,10 @@ def append(path: Path, row: Row) -> None:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name} is {value!r}: no JSON; numbers must be finite") from error
     with locked(path):
-        if row.config_hash in {each.config_hash for each in read(path)}:
+        if row.config_hash in {each.config_hash for each in read(path, cut=True)}:
             return
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        with open(descriptor, "r+b") as file:
+        with naming(path), open(descriptor, "r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
             file.seek(0, os.SEEK_END)
             file.write(row.line)

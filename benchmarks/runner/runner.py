@@ -92,7 +92,7 @@ def left(matrix: Matrix, out: Path, part: tuple[int, int] = (0, 1), only: Collec
     names = dict.fromkeys(job.setup for job in every)
     if unknown := [name for name in only if name not in names]:
         raise RunnerError(f"no setup {unknown[0]!r}; there are {', '.join(names)}")
-    there = {row.config_hash for row in read(out / RAW)}
+    there = {row.config_hash for row in read(out / RAW, cut=True)}
     mine = [job for job, place in zip(every, _places(every, part[1]), strict=True) if place == part[0]]
     return [job for job in mine if job.key not in there and (not only or job.setup in only)]
 

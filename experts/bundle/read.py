@@ -13,6 +13,7 @@ import numpy as np
 from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cost.arguments import one_line, short
 from cost.files import healed, read_verified, sha256_of, sums_of
 from experts import zoo
 
@@ -131,7 +132,9 @@ class Bundle:
         try:
             module.load_state_dict(weights)
         except RuntimeError as error:
-            raise BundleError(f"{self.path / MODEL} holds other weights than this model's: {error}") from error
+            raise BundleError(
+                f"{self.path / MODEL} holds other weights than this model's: {one_line(error)}"
+            ) from error
         return module.eval()  # type: ignore[return-value]
 
     def _classifier(self) -> nn.Module:
@@ -185,7 +188,7 @@ def load(name_or_path: str | Path) -> Bundle:
     path = zoo.find(name_or_path)
     if path is None:
         mend = f": moe-bundle rebuild {name_or_path} makes it" if name_or_path in zoo.MADE else ""
-        raise BundleError(f"no bundle {str(name_or_path)!r}; there are {', '.join(zoo.names())}{mend}")
+        raise BundleError(f"no bundle {short(str(name_or_path))}; there are {', '.join(zoo.names())}{mend}")
     members = _members(path)
     try:
         metadata = json.loads(members[METADATA])

@@ -107,6 +107,8 @@ class Plan:
         """Load a plan saved by `save`; raises `PlanError` if invalid."""
         try:
             content: dict[str, Any] = json.loads(Path(path).read_bytes())
+            if not isinstance(content, dict):
+                raise TypeError("it is no dict")
             if "sha256" in content:  # one written by hand needs none
                 content = load_json(Path(path), PlanError, "save it again")
             if foreign := content.keys() - {"format", "others", "matrices"}:

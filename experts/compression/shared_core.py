@@ -58,7 +58,17 @@ class SharedCore:
         _, arrays = arrays_of(raw, "the shared core", ValueError, "fit it again")
         if set(arrays) != {field.name for field in fields(cls)}:
             raise ValueError(f"not a shared core: it holds {', '.join(sorted(arrays))}")
-        return cls(**arrays)
+        core, (experts, *_, rank) = arrays["core"], arrays["u_out"].shape or (0,)
+        sides = dict(zip(("u_out", "v_out", "u_in", "v_in"), (0, 0, -1, -1), strict=True))
+        fits = core.ndim == 2 and all(
+            arrays[name].shape == (experts, core.shape[at], rank) for name, at in sides.items()
+        )
+        if not fits or any(array.dtype != np.float32 or not np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("not a shared core: its arrays do not fit each other, or are not finite float32")
+        found = cls(**arrays)
+        if not np.isfinite(found.weights()).all():
+            raise ValueError("not a shared core: its weights are not finite")
+        return found
 
 
 def fit(weights: np.ndarray, rank: int, steps: int = 500, rate: float = 3e-3, seed: int = 0) -> SharedCore:

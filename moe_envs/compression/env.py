@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 import numpy as np
+from annotated_types import Ge
 from gymnasium import spaces
 
-from cost.arguments import Count, NonNegative, choose
+from cost.arguments import NonNegative, choose
 from cost.model import Cost
 from experts.compression import KINDS, LEVELS
 from moe_envs.compression.picture import PlanPicture
@@ -68,7 +69,7 @@ class MoECompressionVectorEnv(BatchedEnv):
         num_envs: int = 1,
         *,
         model: str | Sequence[str] = "fashion-mnist-conv",
-        budget: Count | None = None,
+        budget: Annotated[int, Ge(1)] | None = None,
         split: str = "train",
         cost_weight: NonNegative = 0.0,
         costs: str = "reference",

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from inspect import signature
-from typing import Any, ClassVar, NamedTuple, Self, TypedDict
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypedDict
 
 import gymnasium
 import numpy as np
+from annotated_types import Ge, Le
 from gymnasium import logger, spaces
 from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils import seeding
@@ -26,6 +27,7 @@ from moe_envs.core.reward import Reward
 from moe_envs.core.spaces import Layout, box, check_actions
 
 State = dict[str, Any]
+Rows = Annotated[int, Ge(1), Le(2**20)]
 
 
 class Face(TypedDict, total=False):
@@ -62,7 +64,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Validate the arguments of a problem by the annotations of its `__init__`."""
         super().__init_subclass__(**arguments)
         if "__init__" in vars(cls):
-            cls.__init__ = validated(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = validated(cls.__init__, num_envs=Rows)  # type: ignore[method-assign]
 
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
         """Reject unknown arguments with a suggestion."""
@@ -74,7 +76,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def __init__(
         self,
-        num_envs: Count,
+        num_envs: int,
         observation_layout: Layout,
         action_space: spaces.Space[Any],
         reward: Reward,
@@ -185,7 +187,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             fits = fits and len(state["generators"]) == self.num_envs
             for saved in state["generators"]:
                 np.random.PCG64().state = saved
-        except (TypeError, KeyError, ValueError, AttributeError):
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError):
             fits = False
         if not fits:
             raise ValueError(f"restore: not a state of {type(self).__name__} with {self.num_envs} rows")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import numpy as np
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from gymnasium import spaces
 
-from cost.arguments import Count, NonNegative, Positive, choose
+from cost.arguments import NonNegative, Positive, choose
 from cost.model import Cost
 from experts import library, profiles, tasks
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, State
@@ -31,6 +31,7 @@ from moe_envs.metaopt.signals import (
 if TYPE_CHECKING:
     from experts.batched_training import Passed
 
+Thousand = Annotated[int, Ge(1), Le(1000)]
 SPLITS = ("train", "validation", "test")
 COSTS = ("reference", "machine")
 CONTEXTS = 2**20  # per split
@@ -55,12 +56,12 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         split: str = "train",
         cost_weight: NonNegative = 0.0,
         costs: str = "reference",
-        steps_per_action: Count | None = None,
-        max_actions: Count = 30,
+        steps_per_action: Thousand | None = None,
+        max_actions: Thousand = 30,
         target: Annotated[float, Gt(0), Lt(2)] | None = None,
         initial_rate: Positive | tuple[Positive, Positive] | None = None,
         initial_decay: NonNegative | Sequence[NonNegative] | None = None,
-        widths: Sequence[Count] = (12, 16, 24),
+        widths: Sequence[Thousand] = (12, 16, 24),
         scales: tuple[Positive, Positive] = (1.0, 1.0),
         undo: bool = True,
         time_weight: NonNegative = 0.5,

@@ -1,12 +1,13 @@
 """MoERouting-v0: which experts of a trained Mixture of Experts answer each input of a mini-batch."""
 
 from dataclasses import replace
-from typing import Unpack
+from typing import Annotated, Unpack
 
 import numpy as np
+from annotated_types import Ge, Le
 from gymnasium import spaces
 
-from cost.arguments import Count, NonNegative, choose
+from cost.arguments import NonNegative, choose
 from cost.model import Cost
 from experts import library, profiles
 from experts.bundle import SPLITS
@@ -31,7 +32,7 @@ class MoERoutingVectorEnv(BatchedEnv):
         split: str = "rl_train",
         cost_weight: NonNegative = 0.2,
         costs: str = "reference",
-        batch_size: Count = 32,
+        batch_size: Annotated[int, Ge(1), Le(2**14)] = 32,
         stream: str = "topical",
         action: str = "expert",
         time_weight: NonNegative = 1 / 3,

@@ -19,6 +19,7 @@ from safetensors.numpy import save as to_bytes
 from agents import checkpoints, runs, training
 from agents.checkpoints import CheckpointError
 from agents.ppo import PPO
+from agents.rollouts import NotFiniteError
 from agents.runs import RunError
 from agents.training import Look
 from benchmarks.runner import kept, matrix, rows
@@ -111,6 +112,13 @@ def row(seed: int, value: float = 0.5) -> rows.Row:
 def _rows(folder: Path) -> None:
     for seed in range(4):
         rows.append(folder / "raw.jsonl", row(seed))
+
+
+def _use_rows(folder: Path) -> Any:
+    found = rows.read(folder / "raw.jsonl")
+    if not found:
+        raise RunnerError("raw.jsonl holds no rows")
+    return [each.model_dump() for each in found]
 
 
 def _seal_rows(path: Path) -> None:
@@ -213,7 +221,7 @@ def _use_profile(folder: Path) -> Any:
 
 
 def _normalizer(folder: Path) -> None:
-    made = CostNormalizer(("reward/cost", "cost/time"), reservoir=64)
+    made = CostNormalizer(("reward/cost", "cost/time"), reservoir=128)
     made(np.random.default_rng(0).random((50, 2)))
     made.save(folder / "normalizer.json")
 
@@ -230,9 +238,7 @@ def _model() -> Any:
 
 
 def _compressed(folder: Path) -> None:
-    from experts.compression import INT8
-
-    plan = Plan.of(_model(), [INT8] * len(Plan.of(_model(), 0).levels))
+    plan = Plan.of(_model(), 1)
     plan.save(folder / "plan.json")
     (folder / "model.safetensors").write_bytes(plan.compress(_model())[0])
 
@@ -244,7 +250,7 @@ def _use_plan(folder: Path) -> Any:
 
 
 def _network(folder: Path) -> None:
-    networks.save_model(MoENetwork(6, 3, widths=(4,), experts=3), folder / "network.safetensors")
+    networks.save_model(MoENetwork(6, 3, d_model=8, d_ff=4, num_experts=3), folder / "network.safetensors")
 
 
 def _core(folder: Path) -> None:
@@ -284,7 +290,7 @@ def _use_matrix(folder: Path) -> Any:
 KINDS: dict[str, Kind] = {
     "checkpoint": Kind(
         ("agents.checkpoints", "agents.resumable", "agents.episodes"), _checkpoint, _use_checkpoint,
-        (CheckpointError, ValueError), _seal_checkpoint,
+        (CheckpointError, ValueError, NotFiniteError), _seal_checkpoint,
     ),
     "own run": Kind(
         ("agents.runs", "agents.training"), _run("own"), _use_run, (RunError, CheckpointError, ValueError), _seal_run,
@@ -295,13 +301,13 @@ KINDS: dict[str, Kind] = {
         skipped=("tensorboard", ".lock", "started.json"),
     ),
     "rows": Kind(
-        ("benchmarks.runner.rows",), _rows, lambda folder: [each.model_dump() for each in rows.read(folder / "raw.jsonl")],
+        ("benchmarks.runner.rows",), _rows, _use_rows,
         (RunnerError,), _seal_rows,
     ),
     "matrix": Kind(("benchmarks.runner.runner",), _matrix, _use_matrix, (RunnerError,), free=("matrix.json",)),
     "kept search": Kind(
         ("benchmarks.runner.kept",), lambda folder: kept.found_once(folder / "kept.json", lambda: {"rate": 0.5}),
-        lambda folder: kept.found_once(folder / "kept.json", dict), (RunnerError,), _seal_json,
+        lambda folder: kept.found_once(folder / "kept.json", lambda: {"rate": 0.5}), (RunnerError,), _seal_json,
     ),
     "bundle": Kind(
         ("experts.bundle.build",), build, _use_bundle, (BundleError, ProfileError, ValueError), _seal_bundle,
@@ -326,7 +332,7 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 # Modules whose files are for people, or are made anew where they are damaged: no number of ours is read from them.
 REPORTS = {
-    "agents.tuning", "benchmarks.cli.benchmark", "benchmarks.cli.bundle", "benchmarks.cli.compare", "benchmarks.cli.profile",
+    "agents.tuning", "benchmarks.cli.benchmark", "benchmarks.cli.bundle", "benchmarks.cli.compare",
     "benchmarks.cli.terminal", "benchmarks.experiments.monitor.report", "cost.logbook", "cost.monitor",
     "experts.compression.sensitivity",
 }  # fmt: skip

@@ -57,7 +57,13 @@ def refused(attack: Outcomes, case: str, name: str, *arguments: str, says: str =
         attack.add("traceback", case, error)
         return
     lines = [line for line in said.splitlines() if line.strip(" ─╭╮╰╯│")]
-    good = status in (1, 2) and "Traceback" not in said and len(lines) <= 6 and len(said) < 2500 and says in " ".join(said.split())
+    good = (
+        status in (1, 2)
+        and "Traceback" not in said
+        and len(lines) <= 6
+        and len(said) < 2500
+        and says in " ".join(said.split())
+    )
     attack.add("clear" if good else ("silent" if status == 0 else "unclear"), case, said[:300])
 
 
@@ -103,8 +109,19 @@ def test_files_of_other_kinds(attack: Outcomes, tmp_path: Path) -> None:
             (run / name).unlink()
         (tmp_path / "file").write_text(content)
         refused(attack, f"profile {case}", "profile", "show", str(tmp_path / "file"))
-        refused(attack, f"apply {case}", "compress", "apply", str(tmp_path / "file"), str(tmp_path / "file"), "--out", str(tmp_path / "o"))
-        refused(attack, f"normaliser {case}", "train", "-k", f"normalizer={tmp_path / 'file'}", "--out", str(tmp_path / "r"))
+        refused(
+            attack,
+            f"apply {case}",
+            "compress",
+            "apply",
+            str(tmp_path / "file"),
+            str(tmp_path / "file"),
+            "--out",
+            str(tmp_path / "o"),
+        )
+        refused(
+            attack, f"normaliser {case}", "train", "-k", f"normalizer={tmp_path / 'file'}", "--out", str(tmp_path / "r")
+        )
         (tmp_path / "logs").mkdir(exist_ok=True)
         for name in ("monitor.json", "batches.csv", "epochs.csv"):
             (tmp_path / "logs" / name).write_text(content)
@@ -138,7 +155,17 @@ def test_options(attack: Outcomes, tmp_path: Path) -> None:
         refused(attack, f"--json {bad}", "train", "--json", bad, *out, "--timesteps", "512", "-k", "bundle=digits")
         refused(attack, f"eval --json {bad}", "evaluate", str(tmp_path), "--json", bad)
         refused(attack, f"run --json {bad}", "benchmark", "run", "tau", "--json", bad, *out)
-        refused(attack, f"--out {bad}", "train", "--out", bad if bad != str(tmp_path) else "/proc/x", "--timesteps", "512", "-k", "bundle=digits")
+        refused(
+            attack,
+            f"--out {bad}",
+            "train",
+            "--out",
+            bad if bad != str(tmp_path) else "/proc/x",
+            "--timesteps",
+            "512",
+            "-k",
+            "bundle=digits",
+        )
     assert not (tmp_path / "out").exists(), "a training began"
     for seed in ("-1", "1.5", "x", "99999999999999999999"):
         refused(attack, f"--seed {seed}", "train", "--seed", seed, *out, "--timesteps", "512", "-k", "bundle=digits")
@@ -193,11 +220,23 @@ def test_no_file_runs_code_unasked(attack: Outcomes, payload: Callable[[], bool]
     KINDS["checkpoint"].write(tmp_path)
     content = PPO.load(tmp_path / "agent")._content()
     save_checkpoint(tmp_path / "evil", content | {"env": evil})
-    plain = {"env_kwargs": {}, "algo": "ppo", "backend": "own", "seed": 0, "settings": {"total_timesteps": 9, "n_envs": 1}}
+    plain = {
+        "env_kwargs": {},
+        "algo": "ppo",
+        "backend": "own",
+        "seed": 0,
+        "settings": {"total_timesteps": 9, "n_envs": 1},
+    }
     run, inner = tmp_path / "run", tmp_path / "inner"
-    for folder, more in ((run, {"env": evil}), (inner, {"env": "moe_envs:mo-moe-routing-v0", "env_kwargs": {"env_id": evil}})):
+    for folder, more in (
+        (run, {"env": evil}),
+        (inner, {"env": "moe_envs:mo-moe-routing-v0", "env_kwargs": {"env_id": evil}}),
+    ):
         save_json(folder / "started.json", plain | more)
-        save_json(folder / "run.json", {"format": 2, **plain, **more, "weights_sha256": "x", "episodes_sha256": "x", "cost_weight": 0.1})
+        save_json(
+            folder / "run.json",
+            {"format": 2, **plain, **more, "weights_sha256": "x", "episodes_sha256": "x", "cost_weight": 0.1},
+        )
     out = tmp_path / "out"
     out.mkdir()
     matrices = {
@@ -251,18 +290,37 @@ def test_ctrl_c_at_any_time_is_quiet(attack: Outcomes, tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", code, "-k", "bundle=digits", "--no-baselines", "--timesteps", "100000000"]
     for number in range(4 * SCALE):
         seconds = 0.1 + 3.5 * number / (4 * SCALE)
-        with subprocess.Popen([*arguments, "--out", str(tmp_path / str(number))], stderr=subprocess.PIPE, text=True, cwd=os.getcwd()) as process:
+        with subprocess.Popen(
+            [*arguments, "--out", str(tmp_path / str(number))], stderr=subprocess.PIPE, text=True, cwd=os.getcwd()
+        ) as process:
             time.sleep(seconds)
             process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=60)[1]
         quiet = process.returncode in (130, -signal.SIGINT, 1) and "Traceback" not in said
-        attack.add("clear" if quiet or seconds < 0.2 else "traceback", f"Ctrl-C after {seconds:.2f} s", f"{process.returncode} {said}")
+        attack.add(
+            "clear" if quiet or seconds < 0.2 else "traceback",
+            f"Ctrl-C after {seconds:.2f} s",
+            f"{process.returncode} {said}",
+        )
 
 
 def test_a_foreign_agents_package_is_named_in_one_line(attack: Outcomes, tmp_path: Path) -> None:
     (tmp_path / "agents").mkdir()
-    for case, content in {"empty": "", "other": "DISTRIBUTION = 'openai'", "broken": "import nothing_of_that_name", "raises": "raise ValueError('x')"}.items():
+    for case, content in {
+        "empty": "",
+        "other": "DISTRIBUTION = 'openai'",
+        "broken": "import nothing_of_that_name",
+        "raises": "raise ValueError('x')",
+    }.items():
         (tmp_path / "agents" / "__init__.py").write_text(content)
-        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from benchmarks.cli.main import evaluate; evaluate()"
+        code = (
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from benchmarks.cli.main import evaluate; evaluate()"
+        )
         done = subprocess.run([sys.executable, "-c", code, "x"], capture_output=True, text=True, cwd=os.getcwd())
-        attack.add("clear" if done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") <= 2 else "traceback", case, done.stderr)
+        attack.add(
+            "clear"
+            if done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") <= 2
+            else "traceback",
+            case,
+            done.stderr,
+        )

@@ -23,7 +23,22 @@ FOREIGN = {
     "NaN": b"NaN", "zeros": bytes(1000), "binary": bytes(range(256)) * 9, "pickle": b"\x80\x04\x95\x10\x00\x00\x00.",
     "header of 2^60": (2**60).to_bytes(8, "little") + b"{}", "BOM": b"\xef\xbb\xbf{}\n", "latin": b'{"a": "\xe4"}\n',
 }  # fmt: skip
-WRONG: list[Any] = [float("nan"), float("inf"), -1, 10**11, 10**400, 1.5, "x", "", None, True, [], {}, [[[]]], "../../x"]
+WRONG: list[Any] = [
+    float("nan"),
+    float("inf"),
+    -1,
+    10**11,
+    10**400,
+    1.5,
+    "x",
+    "",
+    None,
+    True,
+    [],
+    {},
+    [[[]]],
+    "../../x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +51,9 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return kind, folder, said(kind.use(before))
 
 
-every_kind = pytest.mark.parametrize("written", list(KINDS), indirect=True, ids=lambda name: str(name).replace(" ", "-"))
+every_kind = pytest.mark.parametrize(
+    "written", list(KINDS), indirect=True, ids=lambda name: str(name).replace(" ", "-")
+)
 
 
 def said(content: Any) -> str:
@@ -85,17 +102,25 @@ def test_cut_and_foreign_files(written: Any, attack: Outcomes, draw: np.random.G
     attacked = Attacked(written, tmp_path)
     for name in attacked:
         raw = (attacked.folder / name).read_bytes()
-        contents = {f"cut at {end}": raw[:end] for end in (1, len(raw) // 2, len(raw) - 1, *draw.integers(len(raw), size=SCALE))}
+        contents = {
+            f"cut at {end}": raw[:end] for end in (1, len(raw) // 2, len(raw) - 1, *draw.integers(len(raw), size=SCALE))
+        }
         contents |= FOREIGN | {"twice": raw + raw, "one more": raw + b"x", "BOM before": b"\xef\xbb\xbf" + raw}
         contents |= {"CRLF": raw.replace(b"\n", b"\r\n")}
         if name.endswith("raw.jsonl"):  # whole lines are rows, and the last one may be cut by a kill
-            contents = {case: each for case, each in contents.items() if not case.startswith(("cut", "twice", "one more", "empty"))}
+            contents = {
+                case: each
+                for case, each in contents.items()
+                if not case.startswith(("cut", "twice", "one more", "empty"))
+            }
             contents = {case: each + b"\n" for case, each in contents.items()}
         for case, content in contents.items():
             attacked.fresh(name).write_bytes(content)
             attack.attempt(f"{name} {case}", attacked.use, attacked.wrong(name), attacked.kind.refused)
         attacked.fresh(name).unlink()
-        attack.attempt(f"{name} absent", attacked.use, attacked.wrong(name), (*attacked.kind.refused, FileNotFoundError))
+        attack.attempt(
+            f"{name} absent", attacked.use, attacked.wrong(name), (*attacked.kind.refused, FileNotFoundError)
+        )
         path = attacked.fresh(name)
         path.unlink()
         path.mkdir()
@@ -166,9 +191,16 @@ def senseless(array: np.ndarray) -> dict[str, np.ndarray]:
         "of float64": array.astype(np.float64), "of int8": np.zeros(array.shape, np.int8), "cut": array[:-1].copy(),
     }  # fmt: skip
     if array.dtype.kind == "f":
-        found |= {"NaN": np.full_like(array, np.nan), "inf": np.full_like(array, np.inf), "largest": np.full_like(array, np.finfo(array.dtype).max)}
+        found |= {
+            "NaN": np.full_like(array, np.nan),
+            "inf": np.full_like(array, np.inf),
+            "largest": np.full_like(array, np.finfo(array.dtype).max),
+        }
     else:
-        found |= {"largest": np.full_like(array, np.iinfo(array.dtype).max), "least": np.full_like(array, np.iinfo(array.dtype).min)}
+        found |= {
+            "largest": np.full_like(array, np.iinfo(array.dtype).max),
+            "least": np.full_like(array, np.iinfo(array.dtype).min),
+        }
     return found
 
 

@@ -254,12 +254,20 @@ def test_a_second_training_in_a_folder_is_refused(attack: Outcomes, tmp_path: Pa
                 ),
                 lambda agent: "trained", (runs.RunError, ValueError), str(folder),
             )  # fmt: skip
-        attack.attempt("resumed meanwhile", lambda folder=folder: runs.resume(folder), lambda agent: "resumed", (runs.RunError,), str(folder))
+        attack.attempt(
+            "resumed meanwhile",
+            lambda folder=folder: runs.resume(folder),
+            lambda agent: "resumed",
+            (runs.RunError,),
+            str(folder),
+        )
         os.waitpid(child, 0)
         os.close(reading)
         os.close(writing)
         config = runs.load(folder)[1]
-        attack.add("right" if config["env_kwargs"]["cost_weight"] == 2.0 else "silent", "what the first one wrote", config)
+        attack.add(
+            "right" if config["env_kwargs"]["cost_weight"] == 2.0 else "silent", "what the first one wrote", config
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -280,7 +288,9 @@ def test_readers_of_a_bundle_that_is_replaced_find_a_whole_one(attack: Outcomes,
 def test_a_file_that_cannot_be_written_is_named(attack: Outcomes, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file" / "a", Path("/proc/nowhere/a"), tmp_path / ("x" * 300), tmp_path):
-        attack.attempt(str(path), lambda path=path: write_text(path, "x"), lambda done: "written", (OSError,), str(path)[:20])
+        attack.attempt(
+            str(path), lambda path=path: write_text(path, "x"), lambda done: "written", (OSError,), str(path)[:20]
+        )
 
 
 def test_kinds_that_are_replaced_are_interrupted() -> None:
