@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from agents.evaluate import Policy
 
 FORMAT = 2  # 1 had no seal
+MOST = 10**12  # timesteps
 SETTINGS, WEIGHTS, EPISODES = "run.json", "policy.safetensors", "episodes.csv"
 STARTED, TENSORBOARD, OLD_CURVE = "started.json", "tensorboard", "validation.csv"
 
@@ -267,6 +268,9 @@ def _require_config(config: dict[str, Any], path: Path) -> None:
     for name, kind in kinds.items():
         if name not in config or not isinstance(config[name], kind):
             raise RunError(f"{path} is no configuration of a run: {name} is {config.get(name)!r}")
+    for name in ("total_timesteps", "n_envs"):
+        if not isinstance(count := config["settings"].get(name), int) or not 1 <= count <= MOST:
+            raise RunError(f"{path} is no configuration of a run: {name} is {count!r}")
     known = tuned.BACKENDS.get(config["backend"], ())
     if config["algo"] not in known:
         raise RunError(f"{path}: {config['algo']!r} is no algorithm of backend {config['backend']!r}")

@@ -82,6 +82,8 @@ def pairs(given: list[str], option: str) -> dict[str, Any]:
             raise ValueError(f"{option} {pair!r}: expected name=value")
         try:
             parsed[name] = json.loads(value)
+        except RecursionError as error:
+            raise ValueError(f"{option} {name}: its value is nested too deeply") from error
         except ValueError:
             parsed[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return parsed

@@ -46,7 +46,8 @@ class Job(NamedTuple):
 def load_matrix(path: Path) -> Matrix:
     """Load a matrix from a YAML or JSON file; raises `RunnerError` naming the invalid field."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(text, _UniqueKeys)
     except OSError as error:
         raise RunnerError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:
@@ -107,6 +108,13 @@ def said(error: ValidationError) -> str:
     errors = error.errors()
     shown = [f"{'.'.join(map(str, each['loc']))[:80] or 'the whole'}: {each['msg']}" for each in errors[:SHOWN]]
     return "; ".join([*shown, f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else shown)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless it has a key twice."""
+    if twice := [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]:
+        raise ValueError(f"{twice[0]!r} is named twice")
+    return dict(pairs)
 
 
 class _UniqueKeys(yaml.SafeLoader):

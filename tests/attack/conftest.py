@@ -6,13 +6,14 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
+Case = TypeVar("Case")
 VERDICTS = "right", "clear", "unclear", "silent", "lost", "traceback"
 SCALE = int(os.environ.get("MOE_ENVS_ATTACK", "1"))
 
@@ -66,6 +67,11 @@ def attack(record_property: Callable[[str, object], None]) -> Iterator[Outcomes]
     record_property("attack", dict(outcomes.counts))
     assert outcomes.counts.total(), "no case was tried"
     assert not outcomes.bad, "\n".join([f"{len(outcomes.bad)} of {outcomes.counts.total()}", *outcomes.bad[:20]])
+
+
+def some(cases: Iterable[Case], every: int) -> list[Case]:
+    """Each `every`-th case in the short attack, all in the long one."""
+    return list(cases)[:: every if SCALE == 1 else 1]
 
 
 @pytest.fixture

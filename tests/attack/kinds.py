@@ -21,7 +21,6 @@ from agents.checkpoints import CheckpointError
 from agents.ppo import PPO
 from agents.rollouts import NotFiniteError
 from agents.runs import RunError
-from agents.training import Look
 from benchmarks.runner import kept, matrix, rows
 from benchmarks.runner.experiments import RunnerError
 from cost.files import save_json, sealed, sums_of
@@ -54,6 +53,7 @@ class Kind:
     refused: tuple[type[Exception], ...]
     reseal: Callable[[Path], None] = lambda path: None
     free: tuple[str, ...] = ()
+    slow: bool = False  # to use: fewer cases in the short attack
     skipped: tuple[str, ...] = ("tensorboard", ".lock")
 
     def files(self, folder: Path) -> list[Path]:
@@ -294,11 +294,11 @@ KINDS: dict[str, Kind] = {
     ),
     "own run": Kind(
         ("agents.runs", "agents.training"), _run("own"), _use_run, (RunError, CheckpointError, ValueError), _seal_run,
-        skipped=("tensorboard", ".lock", "checkpoint-", "started.json"),
+        skipped=("tensorboard", ".lock", "checkpoint-", "started.json"), slow=True,
     ),
     "SB3's run": Kind(
         ("agents.runs",), _run("sb3"), _use_run, (RunError, CheckpointError, ValueError), _seal_run,
-        skipped=("tensorboard", ".lock", "started.json"),
+        skipped=("tensorboard", ".lock", "started.json"), slow=True,
     ),
     "rows": Kind(
         ("benchmarks.runner.rows",), _rows, _use_rows,
@@ -319,13 +319,16 @@ KINDS: dict[str, Kind] = {
         lambda path: _seal_json(path) if path.suffix == ".json" else None,
     ),
     "reference model": Kind(
-        ("experts.reference_models",), lambda folder: reference_models.save(_model(), "digits-mlp", folder / "model.safetensors"),
-        lambda folder: (lambda found: (tensors_of(found[0]), found[1]))(reference_models.read(folder / "model.safetensors")),
+        ("experts.reference_models",), lambda folder: reference_models.save(_model(), "digits-mlp",
+        folder / "model.safetensors"),
+        lambda folder: (lambda found: (tensors_of(found[0]),
+        found[1]))(reference_models.read(folder / "model.safetensors")),
         (DataError,), _seal_arrays,
     ),
     "network": Kind(
         ("experts.checkpoints",), _network,
-        lambda folder: tensors_of(networks.load_model(folder / "network.safetensors", MoENetwork)), (DataError,), _seal_arrays,
+        lambda folder: tensors_of(networks.load_model(folder / "network.safetensors", MoENetwork)), (DataError,),
+        _seal_arrays,
     ),
     "shared core": Kind(("experts.compression.shared_core",), _core, _use_core, (ValueError,), _seal_arrays),
     "task": Kind(("experts.tasks",), _tasks, _use_task, (DataError,)),

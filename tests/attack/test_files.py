@@ -19,7 +19,8 @@ PACKAGES = "agents", "benchmarks", "cost", "experts", "moe_envs"
 WRITES = {"write_bytes", "write_text", "save_json", "to_csv"}
 DEEP = "[" * 100_000
 FOREIGN = {
-    "empty": b"", "text": b"hello\n", "number": b"1", "null": b"null\n", "list": b"[]", "dict": b"{}", "deep": DEEP.encode(),
+    "empty": b"", "text": b"hello\n", "number": b"1", "null": b"null\n", "list": b"[]", "dict": b"{}",
+    "deep": DEEP.encode(),
     "NaN": b"NaN", "zeros": bytes(1000), "binary": bytes(range(256)) * 9, "pickle": b"\x80\x04\x95\x10\x00\x00\x00.",
     "header of 2^60": (2**60).to_bytes(8, "little") + b"{}", "BOM": b"\xef\xbb\xbf{}\n", "latin": b'{"a": "\xe4"}\n',
 }  # fmt: skip
@@ -65,10 +66,15 @@ class Attacked:
 
     def __init__(self, written: tuple[Kind, Path, Any], tmp_path: Path) -> None:
         self.kind, self.folder, self.holds = written
-        self.copy = tmp_path / "copy"
+        self.copy, self.number = tmp_path / "copy", 0
 
     def __iter__(self) -> Iterator[str]:
         return (str(path.relative_to(self.folder)) for path in self.kind.files(self.folder))
+
+    def left_out(self) -> bool:
+        """Whether a case is of the long attack only, as most of those are that take long."""
+        self.number += 1
+        return self.kind.slow and SCALE == 1 and self.number % 10 != 0
 
     def fresh(self, name: str) -> Path:
         shutil.rmtree(self.copy, ignore_errors=True)
@@ -90,6 +96,8 @@ def test_altered_bits(written: Any, attack: Outcomes, draw: np.random.Generator,
         size = (attacked.folder / name).stat().st_size
         ends = [0, 1, 7, 8, 9, size - 1, size - 2]
         for place in [*(end for end in ends if 0 <= end < size), *draw.integers(size, size=4 * SCALE).tolist()]:
+            if attacked.left_out():
+                continue
             path, bit = attacked.fresh(name), int(draw.integers(8))
             raw = bytearray(path.read_bytes())
             raw[place] ^= 1 << bit
@@ -115,6 +123,8 @@ def test_cut_and_foreign_files(written: Any, attack: Outcomes, draw: np.random.G
             }
             contents = {case: each + b"\n" for case, each in contents.items()}
         for case, content in contents.items():
+            if attacked.left_out():
+                continue
             attacked.fresh(name).write_bytes(content)
             attack.attempt(f"{name} {case}", attacked.use, attacked.wrong(name), attacked.kind.refused)
         attacked.fresh(name).unlink()
@@ -187,7 +197,8 @@ def test_senseless_content_under_a_new_seal(
 def senseless(array: np.ndarray) -> dict[str, np.ndarray]:
     """An array with other numbers, shapes and types."""
     found = {
-        "of text": np.frombuffer(b"text", np.uint8), "empty": array[:0], "flat": array.reshape(-1), "of one": array.reshape(-1)[:1],
+        "of text": np.frombuffer(b"text", np.uint8), "empty": array[:0], "flat": array.reshape(-1),
+        "of one": array.reshape(-1)[:1],
         "of float64": array.astype(np.float64), "of int8": np.zeros(array.shape, np.int8), "cut": array[:-1].copy(),
     }  # fmt: skip
     if array.dtype.kind == "f":
@@ -196,7 +207,7 @@ def senseless(array: np.ndarray) -> dict[str, np.ndarray]:
             "inf": np.full_like(array, np.inf),
             "largest": np.full_like(array, np.finfo(array.dtype).max),
         }
-    else:
+    elif array.dtype.kind in "iu":
         found |= {
             "largest": np.full_like(array, np.iinfo(array.dtype).max),
             "least": np.full_like(array, np.iinfo(array.dtype).min),
@@ -205,6 +216,8 @@ def senseless(array: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def reseal(attack: Outcomes, case: str, attacked: Attacked, path: Path) -> None:
+    if attacked.left_out():
+        return
     try:
         attacked.kind.reseal(path)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):

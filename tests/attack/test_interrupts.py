@@ -20,7 +20,7 @@ from benchmarks.runner import rows, runner
 from benchmarks.runner.matrix import Matrix
 from cost.files import save_json, write_text
 from experts import bundle
-from tests.attack.conftest import SCALE, Outcomes
+from tests.attack.conftest import SCALE, Outcomes, some
 from tests.attack.kinds import ENV, KINDS, SHORT, build, row
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "shutil.rmtree", "shutil.move"}
@@ -135,7 +135,8 @@ OPERATIONS = {
         lambda folder: (folder / "a.json").read_text(),
     ),
     "row is added": Operation(
-        lambda folder: rows.append(folder / "raw.jsonl", row(0)), lambda folder: rows.append(folder / "raw.jsonl", row(1)),
+        lambda folder: rows.append(folder / "raw.jsonl", row(0)), lambda folder: rows.append(folder / "raw.jsonl",
+        row(1)),
         lambda folder: [each.seed for each in rows.read(folder / "raw.jsonl")],
     ),
     "run": Operation(lambda folder: None, _train, _run_of),
@@ -170,8 +171,8 @@ def test_interrupts_between_changes_of_files(name: str, sign: int, attack: Outco
     assert status == 0, said
     new, changes = str(operation.look(folder)), int(said)
     assert changes > 1
-    every = range(changes) if name in ANY_TIME or SCALE > 1 else range(0, changes, max(1, changes // 4))
-    for number in every:
+    every = {"bundle is replaced": 5, "run": max(1, changes // 3), "matrix": 4}.get(name, 1)
+    for number in some(range(changes), every):
         folder = fresh()
 
         def interrupted(number: int = number, folder: Path = folder) -> None:
@@ -228,7 +229,7 @@ def test_full_disks_name_the_file_and_lose_nothing(name: str, attack: Outcomes, 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_second_training_in_a_folder_is_refused(attack: Outcomes, tmp_path: Path) -> None:
-    for number in range(3 * SCALE):
+    for number in range(SCALE):
         folder = tmp_path / str(number)
         reading, writing = os.pipe()
 
@@ -277,7 +278,7 @@ def test_readers_of_a_bundle_that_is_replaced_find_a_whole_one(attack: Outcomes,
     if child == 0:
         try:
             signal.alarm(SECONDS)
-            for number in range(10):
+            for number in range(3 * SCALE):
                 build(tmp_path, 200 + 10 * (number % 2))
         finally:
             os._exit(0)

@@ -42,7 +42,7 @@ def read(logs: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
             epochs[["seconds", "total", "rss", "energy", "finite"]],
             about["energy_source"],
         )  # raises KeyError if a column is missing
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise LogsError(
             f"{logs} holds no whole logs of a monitor: {reason}; cost.monitor.Monitor writes them"
