@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test test-long lint format type docs notebooks bench bundles clean
+.PHONY: setup demo test test-long test-attack lint format type docs notebooks bench bundles clean
 
 setup: $(READY)
 
@@ -25,6 +25,10 @@ test: lint type
 # Slow tests: the runner through twenty kills of its processes, and of Ray's workers.
 test-long: $(READY)
 	MOE_ENVS_KILLS=20 $(BIN)/pytest --durations=10 tests/benchmarks/test_runner.py tests/benchmarks/test_ray.py
+
+# The attack on arguments, files and processes with all its cases.
+test-attack: $(READY)
+	MOE_ENVS_ATTACK=4 $(BIN)/pytest --durations=10 tests/attack
 
 lint: $(READY)
 	$(BIN)/ruff check .

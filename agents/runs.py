@@ -56,12 +56,13 @@ def train(
     while another training is at work in it. `progress` is called with the finished share. Uses one torch thread, which
     is fastest for such small networks.
     """
+    require_free(folder, env_kwargs, overwrite)
+    settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
+    config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "backend": backend, "seed": seed}
+    config["settings"] = settings
+    agent = _make(folder, config)  # before anything is written
     with alone(folder, RunError):
         require_free(folder, env_kwargs, overwrite)
-        settings = tuned.settings(algo, env_id, backend, **(overrides or {}))
-        config = {"env": env_id, "env_kwargs": env_kwargs, "algo": algo, "backend": backend, "seed": seed}
-        config["settings"] = settings
-        agent = _make(folder, config)
         _clear(folder, config)
         return _train(agent, folder, config, progress)
 

@@ -64,7 +64,7 @@ def train(
         _only(context, "resume", "json_file", "baselines", "trust")
     else:
         runs.require_free(folder, env_kwargs, overwrite)
-    with nullcontext() if resume else alone(folder, runs.RunError), bar() as add:
+    with alone(folder, runs.RunError) if tune else nullcontext(), bar() as add:
         if tune:
             report = add(f"tuning: {tune} trials")
             arguments = {"env_id": env_id, "algo": algo, "backend": backend, "env_kwargs": env_kwargs, "seed": seed}

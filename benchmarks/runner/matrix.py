@@ -47,7 +47,9 @@ def load_matrix(path: Path) -> Matrix:
     """Load a matrix from a YAML or JSON file; raises `RunnerError` naming the invalid field."""
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(text, _UniqueKeys)
+        content = (
+            json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(text, _UniqueKeys)
+        )
     except OSError as error:
         raise RunnerError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:

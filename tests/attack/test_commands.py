@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -92,6 +91,14 @@ CONTENTS = {
     "billion": "a: &a [x,x,x,x,x,x,x,x,x]\n"
     + "".join(f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands write into a folder of their own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
 def test_matrices(attack: Outcomes, tmp_path: Path) -> None:
@@ -321,7 +328,7 @@ def test_ctrl_c_at_any_time_is_quiet(attack: Outcomes, tmp_path: Path) -> None:
     for number in range(3 * SCALE):
         seconds = 0.1 + 3.5 * number / (3 * SCALE)
         with subprocess.Popen(
-            [*arguments, "--out", str(tmp_path / str(number))], stderr=subprocess.PIPE, text=True, cwd=os.getcwd()
+            [*arguments, "--out", str(tmp_path / str(number))], stderr=subprocess.PIPE, text=True
         ) as process:
             time.sleep(seconds)
             process.send_signal(signal.SIGINT)
@@ -346,7 +353,7 @@ def test_a_foreign_agents_package_is_named_in_one_line(attack: Outcomes, tmp_pat
         code = (
             f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from benchmarks.cli.main import evaluate; evaluate()"
         )
-        done = subprocess.run([sys.executable, "-c", code, "x"], capture_output=True, text=True, cwd=os.getcwd())
+        done = subprocess.run([sys.executable, "-c", code, "x"], capture_output=True, text=True)
         attack.add(
             "clear"
             if done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") <= 2
