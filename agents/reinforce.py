@@ -9,14 +9,14 @@ import numpy as np
 
 from agents.distributions import Evaluation
 from agents.learner import Learner
-from agents.settings import Settings, Share, Steps
+from agents.settings import Scheduled, Settings, Share, Steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforceSettings(Settings):
     """Settings of REINFORCE; defaults use one update per whole rollout."""
 
-    learning_rate: float | str = 1e-3
+    learning_rate: Scheduled = 1e-3
     n_steps: Steps = 128
     batch_size: Steps | None = None
     gae_lambda: Share = 1.0

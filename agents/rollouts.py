@@ -212,9 +212,7 @@ def make_rows(
         mode = {"autoreset_mode": AutoresetMode.DISABLED}
         made: Any = gymnasium.make_vec(env, count, vectorization_mode="sync", vector_kwargs=mode, **kwargs)
         if made.envs[0].has_wrapper_attr("reward_space"):
-            raise ValueError(
-                f"{env} has a vector of rewards, as MO-Gymnasium's: a learner needs one number"
-            )
+            raise ValueError(f"{env} has a vector of rewards, as MO-Gymnasium's: a learner needs one number")
         return Rows(made)
     native: dict[str, Any] = {"num_envs": count, "vectorization_mode": "vector_entry_point", **kwargs}
     try:

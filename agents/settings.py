@@ -18,6 +18,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "GruPolicy": {"net_arch": (64,), "gru": 64},
 }
 Share = Annotated[float, Ge(0), Le(1)]
+Scheduled = Annotated[float | str, "positive: a number, 'linear A' or 'linear A B'"]
 Width = Annotated[int, Ge(1), Le(2**14)]
 KNOWN = {"net_arch": Sequence[Width], "gru": Annotated[int, Ge(0), Le(2**14)]}  # in policy_kwargs
 Steps = Annotated[int, Ge(1), Le(2**24)]
@@ -32,7 +33,7 @@ class Settings:
     before both, 0 for none). Actions are sampled from the logits divided by the temperature.
     """
 
-    learning_rate: float | str = 3e-4
+    learning_rate: Scheduled = 3e-4
     n_steps: Steps = 2048
     batch_size: Steps | None = 64
     gamma: Share = 0.99
@@ -41,7 +42,7 @@ class Settings:
     ent_coef: float = 0.0
     vf_coef: NonNegative = 0.5
     max_grad_norm: Positive = 0.5
-    temperature: float | str = 1.0
+    temperature: Scheduled = 1.0
     normalize_observations: bool = False
     normalize_rewards: bool = False
     policy_kwargs: dict[str, Any] | None = None

@@ -21,7 +21,7 @@ NonNegative = Annotated[float, Ge(0), Le(1e12)]  # larger ones overflow where th
 Positive = Annotated[float, Gt(0), Le(1e12)]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", type(None): "None"}
-WORDS: dict[type, str] = {Ge: "of at least {}", Gt: "above {}", Le: "of at most {}", Lt: "below {}"}
+WORDS: dict[type, str] = {Ge: "of at least {:g}", Gt: "above {:g}", Le: "of at most {:g}", Lt: "below {:g}"}
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 Adapters = dict[str, tuple[Any, "TypeAdapter[Any]"]]  # annotations and their validators by argument
@@ -101,11 +101,12 @@ def _checked(name: str, value: object, hint: Any, adapter: TypeAdapter[Any]) -> 
 
 
 def _allowed(hint: Any) -> str:
-    """What an annotation allows, in words."""
+    """What an annotation allows, in words: those in it, if there are any."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         kind, *bounds = parts
-        return f"{_allowed(kind)} {' and '.join(WORDS[type(each)].format(*astuple(each)) for each in bounds)}"
+        said = [each if isinstance(each, str) else WORDS[type(each)].format(*astuple(each)) for each in bounds]
+        return said[0] if isinstance(bounds[0], str) else f"{_allowed(kind)} {' and '.join(said)}"
     if origin in (Union, UnionType):
         return " or ".join(map(_allowed, parts))
     if origin is Literal:

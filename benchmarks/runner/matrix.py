@@ -108,7 +108,10 @@ def jobs_of(matrix: Matrix) -> list[Job]:
 def said(error: ValidationError) -> str:
     """The first errors, each with its place, in one line."""
     errors = error.errors()
-    shown = [f"{'.'.join(map(str, each['loc']))[:80] or 'the whole'}: {each['msg']}" for each in errors[:SHOWN]]
+    shown = [
+        f"{'.'.join(map(str, each['loc']))[:80]}: {each['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+        for each in errors[:SHOWN]
+    ]
     return "; ".join([*shown, f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else shown)
 
 

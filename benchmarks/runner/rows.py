@@ -58,14 +58,19 @@ class Row(BaseModel):
 
     @classmethod
     def made(cls, **content: Any) -> Row:
-        """A row of the present format with its hash."""
-        row = cls.model_construct(format=2, **content)
+        """A row of the present format with its hash; raises `ValueError` for a result that is no JSON."""
+        for name, value in [*content["metrics"].items(), *content["measured"].items()]:
+            try:
+                json.dumps(value, allow_nan=False)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{name} is {value!r}: no JSON; numbers must be finite") from error
+        row = cls.model_construct(format=2, **json.loads(json.dumps(content)))
         return cls(**row.model_dump(exclude={"sha256"}), sha256=row._hash())
 
     @property
     def line(self) -> bytes:
         """The row as it stands in a file."""
-        return json.dumps(self.model_dump(exclude_none=self.format == 1)).encode() + b"\n"
+        return json.dumps(self.model_dump(exclude={"sha256"} if self.format == 1 else None)).encode() + b"\n"
 
     def _hash(self) -> str:
         return sha256_of(json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True).encode())
@@ -137,16 +142,10 @@ def _finite(value: Any) -> bool:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row under a lock unless its hash exists; raises `ValueError` for an invalid result or a name that is
-    already in use."""
+    """Add a row under a lock unless its hash exists; raises `ValueError` for a name that is already in use."""
     names = Counter([*ABOUT, *row.arguments, *row.metrics, *row.measured])
     if twice := [name for name, times in names.items() if times > 1]:
         raise ValueError(f"{', '.join(twice)}: of arguments, metrics and what is measured each needs a name of its own")
-    for name, value in [*row.metrics.items(), *row.measured.items()]:
-        try:
-            json.dumps(value, allow_nan=False)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{name} is {value!r}: no JSON; numbers must be finite") from error
     with locked(path):
         if row.config_hash in {each.config_hash for each in read(path, cut=True)}:
             return

@@ -125,7 +125,7 @@ def rebuild(out: Path, trust: Trust = ()) -> bool:
     source = {
         "rows": len(rows), "of": len(wanted), "commits": sorted({str(row.commit) for row in rows}),
         "machines": sorted({row.fingerprint["cpu"] for row in rows}), **provenance(),
-        "sha256": hashlib.sha256("".join(row.model_dump_json() for row in rows).encode()).hexdigest(),
+        "sha256": hashlib.sha256("".join(row.model_dump_json(exclude={"sha256"}) for row in rows).encode()).hexdigest(),
     }  # fmt: skip
     if (out / REPORT).exists() and _source_of(out / RESULTS) == source:
         return False

@@ -121,6 +121,8 @@ class Plan:
             others, forms = _whole(content["others"]), [LEVELS[level].name for level in levels.values()]
         except OSError as error:
             raise PlanError(f"{path} cannot be read: {error.strerror}") from error
+        except PlanError:
+            raise
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise PlanError(f"{path} is not a plan: {type(error).__name__} {error}") from error
         if forms != [row.get("form") for row in rows]:

@@ -55,7 +55,7 @@ class SharedCore:
     @classmethod
     def from_bytes(cls, raw: bytes) -> SharedCore:
         """Restore from `to_bytes`; raises `ValueError` for invalid bytes."""
-        _, arrays = arrays_of(raw, "the shared core", ValueError, "fit it again")
+        _, arrays = arrays_of(raw, "not a shared core: it", ValueError, "fit it again")
         if set(arrays) != {field.name for field in fields(cls)}:
             raise ValueError(f"not a shared core: it holds {', '.join(sorted(arrays))}")
         core, (experts, *_, rank) = arrays["core"], arrays["u_out"].shape or (0,)

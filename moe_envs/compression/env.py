@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 import numpy as np
-from annotated_types import Ge
 from gymnasium import spaces
 
 from cost.arguments import NonNegative, choose
@@ -68,8 +67,8 @@ class MoECompressionVectorEnv(BatchedEnv):
         self,
         num_envs: int = 1,
         *,
-        model: str | Sequence[str] = "fashion-mnist-conv",
-        budget: Annotated[int, Ge(1)] | None = None,
+        model: Annotated[str | Sequence[str], "a name, or a list of at least one"] = "fashion-mnist-conv",
+        budget: Annotated[int | None, "a whole number of bytes"] = None,
         split: str = "train",
         cost_weight: NonNegative = 0.0,
         costs: str = "reference",

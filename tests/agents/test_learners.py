@@ -176,15 +176,15 @@ def test_masks_come_from_wrapped_and_remote_environments() -> None:
         ({"n_steps": 0}, "n_steps=0: must be a whole number"),
         ({"n_envs": 0}, "n_envs=0"),
         ({"batch_size": None}, "batch_size=None"),
-        ({"gamma": 1.1}, "gamma=1.1: must be from 0 to 1"),
+        ({"gamma": 1.1}, "gamma=1.1: must be a finite number of at least 0 and of at most 1"),
         ({"learning_rate": "cosine 1"}, "learning_rate: 'cosine 1' is not"),
         ({"learning_rate": "linear x"}, "learning_rate: could not"),
         ({"temperature": "linear 2 0"}, "temperature='linear 2 0': must be positive"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: must be positive"),
-        ({"max_grad_norm": -1}, "max_grad_norm=-1: must be a positive number"),
-        ({"clip_range": "linear 0.2"}, "clip_range='linear 0.2': must be a positive number"),
+        ({"max_grad_norm": -1}, "max_grad_norm=-1: must be a finite number above 0"),
+        ({"clip_range": "linear 0.2"}, "clip_range='linear 0.2': must be a finite number above 0"),
         ({"policy_kwargs": {"hidden": 3}}, "policy_kwargs has hidden; known are net_arch, gru"),
-        ({"policy_kwargs": {"net_arch": {"pi": [3]}}}, "must be a list of widths"),
+        ({"policy_kwargs": {"net_arch": {"pi": [3]}}}, "must be a list, each a whole number"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(settings: dict[str, Any], message: str) -> None:
@@ -234,7 +234,8 @@ def test_what_is_not_finite_is_an_error_that_says_where(field: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:
-    agent = PPO("MlpPolicy", "Forever-v0", n_envs=2, n_steps=8, vf_coef=float("inf"))
+    agent = PPO("MlpPolicy", "Forever-v0", n_envs=2, n_steps=8)
+    object.__setattr__(agent.settings, "vf_coef", float("inf"))  # which no argument can be
     with pytest.raises(NotFiniteError, match="lower learning_rate"):
         agent.learn(100)
     assert np.isfinite(agent.network.flat.numpy()).all()

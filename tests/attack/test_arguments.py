@@ -11,11 +11,14 @@ import annotated_types
 import gymnasium
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agents.ppo import PPO, PPOSettings
 from agents.reinforce import REINFORCE, ReinforceSettings
+from cost.arguments import adapters_of, check
 from moe_envs import SPECS
-from tests.attack.conftest import Outcomes, some
+from tests.attack.conftest import SCALE, Outcomes, some
 
 JUNK: dict[str, Any] = {
     "nan": math.nan, "inf": math.inf, "-inf": -math.inf, "complex": 1j, "huge": 10**400, "1e308": 1e308, "-1": -1,
@@ -40,7 +43,9 @@ def fits(hint: Any, value: Any) -> bool:
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if origin is Annotated:
-        return fits(parts[0], value) and all(BOUNDS[type(each)](value, bound_of(each)) for each in parts[1:])
+        return fits(parts[0], value) and all(
+            BOUNDS[type(each)](value, bound_of(each)) for each in parts[1:] if not isinstance(each, str)
+        )
     if origin in (Union, UnionType):
         return any(fits(part, value) for part in parts)
     if origin is Literal:
@@ -185,3 +190,29 @@ def test_arguments_of_learners(learner: type[PPO] | type[REINFORCE], attack: Out
                 lambda made, hint=hint, junk=junk: None if fits(hint, junk) else "accepted",
                 names=argument if not fits(hint, junk) else "",
             )  # fmt: skip
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+def test_any_value_is_named_or_fits(attack: Outcomes) -> None:
+    """What `cost.arguments` lets through is of the annotation, for whatever hypothesis thinks of."""
+    hints = {f"{env_id} {name}": hint for env_id in SPECS for name, hint in arguments_of(env_id).items()}
+    adapters = adapters_of(hints)
+
+    @settings(max_examples=100 * SCALE, database=None)
+    @given(VALUES)
+    def one(value: Any) -> None:
+        for name, hint in hints.items():
+            attack.attempt(
+                f"{name}={value!r}",
+                lambda name=name: check(adapters, {name: value})[name],
+                lambda found, hint=hint: None if fits(hint, found) else f"became {found!r}",
+                names=name,
+            )
+
+    one()

@@ -1,6 +1,7 @@
 """The commands, as a person calls them."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from agents import runs
 from benchmarks.cli import main, terminal
 from benchmarks.experiments import router
+from cost.files import load_json, save_json
 from tests.processes import running, wait_until
 
 
@@ -33,12 +35,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder_says_all_about_the_run(run: Path) -> None:
-    config = json.loads((run / "run.json").read_text())
+    config = load_json(run / "run.json", ValueError, "")
     assert config == json.loads((run / "out.json").read_text())
     assert config["env"] == "moe_envs:MoERouting-v0"
     assert config["env_kwargs"] == {"bundle": "digits", "cost_weight": 0.3}
     assert (config["algo"], config["seed"], config["settings"]["total_timesteps"]) == ("ppo", 3, 4096)
-    assert {"commit", "fingerprint", "versions", "sha256"} <= config.keys()
+    assert {"commit", "fingerprint", "versions", "weights_sha256"} <= config.keys()
     assert (run / "episodes.csv").read_text().count("\n") == 4096 / 32 + 1
     assert list(run.glob("tensorboard/*/events*"))
 
@@ -80,7 +82,11 @@ def test_sb3s_zip_is_loaded_where_it_is_trusted(run: Path) -> None:
 
 def test_default_names_hold_what_was_given() -> None:
     name = runs.default_name("moe_envs:MoERouting-v0", "ppo", "own", {"cost_weight": 0.4, "bundle": "a/b"}, 3)
-    assert name == "MoERouting-v0-ppo-bundle=ab-cost_weight=0.4-seed3"
+    assert re.fullmatch("MoERouting-v0-ppo-bundle=ab-cost_weight=0.4-seed3-[0-9a-f]{8}", name)  # a/b is not ab
+    plain = runs.default_name("moe_envs:MoERouting-v0", "ppo", "own", {"cost_weight": 0.4, "bundle": "ab"}, 3)
+    assert plain == "MoERouting-v0-ppo-bundle=ab-cost_weight=0.4-seed3"
+    long = runs.default_name("moe_envs:MoERouting-v0", "ppo", "own", {"bundle": "x" * 5000}, 3)
+    assert len(long) < 200
 
 
 def test_weights_survive_the_folder_bit_for_bit(run: Path) -> None:
@@ -105,7 +111,7 @@ def test_a_finished_run_is_not_overwritten_unasked(run: Path) -> None:
         ("train", ["--env", "MoERoutnig-v0"], "did you mean MoERouting-v0"),
         ("train", ["--algo", "sac", "--out", "x"], "own: ppo, reinforce; sb3: ppo, a2c, dqn, qrdqn"),
         ("train", ["--backend", "rllib", "--out", "x"], "own: ppo"),
-        ("train", ["--resume", "nowhere"], "only runs of --backend own"),
+        ("train", ["--resume", "nowhere"], "nowhere is no run folder"),
         ("train", ["-k", "cost_weight", "--out", "x"], "name=value"),
         ("train", ["-k", "splot=test", "--out", "x"], "did you mean 'split'"),
         ("train", ["-k", "split=test", "--out", "x"], "rl_train"),
@@ -226,7 +232,7 @@ def test_damaged_runs_are_refused(run: Path, tmp_path: Path) -> None:
     (copy / "run.json").write_text("{}")
     with pytest.raises(runs.RunError, match="damaged or foreign"):
         runs.load(copy)
-    (copy / "run.json").write_text('{"format": 7}')
+    save_json(copy / "run.json", {"format": 7})
     with pytest.raises(runs.RunError, match="format 7"):
         runs.load(copy)
 

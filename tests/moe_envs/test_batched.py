@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.error import InvalidAction
+from gymnasium.error import InvalidAction, ResetNeeded
 
 from cost.model import Cost, RelativeCost
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv
@@ -64,6 +64,9 @@ def test_numbers_by_hand() -> None:
     assert results[1][4]["cost/time"] == 1.0
     assert results[1][4]["reward/cost"] == 0.5
     np.testing.assert_array_equal(results[1][4]["vector_reward"], [1, -0.5, 0, 0])
+    with pytest.raises(ResetNeeded, match="call reset before step"):
+        env.step(0)
+    env.reset()
     with pytest.raises(InvalidAction):
         env.step(2)
 

@@ -340,7 +340,7 @@ def test_table_of_arguments_has_the_live_defaults(env_id: str) -> None:
         ({"cost_weight": -1.0}, "cost_weight"),
         ({"cost_weight": float("nan")}, "cost_weight"),
         ({"batch_size": 0}, "batch_size"),
-        ({"time_weight": -1.0}, "weights"),
+        ({"time_weight": -1.0}, "time_weight=-1.0: must be a finite number of at least 0"),
         ({"render_mode": "video"}, "rgb_array"),
     ],
 )
