@@ -28,7 +28,7 @@ test-long: $(READY)
 
 # The attack on arguments, files and processes with all its cases.
 test-attack: $(READY)
-	MOE_ENVS_ATTACK=4 $(BIN)/pytest --durations=10 tests/attack
+	MOE_ENVS_ATTACK=$${MOE_ENVS_ATTACK:-4} $(BIN)/pytest --durations=10 tests/attack
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -48,9 +48,9 @@ class Learner(Resumable):
         policy: str,
         env: AnyEnv,
         *,
-        verbose: int = 0,
+        verbose: int | bool = 0,
         seed: Annotated[int, Ge(0)] | None = 0,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         tensorboard_log: str | Path | None = None,
         n_envs: Annotated[int, Ge(1), Le(2**16)] = 8,
         env_kwargs: dict[str, Any] | None = None,
@@ -61,7 +61,7 @@ class Learner(Resumable):
         self.settings = self.settings_class.of(settings)
         self.arguments: dict[str, Any] = {
             "policy": policy, "n_envs": n_envs, "env_kwargs": env_kwargs or {},
-            "seed": int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed, "device": device,
+            "seed": int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed, "device": str(device),
         }  # fmt: skip
         self.rows = make_rows(env, n_envs, self.arguments["env_kwargs"])
         self.env_id, self.arguments["n_envs"] = env if isinstance(env, str) else None, self.rows.count
@@ -72,7 +72,7 @@ class Learner(Resumable):
         sizes: dict[str, Any] = POLICIES[policy] | (self.settings.policy_kwargs or {})
         free, seed = self.distribution.free, self.arguments["seed"]
         self.network = Network(self.preprocessor.size, self.distribution.size, free=free, seed=seed, **sizes)
-        self.descent = Descent(self.network, device)
+        self.descent = Descent(self.network, str(device))
         self.generator = np.random.default_rng([seed, 1])  # separate from the streams of the environment rows
         self.updates = Updates(self, self.settings, self.descent, self.distribution)
         self.collector = Collector(self.rows, self.preprocessor.flatten, self.network.begin(self.rows.count))

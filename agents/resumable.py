@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,13 +22,13 @@ from agents.rollouts import Collector, Rows
 from agents.settings import Settings
 from agents.updates import Updates
 from cost.arguments import one_line
-from cost.files import sha256_of
+from cost.files import alone, sha256_of
 from cost.trust import require_env
 
 EPISODES = "episodes.csv"
 LARGEST = 1e10  # weight of a network
 # What arguments and state that do not fit an environment raise.
-UNFIT = (ValueError, KeyError, TypeError, AttributeError, IndexError, gymnasium.error.Error, RuntimeError)
+UNFIT = (ValueError, KeyError, TypeError, AttributeError, IndexError, gymnasium.error.Error, RuntimeError, MemoryError)
 
 
 class Resumable:
@@ -72,15 +73,16 @@ class Resumable:
         An environment without `state` and `restore` starts new episodes here, as it does when resumed.
         """
         run = Path(run)
-        self._claim(run)
-        if not self.rows.has_state:
-            self.collector.begin(int(self.generator.integers(2**31)))
-            self._forget()
-        self._episodes_size = self.episodes.append_to(run / EPISODES, self._episodes_size)
-        self._episodes_sha256 = sha256_of((run / EPISODES).read_bytes())
-        self.save(checkpoints.numbered(run, self.num_timesteps))
-        checkpoints.prune(run)
-        self._run = run.resolve(), checkpoints.newest(run)
+        with alone(run, ValueError):
+            self._claim(run)
+            if not self.rows.has_state:
+                self.collector.begin(int(self.generator.integers(2**31)))
+                self._forget()
+            self._episodes_size = self.episodes.append_to(run / EPISODES, self._episodes_size)
+            self._episodes_sha256 = sha256_of((run / EPISODES).read_bytes())
+            self.save(checkpoints.numbered(run, self.num_timesteps))
+            checkpoints.prune(run)
+            self._run = run.resolve(), checkpoints.newest(run)
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None, allow_import: bool = False) -> Self:
@@ -155,15 +157,23 @@ class Resumable:
                 )
             self._run, self._episodes_size, self._episodes_sha256 = (run.resolve(), None), 0, None
             self.episodes.rewind()
-        if self._episodes_size > size:
+        self.check_episodes(run)
+
+    def check_episodes(self, run: Path) -> None:
+        """Raise `CheckpointError` if the episodes of the run are not those at its last checkpoint; cut off what a
+        training that was killed wrote after them."""
+        path, size = run / EPISODES, self._episodes_size
+        there = path.stat().st_size if path.exists() else 0
+        if size > there:
             raise CheckpointError(
-                f"{run / EPISODES} had {self._episodes_size} bytes and has {size}: put it back, or checkpoint to "
-                "another folder"
+                f"{path} had {size} bytes and has {there}: put it back, or checkpoint to another folder"
             )
-        if self._episodes_size and self._episodes_sha256:
-            with (run / EPISODES).open("rb") as file:
-                if sha256_of(file.read(self._episodes_size)) != self._episodes_sha256:
-                    raise CheckpointError(f"{run / EPISODES} was altered: put it back, or checkpoint to another folder")
+        if size and self._episodes_sha256:
+            with path.open("rb") as file:
+                if sha256_of(file.read(size)) != self._episodes_sha256:
+                    raise CheckpointError(f"{path} was altered: put it back, or checkpoint to another folder")
+        if there > size:
+            os.truncate(path, size)
 
     def _content(self) -> dict[str, Any]:
         log = self.log.tensorboard_log

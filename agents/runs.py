@@ -23,14 +23,13 @@ from agents.resumable import LARGEST, UNFIT
 from agents.training import BEST, CURVE, Watcher
 from cost.arguments import one_line
 from cost.files import alone, load_json, read_verified, save_json, sha256_of, write_bytes, write_text
-from cost.machine import provenance, source_commit
+from cost.machine import provenance
 from cost.trust import require_env
 
 if TYPE_CHECKING:
     from agents.evaluate import Policy
 
 FORMAT = 2  # 1 had no seal
-MOST = 10**12  # timesteps
 SETTINGS, WEIGHTS, EPISODES = "run.json", "policy.safetensors", "episodes.csv"
 STARTED, TENSORBOARD, OLD_CURVE = "started.json", "tensorboard", "validation.csv"
 
@@ -70,12 +69,19 @@ def train(
 def default_name(env_id: str, algo: str, backend: str, env_kwargs: dict[str, Any], seed: int) -> str:
     """Default folder name of a run, from its arguments."""
     parts = [env_id.split(":")[-1], algo if backend == "own" else f"{backend}-{algo}"]
-    parts += [f"{key}={json.dumps(value)}" for key, value in sorted(env_kwargs.items())]
+    parts += [f"{key}={_shown(value)}" for key, value in sorted(env_kwargs.items())]
     whole = "-".join([*parts, f"seed{seed}"])
-    name = re.sub(r'["\[\] ]+', "", whole)  # which never tell two values apart
-    if (plain := re.sub(r"[^A-Za-z0-9._=,-]+", "", name)) != name or len(plain) > 200:
-        return f"{plain[:180]}-{sha256_of(whole.encode())[:8]}"
-    return plain
+    plain = re.sub(r"[^A-Za-z0-9._=,-]+", "", whole)
+    return plain if plain == whole and len(plain) <= 200 else f"{plain[:180]}-{sha256_of(whole.encode())[:8]}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a name: text as it is, unless it reads like another value."""
+    try:
+        json.loads(value)
+    except (TypeError, ValueError):
+        return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return json.dumps(value)
 
 
 def load_zip(
@@ -163,6 +169,8 @@ def _train(agent: Any, folder: Path, config: dict[str, Any], progress: Callable[
         remaining = total
     if agent.num_timesteps < total:  # skipped if only run.json is missing
         agent.learn(remaining, after_update, checkpoint_path=folder)
+    else:
+        agent.check_episodes(folder)
     best = watcher.end(agent)
     _finish(folder, config | _weight(agent.get_env().unwrapped), (folder / BEST / MANIFEST).read_bytes())
     policy: Policy = best
@@ -222,43 +230,30 @@ def episodes(folder: Path) -> pd.DataFrame:
     return pd.read_csv(io.BytesIO(raw))
 
 
-def finished(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the folder holds a finished run of this configuration, trained by the code of this commit."""
-    if not (folder / SETTINGS).exists():
-        return False
-    config = load_config(folder)
-    wanted = json.loads(json.dumps(wanted)) | {"commit": source_commit()}
-    return all(config.get(key) == value for key, value in wanted.items())
-
-
 def load_config(folder: Path) -> dict[str, Any]:
     """Read `run.json`; raises `RunError` if the folder has no finished run or it was altered, and warns about a run of
     before format 2, which cannot tell."""
     path = folder / SETTINGS
     if not path.exists():
         raise RunError(f"{folder} holds no finished run: there is no {SETTINGS}")
-    mend = "restore it from a copy, or train again"
-    if _is_unsealed(path):
-        config = json.loads(path.read_bytes())
-        if not isinstance(config.get("sha256"), str):
-            raise RunError(f"{path} is no configuration of a run: it has no SHA-256 of the weights")
-        config = {"backend": "sb3", **config, "weights_sha256": config.pop("sha256")}
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {one_line(error)}") from error
+    if isinstance(content, dict) and content.get("format") == 1 and isinstance(content.get("sha256"), str):
+        config = {"backend": "sb3", **content, "weights_sha256": content["sha256"]}  # of the weights, in that format
         warnings.warn(f"{path} is of format 1, which has no hash: an alteration goes unnoticed", stacklevel=2)
     else:
-        config = load_json(path, RunError, mend)
+        config = load_json(path, RunError, "restore it from a copy, or train again")
         if config.get("format") != FORMAT:
             raise RunError(f"{path} is of format {config.get('format')}; this moe-envs reads {FORMAT}")
     _require_config(config, path)
     return config
 
 
-def _is_unsealed(path: Path) -> bool:
-    """Whether this is a run.json of format 1, whose `sha256` is that of the weights."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("format") == 1 and content.keys().isdisjoint({"weights_sha256"})
+def most(name: str) -> int:
+    """The largest number that a setting of a run may have."""
+    return {"total_timesteps": 10**12, "n_envs": 2**16}.get(name, 10**9)
 
 
 def _require_config(config: dict[str, Any], path: Path) -> None:
@@ -269,9 +264,11 @@ def _require_config(config: dict[str, Any], path: Path) -> None:
     for name, kind in kinds.items():
         if name not in config or not isinstance(config[name], kind):
             raise RunError(f"{path} is no configuration of a run: {name} is {config.get(name)!r}")
-    for name in ("total_timesteps", "n_envs"):
-        if not isinstance(count := config["settings"].get(name), int) or not 1 <= count <= MOST:
-            raise RunError(f"{path} is no configuration of a run: {name} is {count!r}")
+    settings = {"total_timesteps": None, "n_envs": None} | config["settings"]
+    for name, value in settings.items():
+        count = name in ("total_timesteps", "n_envs")
+        if (count and not isinstance(value, int)) or (isinstance(value, int | float) and not abs(value) <= most(name)):
+            raise RunError(f"{path} is no configuration of a run: {name} is {value!r}")
     known = tuned.BACKENDS.get(config["backend"], ())
     if config["algo"] not in known:
         raise RunError(f"{path}: {config['algo']!r} is no algorithm of backend {config['backend']!r}")

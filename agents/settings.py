@@ -21,6 +21,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 Scheduled = Annotated[float | str, "positive: a number, 'linear A' or 'linear A B'"]
 Width = Annotated[int, Ge(1), Le(2**14)]
 KNOWN = {"net_arch": Sequence[Width], "gru": Annotated[int, Ge(0), Le(2**14)]}  # in policy_kwargs
+_KNOWN = adapters_of(KNOWN)
 Steps = Annotated[int, Ge(1), Le(2**24)]
 
 
@@ -66,7 +67,7 @@ class Settings:
         for name, value in check(_adapters(kind), vars(self)).items():
             object.__setattr__(self, name, value)
         if self.batch_size is None and not self.whole_rollouts:
-            raise ValueError("batch_size=None: must be a whole number of at least 1")
+            raise ValueError("batch_size=None: must be a whole number of at least 1, as there are minibatches")
         for name, last in (("learning_rate", 0.0), ("temperature", 1e-9)):
             try:
                 begin, end = schedule(getattr(self, name))
@@ -76,7 +77,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be positive")
         if unknown := (self.policy_kwargs or {}).keys() - KNOWN.keys():
             raise ValueError(f"policy_kwargs has {', '.join(sorted(unknown))}; known are {', '.join(KNOWN)}")
-        check(adapters_of(KNOWN), self.policy_kwargs or {})
+        if self.policy_kwargs is not None:
+            object.__setattr__(self, "policy_kwargs", check(_KNOWN, self.policy_kwargs))
 
     @property
     def epochs(self) -> int:

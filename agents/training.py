@@ -69,6 +69,8 @@ class Watcher:
     def resume(self, agent: Any) -> None:
         """Restore the validation results up to the resumed step."""
         assert self.folder is not None
+        if not (self.folder / CURVE).exists() and (self.folder / BEST).exists():
+            raise CheckpointError(f"{self.folder / CURVE} is absent: restore it from a copy, or train again")
         there = load_curve(self.folder) if (self.folder / CURVE).exists() else []
         self.curve = [look for look in there if look.steps <= agent.num_timesteps]
         if self.curve:
@@ -98,14 +100,14 @@ class Watcher:
         best = max((look.score for look in self.curve), default=-np.inf)
         look = Look(agent.num_timesteps, cpu - self._begun[0], wall - self._begun[1], self.judge(agent))
         self.curve.append(look)
+        if self.folder:
+            save_curve(self.folder, self.curve)  # first: where there are best weights, there are results
         if look.score > best:
             self._keep(agent, look.score)
         if is_sb3(agent):
             agent.logger.record("eval/mean_reward", look.score)
         else:
             agent.logs["eval/mean_reward"] = look.score
-        if self.folder:
-            save_curve(self.folder, self.curve)
         going_on = self.on_look(look) is not False
         self._begun = self._begun[0] + time.process_time() - cpu, self._begun[1] + time.perf_counter() - wall
         return going_on

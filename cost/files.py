@@ -70,7 +70,9 @@ def alone(folder: Path, error: type[Exception], name: str = ".lock") -> Iterator
     try:
         lock.acquire()
     except Timeout:
-        raise error(f"another process is at work in {folder}: wait for its end, or name another folder") from None
+        raise error(
+            f"another process or thread is at work in {folder}: wait for its end, or name another folder"
+        ) from None
     try:
         yield
     finally:
@@ -83,19 +85,19 @@ def replacing(target: Path) -> Iterator[Path]:
 
     At every moment `target` is there whole, or `healed` puts it back, whatever was interrupted.
     """
+    new = target.with_name(f".{target.name}.new")
     with locked(target):
         _heal(target)
-        for left in target.parent.glob(f".{target.name}-new-*"):
-            shutil.rmtree(left)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-new-", dir=target.parent) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
+        shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+        new.mkdir()
+        try:
             yield new
             if target.exists():
                 os.rename(target, _old(target))
             os.rename(new, target)
-            if _old(target).exists():
-                os.rename(_old(target), Path(scratch) / "old")
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            _heal(target)
 
 
 def healed(target: Path) -> Path:
@@ -129,7 +131,7 @@ def sums_of(members: Mapping[str, bytes]) -> bytes:
 
 
 def read_verified(path: Path, sha256: str | None, error: type[Exception], mend: str) -> bytes:
-    """Read a file; raises `error` naming the file and the fix if its SHA-256 differs; None is any."""
+    """Read a file; raises `error` naming the file and the fix if its SHA-256 is not `sha256`, unless that is None."""
     try:
         raw = path.read_bytes()
     except OSError as cause:

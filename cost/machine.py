@@ -3,10 +3,12 @@
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+TRIES = 3  # of git
 PACKAGES = ("moe-envs", "gymnasium", "stable-baselines3", "torch", "numpy")
 
 
@@ -66,15 +68,20 @@ def source_commit() -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        for _ in range(TRIES):  # a busy machine may have no process left, or kill one
+            try:
+                done = subprocess.run(command, capture_output=True, text=True)
+            except BlockingIOError:
+                done = None
+            if done is not None and done.returncode >= 0:
+                done.check_returncode()
+                return done.stdout.strip()
+            time.sleep(0.2)
+        raise OSError(f"git does not answer in {root}")
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return None
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
-    except FileNotFoundError:
+    except (OSError, subprocess.CalledProcessError):
         return None
-    except subprocess.CalledProcessError as error:
-        if error.returncode == 128:  # no repository
-            return None
-        raise

@@ -15,12 +15,12 @@ def require_import(reference: str, where: str | Path, trusted: bool | Collection
         return
     raise ValueError(
         f"{where} names {reference!r}: importing {module!r} would run its code. If it is yours, import it first, or "
-        "allow it: --trust on the command line"
+        "allow it by allow_import=True, or --trust of the command"
     )
 
 
 def require_env(env_id: object, where: str | Path, allow_import: bool = False) -> None:
-    """Raise `ValueError` if a file's environment id is none, or would import a package that is not trusted."""
+    """Raise `ValueError` if a file names no environment, or one of a package that is neither imported nor trusted."""
     if not isinstance(env_id, str):
         raise ValueError(f"{where} names no environment, but {env_id!r}")
     module = env_id.rpartition(":")[0]

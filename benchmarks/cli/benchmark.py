@@ -93,11 +93,14 @@ def _run(
     Example: moe-benchmark run hybrid --out runs/hybrid --set data=digits --jobs 2
     """
     from benchmarks.runner import runner
-    from benchmarks.runner.experiments import find
-    from benchmarks.runner.matrix import jobs_of, named
+    from benchmarks.runner.experiments import find, is_known
+    from benchmarks.runner.matrix import is_file, jobs_of, named, require_trusted_runs
 
-    wanted = named(name, quick, trust)
-    wanted.settings |= pairs(settings, "--set")
+    typed = pairs(settings, "--set")
+    wanted = named(name, quick)
+    wanted.settings |= typed
+    if is_file(name):
+        require_trusted_runs(wanted, Path(name), {*trust, *map(str, typed.values())})
     wanted.splits = list(split or wanted.splits)
     if seeds is not None:
         wanted.seeds = (wanted.seeds or list(find(wanted.experiment).seeds))[:seeds]
@@ -107,7 +110,10 @@ def _run(
     if slurm:
         if only or dry_run or part != "0/1":
             raise ValueError("--slurm writes a script of the whole matrix: without --only, --part and --dry-run")
-        _write_slurm(slurm, wanted, out, jobs, trust if Path(name).is_file() else (name, *trust))
+        own = [] if is_file(name) or is_known(name) else [name]
+        _write_slurm(
+            slurm, wanted, out, jobs, [*own, *trust, *(str(each) for each in typed.values() if ":" in str(each))]
+        )
         return
     place = int(number), int(parts)
     if dry_run:
@@ -225,7 +231,7 @@ def _make(
                 runner.rebuild(out, trust=True)
             raise
     if part[1] > 1:
-        console.print(f"{made} runs; when all parts are through: moe-benchmark report {out}")
+        console.print(f"{made} runs; when all parts are through: moe-benchmark report {out} (--trust as here)")
         return
     done = runner.rebuild(out, trust=True) or made  # it has just been run
     _show(out, json_file, "saved" if done else "nothing to do:")
@@ -235,8 +241,11 @@ def _show(out: Path, json_file: str | None, word: str) -> None:
     """Print the result tables of a folder."""
     from benchmarks.results.tables import terminal
     from benchmarks.runner import runner
+    from benchmarks.runner.experiments import RunnerError
+    from cost.files import load_json
 
-    result, console = json.loads((out / runner.RESULTS).read_text()), console_of(json_file)
+    result = load_json(out / runner.RESULTS, RunnerError, f"moe-benchmark report {out}")
+    console = console_of(json_file)
     write(json_file, result)
     for title, rows in result.get("tables", {}).items():
         console.print(terminal(title, rows))

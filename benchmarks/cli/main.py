@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib import import_module
+from types import FrameType
 
 OURS = "agents", "benchmarks", "cost", "experts", "moe_envs", "gymnasium"
 
@@ -45,13 +48,14 @@ def compress() -> None:
 
 def _run(command: str) -> None:
     """Run a command; print user errors in one line and exit with 1; exit with 130 on Ctrl-C."""
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         _require_our_agents()
         import_module(f"benchmarks.cli.{command}").app()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not _is_users(error):
+        if not _is_users(error) or os.environ.get("MOE_ENVS_TRACE"):  # a developer wants to see where
             raise
         from rich.text import Text
 
@@ -59,6 +63,15 @@ def _run(command: str) -> None:
 
         console.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         sys.exit(1)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: libraries that are just being imported may swallow a `KeyboardInterrupt`, so that ends the process."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _is_users(error: Exception) -> bool:

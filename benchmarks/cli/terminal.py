@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import EISDIR
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,14 +55,16 @@ def console_of(json_file: str | None) -> Console:
 
 def require_writable(json_file: str | None) -> None:
     """Raise `OSError` before any work if the file of `--json` cannot be written."""
+    from cost.files import naming
+
     if json_file not in (None, "-"):
         path = Path(str(json_file))
-        there = path.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        if not there:
-            path.unlink()
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder", str(path))
+        if not path.exists() or path.is_file():
+            with naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write(json_file: str | None, result: Any) -> None:

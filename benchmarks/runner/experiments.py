@@ -23,7 +23,7 @@ from pkgutil import iter_modules
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 import benchmarks.experiments
 import benchmarks.speed
@@ -123,22 +123,17 @@ def is_known(name: str) -> bool:
 def require_trusted(name: str, setups: Iterable[Mapping[str, Any]], where: Path, trust: Trust) -> None:
     """Raise `RunnerError` if running what a file names would import code that is neither ours nor in `trust`.
 
-    A setup says by `imports` what it would import.
+    A setup says by `imports` what it would import or execute; `setups` is read once the experiment itself is trusted.
     """
     try:
         if not is_known(name):
             require_import(name, where, trust)
         experiment = find(name)
         for arguments in setups:
-            try:
-                setup = experiment.setup(arguments)
-            except ValidationError:
-                continue  # cannot be run
-            for reference in getattr(setup, "imports", ()):
+            for reference in getattr(experiment.setup(arguments), "imports", ()):
                 if trust is not True and reference not in trust:
                     raise ValueError(
-                        f"{where} names {reference!r}, which would be imported and called. If it is yours: --trust "
-                        f"{reference}"
+                        f"{where} names {reference!r}, whose code would be run. If it is yours: --trust {reference}"
                     )
     except ValueError as error:
         raise RunnerError(str(error)) from error

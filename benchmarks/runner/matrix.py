@@ -65,15 +65,24 @@ def load_matrix(path: Path) -> Matrix:
 def trusted_matrix(path: Path, trust: Trust = ()) -> Matrix:
     """Load a matrix whose runs import nothing but ours, what is imported already, and what is in `trust`."""
     matrix = load_matrix(path)
-    setups = [{**matrix.settings, **each} for each in (*matrix.setups.values(), {})]
-    require_trusted(matrix.experiment, setups, path, trust)
+    require_trusted_runs(matrix, path, trust)
     return matrix
 
 
-def named(name: str, quick: bool = False, trust: Trust = ()) -> Matrix:
-    """Matrix from a file, as `trusted_matrix`, or of all runs of an experiment, or of its `QUICK` version."""
-    if Path(name).suffix in (".yaml", ".yml", ".json"):
-        return trusted_matrix(Path(name), trust)
+def require_trusted_runs(matrix: Matrix, path: Path, trust: Trust) -> None:
+    """Raise `RunnerError` if a run of a matrix from a file would import what is neither ours nor in `trust`."""
+    require_trusted(matrix.experiment, (job.arguments for job in jobs_of(matrix)), path, trust)
+
+
+def is_file(name: str) -> bool:
+    """Whether this names a file of a matrix, and no experiment."""
+    return Path(name).suffix in (".yaml", ".yml", ".json")
+
+
+def named(name: str, quick: bool = False) -> Matrix:
+    """Matrix from a file, or of all runs of an experiment, or of its `QUICK` version."""
+    if is_file(name):
+        return load_matrix(Path(name))
     return Matrix(experiment=name, **(find(name).quick if quick else {}))
 
 

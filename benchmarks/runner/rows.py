@@ -147,8 +147,14 @@ def append(path: Path, row: Row) -> None:
     if twice := [name for name, times in names.items() if times > 1]:
         raise ValueError(f"{', '.join(twice)}: of arguments, metrics and what is measured each needs a name of its own")
     with locked(path):
-        if row.config_hash in {each.config_hash for each in read(path, cut=True)}:
+        there = read(path, cut=True)
+        if row.config_hash in {each.config_hash for each in there}:
             return
+        try:  # what could not be read again would make the whole file unreadable
+            every = [*there, _row(path, len(there) + 1, row.line[:-1])]
+            _check_names(path, {each.config_hash: (number, each) for number, each in enumerate(every, 1)})
+        except RunnerError as error:
+            raise ValueError(f"the result cannot be added: {error}") from error
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         with naming(path), open(descriptor, "r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)

@@ -26,7 +26,7 @@ from benchmarks.runner.experiments import RunnerError, Trust, find
 from benchmarks.runner.matrix import Job, Matrix, jobs_of, load_matrix, trusted_matrix
 from benchmarks.runner.processes import Executor, Local
 from benchmarks.runner.rows import RAW, Row, append, read, sort
-from cost.files import alone, write_text
+from cost.files import alone, load_json, save_json, write_text
 from cost.machine import provenance
 
 MATRIX, RESULTS, REPORT, WORK = "matrix.json", "results.json", "report.md", "work"
@@ -144,7 +144,7 @@ def rebuild(out: Path, trust: Trust = ()) -> bool:
     )
     drawn = "\n\n".join(f"![{name}]({name})" for name in pictures)
     write_text(out / REPORT, f"{experiment.text(result)}\n\n{about}\n\n{drawn}\n")
-    write_text(out / RESULTS, json.dumps(_finite({"source": source, **result}), indent=1))
+    save_json(out / RESULTS, json.loads(json.dumps(_finite({"source": source, **result}))))
     return True
 
 
@@ -213,8 +213,8 @@ def _make(job: Job, attempt: int, out: Path) -> str:
 
 def _source_of(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())["source"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return load_json(path, RunnerError, "")["source"]
+    except (RunnerError, KeyError):  # it is made anew
         return None
 
 

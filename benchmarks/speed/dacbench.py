@@ -42,6 +42,11 @@ class DacbenchSpeed(Arguments):
     images: bool
     python: str = ""
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """What a run of this setup would execute."""
+        return (self.python,) if self.python else ()
+
 
 Setup = DacbenchSpeed
 

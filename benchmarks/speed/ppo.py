@@ -42,6 +42,11 @@ class SpeedSetup(Arguments):
     timesteps: int = 32_768
     rounds: int = 3
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """What a run of this setup would import."""
+        return () if self.env.rpartition(":")[0] in ("", "moe_envs") else (self.env,)
+
 
 Setup = SpeedSetup
 

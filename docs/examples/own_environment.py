@@ -9,6 +9,7 @@ from gymnasium import spaces
 from scipy.special import softmax
 
 from agents.evaluate import evaluate
+from cost.arguments import NonNegative
 from cost.model import Cost
 from experts import bundle as bundles
 from experts import profiles
@@ -28,7 +29,7 @@ class CascadeVectorEnv(BatchedEnv):
         *,
         bundle: str = "digits",
         split: str = "rl_train",
-        cost_weight: float = 0.2,
+        cost_weight: NonNegative = 0.2,
         **face: Unpack[Face],
     ) -> None:
         loaded = bundles.load(bundle)

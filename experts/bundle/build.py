@@ -170,3 +170,4 @@ def _write(
     with replacing(target) as new:
         for file, raw in (members | {SUMS: sums_of(members)}).items():
             write_bytes(new / file, raw)
+        load(new)  # before it replaces a bundle that can be loaded

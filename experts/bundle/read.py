@@ -43,7 +43,7 @@ class Architecture(BaseModel):
 
     @property
     def parameters(self) -> int:
-        """At least so many."""
+        """A lower bound of the number of parameters."""
         hidden = self.trunk or self.num_inputs
         return self.num_inputs * self.trunk + sum(self.widths) * (hidden + self.num_classes)
 
@@ -205,11 +205,14 @@ def load(name_or_path: str | Path) -> Bundle:
 def _members(path: Path) -> dict[str, bytes]:
     """The verified files of a bundle, of one moment: read again if it was replaced meanwhile."""
     while True:
-        before = path.stat().st_ino
         try:
+            before = healed(path).stat().st_ino
             sums = _read_sums(path / SUMS)
             mend = f"its SHA-256 is not the one in {SUMS}"
             return {name: read_verified(path / name, sha256, BundleError, mend) for name, sha256 in sums.items()}
+        except FileNotFoundError:  # between the two renames of a replacement
+            if not healed(path).is_dir():
+                raise BundleError(f"{path} is not there any more") from None
         except BundleError:
             if healed(path).is_dir() and path.stat().st_ino != before:
                 continue
@@ -238,7 +241,8 @@ def _check_structure(bundle: Bundle) -> None:
     """Validate the content of a bundle; hashes only show that the files are unchanged."""
     try:
         about = Metadata.model_validate(bundle.metadata)
-        about.accuracy["test/top-2"]
+        if "test/top-2" not in about.accuracy:
+            raise ValueError("its accuracy has no test/top-2")
         if about.architecture is not None and 4 * about.architecture.parameters > len(bundle.members[MODEL]):
             raise ValueError(f"its architecture has more parameters than {MODEL}")
         if bundle.profile is not None and len(bundle.profile["operations"]) != about.num_experts:

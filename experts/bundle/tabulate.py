@@ -22,7 +22,7 @@ def tabulated(
     scale = np.abs(outputs).max(keepdims=True).ravel().astype(np.float32) / 127
     return Split(
         features=features.astype(np.float16),
-        gate_logits=gate_logits,
+        gate_logits=gate_logits.astype(np.float32),
         labels=labels.astype(np.int16),
         outputs=np.rint(outputs / scale).astype(np.int8),
         output_scale=scale,

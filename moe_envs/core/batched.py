@@ -64,7 +64,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Validate the arguments of a problem by the annotations of its `__init__`."""
         super().__init_subclass__(**arguments)
         if "__init__" in vars(cls):
-            cls.__init__ = validated(cls.__init__, num_envs=Rows)  # type: ignore[method-assign]
+            cls.__init__ = validated(cls.__init__)  # type: ignore[method-assign]
 
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
         """Reject unknown arguments with a suggestion."""
@@ -74,9 +74,10 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 choose("argument", argument, named)
         return super().__new__(cls)
 
+    @validated
     def __init__(
         self,
-        num_envs: int,
+        num_envs: Rows,
         observation_layout: Layout,
         action_space: spaces.Space[Any],
         reward: Reward,
@@ -184,6 +185,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             for name, array in state["arrays"].items():
                 mine = getattr(self, name)
                 fits = fits and array.dtype == mine.dtype and (array.shape == mine.shape or name == "_draws")
+                fits = fits and array.ndim == mine.ndim and (name != "_draws" or len(array) == self.num_envs)
             fits = fits and len(state["generators"]) == self.num_envs
             for saved in state["generators"]:
                 np.random.PCG64().state = saved

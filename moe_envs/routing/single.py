@@ -88,6 +88,9 @@ class SteppedBatch(SingleEnv):
 
     def restore(self, state: State) -> np.ndarray:
         """Restore a `state()` of an environment with the same arguments; returns its observation."""
+        self.vector.check_state(state, self.PARTS)
+        if not 0 <= state["arrays"]["batch"][0] < len(self.vector.tables.summaries):
+            raise ValueError("restore: not a state of these mini-batches")
         observation = super().restore(state)
         batch, position, unpaid, cost = self.vector.take_row()
         self._load(batch, position, unpaid, cost, list(state["choices"]))

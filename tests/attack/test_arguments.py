@@ -177,7 +177,7 @@ def test_arguments_of_learners(learner: type[PPO] | type[REINFORCE], attack: Out
     more = {
         "seed": Annotated[int, annotated_types.Ge(0)] | None,
         "n_envs": Annotated[int, annotated_types.Ge(1)],
-        "verbose": int,
+        "verbose": int | bool,
     }
     for argument, hint in (hints | more).items():
         for name, junk in some(JUNK.items(), 3):

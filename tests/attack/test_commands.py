@@ -18,11 +18,13 @@ from agents.checkpoints import save as save_checkpoint
 from agents.ppo import PPO
 from benchmarks.cli import main
 from benchmarks.runner import runner, validate
+from benchmarks.runner.experiments import find, shipped
 from benchmarks.runner.matrix import Job
 from benchmarks.runner.rows import Row
 from cost.files import save_json
 from tests.attack.conftest import SCALE, Outcomes, some
 from tests.attack.kinds import KINDS
+from tests.processes import running
 
 PAYLOAD = """
 import pathlib
@@ -297,6 +299,12 @@ def test_no_file_runs_code_unasked(attack: Outcomes, payload: Callable[[], bool]
         "validate a row": lambda: validate.validate(a_row("evilrun.payload", {}), 1, 0, 0),
         "validate a policy": lambda: validate.validate(a_row("MoERouting-v0", {"policy": "evilrun.payload:policy",
         "timesteps": None, "episodes": 9}), 1, 0, 0),
+        "validate an interpreter": lambda: validate.validate(
+            a_row("dacbench", {"steps": 1, "images": True, "python": "/bin/true"}), 1, 0, 0
+        ),
+        "validate an environment": lambda: validate.validate(
+            a_row("ppo", {"env": evil, "rows": 1, "steps": 1, "batch_size": 1, "timesteps": 1, "rounds": 1}), 1, 0, 0
+        ),
         "validate a call": lambda: validate.validate(a_row("MoERouting-v0", {"policy": "subprocess:run",
         "timesteps": None, "episodes": 9}), 1, 0, 0),
     }  # fmt: skip
@@ -327,9 +335,8 @@ def test_ctrl_c_at_any_time_is_quiet(attack: Outcomes, tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", code, "-k", "bundle=digits", "--no-baselines", "--timesteps", "100000000"]
     for number in range(3 * SCALE):
         seconds = 0.1 + 3.5 * number / (3 * SCALE)
-        with subprocess.Popen(
-            [*arguments, "--out", str(tmp_path / str(number))], stderr=subprocess.PIPE, text=True
-        ) as process:
+        command = [*arguments, "--out", str(tmp_path / str(number))]
+        with running(command, stderr=subprocess.PIPE) as process:
             time.sleep(seconds)
             process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=60)[1]
@@ -361,3 +368,19 @@ def test_a_foreign_agents_package_is_named_in_one_line(attack: Outcomes, tmp_pat
             case,
             done.stderr,
         )
+
+
+def test_what_a_setup_names_is_trusted_or_harmless() -> None:
+    """Each text in a setup of a shipped experiment is a name of ours, or among what the setup says that it imports."""
+    harmless = {
+        "network", "model", "policy", "bundle", "policies", "data", "method", "level", "gate_level", "run", "task",
+        "trained_on", "optimizer", "plans",
+    }  # fmt: skip
+    for name in shipped():
+        experiment = find(name)
+        first = next(iter(experiment.settings.values()))
+        for field, about in experiment.setup_class.model_fields.items():
+            if "str" not in str(about.annotation) or "Literal" in str(about.annotation) or field in harmless:
+                continue
+            setup = experiment.setup_class.model_construct(**first | {field: "evilrun.payload:x"})
+            assert "evilrun.payload:x" in setup.imports, f"{name}: {field}"

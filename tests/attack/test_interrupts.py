@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,17 @@ class Interruption:
                 time.sleep(0)  # where Python looks for signals
 
 
+def fork() -> int:
+    """Fork, also where a test before has imported a library that warns of it; the child leaves that alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return os.fork()
+
+
 def in_child(action: Callable[[], object]) -> tuple[int, str]:
     """Run in a forked process; returns its exit status and what it said."""
     reading, writing = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         code = 0
         try:
@@ -147,7 +155,6 @@ OPERATIONS = {
 ANY_TIME = {"bundle is replaced", "checkpoint is replaced", "JSON is replaced", "row is added"}
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["kill", "Ctrl-C"])
 @pytest.mark.parametrize("name", list(OPERATIONS), ids=lambda name: str(name).replace(" ", "-"))
 def test_interrupts_between_changes_of_files(name: str, sign: int, attack: Outcomes, tmp_path: Path) -> None:
@@ -197,7 +204,6 @@ def test_interrupts_between_changes_of_files(name: str, sign: int, attack: Outco
         attack.add("right", case)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", list(OPERATIONS), ids=lambda name: str(name).replace(" ", "-"))
 def test_full_disks_name_the_file_and_lose_nothing(name: str, attack: Outcomes, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk."""
@@ -227,7 +233,6 @@ def test_full_disks_name_the_file_and_lose_nothing(name: str, attack: Outcomes, 
             attack.add("clear" if said == "done" or str(folder) in said else "unclear", f"{name}, {limit} bytes", said)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_second_training_in_a_folder_is_refused(attack: Outcomes, tmp_path: Path) -> None:
     for number in range(SCALE):
         folder = tmp_path / str(number)
@@ -239,7 +244,7 @@ def test_a_second_training_in_a_folder_is_refused(attack: Outcomes, tmp_path: Pa
             runs.train(ENV, "ppo", 1, folder, {"bundle": "digits", "cost_weight": 2.0}, SHORT)
             training.by_return = judge
 
-        child = os.fork()
+        child = fork()
         if child == 0:
             try:
                 signal.alarm(SECONDS)
@@ -271,10 +276,9 @@ def test_a_second_training_in_a_folder_is_refused(attack: Outcomes, tmp_path: Pa
         )
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_readers_of_a_bundle_that_is_replaced_find_a_whole_one(attack: Outcomes, tmp_path: Path) -> None:
     build(tmp_path, 200)
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             signal.alarm(SECONDS)

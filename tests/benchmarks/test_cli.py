@@ -83,6 +83,8 @@ def test_sb3s_zip_is_loaded_where_it_is_trusted(run: Path) -> None:
 def test_default_names_hold_what_was_given() -> None:
     name = runs.default_name("moe_envs:MoERouting-v0", "ppo", "own", {"cost_weight": 0.4, "bundle": "a/b"}, 3)
     assert re.fullmatch("MoERouting-v0-ppo-bundle=ab-cost_weight=0.4-seed3-[0-9a-f]{8}", name)  # a/b is not ab
+    one, text = (runs.default_name("MoERouting-v0", "ppo", "own", {"bundle": value}, 3) for value in (1, "1"))
+    assert one != text
     plain = runs.default_name("moe_envs:MoERouting-v0", "ppo", "own", {"cost_weight": 0.4, "bundle": "ab"}, 3)
     assert plain == "MoERouting-v0-ppo-bundle=ab-cost_weight=0.4-seed3"
     long = runs.default_name("moe_envs:MoERouting-v0", "ppo", "own", {"bundle": "x" * 5000}, 3)

@@ -14,7 +14,7 @@ from benchmarks.runner.matrix import Matrix, jobs_of, load_matrix
     [
         ("experiment: models\nseed: [1]", "seed: Extra inputs"),
         ("experiment: [", "neither YAML nor JSON"),
-        ("- 1", "the whole"),
+        ("- 1", "Input should be a valid dictionary"),
         ("experiment: models\nseeds: []", "seeds: List should have at least 1"),
         ("experiment: nothing", "no experiment 'nothing'; there are cooperation"),
         ("experiment: no.such", "No module named 'no'"),

@@ -178,7 +178,7 @@ def test_parts_make_the_whole(tmp_path: Path) -> None:
 
 
 def test_only_one_runs_in_a_folder(tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".running-0-of-1.lock"), pytest.raises(RunnerError, match="another process"):
+    with FileLock(tmp_path / ".running-0-of-1.lock"), pytest.raises(RunnerError, match="in use by another process"):
         runner.run(matrix(), tmp_path)
 
 
