@@ -119,9 +119,7 @@ def _allowed(hint: Any) -> str:
         kind, *bounds = parts
         if isinstance(bounds[0], str):
             return bounds[0]
-        said = [
-            WORDS[type(each)].format(_number(*astuple(each))) if type(each) in WORDS else str(each) for each in bounds
-        ]
+        said = [WORDS.get(type(each), "{}").format(_bound(each)) for each in bounds]
         return f"{_allowed(kind)} {' and '.join(said)}"
     if origin in (Union, UnionType):
         return " or ".join(map(_allowed, parts))
