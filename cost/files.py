@@ -71,7 +71,7 @@ def alone(folder: Path, error: type[Exception], name: str = ".lock") -> Iterator
         lock.acquire()
     except Timeout:
         raise error(
-            f"another process or thread is at work in {folder}: wait for its end, or name another folder"
+            f"{folder} is in use by another process or thread: wait for its end, or name another folder"
         ) from None
     try:
         yield

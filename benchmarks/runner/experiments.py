@@ -29,6 +29,7 @@ import benchmarks.experiments
 import benchmarks.speed
 import moe_envs
 from benchmarks.results import tables
+from cost.arguments import one_line
 from cost.trust import require_import
 
 NEEDED = "Setup", "SETTINGS", "measure", "score"
@@ -136,7 +137,7 @@ def require_trusted(name: str, setups: Iterable[Mapping[str, Any]], where: Path,
                         f"{where} names {reference!r}, whose code would be run. If it is yours: --trust {reference}"
                     )
     except ValueError as error:
-        raise RunnerError(str(error)) from error
+        raise RunnerError(one_line(error)) from error
 
 
 def find(name: str) -> Experiment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -71,7 +72,12 @@ def trusted_matrix(path: Path, trust: Trust = ()) -> Matrix:
 
 def require_trusted_runs(matrix: Matrix, path: Path, trust: Trust) -> None:
     """Raise `RunnerError` if a run of a matrix from a file would import what is neither ours nor in `trust`."""
-    require_trusted(matrix.experiment, (job.arguments for job in jobs_of(matrix)), path, trust)
+
+    def arguments() -> Iterator[dict[str, Any]]:  # once the experiment is trusted: this imports it
+        for job in jobs_of(matrix):
+            yield job.arguments
+
+    require_trusted(matrix.experiment, arguments(), path, trust)
 
 
 def is_file(name: str) -> bool:

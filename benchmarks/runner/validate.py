@@ -36,8 +36,9 @@ def validate(
     if not rows:
         raise RunnerError(f"{file} holds no rows" if file.exists() else f"{file} is not there")
     for row in rows:
-        require_trusted(row.experiment, [row.arguments], file, trust)
+        require_trusted(row.experiment, [], file, trust)
         _check(row, file)
+        require_trusted(row.experiment, [row.arguments], file, trust)
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
     with tempfile.TemporaryDirectory() as folder, pool() as process:
         for number, row in enumerate(rows[place] for place in sorted(chosen)):

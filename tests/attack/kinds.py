@@ -336,6 +336,7 @@ KINDS: dict[str, Kind] = {
 # Modules whose files are for people, or are made anew where they are damaged: no number of ours is read from them.
 REPORTS = {
     "agents.tuning", "benchmarks.cli.benchmark", "benchmarks.cli.bundle", "benchmarks.cli.compare",
-    "benchmarks.cli.terminal", "benchmarks.experiments.monitor.report", "cost.logbook", "cost.monitor",
+    "benchmarks.cli.terminal", "benchmarks.experiments.monitor.report", "cost.logbook", "benchmarks.speed.dacbench",
+    "cost.monitor",
     "experts.compression.sensitivity",
 }  # fmt: skip
