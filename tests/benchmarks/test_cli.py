@@ -239,6 +239,20 @@ def test_damaged_runs_are_refused(run: Path, tmp_path: Path) -> None:
         runs.load(copy)
 
 
+def test_a_run_of_before_is_read_with_a_warning(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    config = load_json(copy / "run.json", ValueError, "")
+    config |= {"format": 1, "sha256": config.pop("weights_sha256")}
+    config.pop("episodes_sha256")
+    (copy / "run.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="is of format 1, which has no hash"):
+        policy, read = runs.load(copy)
+    assert hasattr(policy, "predict")
+    assert read["env_kwargs"] == {"bundle": "digits", "cost_weight": 0.3}
+
+
 def test_bundles_are_listed_and_checked() -> None:
     assert "fashion-mnist" in command("bundle", "list").stdout
     assert "whole" in command("bundle", "check", "digits").stdout

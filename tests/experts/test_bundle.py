@@ -203,6 +203,12 @@ def test_an_existing_bundle_is_replaced_only_when_told() -> None:
     assert {path.name for path in zoo.user_folder().iterdir()} == {"mine", ".mine.lock"}
 
 
+def test_a_model_is_loaded_without_a_random_number() -> None:
+    before = torch.get_rng_state()
+    bundle.load("digits").model()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_shipped_bundles_are_small_disjoint_and_as_good_as_they_say() -> None:
     sizes = {path: path.stat().st_size for path in zoo.ASSETS.rglob("*") if path.is_file()}
     of_bundles = {path: size for path, size in sizes.items() if not path.parent.name.startswith("_")}

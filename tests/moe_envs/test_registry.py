@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils.env_checker import check_env
@@ -268,6 +270,17 @@ def test_render_without_a_mode_warns_as_gymnasiums_environments_do(env_id: str) 
         assert env.unwrapped.render() is None
     with pytest.raises(ValueError, match="a vector environment does not render"):
         gymnasium.make_vec(env_id, 2, vectorization_mode="vector_entry_point", render_mode="rgb_array", **SMALL[env_id])
+
+
+@each_id
+def test_nothing_global_is_touched(env_id: str) -> None:
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate(), torch.get_num_threads()  # type: ignore[union-attr]  # noqa: NPY002
+    env = make(env_id)
+    env.reset(seed=0)
+    env.step(zeros(env.action_space))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert np.array_equal(states[1], np.random.get_state()[1])  # type: ignore[arg-type,index]  # noqa: NPY002
+    assert states[2:] == (random.getstate(), torch.get_num_threads())
 
 
 @each_id
