@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import skip_init
 
 from experts.graph import ExpertGraph
 from experts.routers import Router, TopK, mixing_weights
@@ -61,8 +62,8 @@ class ExpertStack(nn.Module):
 
     def __getitem__(self, expert: int) -> nn.Sequential:
         rows = self.owner_H == range(len(self))[expert]
-        first = nn.Linear(self.hidden.in_features, int(rows.sum()))
-        second = nn.Linear(first.out_features, self.out_HC.shape[1])
+        first = skip_init(nn.Linear, self.hidden.in_features, int(rows.sum()))
+        second = skip_init(nn.Linear, first.out_features, self.out_HC.shape[1])
         with torch.no_grad():
             first.weight.copy_(self.hidden.weight[rows])
             first.bias.copy_(self.hidden.bias[rows])
