@@ -3,7 +3,7 @@
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,3 +30,21 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         assert not ended, f"the process ended with {process.returncode} too early"
         ended = process.poll() is not None  # and look once more at what it did last
         time.sleep(0.01)
+
+
+class Here:
+    """An executor of `benchmarks.runner` that makes each run in this process."""
+
+    slots = 1
+
+    def __init__(self, count: int) -> None:
+        self.ended: Any = None
+
+    def submit(self, call: Callable[..., object], *arguments: Any) -> int:
+        self.ended = call(*arguments)
+        return 0
+
+    def wait(self, begun: Iterable[Any]) -> list[tuple[Any, Any, BaseException | None]]:
+        return [(0, self.ended, None)]
+
+    def close(self) -> None: ...

@@ -23,6 +23,7 @@ from cost.files import save_json, write_text
 from experts import bundle
 from tests.attack.conftest import SCALE, Outcomes, some
 from tests.attack.kinds import ENV, KINDS, SHORT, build, row
+from tests.processes import Here
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "shutil.rmtree", "shutil.move"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -110,24 +111,6 @@ def _run_of(folder: Path) -> object:
 
 def _matrix(folder: Path) -> int:
     return runner.run(MATRIX, folder, executor=Here)
-
-
-class Here:
-    """An executor in this process."""
-
-    slots = 1
-
-    def __init__(self, count: int) -> None:
-        self.ended: Any = None
-
-    def submit(self, call: Callable[..., object], *arguments: Any) -> int:
-        self.ended = call(*arguments)
-        return 0
-
-    def wait(self, begun: Any) -> Any:
-        return [(0, self.ended, None)]
-
-    def close(self) -> None: ...
 
 
 MATRIX = Matrix(experiment="tests.attack.instant", seeds=[1, 2])

@@ -1,7 +1,6 @@
 """Every experiment, small: it runs, its metrics repeat, its report has its tables; none is skipped by a list."""
 
 import json
-from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,10 @@ import pytest
 from benchmarks.runner import runner
 from benchmarks.runner.experiments import find, shipped
 from benchmarks.runner.matrix import jobs_of, named
-from benchmarks.runner.processes import Ended
 from benchmarks.runner.rows import read
+from tests.processes import Here
 
 EXTRA = {"jax": "jax", "layer": "transformers"}
-
-
-class Here:
-    """An executor in this process."""
-
-    slots = 1
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def submit(self, call: Callable[..., object], *arguments: Any) -> Any:
-        self.called = call(*arguments)
-        return self.count
-
-    def wait(self, begun: Iterable[Any]) -> list[Ended]:
-        return [(self.count, self.called, None)]
-
-    def close(self) -> None: ...
 
 
 @pytest.mark.parametrize("name", sorted(set(shipped()) - {"dacbench"}))

@@ -17,6 +17,7 @@ from benchmarks.runner import runner
 from benchmarks.runner.experiments import RunnerError
 from benchmarks.runner.matrix import Matrix, jobs_of
 from benchmarks.runner.rows import Row, read
+from tests.processes import Here
 
 BOARD = board_of("MoERouting-v0")
 
@@ -174,7 +175,7 @@ def test_a_board_is_run_and_reported(tmp_path: Path) -> None:
     settings = {"timesteps": 2048, "episodes": 2}
     wanted = Matrix(experiment="MoEMetaOpt-v0", seeds=[17, 42], splits=["digits"], settings=settings)
     learners = len(board_of("MoEMetaOpt-v0").problem.learners)
-    assert runner.run(wanted, tmp_path, processes=1) == 2 * learners + 2
+    assert runner.run(wanted, tmp_path, executor=Here) == 2 * learners + 2
     assert runner.rebuild(tmp_path)
     rows = as_run(tmp_path, exact=False)  # its stand-in for a bound is a search
     first, second = (row.metrics["policies"] for row in rows if row.setup == "PPO")
