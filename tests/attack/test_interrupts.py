@@ -219,22 +219,24 @@ def test_full_disks_name_the_file_and_lose_nothing(name: str, attack: Outcomes, 
 def test_a_second_training_in_a_folder_is_refused(attack: Outcomes, tmp_path: Path) -> None:
     for number in range(SCALE):
         folder = tmp_path / str(number)
-        reading, writing = os.pipe()
+        working, begun = os.pipe()
+        told, go_on = os.pipe()
 
-        def first(folder: Path = folder, writing: int = writing) -> None:
-            judge = training.by_return
-            training.by_return = lambda *arguments: lambda agent: (os.write(writing, b"x"), time.sleep(0.3))[0]  # type: ignore[assignment, return-value]
-            runs.train(ENV, "ppo", 1, folder, {"bundle": "digits", "cost_weight": 2.0}, SHORT)
-            training.by_return = judge
+        def look(agent: Any, begun: int = begun, told: int = told) -> float:
+            os.write(begun, b"x")
+            os.read(told, 1)  # until the others have been refused, however long that takes
+            return 0.0
 
         child = fork()
         if child == 0:
             try:
                 signal.alarm(SECONDS)
-                first()
+                os.close(go_on)
+                training.by_return = lambda *arguments: look
+                runs.train(ENV, "ppo", 1, folder, {"bundle": "digits", "cost_weight": 2.0}, SHORT)
             finally:
                 os._exit(0)
-        os.read(reading, 1)  # it is at work
+        os.read(working, 1)
         for kwargs, overwrite in (({"cost_weight": 0.05}, True), ({"cost_weight": 2.0}, False)):
             attack.attempt(
                 f"a second training, overwrite {overwrite}",
@@ -250,9 +252,10 @@ def test_a_second_training_in_a_folder_is_refused(attack: Outcomes, tmp_path: Pa
             (runs.RunError,),
             str(folder),
         )
+        os.close(go_on)
         os.waitpid(child, 0)
-        os.close(reading)
-        os.close(writing)
+        for each in (working, begun, told):
+            os.close(each)
         config = runs.load(folder)[1]
         attack.add(
             "right" if config["env_kwargs"]["cost_weight"] == 2.0 else "silent", "what the first one wrote", config
