@@ -30,7 +30,7 @@ RayAddress = Annotated[
     ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Short version with few seeds and small sizes.")]
-Trust = Annotated[
+TrustOption = Annotated[
     list[str],
     typer.Option(
         help="Your own experiment, environment or policy that a file names; it is imported, which runs its code."
@@ -82,7 +82,7 @@ def _run(
         str, typer.Option(help="I/N: run part I of N, counted from 0, to share the work between machines.")
     ] = "0/1",
     ray: RayAddress = None,
-    trust: Trust = [],  # noqa: B006
+    trust: TrustOption = [],  # noqa: B006
     slurm: Annotated[
         Path | None, typer.Option(help="Only write a Slurm script with --jobs tasks to this file.")
     ] = None,
@@ -158,7 +158,7 @@ def _leaderboard(
 @app.command("report")
 def _report(
     folder: Annotated[Path, typer.Argument(help="Output folder of moe-benchmark run.")],
-    trust: Trust = [],  # noqa: B006
+    trust: TrustOption = [],  # noqa: B006
     json_file: Json = None,
 ) -> None:
     """Rebuild the tables and plots of a result from its rows.
@@ -177,7 +177,7 @@ def _validate(
     rows: Annotated[int, typer.Option(min=1, help="Number of rows to rerun, sampled with --seed.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the row sampling.")] = 0,
     tolerance: Annotated[float, typer.Option(min=0, help="Relative and absolute tolerance per metric.")] = 1e-6,
-    trust: Trust = [],  # noqa: B006
+    trust: TrustOption = [],  # noqa: B006
     json_file: Json = None,
 ) -> None:
     """Rerun rows of a submitted result and compare the metrics. Exits with 1 if a metric differs.
