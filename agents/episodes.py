@@ -55,6 +55,12 @@ class Episodes:
         """Discard unfinished episodes of all rows."""
         self.carry = {"length": np.zeros_like(self.carry["length"])}
 
+    def restore(self, carry: dict[str, np.ndarray]) -> None:
+        """Continue unfinished episodes from a saved `carry`; raises `ValueError` for other shapes or names."""
+        if "length" not in carry or any(np.shape(each) != self.carry["length"].shape for each in carry.values()):
+            raise ValueError(f"these are not the sums of {len(self.carry['length'])} episodes")
+        self.carry = dict(carry)
+
     def rewind(self) -> None:
         """Write all episodes from the first one to the next file."""
         self._written = 0

@@ -207,7 +207,8 @@ class Resumable:
         self._episodes_sha256 = content.get("episodes_sha256")  # older checkpoints have none
         self._temperature = np.float32(content["temperature"])
         self.collector.restore(content["collector"])
-        self.episodes.carry, self.log.window = content["episodes"], pd.DataFrame(content["window"])
+        self.episodes.restore(content["episodes"])
+        self.log.window = pd.DataFrame(content["window"])
         if content["collector"]["env"] is None:
             self._forget()
 

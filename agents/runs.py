@@ -6,6 +6,7 @@ logs and the weights: `policy.safetensors` of an SB3 algorithm; of ours the fold
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gymnasium
 import pandas as pd
 
 from agents import checkpoints, training, tuned
@@ -139,6 +141,7 @@ def resume(
             )
         if not checkpoints.of_run(folder):
             agent: Any = _make(folder, config)
+            _clear(folder, config)  # what was written before the first checkpoint
         else:
             agent = training.own(config["algo"]).resume(folder, folder / TENSORBOARD, allow_import=allow_import)
         return _train(agent, folder, config, progress)
@@ -287,6 +290,13 @@ def load(folder: Path, allow_import: bool = False) -> tuple[Policy, dict[str, An
 
     config = load_config(folder)
     require_env(config["env"], folder / SETTINGS, allow_import)
+    module, _, name = config["env"].rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        gymnasium.spec(name)
+    except gymnasium.error.Error as error:
+        raise RunError(f"{folder / SETTINGS} names no environment: {one_line(error)}") from error
     own = config["backend"] == "own"
     weights = folder / (f"{BEST}/{MANIFEST}" if own else WEIGHTS)
     try:
@@ -304,7 +314,7 @@ def load(folder: Path, allow_import: bool = False) -> tuple[Policy, dict[str, An
         if not all(bool((value.abs() < LARGEST).all()) for value in values.values()):
             raise ValueError("weights are not finite")
         model.policy.load_state_dict(values)
-    except (SafetensorError, *UNFIT) as error:
+    except (SafetensorError, AssertionError, *UNFIT) as error:  # SB3 asserts the types of its settings
         raise RunError(
             f"{weights} does not fit a {config['algo']} policy of {config['env']}: {one_line(error)}"
         ) from error

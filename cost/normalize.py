@@ -74,13 +74,13 @@ class CostNormalizer:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
-        if not 0 < ema < 1 or not 50 <= percentile <= 100 or jitter <= 0 or reservoir < 100:
+        if not 0 < ema < 1 or not 50 <= percentile <= 100 or not 0 < jitter < MOST or reservoir < 100:
             raise ValueError(
-                f"ema={ema} must be within 0..1, percentile={percentile} within 50..100, jitter={jitter} > 0 and "
-                f"reservoir={reservoir} >= 100"
+                f"ema={ema} must be within 0..1, percentile={percentile} within 50..100, jitter={jitter} within "
+                f"0..{MOST} and reservoir={reservoir} >= 100"
             )
         self.names, self.method = (names,) if isinstance(names, str) else tuple(names), method
-        self.ema, self.percentile, self.jitter = ema, percentile, jitter
+        self.ema, self.percentile, self.jitter = ema, percentile, float(jitter)
         self.count = self._checked = 0
         self.mean, self.variance, self.low = np.zeros((3, len(self.names)))
         self.high = np.full(len(self.names), np.inf)
@@ -149,7 +149,7 @@ class CostNormalizer:
             made.count, made._checked = int(state["count"]), int(state["checked"])
             made.mean, made.variance, made.low = (made._rows(state[name])[0] for name in ("mean", "variance", "low"))
             made.high = np.array([np.inf if value is None else float(value) for value in state["high"]])
-            seen = np.array(state["reservoir"], dtype=np.float64).reshape(-1, len(made.names))
+            seen = made._rows(np.array(state["reservoir"], dtype=np.float64).reshape(-1, len(made.names)))
             if len(seen) != min(made.count, len(made._reservoir)) or made.high.shape != made.mean.shape:
                 raise ValueError("its parts do not fit each other")
             made._reservoir[: len(seen)] = seen
@@ -177,9 +177,8 @@ class CostNormalizer:
         rows = array.reshape(-1, len(self.names))
         usable = np.abs(rows) < MOST  # false for NaN, too
         if not usable.all():
-            raise ValueError(
-                f"{self.names[int((~usable).any(0).argmax())]} is not finite, or beyond {MOST}, in {costs!r}"
-            )
+            row, column = np.argwhere(~usable)[0]
+            raise ValueError(f"{self.names[column]} is {rows[row, column]}: not finite, or beyond {MOST}")
         return rows
 
     def _sample(self, rows: np.ndarray) -> None:

@@ -30,7 +30,7 @@ class Outcomes:
         assert verdict in VERDICTS
         self.counts[verdict] += 1
         if verdict not in ("right", "clear"):
-            self.bad.append(f"{verdict}: {case}: {said!r:.300}")
+            self.bad.append(f"{verdict}: {case}: ...{repr(said)[-300:]}")
 
     def attempt(
         self,
