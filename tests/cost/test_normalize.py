@@ -116,7 +116,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     normalizer.update(np.ones((3, 2)))
     before = normalizer.state_dict()
     for wrong in (np.array([[1, np.nan]]), np.array([[1, np.inf]])):
-        with pytest.raises(ValueError, match="b is not finite"):
+        with pytest.raises(ValueError, match="b is .*not finite"):
             normalizer.update(wrong)
     with pytest.raises(ValueError, match=r"\[..., 2\] for a, b"):
         normalizer.update(np.ones(3))
