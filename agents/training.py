@@ -6,7 +6,6 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,8 +18,6 @@ from agents.evaluate import evaluate
 from cost.files import load_json, save_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from agents.learner import Learner
 
 LOOKS, EPISODES = 10, 1000
@@ -210,21 +207,9 @@ def learn(agent: Any, total_timesteps: int, after_update: Callable[[Any], bool |
     are for SB3 only."""
     if is_sb3(agent):
         from agents.sb3 import AfterUpdate
+        from experts.threads import one_torch_thread
 
         with one_torch_thread():
             agent.learn(total_timesteps, [AfterUpdate(after_update), *callbacks])
     else:
         agent.learn(total_timesteps, after_update)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Use one torch thread and restore the number afterwards."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -21,7 +21,8 @@ from experts import bundle as bundles
 from experts.bundle import FEATURE_BOUND, Bundle
 from experts.model import combine, mix, run_chosen
 from experts.routers import mixing_weights
-from moe_envs.routing.tables import BATCH_SCALE, GATE_BOUND, edges_of
+from moe_envs.routing.observations import BATCH_SCALE, GATE_BOUND
+from moe_envs.routing.tables import edges_of
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm

@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 
 from agents.ppo import PPO
-from agents.training import one_torch_thread
 from benchmarks.results.paired import less_decisions
 from benchmarks.results.statistics import median_interval
 from benchmarks.results.tables import records
@@ -37,6 +36,7 @@ from benchmarks.torch_training import (
     train,
 )
 from experts.model import MoEClassifier
+from experts.threads import one_torch_thread
 
 FIRST_JUDGED_SEED = 1000
 SEEDS = tuple(range(FIRST_JUDGED_SEED, FIRST_JUDGED_SEED + 10))

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from agents import runs, training
+from agents import runs
 from agents.deploy.routing import RoutedMoE
 from agents.evaluate import make_rows
 from benchmarks.runner.setup import Arguments
@@ -25,6 +25,7 @@ from cost.profile import measure as measure_cost
 from cost.timing import torch_threads
 from experts import bundle as bundles
 from experts import data
+from experts.threads import one_torch_thread
 
 BATCH_SIZES, REPEATS = (1, 32, 512), 200
 ENV = "moe_envs:MoERouting-v0"
@@ -111,7 +112,7 @@ def _trained(setup: RouterSetup, seed: int, folder: Path) -> Path:
         if not (place / runs.SETTINGS).exists():
             more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
             kwargs = {"bundle": setup.bundle, "cost_weight": setup.cost_weight}
-            with training.one_torch_thread():
+            with one_torch_thread():
                 runs.train(ENV, "ppo", seed, place, kwargs, more, overwrite=True)
     return place
 

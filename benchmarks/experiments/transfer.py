@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 
 from agents.baselines.metaopt import DECAY, SCHEDULES, Round, search, trainings
-from agents.training import one_torch_thread
 from benchmarks import torch_training
 from benchmarks.results.paired import less_decisions
 from benchmarks.runner.kept import policy_of
 from benchmarks.runner.setup import Arguments
 from experts import tasks
+from experts.threads import one_torch_thread
 
 ENV = "moe_envs:MoEMetaOpt-v0"
 FIRST_TEST_SEED, FIRST_JUDGED_SEED = 10**6, 1000

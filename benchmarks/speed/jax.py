@@ -50,8 +50,8 @@ def measure(setup: JaxSpeed, seed: int, split: str, folder: Path) -> tuple[dict[
     from threadpoolctl import threadpool_limits
 
     from agents import PPO
-    from agents.training import one_torch_thread
     from benchmarks.speed.ppo import rate
+    from experts.threads import one_torch_thread
 
     environment = os.environ | {"XLA_FLAGS": ONE_THREAD, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     rows, steps, size = setup.rows, setup.steps, setup.batch_size

@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from agents.training import one_torch_thread
 from benchmarks.runner.setup import Arguments
 from experts.layers import MoELayer, _linear, _times
+from experts.threads import one_torch_thread
 
 D_MODEL, D_FF, EXPERTS, K = 256, 1024, 8, 2
 TOKENS = {1: (30, 10), 32: (12, 5), 512: (12, 1), 4096: (6, 1)}  # inputs -> (rounds, consecutive runs)

@@ -26,7 +26,7 @@ from experts.bundle.read import (
     load,
     project,
 )
-from experts.bundle.tabulate import principal_components, tabulated
+from experts.bundle.tabulate import estimated, principal_components, tabulated
 
 if TYPE_CHECKING:
     from experts.model import MoEModel
@@ -91,6 +91,7 @@ def build(
         for k in (1, 2):
             chosen = models.mix(gate, outputs, top_k(gate, min(k, gate.shape[1])), graph).argmax(-1).numpy()
             accuracy[f"{split}/top-{k}"] = float((chosen == label).mean())
+    estimator, tables = estimated(tables)
     metadata = {
         "format": FORMAT,
         "name": name,
@@ -107,6 +108,7 @@ def build(
         "features.mean": mean,
         "features.projection": np.ascontiguousarray(projection),
         "examples": np.resize(x[rows["train"]], (64, x.shape[1])),
+        **{f"estimator.{name}": value.numpy() for name, value in estimator.state_dict().items()},
     }
     measured = profile(trained, constants["examples"]).model_dump(mode="json") if profile else None
     _write(target, metadata, trained, constants, tables, measured)

@@ -20,9 +20,10 @@ from experts import zoo
 if TYPE_CHECKING:
     from torch import nn
 
+    from experts.bundle.estimates import Estimator
     from experts.model import MoEModel
 
-FORMAT = 1
+FORMAT = 2  # 1 had no estimates
 SPLITS = ("rl_train", "validation", "test")
 SUMS, METADATA, MODEL, PROFILE = "SHA256SUMS", "bundle.json", "model.safetensors", "profile.json"
 FEATURE_BOUND = 5.0
@@ -40,6 +41,7 @@ class Architecture(BaseModel):
     widths: list[Size]
     trunk: Annotated[int, Ge(0), Le(2**20)] = 0
     graph: dict[str, str | int | float | bool | None] | None = None
+    standardize: bool = False
 
     @property
     def parameters(self) -> int:
@@ -53,7 +55,7 @@ class Metadata(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    format: Literal[1]
+    format: Literal[2]
     name: str
     num_experts: Annotated[int, Ge(1), Le(MAX_EXPERTS)]
     num_classes: Annotated[int, Ge(2), Le(2**15)]
@@ -71,17 +73,24 @@ class BundleError(RuntimeError):
 
 @dataclass(frozen=True)
 class Split:
-    """Tables of n inputs: features `[n, F]` float16, gate logits `[n, E]` float32, labels `[n]` int16, the experts'
-    class logits `[n, E, C]` as int8 in units of `output_scale`, and outcomes `[n, ceil(2^E / 8)]` uint8: bit s of row i
-    says whether the experts of subset s (bit e = expert e), mixed by the gate, classify input i correctly. Outcomes are
-    of the exact logits."""
+    """Tables of n inputs: features `[n, F]` float16, gate logits `[n, E]` float32, labels `[n]` int16, estimates of
+    each expert's P(correct) `[n, E]` float16 (cross-fitted on `rl_train`), the experts' class logits `[n, E, C]` int8
+    in units of `output_scale`, and outcomes `[n, ceil(2^E / 8)]` uint8: bit s of row i says whether the experts of
+    subset s (bit e = expert e), mixed by the gate, classify input i correctly. Outcomes are of the exact logits."""
 
     features: np.ndarray
     gate_logits: np.ndarray
     labels: np.ndarray
+    estimates: np.ndarray
     outputs: np.ndarray
     output_scale: np.ndarray
     outcomes: np.ndarray
+
+    @property
+    def singles(self) -> np.ndarray:
+        """Whether each expert alone is correct, `[n, E]` uint8."""
+        experts = self.gate_logits.shape[1]
+        return np.unpackbits(self.outcomes, axis=1, count=2**experts, bitorder="little")[:, 1 << np.arange(experts)]
 
     @property
     def logits(self) -> np.ndarray:
@@ -136,6 +145,21 @@ class Bundle:
                 f"{self.path / MODEL} holds other weights than this model's: {one_line(error)}"
             ) from error
         return module.eval()  # type: ignore[return-value]
+
+    def estimator(self) -> Estimator:
+        """The module that made the `estimates`, for new inputs."""
+        import torch
+
+        from experts.bundle.estimates import Estimator
+
+        split = self.split("rl_train")
+        found = Estimator(split.features, split.singles)
+        weights = {k[10:]: torch.from_numpy(v) for k, v in self._tensors(MODEL).items() if k.startswith("estimator.")}
+        try:
+            found.load_state_dict(weights)
+        except RuntimeError as error:
+            raise BundleError(f"{self.path / MODEL} holds no estimator of these tables: {one_line(error)}") from error
+        return found.requires_grad_(False).eval()
 
     def _classifier(self) -> nn.Module:
         """The untrained model."""
@@ -269,6 +293,7 @@ def _check_tables(split: Split, experts: int, classes: int, name: str) -> None:
     n = len(split.labels)
     wanted = {
         "features": ("f2", (n, split.features.shape[1])), "gate_logits": ("f4", (n, experts)), "labels": ("i2", (n,)),
+        "estimates": ("f2", (n, experts)),
         "outputs": ("i1", (n, experts, classes)), "output_scale": ("f4", (1,)),
         "outcomes": ("u1", (n, max(1, 2**experts // 8))),
     }  # fmt: skip
@@ -278,5 +303,7 @@ def _check_tables(split: Split, experts: int, classes: int, name: str) -> None:
             raise ValueError(f"{table} of {name} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
         if not np.isfinite(array).all():
             raise ValueError(f"{table} of {name} holds numbers that are not finite")
+    if split.estimates.min() < 0 or split.estimates.max() > 1:
+        raise ValueError(f"estimates of {name} are not within 0..1")
     if split.labels.min() < 0 or split.labels.max() >= classes or np.abs(split.features).max() > FEATURE_BOUND:
         raise ValueError(f"{name} has labels or features out of bounds")

@@ -5,6 +5,7 @@ Shape legend: B inputs, E experts, S subsets, C classes, F features.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from experts.bundle.read import Split
 
 if TYPE_CHECKING:
+    from experts.bundle.estimates import Estimator
     from experts.graph import ExpertGraph
 
 
@@ -24,12 +26,26 @@ def tabulated(
         features=features.astype(np.float16),
         gate_logits=gate_logits.astype(np.float32),
         labels=labels.astype(np.int16),
+        estimates=np.zeros(gate_logits.shape, dtype=np.float16),
         outputs=np.rint(outputs / scale).astype(np.int8),
         output_scale=scale,
         outcomes=pack_outcomes(gate_logits, outputs, labels)
         if graph is None
         else pack_outcomes_of(graph, gate_logits, outputs, labels),
     )
+
+
+def estimated(tables: dict[str, Split]) -> tuple[Estimator, dict[str, Split]]:
+    """An estimator fitted on `rl_train`, and the tables with its estimates."""
+    from experts.bundle.estimates import Estimator
+
+    known = tables["rl_train"]
+    estimator, of_known = Estimator.fit(known.features, known.gate_logits, known.singles)
+    found = {
+        name: of_known if split is known else estimator.estimates(split.features, split.gate_logits)
+        for name, split in tables.items()
+    }
+    return estimator, {name: replace(tables[name], estimates=each.astype(np.float16)) for name, each in found.items()}
 
 
 def pack_outcomes(gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:

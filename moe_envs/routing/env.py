@@ -13,6 +13,7 @@ from experts import library, profiles
 from experts.bundle import SPLITS
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, Spec
 from moe_envs.routing.live import LiveExperts
+from moe_envs.routing.observations import OBSERVATIONS
 from moe_envs.routing.single import SteppedBatch
 from moe_envs.routing.tables import ACTIONS, STREAMS, RoutingTables
 
@@ -22,7 +23,7 @@ COSTS = ("reference", "machine", "live")
 class MoERoutingVectorEnv(BatchedEnv):
     """MoERouting-v0 over `num_envs` mini-batches at once; see `MoERoutingEnv` for the problem and its arguments."""
 
-    STATE = ("batch", "_place", "_inputs", "_ledger", "_used", "_cost", "_summary", "_loads", "_seconds")
+    STATE = ("batch", "_place", "_inputs", "_ledger", "_used", "_cost", "_summary", "_gains", "_loads", "_seconds")
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class MoERoutingVectorEnv(BatchedEnv):
         batch_size: Annotated[int, Ge(1), Le(2**14)] = 32,
         stream: str = "topical",
         action: str = "expert",
+        observation: str = "estimates",
         time_weight: NonNegative = 1 / 3,
         memory_weight: NonNegative = 1 / 3,
         energy_weight: NonNegative = 1 / 3,
@@ -45,10 +47,14 @@ class MoERoutingVectorEnv(BatchedEnv):
         choose("stream", stream, STREAMS)
         choose("action", action, ACTIONS)
         choose("costs", costs, COSTS)
+        choose("observation", observation, OBSERVATIONS)
         loaded = library.load("bundle", bundle)
         weights = Cost(time_weight, memory_weight, energy_weight)
         profile = profiles.select(loaded, costs)
-        tables = RoutingTables(loaded, split, profile, weights, batch_size=batch_size, stream=stream, action=action)
+        tables = RoutingTables(
+            loaded, split, profile, weights, batch_size=batch_size, stream=stream, action=action,
+            observation=observation, cost_weight=cost_weight,
+        )  # fmt: skip
         reward = Reward.of(cost_weight, tables.reference, weights, normalizer)
         experts = tables.num_experts
         action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(experts)
@@ -59,6 +65,7 @@ class MoERoutingVectorEnv(BatchedEnv):
         self._cost = np.zeros(num_envs)
         self._summary = np.zeros(num_envs, dtype=tables.summary_blocks.dtype)
         self._used = np.zeros(num_envs, dtype=tables.used.dtype)
+        self._gains = np.zeros((num_envs, *((batch_size + 1, experts) if tables.chances is not None else (0, 0))), "f4")
         self._num_choices = tables.correct.shape[1]
         self.live = LiveExperts(loaded, tables) if costs == "live" else None
         self._loads = np.zeros((num_envs, experts if self.live else 0), dtype=np.int64)
@@ -70,6 +77,8 @@ class MoERoutingVectorEnv(BatchedEnv):
         self._ledger[rows], self._used[rows], self._cost[rows] = self.tables.ledger_of(-1), self.tables.paid[-1], 0.0
         self._summary[rows] = self.tables.summary_blocks[batch]
         self._inputs = self.tables.deck.take(self._place[0])
+        if self.tables.chances is not None:
+            self._gains[rows] = self.tables.gains(batch, np.full(len(rows), -1))
         if self.live is not None:
             self._loads[rows], self._seconds[rows] = 0, 0.0
 
@@ -83,7 +92,9 @@ class MoERoutingVectorEnv(BatchedEnv):
         if self.live is not None:
             self.live.charge(terms, tables.subsets.take(option), self._loads, self._seconds)
         terms[:, 4] = quality = tables.quality.take(tables.correct.take(entry))
-        self._ledger, self._used = tables.ledger.take(move), tables.used.take(move)
+        before, self._ledger, self._used = self._ledger, tables.ledger.take(move), tables.used.take(move)
+        if tables.chances is not None and len(paying := (self._ledger != before).nonzero()[0]):
+            self._gains[paying] = tables.gains(self.batch[paying], self._ledger[paying] // len(tables.subsets))
         self._cost += terms[:, 0]
         self._place += 1
         self._inputs = tables.deck.take(self._place[0])
@@ -97,7 +108,9 @@ class MoERoutingVectorEnv(BatchedEnv):
         record = observation.view(tables.record)[:, 0]
         record["input"] = tables.seen_blocks.take(self._inputs)
         record["batch"] = self._summary
-        record["experts_used"] = self._used
+        if tables.chances is not None:
+            observation[:, tables.of_gains] = self._gains[self._rows, self._place[1]]
+        record["paid"] = self._used
         record["cost"] = self._cost if self.live is None else self._cost.clip(0, tables.max_cost)
         record["progress"] = tables.progress.take(self._place[1])
         return observation
@@ -114,6 +127,8 @@ class MoERoutingVectorEnv(BatchedEnv):
         self._place[:, 0] = batch * (self.tables.batch_size + 1) + position, position
         self._done[0] = position == self.tables.batch_size
         self._summary[0] = self.tables.summary_blocks[batch]
+        if self.tables.chances is not None:
+            self._gains[:] = self.tables.gains(np.array([batch]), np.array([unpaid]))
         self._inputs = self.tables.deck.take(self._place[0])
 
     def pay_live(self, move: int, option: int) -> np.ndarray:
