@@ -21,7 +21,7 @@ from agents.console import interruptible, progress
 from agents.descent import Descent
 from agents.distributions import Evaluation, distribution
 from agents.logs import Logs
-from agents.networks import Network, Preprocessor
+from agents.networks import Network, Preprocessor, residual_of
 from agents.resumable import Resumable
 from agents.rollouts import Collector, NotFiniteError, Rollout, make_rows
 from agents.settings import POLICIES, Settings
@@ -70,6 +70,8 @@ class Learner(Resumable):
             raise ValueError("temperature is for actions drawn from logits; for a Box ent_coef widens the exploration")
         self.preprocessor = Preprocessor(self.observation_space, self.settings.normalize_observations)
         sizes: dict[str, Any] = POLICIES[policy] | (self.settings.policy_kwargs or {})
+        if sizes.pop("residual", False):
+            sizes["residual"] = residual_of(self.rows.env.unwrapped, self.preprocessor, self.distribution.size)
         free, seed = self.distribution.free, self.arguments["seed"]
         self.network = Network(self.preprocessor.size, self.distribution.size, free=free, seed=seed, **sizes)
         self.descent = Descent(self.network, str(device))

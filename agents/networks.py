@@ -20,14 +20,18 @@ CLIP = 10.0  # bound of normalised observations
 class Network:
     """Tanh networks `net_arch` for policy and value, stacked `[2, in, out]`, after a shared GRU if `gru` > 0.
 
-    `outputs` is the size of the policy's head, of which the last `free` do not depend on the observation.
+    `outputs` is the size of the policy's head, of which the last `free` do not depend on the observation. `residual`
+    `[inputs, outputs]` is a fixed linear map added to the head: the policy learns what to add to a known rule (residual
+    policy learning, Silver et al. 2018).
     Initialised orthogonally as in SB3, with gain sqrt(2), 0.01 for the policy head and 1 for the value head.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, net_arch: Iterable[int] = (64, 64), gru: int = 0, free: int = 0, seed: int = 0
-    ) -> None:
+        self, inputs: int, outputs: int, net_arch: Iterable[int] = (64, 64), gru: int = 0, free: int = 0, seed: int = 0,
+        residual: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         self.inputs, self.outputs, self.net_arch, self.gru, self.free = inputs, outputs, tuple(net_arch), gru, free
+        self.residual = residual
         sizes = [gru or inputs, *self.net_arch]
         self.depth = len(self.net_arch)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -70,13 +74,14 @@ class Network:
 
     def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Policy head `[n, outputs]` and next state, without the value."""
+        hidden = inputs
         if self.gru:
-            inputs = state = self._gru(inputs, state)
+            hidden = state = self._gru(inputs, state)
         for weight, bias in self._layers:
-            inputs = inputs @ weight[0]
-            inputs += bias[0]
-            np.tanh(inputs, out=inputs)
-        return self._head(inputs), state
+            hidden = hidden @ weight[0]
+            hidden += bias[0]
+            np.tanh(hidden, out=hidden)
+        return self._head(hidden, inputs), state
 
     def forward(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Policy head `[n, outputs]` and values `[n]`, without a GRU; stores what `backward` needs."""
@@ -86,7 +91,7 @@ class Network:
             hidden += bias
             np.tanh(hidden, out=hidden)
             self._kept.append(hidden)
-        return self._head(hidden[0]), hidden[-1] @ self.weights["value.weight"] + self.weights["value.bias"]
+        return self._head(hidden[0], inputs), hidden[-1] @ self.weights["value.weight"] + self.weights["value.bias"]
 
     def backward(self, of_head: np.ndarray, of_values: np.ndarray) -> None:
         """Compute parameter gradients from those of head `[n, outputs]` and values `[n]` of the last `forward`."""
@@ -141,17 +146,23 @@ class Network:
                 states.append(state)
             inputs = torch.stack(states)
         policy = value = inputs
+        if self.residual is not None:
+            known = inputs @ torch.from_numpy(self.residual).to(inputs)
         for place in range(self.depth):
             weight, bias = weights[f"{place}.weight"], weights[f"{place}.bias"]
             policy, value = (torch.tanh(each @ weight[k] + bias[k]) for k, each in enumerate((policy, value)))
         head = policy @ weights["policy.weight"] + weights["policy.bias"]
+        if self.residual is not None:
+            head = head + known
         if self.free:
             head = torch.cat([head, weights["log_std"].expand(*head.shape[:-1], self.free)], dim=-1)
         return head, value @ weights["value.weight"] + weights["value.bias"], state
 
-    def _head(self, hidden: np.ndarray) -> np.ndarray:
+    def _head(self, hidden: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         head: np.ndarray = hidden @ self.weights["policy.weight"]
         head += self.weights["policy.bias"]
+        if self.residual is not None:
+            head += inputs @ self.residual
         if self.free:
             free = np.broadcast_to(self.weights["log_std"], (len(head), self.free))
             return np.concatenate([head, free], axis=1)
@@ -222,6 +233,22 @@ class Preprocessor:
     def refresh(self) -> None:
         """Normalise by the moments as they are now."""
         self._shift, self._scale = self.moments.mean.astype(np.float32), self.moments.scale()
+
+
+def residual_of(env: Any, preprocessor: Preprocessor, outputs: int) -> np.ndarray | None:
+    """The `advice` of an environment as a linear map `[inputs, outputs]` from observations to the head.
+
+    Advice maps parts of the `observation_layout`, of one number for each action, to their weights; None without advice.
+    """
+    advice: dict[str, float] = getattr(env, "advice", {})
+    if not advice:
+        return None
+    if preprocessor.normalize:
+        raise ValueError("policy_kwargs residual=True: advice is in observations that are not normalised")
+    found = np.zeros((preprocessor.size, outputs), dtype=np.float32)
+    for name, weight in advice.items():
+        found[env.observation_layout[name].slice] += weight * np.eye(outputs, dtype=np.float32)
+    return found
 
 
 def _gates(library: Any, of_inputs: Any, of_state: Any, state: Any) -> Any:

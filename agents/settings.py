@@ -20,7 +20,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 Share = Annotated[float, Ge(0), Le(1)]
 Scheduled = Annotated[float | str, "positive: a number, 'linear A' or 'linear A B'"]
 Width = Annotated[int, Ge(1), Le(2**14)]
-KNOWN = {"net_arch": Sequence[Width], "gru": Annotated[int, Ge(0), Le(2**14)]}  # in policy_kwargs
+KNOWN = {"net_arch": Sequence[Width], "gru": Annotated[int, Ge(0), Le(2**14)], "residual": bool}  # in policy_kwargs
 _KNOWN = adapters_of(KNOWN)
 Steps = Annotated[int, Ge(1), Le(2**24)]
 
@@ -30,8 +30,9 @@ class Settings:
     """Settings of all learners.
 
     `learning_rate` and `temperature` are numbers, or "linear A" or "linear A B": linear from A to B (default 0)
-    over the training. `policy_kwargs` has `net_arch` (a list, for policy and value each) and `gru` (units of a GRU
-    before both, 0 for none). Actions are sampled from the logits divided by the temperature.
+    over the training. `policy_kwargs` has `net_arch` (a list, for policy and value each), `gru` (units of a GRU before
+    both, 0 for none) and `residual` (whether the policy starts from the environment's `advice`, if it gives any, and
+    learns what to add to it). Actions are sampled from the logits divided by the temperature.
     """
 
     learning_rate: Scheduled = 3e-4

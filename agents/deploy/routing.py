@@ -19,9 +19,11 @@ from agents.learner import Learner
 from agents.networks import CLIP
 from experts import bundle as bundles
 from experts.bundle import FEATURE_BOUND, Bundle
+from experts.bundle.estimates import centred
 from experts.model import combine, mix, run_chosen
 from experts.routers import mixing_weights
-from moe_envs.routing.observations import BATCH_SCALE, GATE_BOUND
+from moe_envs.routing.observations import BATCH_SCALE
+from moe_envs.routing.planning import PLAN_BOUND
 from moe_envs.routing.tables import edges_of
 
 if TYPE_CHECKING:
@@ -62,13 +64,20 @@ class RoutedMoE(nn.Module):
         costs = [
             torch.from_numpy(part[1 << np.arange(self.num_experts), 0]) for part in (env.tables.fixed, env.tables.slope)
         ]
+        self.estimator = loaded.estimator() if "estimates" in env.observation_layout else None
+        for name in ("first_price", "input_price"):
+            self.register_buffer(name, torch.from_numpy(getattr(env.tables, name)).float())
         self.graph = getattr(model, "graph", None)
         self.register_buffer("edges", None if loaded.edges is None else torch.from_numpy(loaded.edges))
+        self.register_buffer("singles", 1 << torch.arange(self.num_experts))
         self.register_buffer("fixed", costs[0])
         self.register_buffer("slope", costs[1])
         self.eval()
 
     edges: torch.Tensor | None
+    first_price: torch.Tensor
+    singles: torch.Tensor
+    input_price: torch.Tensor
     fixed: torch.Tensor
     slope: torch.Tensor
 
@@ -84,7 +93,9 @@ class RoutedMoE(nn.Module):
     def route(self, x_BD: torch.Tensor, gate_BE: torch.Tensor) -> torch.Tensor:
         """Selected experts, boolean `[B, E]`."""
         features_BF = ((x_BD - self.mean) @ self.projection).clip(-FEATURE_BOUND, FEATURE_BOUND).half().float()
-        centred_BE = (gate_BE - gate_BE.mean(1, keepdim=True)).clip(-GATE_BOUND, GATE_BOUND)
+        centred_BE = centred(gate_BE)
+        if self.estimator is not None:
+            features_BF = self.estimator(features_BF, centred_BE).half() - self.input_price
         whole = len(x_BD) // self.batch_size * self.batch_size
         parts = [
             self._route_groups(features.unflatten(0, (-1, size)), gate.unflatten(0, (-1, size)))
@@ -97,15 +108,23 @@ class RoutedMoE(nn.Module):
         return torch.cat(parts) if parts else gate_BE > 0
 
     def _route_groups(self, features_GTF: torch.Tensor, gate_GTE: torch.Tensor) -> torch.Tensor:
+        """Route groups by features, or by the worth of the experts `[G, T, E]`, and centred gate logits."""
         groups, size = gate_GTE.shape[:2]
         share_GE = gate_GTE.softmax(-1).mean(1) * self.num_experts
-        seen_GTO = torch.cat([features_GTF, gate_GTE], dim=2)
-        batch_GO = torch.cat([share_GE, (features_GTF * BATCH_SCALE).mean(1)], dim=1)
+        if self.estimator is None:
+            seen_GTO = torch.cat([features_GTF, gate_GTE], dim=2)
+            batch_GO = torch.cat([share_GE, (features_GTF * BATCH_SCALE).mean(1)], dim=1)
+        else:
+            seen_GTO = torch.cat([features_GTF, gate_GTE.softmax(-1)], dim=2)
+            plan_GE = self._plan(features_GTF)
+            batch_GO = torch.cat([features_GTF.mean(1), share_GE, plan_GE, plan_GE.clamp(max=0)], dim=1)
         used_GE, cost_G1 = torch.zeros_like(share_GE), share_GE.new_zeros(groups, 1, dtype=torch.float64)
         members = []
         for step in range(size):
             progress_G1 = share_GE.new_full((groups, 1), step / size)
             paid = [used_GE] if self.edges is None else [used_GE, edges_of(used_GE, self.edges)]
+            if self.estimator is not None:
+                paid.append(self.input_price + (1 - used_GE) * self.first_price[self.singles])
             seen = [seen_GTO[:, step], batch_GO, *paid, cost_G1.float(), progress_G1]
             head = self.policy(torch.cat(seen, dim=1))
             if self.action == "expert":
@@ -117,6 +136,16 @@ class RoutedMoE(nn.Module):
             used_GE = used_GE + new_GE
             members.append(chosen_GE > 0)
         return torch.stack(members, dim=1).flatten(0, 1)
+
+    def _plan(self, worth_GTE: torch.Tensor) -> torch.Tensor:
+        """`moe_envs.routing.planning.plan_margins` of groups, `[G, E]`."""
+        best_GTS = torch.full_like(worth_GTE[..., :1], -100.0)
+        for expert in range(self.num_experts):
+            best_GTS = torch.cat([best_GTS, torch.maximum(best_GTS, worth_GTE[..., expert, None])], dim=2)
+        returns_GS = best_GTS.sum(1) - self.first_price
+        halves = (returns_GS.unflatten(1, (-1, 2, 1 << expert)) for expert in range(self.num_experts))
+        margins = [half[:, :, 1].amax((1, 2)) - half[:, :, 0].amax((1, 2)) for half in halves]
+        return torch.stack(margins, dim=1).clip(-PLAN_BOUND, PLAN_BOUND)
 
     def export_onnx(self, path: str | Path, batch_size: int | None = None) -> None:
         """Write an ONNX model of `input [batch_size, D] -> logits [batch_size, C]`, for batches of this size only.
@@ -161,6 +190,8 @@ def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:
         for name in names:
             layers += [_linear(weights[f"{name}.weight"][0], weights[f"{name}.bias"][0, 0]), nn.Tanh()]
         found: nn.Module = nn.Sequential(*layers, _linear(weights["policy.weight"], weights["policy.bias"]))
+        if policy.network.residual is not None:
+            found = _Residual(found, policy.network.residual)
     else:
         network: Any = policy.policy
         if hasattr(network, "q_net"):  # DQN
@@ -184,6 +215,21 @@ class _QuantileMeans(nn.Module):
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.network(observations).unflatten(1, (self.quantiles, -1)).mean(1)
+        return found
+
+
+class _Residual(nn.Module):
+    """Adds a fixed linear map of the observation to the head."""
+
+    residual: torch.Tensor
+
+    def __init__(self, network: nn.Module, residual: np.ndarray) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("residual", torch.from_numpy(residual.copy()))
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.network(observations) + observations @ self.residual
         return found
 
 

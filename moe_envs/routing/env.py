@@ -17,13 +17,14 @@ from moe_envs.routing.observations import OBSERVATIONS
 from moe_envs.routing.single import SteppedBatch
 from moe_envs.routing.tables import ACTIONS, STREAMS, RoutingTables
 
+ADVICE = 20.0  # logits for each correct answer
 COSTS = ("reference", "machine", "live")
 
 
 class MoERoutingVectorEnv(BatchedEnv):
     """MoERouting-v0 over `num_envs` mini-batches at once; see `MoERoutingEnv` for the problem and its arguments."""
 
-    STATE = ("batch", "_place", "_inputs", "_ledger", "_used", "_cost", "_summary", "_gains", "_loads", "_seconds")
+    STATE = ("batch", "_place", "_inputs", "_ledger", "_used", "_cost", "_summary", "_loads", "_seconds")
 
     def __init__(
         self,
@@ -60,12 +61,13 @@ class MoERoutingVectorEnv(BatchedEnv):
         action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(experts)
         super().__init__(num_envs, tables.layout, action_space, reward, **face)
         self.tables, self.action = tables, action
+        if tables.by_estimates and action == "expert":
+            self.advice = {"worth": ADVICE, "detour": ADVICE}
         self.batch, self._inputs, self._ledger = np.zeros((3, num_envs), dtype=np.int64)
         self._place = np.zeros((2, num_envs), dtype=np.int64)  # in the deck, and in the batch
         self._cost = np.zeros(num_envs)
         self._summary = np.zeros(num_envs, dtype=tables.summary_blocks.dtype)
         self._used = np.zeros(num_envs, dtype=tables.used.dtype)
-        self._gains = np.zeros((num_envs, *((batch_size + 1, experts) if tables.chances is not None else (0, 0))), "f4")
         self._num_choices = tables.correct.shape[1]
         self.live = LiveExperts(loaded, tables) if costs == "live" else None
         self._loads = np.zeros((num_envs, experts if self.live else 0), dtype=np.int64)
@@ -77,8 +79,6 @@ class MoERoutingVectorEnv(BatchedEnv):
         self._ledger[rows], self._used[rows], self._cost[rows] = self.tables.ledger_of(-1), self.tables.paid[-1], 0.0
         self._summary[rows] = self.tables.summary_blocks[batch]
         self._inputs = self.tables.deck.take(self._place[0])
-        if self.tables.chances is not None:
-            self._gains[rows] = self.tables.gains(batch, np.full(len(rows), -1))
         if self.live is not None:
             self._loads[rows], self._seconds[rows] = 0, 0.0
 
@@ -92,9 +92,7 @@ class MoERoutingVectorEnv(BatchedEnv):
         if self.live is not None:
             self.live.charge(terms, tables.subsets.take(option), self._loads, self._seconds)
         terms[:, 4] = quality = tables.quality.take(tables.correct.take(entry))
-        before, self._ledger, self._used = self._ledger, tables.ledger.take(move), tables.used.take(move)
-        if tables.chances is not None and len(paying := (self._ledger != before).nonzero()[0]):
-            self._gains[paying] = tables.gains(self.batch[paying], self._ledger[paying] // len(tables.subsets))
+        self._ledger, self._used = tables.ledger.take(move), tables.used.take(move)
         self._cost += terms[:, 0]
         self._place += 1
         self._inputs = tables.deck.take(self._place[0])
@@ -108,8 +106,6 @@ class MoERoutingVectorEnv(BatchedEnv):
         record = observation.view(tables.record)[:, 0]
         record["input"] = tables.seen_blocks.take(self._inputs)
         record["batch"] = self._summary
-        if tables.chances is not None:
-            observation[:, tables.of_gains] = self._gains[self._rows, self._place[1]]
         record["paid"] = self._used
         record["cost"] = self._cost if self.live is None else self._cost.clip(0, tables.max_cost)
         record["progress"] = tables.progress.take(self._place[1])
@@ -127,8 +123,6 @@ class MoERoutingVectorEnv(BatchedEnv):
         self._place[:, 0] = batch * (self.tables.batch_size + 1) + position, position
         self._done[0] = position == self.tables.batch_size
         self._summary[0] = self.tables.summary_blocks[batch]
-        if self.tables.chances is not None:
-            self._gains[:] = self.tables.gains(np.array([batch]), np.array([unpaid]))
         self._inputs = self.tables.deck.take(self._place[0])
 
     def pay_live(self, move: int, option: int) -> np.ndarray:

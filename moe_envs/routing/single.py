@@ -26,7 +26,7 @@ class SteppedBatch(SingleEnv):
         self._moves: dict[int, Move] = {}
         self._num_options = len(tables.subsets)
         self._used_columns = list(tables.seen_of_paid)
-        self._used, self._of_gains = tables.of_paid, tables.of_gains
+        self._used = tables.of_paid
         self._num_choices, self._batch_size = tables.correct.shape[1], tables.batch_size
         self._share, self._reward = 1 / tables.batch_size, self.vector.reward
         self._normalizer = self._reward.normalizer
@@ -62,9 +62,7 @@ class SteppedBatch(SingleEnv):
         vector = vector.copy()
         vector[0] = quality = correct * self._share
         self._choices.append((option, correct))
-        if unpaid != self._unpaid:
-            self._unpaid = unpaid
-            self._see_gains(position + 1)
+        self._unpaid = unpaid
         self._cost += cost
         self._position = position = position + 1
         observation = self._observations[position]
@@ -119,14 +117,6 @@ class SteppedBatch(SingleEnv):
         self._observations[:, tables.of_batch] = tables.summaries[batch]
         self._observations[:, -1] = tables.progress[:-1]
         self._observations[position, self._used] = self._used_columns[unpaid]
-        self._see_gains(position)
-
-    def _see_gains(self, start: int) -> None:
-        """Put what each expert would gain into the observations from a position on."""
-        tables = self.vector.tables
-        if tables.chances is not None:
-            gains = tables.gains(np.array([self._batch]), np.array([self._unpaid]))[0]
-            self._observations[start:, self._of_gains] = gains[start:]
 
     def _look_up(self, move: int) -> Move:
         """Cost and result of a move, cached."""

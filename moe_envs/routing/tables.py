@@ -8,14 +8,13 @@ from cost.model import Cost, CostModel, RelativeCost
 from cost.profile import Profile
 from experts.bundle import SPLITS, Bundle, Split
 from moe_envs.core.spaces import layout
-from moe_envs.routing.observations import View, view
+from moe_envs.routing.observations import View
 
 Code = TypeVar("Code", int, np.ndarray)
 Numbers = TypeVar("Numbers", bound=Any)
 STREAMS = ("topical", "iid")
 ACTIONS = ("expert", "subset", "top-m")
 DECK_SIZE = 16_384  # mini-batches that a split is laid out in
-PRICE_SCALE = 10.0  # of gains and prices: 1 is a tenth of the return that a batch has at most
 TOPIC_CONCENTRATION = 0.15  # of the Dirichlet over classes: most of a topical batch is of one to three classes
 
 
@@ -54,8 +53,8 @@ class RoutingTables:
     relative cost, time [s], memory [B], energy [J], then the vector reward (0, -time, -memory, -energy, relative).
     A move is a ledger, (code of the experts not paid yet) * options, + option. `terms [moves, 8]` are its costs; after
     it, `ledger` is the next ledger, `used` the block of what is seen of the experts paid, `num_used` their number. By
-    code, `paid` are these blocks, `seen_of_paid` their numbers and `members_paid [2^E, E]` the experts paid.
-    `chances [n + 1, E]` are the estimates of inputs, None where they are not observed.
+    code, `paid` are these blocks, `seen_of_paid` their numbers.
+    `first_price [2^E]` of pools and `input_price [E]` are costs in the reward, in units of a correct answer.
     """
 
     def __init__(
@@ -74,14 +73,16 @@ class RoutingTables:
         tables = bundle.split(split)
         self.batch_size, self.num_experts, self.num_inputs = batch_size, bundle.num_experts, len(tables.labels)
         self._pay(profile.cost_model(), bundle.split("rl_train"), stream, weights)
-        self.edges, seen, self.cost_weight = bundle.edges, view(observation, tables), cost_weight
-        self.chances = None
-        if observation == "estimates":
-            self.chances = np.pad(tables.estimates, ((0, 1), (0, 0))).astype(np.float32)
-        self._lay_out(seen)
+        self.edges, singles = bundle.edges, 1 << np.arange(self.num_experts)
+        prices = (batch_size * cost_weight * part[:, 0] for part in (self.fixed, self.slope))
+        self.first_price, self.input_price = next(prices), next(prices)[singles]
+        self.by_estimates = observation == "estimates"
+        view = View.of_estimates(tables, self.input_price) if self.by_estimates else View.of_features(tables)
+        self._lay_out(view)
         deck = deal(tables.labels, batch_size, stream, seed=SPLITS.index(split))
         self.deck = np.append(np.pad(deck, ((0, 0), (0, 1)), constant_values=self.num_inputs), self.num_inputs)
-        self._summarise(deck, seen)
+        self.seen, self.summaries = np.pad(view.seen, ((0, 1), (0, 0))), view.summaries(deck, self.first_price)
+        self.seen_blocks, self.summary_blocks = _blocks(self.seen), _blocks(self.summaries)
         self._packed = np.append(tables.outcomes, np.zeros_like(tables.outcomes[:1]), axis=0)
         self._tabulate_moves(action)
         self._tabulate_choices(action, tables.gate_logits)
@@ -108,17 +109,16 @@ class RoutingTables:
         new = self.subsets & codes[:, None]
         self.terms = (self.fixed[new] + self.slope[self.subsets]).reshape(-1, self.fixed.shape[1])
         unpaid = (codes[:, None] ^ new).ravel()
-        self.members_paid = 1 - (codes[:, None] >> np.arange(self.num_experts) & 1).astype(np.float32)
-        seen = [self.members_paid]
+        members_paid = 1 - (codes[:, None] >> np.arange(self.num_experts) & 1).astype(np.float32)
+        seen = [members_paid]
         if self.edges is not None:
-            seen.append(edges_of(self.members_paid, self.edges))
-        if self.chances is not None:
-            prices = PRICE_SCALE * self.cost_weight * self.fixed[1 << np.arange(self.num_experts), 0]
-            seen.append((1 - self.members_paid) * prices)
+            seen.append(edges_of(members_paid, self.edges))
+        if self.by_estimates:
+            seen.append(self.input_price + (1 - members_paid) * self.first_price[1 << np.arange(self.num_experts)])
         self.seen_of_paid = np.hstack(seen).astype(np.float32)
         self.paid = _blocks(self.seen_of_paid)
         self.ledger, self.used = self.ledger_of(unpaid), self.paid[unpaid]
-        self.num_used = self.members_paid.sum(1).astype(np.int64)[unpaid]
+        self.num_used = members_paid.sum(1).astype(np.int64)[unpaid]
 
     def _tabulate_choices(self, action: str, gate_logits: np.ndarray) -> None:
         every = np.arange(self.num_inputs + 1)
@@ -138,50 +138,29 @@ class RoutingTables:
         )
         self.max_cost = float(self.fixed[-1, 0] + self.batch_size * self.slope[-1, 0])
 
-    def gains(self, batches: np.ndarray, unpaid: np.ndarray) -> np.ndarray:
-        """Estimated gain of adding each expert, for the inputs from each position on, `[n, batch_size + 1, E]`.
-
-        For batches `[n]` and codes `[n]` of the experts not paid: the sum of max(P(e) - max of P over the paid, 0).
-        """
-        assert self.chances is not None
-        chances = self.chances[self.deck[:-1].reshape(-1, self.batch_size + 1)[batches]]
-        best = (chances * self.members_paid[unpaid][:, None]).max(2, keepdims=True)
-        gains = np.maximum(chances - best, 0.0)[:, ::-1].cumsum(1)[:, ::-1]
-        gains *= PRICE_SCALE / self.batch_size
-        return gains
-
-    def _lay_out(self, seen: View) -> None:
+    def _lay_out(self, view: View) -> None:
         experts = self.num_experts
-        gains = [("gains", experts, 0, PRICE_SCALE, "estimated gain of adding each expert, for the inputs to come")]
         edges = [("edges", experts, 0, 1, "mean edge from the experts already paid to each, in the expert graph")]
-        largest = PRICE_SCALE * self.cost_weight * float(self.fixed[1 << np.arange(experts), 0].max()) * 1.001
-        prices = [("prices", experts, 0, largest, "cost of the first use of each expert, 0 once it is paid")]
+        highest = float((self.first_price[1 << np.arange(experts)] + self.input_price).max()) * 1.001 + 1e-6
+        prices = [("prices", experts, 0, highest, "price of running each expert now, in correct answers")]
         self.layout = layout(
             [
-                *seen.of_input,
-                *seen.of_batch,
-                *(gains if self.chances is not None else []),
+                *view.of_input,
+                *view.of_batch,
                 ("experts_used", experts, 0, 1, "1 for experts already paid in this batch"),
                 *(edges if self.edges is not None else []),
-                *(prices if self.chances is not None else []),
+                *(prices if self.by_estimates else []),
                 ("cost", 1, 0, self.max_cost * 1.001, "cost of this batch so far, relative to the top-2 gate's"),
                 ("progress", 1, 0, 1, "share of the batch that is done"),
             ]
         )
-        self.of_input = slice(0, sum(size for _, size, *_ in seen.of_input))
-        self.of_batch = slice(self.of_input.stop, self.of_input.stop + sum(size for _, size, *_ in seen.of_batch))
-        self.of_gains = slice(self.of_batch.stop, self.layout["experts_used"].slice.start)
-        self.of_paid = slice(self.of_gains.stop, self.layout["cost"].slice.start)
-        parts = {"input": self.of_input, "batch": self.of_batch, "gains": self.of_gains, "paid": self.of_paid}
-        blocks = [(name, f"V{4 * (part.stop - part.start)}") for name, part in parts.items() if part.stop > part.start]
+        self.of_input = slice(0, sum(size for _, size, *_ in view.of_input))
+        self.of_batch = slice(self.of_input.stop, self.layout["experts_used"].slice.start)
+        self.of_paid = slice(self.of_batch.stop, self.layout["cost"].slice.start)
+        parts = {"input": self.of_input, "batch": self.of_batch, "paid": self.of_paid}
+        blocks = [(name, f"V{4 * (part.stop - part.start)}") for name, part in parts.items()]
         self.record = np.dtype([*blocks, ("cost", np.float32), ("progress", np.float32)])
         self.width = self.layout["progress"].slice.stop
-
-    def _summarise(self, deck: np.ndarray, view: View) -> None:
-        self.seen = np.append(view.seen, np.zeros_like(view.seen[:1]), axis=0)
-        parts = np.array_split(deck, max(1, len(deck) // 1024))
-        self.summaries = np.concatenate([view.averaged[part].mean(1) for part in parts]).astype(np.float32)
-        self.seen_blocks, self.summary_blocks = _blocks(self.seen), _blocks(self.summaries)
 
 
 def edges_of(chosen: Numbers, edges: Numbers) -> Numbers:
