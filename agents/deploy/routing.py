@@ -19,7 +19,7 @@ from agents.learner import Learner
 from agents.networks import CLIP
 from experts import bundle as bundles
 from experts.bundle import FEATURE_BOUND, Bundle
-from experts.bundle.estimates import centred
+from experts.bundle.estimates import Estimator, centred
 from experts.model import combine, mix, run_chosen
 from experts.routers import mixing_weights
 from moe_envs.routing.observations import BATCH_SCALE
@@ -64,7 +64,7 @@ class RoutedMoE(nn.Module):
         costs = [
             torch.from_numpy(part[1 << np.arange(self.num_experts), 0]) for part in (env.tables.fixed, env.tables.slope)
         ]
-        self.estimator = loaded.estimator() if "estimates" in env.observation_layout else None
+        self.estimator = loaded.estimator() if env.tables.by_place else None
         for name in ("first_price", "input_price"):
             self.register_buffer(name, torch.from_numpy(getattr(env.tables, name)).float())
         self.graph = getattr(model, "graph", None)
@@ -94,8 +94,6 @@ class RoutedMoE(nn.Module):
         """Selected experts, boolean `[B, E]`."""
         features_BF = ((x_BD - self.mean) @ self.projection).clip(-FEATURE_BOUND, FEATURE_BOUND).half().float()
         centred_BE = centred(gate_BE)
-        if self.estimator is not None:
-            features_BF = self.estimator(features_BF, centred_BE).half() - self.input_price
         whole = len(x_BD) // self.batch_size * self.batch_size
         parts = [
             self._route_groups(features.unflatten(0, (-1, size)), gate.unflatten(0, (-1, size)))
@@ -108,16 +106,17 @@ class RoutedMoE(nn.Module):
         return torch.cat(parts) if parts else gate_BE > 0
 
     def _route_groups(self, features_GTF: torch.Tensor, gate_GTE: torch.Tensor) -> torch.Tensor:
-        """Route groups by features, or by the worth of the experts `[G, T, E]`, and centred gate logits."""
+        """Route groups of inputs, all groups at once and input by input, by features and centred gate logits."""
         groups, size = gate_GTE.shape[:2]
         share_GE = gate_GTE.softmax(-1).mean(1) * self.num_experts
         if self.estimator is None:
             seen_GTO = torch.cat([features_GTF, gate_GTE], dim=2)
             batch_GO = torch.cat([share_GE, (features_GTF * BATCH_SCALE).mean(1)], dim=1)
         else:
-            seen_GTO = torch.cat([features_GTF, gate_GTE.softmax(-1)], dim=2)
-            plan_GE = self._plan(features_GTF)
-            batch_GO = torch.cat([features_GTF.mean(1), share_GE, plan_GE, plan_GE.clamp(max=0)], dim=1)
+            worth_GTE = self._worth(self.estimator, features_GTF, gate_GTE)
+            seen_GTO, plan_GE = torch.cat([worth_GTE, gate_GTE.softmax(-1)], dim=2), self._plan(worth_GTE)
+            detour_GE = torch.where(plan_GE > 0, 0, plan_GE - 1)
+            batch_GO = torch.cat([worth_GTE.mean(1), share_GE, plan_GE, detour_GE], dim=1)
         used_GE, cost_G1 = torch.zeros_like(share_GE), share_GE.new_zeros(groups, 1, dtype=torch.float64)
         members = []
         for step in range(size):
@@ -136,6 +135,12 @@ class RoutedMoE(nn.Module):
             used_GE = used_GE + new_GE
             members.append(chosen_GE > 0)
         return torch.stack(members, dim=1).flatten(0, 1)
+
+    def _worth(self, estimator: Estimator, features_GTF: torch.Tensor, gate_GTE: torch.Tensor) -> torch.Tensor:
+        """P(correct) of each expert for inputs in the context of their group, less the price of an input."""
+        estimates_BE = estimator(features_GTF.flatten(0, 1), gate_GTE.flatten(0, 1)).half().float()
+        estimates_GTE = estimates_BE.unflatten(0, gate_GTE.shape[:2])
+        return estimator.in_batches(estimates_GTE, gate_GTE, features_GTF) - self.input_price
 
     def _plan(self, worth_GTE: torch.Tensor) -> torch.Tensor:
         """`moe_envs.routing.planning.plan_margins` of groups, `[G, E]`."""

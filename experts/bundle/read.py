@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cost.arguments import one_line, short
 from cost.files import healed, read_verified, sha256_of, sums_of
 from experts import zoo
+from experts.bundle import context
 
 if TYPE_CHECKING:
     from torch import nn
@@ -153,13 +154,20 @@ class Bundle:
         from experts.bundle.estimates import Estimator
 
         split = self.split("rl_train")
-        found = Estimator(split.features, split.singles)
         weights = {k[10:]: torch.from_numpy(v) for k, v in self._tensors(MODEL).items() if k.startswith("estimator.")}
         try:
-            found.load_state_dict(weights)
+            return Estimator.load(split.features, split.singles, weights)
         except RuntimeError as error:
             raise BundleError(f"{self.path / MODEL} holds no estimator of these tables: {one_line(error)}") from error
-        return found.requires_grad_(False).eval()
+
+    def in_batches(self, name: str, deck: np.ndarray) -> np.ndarray:
+        """P(correct) of each expert `[b, B, E]` float32 for the inputs of a split in mini-batches `deck [b, B]`."""
+        tensors, split = self._tensors(MODEL), self.split(name)
+        weights = {each: tensors[f"estimator.context.{each}"] for each in context.NAMES}
+        odds = np.exp(split.gate_logits - split.gate_logits.max(1, keepdims=True))
+        folds = tensors["estimator.fold_N"] if name == "rl_train" else None
+        gate = odds / odds.sum(1, keepdims=True)
+        return context.in_batches(weights, split.estimates, gate, split.features, deck, folds)
 
     def _classifier(self) -> nn.Module:
         """The untrained model."""
@@ -277,6 +285,7 @@ def _check_structure(bundle: Bundle) -> None:
             raise ValueError("its examples and its tables have other features")
         for name in SPLITS:
             _check_tables(bundle.split(name), about.num_experts, about.num_classes, name)
+        _check_estimator(bundle._tensors(MODEL), bundle.split("rl_train"))
     except BundleError:
         raise
     except ValidationError as error:
@@ -307,3 +316,14 @@ def _check_tables(split: Split, experts: int, classes: int, name: str) -> None:
         raise ValueError(f"estimates of {name} are not within 0..1")
     if split.labels.min() < 0 or split.labels.max() >= classes or np.abs(split.features).max() > FEATURE_BOUND:
         raise ValueError(f"{name} has labels or features out of bounds")
+
+
+def _check_estimator(tensors: dict[str, np.ndarray], known: Split) -> None:
+    experts, features = known.gate_logits.shape[1], known.features.shape[1]
+    shapes = context.shapes(experts, features) | {"fold_N": (len(known.labels),), "count": ()}
+    for name, shape in shapes.items():
+        array = tensors[f"estimator.{name}"]
+        if array.shape != shape or array.dtype.kind != ("f" if name.startswith("context") else "iu"[name == "fold_N"]):
+            raise ValueError(f"estimator.{name} is {array.dtype} {array.shape}, not of {shape}")
+    if tensors["estimator.fold_N"].max() >= context.FOLDS or not 1 <= tensors["estimator.count"] <= 1000:
+        raise ValueError("its estimator has folds or neighbours out of bounds")

@@ -40,7 +40,7 @@ def estimated(tables: dict[str, Split]) -> tuple[Estimator, dict[str, Split]]:
     from experts.bundle.estimates import Estimator
 
     known = tables["rl_train"]
-    estimator, of_known = Estimator.fit(known.features, known.gate_logits, known.singles)
+    estimator, of_known = Estimator.fit(known.features, known.gate_logits, known.singles, known.labels)
     found = {
         name: of_known if split is known else estimator.estimates(split.features, split.gate_logits)
         for name, split in tables.items()

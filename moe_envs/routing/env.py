@@ -11,11 +11,12 @@ from cost.arguments import NonNegative, choose
 from cost.model import Cost
 from experts import library, profiles
 from experts.bundle import SPLITS
+from experts.bundle.streams import STREAMS
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, Spec
 from moe_envs.routing.live import LiveExperts
 from moe_envs.routing.observations import OBSERVATIONS
 from moe_envs.routing.single import SteppedBatch
-from moe_envs.routing.tables import ACTIONS, STREAMS, RoutingTables
+from moe_envs.routing.tables import ACTIONS, RoutingTables
 
 ADVICE = 20.0  # logits for each correct answer
 COSTS = ("reference", "machine", "live")
@@ -61,7 +62,7 @@ class MoERoutingVectorEnv(BatchedEnv):
         action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(experts)
         super().__init__(num_envs, tables.layout, action_space, reward, **face)
         self.tables, self.action = tables, action
-        if tables.by_estimates and action == "expert":
+        if tables.by_place and action == "expert":
             self.advice = {"worth": ADVICE, "detour": ADVICE}
         self.batch, self._inputs, self._ledger = np.zeros((3, num_envs), dtype=np.int64)
         self._place = np.zeros((2, num_envs), dtype=np.int64)  # in the deck, and in the batch
@@ -104,7 +105,7 @@ class MoERoutingVectorEnv(BatchedEnv):
         tables = self.tables
         observation = np.empty((self.num_envs, tables.width), dtype=np.float32)
         record = observation.view(tables.record)[:, 0]
-        record["input"] = tables.seen_blocks.take(self._inputs)
+        record["input"] = tables.seen_blocks.take(self._place[0] if tables.by_place else self._inputs)
         record["batch"] = self._summary
         record["paid"] = self._used
         record["cost"] = self._cost if self.live is None else self._cost.clip(0, tables.max_cost)

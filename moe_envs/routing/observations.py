@@ -17,24 +17,24 @@ Described = tuple[str, int, float, float, str]  # a part of an observation: name
 
 @dataclass(frozen=True)
 class View:
-    """What is seen of inputs, `seen [n, k]`, and averaged over a batch, `averaged [n, m]`, float32; the parts of an
-    observation about the input and about the batch. `worth [n, E]` is None where it is not observed."""
+    """What is seen of inputs, `seen [n, k]`, and of batches, `summaries [b, m]`, float32, and the parts of an
+    observation about both. With `by_place`, an input is one at a place in the deck, n = b * (B + 1) + 1."""
 
     seen: np.ndarray
-    averaged: np.ndarray
+    summaries: np.ndarray
     of_input: list[Described]
     of_batch: list[Described]
-    worth: np.ndarray | None = None
+    by_place: bool = False
 
     @classmethod
-    def of_features(cls, split: Split) -> View:
-        """Features and gate logits of the inputs of a split."""
+    def of_features(cls, split: Split, deck: np.ndarray) -> View:
+        """Features and gate logits of the inputs of a split, and their means over batches `deck [b, B]`."""
         gate, probabilities = _gate(split)
         features, count, experts = split.features.astype(np.float32), split.features.shape[1], gate.shape[1]
         bound = FEATURE_BOUND * BATCH_SCALE
         return cls(
-            np.hstack([features, gate]).astype(np.float32),
-            np.hstack([probabilities * experts, features * BATCH_SCALE]).astype(np.float32),
+            np.pad(np.hstack([features, gate]), ((0, 1), (0, 0))).astype(np.float32),
+            _means(np.hstack([probabilities * experts, features * BATCH_SCALE]), deck),
             [
                 ("features", count, -FEATURE_BOUND, FEATURE_BOUND, "principal components of the present input"),
                 ("gate_logits", experts, -GATE_BOUND, GATE_BOUND, "the gate's logits for it, less their mean"),
@@ -46,40 +46,37 @@ class View:
         )
 
     @classmethod
-    def of_estimates(cls, split: Split, price: np.ndarray) -> View:
-        """Worth of each expert for the inputs of a split: P(correct) less the price `[E]` of an input there."""
+    def of_estimates(
+        cls, split: Split, deck: np.ndarray, chances: np.ndarray, price: np.ndarray, first_price: np.ndarray
+    ) -> View:
+        """Worth of each expert for the inputs in batches `deck [b, B]`: P(correct) `chances [b, B, E]` less the price
+        `[E]` of an input; and the plan of each batch, with `first_price [2^E]` of the first use of pools."""
         probabilities, experts, lowest = _gate(split)[1], len(price), -float(price.max()) * 1.001 - 1e-6
-        worth = (split.estimates - price).astype(np.float32)
+        worth = (chances - price).astype(np.float32)
+        plan = plan_margins(worth, first_price)
+        seen = np.pad(np.concatenate([worth, probabilities[deck]], axis=2), ((0, 0), (0, 1), (0, 0)))
+        summaries = [worth.mean(1), _means(probabilities * experts, deck), plan, np.where(plan > 0, 0, plan - 1)]
         return cls(
-            np.hstack([worth, probabilities]).astype(np.float32),
-            np.hstack([worth, probabilities * experts]).astype(np.float32),
+            np.pad(seen.reshape(-1, 2 * experts), ((0, 1), (0, 0))).astype(np.float32),
+            np.hstack(summaries).astype(np.float32),
             [
-                (
-                    "worth",
-                    experts,
-                    lowest,
-                    1,
-                    "estimated P(correct) of each expert for the present input, less the price",
-                ),
+                ("worth", experts, lowest, 1, "estimated P(correct) of each expert for the input, less its price"),
                 ("gate", experts, 0, 1, "the gate's probabilities for it"),
             ],
             [
                 ("batch_worth", experts, lowest, 1, "mean worth over the batch"),
                 ("batch_gate", experts, 0, experts, "mean gate probability over the batch, times E: 1 if even"),
                 ("plan", experts, -PLAN_BOUND, PLAN_BOUND, "what leaving each expert out of the best pool would lose"),
-                ("detour", experts, -PLAN_BOUND, 0, "the same where it is negative: what adding the expert would gain"),
+                ("detour", experts, -PLAN_BOUND - 1, 0, "0 for the experts of the best pool, else their plan less 1"),
             ],
-            worth,
+            by_place=True,
         )
 
-    def summaries(self, deck: np.ndarray, first_price: np.ndarray) -> np.ndarray:
-        """What is seen of batches `[b, B]`, `[b, .]`; `first_price [2^E]` is that of the first use of pools."""
-        parts = np.array_split(deck, max(1, len(deck) // 1024))
-        found = [np.concatenate([self.averaged[part].mean(1) for part in parts])]
-        if self.worth is not None:
-            plan = plan_margins(self.worth, first_price, deck)
-            found += [plan, np.minimum(plan, 0)]
-        return np.hstack(found).astype(np.float32)
+
+def _means(seen: np.ndarray, deck: np.ndarray) -> np.ndarray:
+    """Means over batches `deck [b, B]`, `[b, m]` float32."""
+    parts = np.array_split(deck, max(1, len(deck) // 1024))
+    return np.concatenate([seen[part].mean(1) for part in parts]).astype(np.float32)
 
 
 def _gate(split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -3,20 +3,21 @@
 import numpy as np
 
 PLAN_BOUND = 4.0  # of margins, in correct answers
-CHUNK = 1024  # batches at once
+CHUNK = 256  # batches at once
 
 
-def plan_margins(worth: np.ndarray, fixed: np.ndarray, deck: np.ndarray) -> np.ndarray:
-    """How much better the best pool with each expert is than the best one without it, for batches `deck [b, B]`.
+def plan_margins(worth: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """How much better the best pool with each expert is than the best one without it, for batches, `[b, E]`.
 
-    `worth [n, E]` of an expert for an input and `fixed [2^E]`, the price of the first use of each pool, are in correct
-    answers. Each input is answered by the expert of largest worth in the pool. Returns `[b, E]` float32, clipped at
-    +-4: the best pool has the experts above 0.
+    `worth [b, B, E]` of an expert for an input and `fixed [2^E]`, the price of the first use of each pool, are in
+    correct answers. Each input is answered by the expert of largest worth in the pool. The result is clipped at +-4;
+    the best pool has the experts above 0.
     """
-    best, found = best_of_pools(worth.astype(np.float32)), []
-    for part in np.array_split(deck, max(1, len(deck) // CHUNK)):
-        returns = best[part].sum(1) - fixed.astype(np.float32)
-        halves = (returns.reshape(len(part), -1, 2, 1 << expert) for expert in range(worth.shape[1]))
+    found, experts = [], worth.shape[2]
+    for part in np.array_split(worth.astype(np.float32), max(1, len(worth) // CHUNK)):
+        best = best_of_pools(part.reshape(-1, experts)).reshape(*part.shape[:2], -1)
+        returns = best.sum(1) - fixed.astype(np.float32)
+        halves = (returns.reshape(len(part), -1, 2, 1 << expert) for expert in range(experts))
         margins = [half[:, :, 1].max((1, 2)) - half[:, :, 0].max((1, 2)) for half in halves]
         found.append(np.stack(margins, axis=1))
     return np.clip(np.concatenate(found), -PLAN_BOUND, PLAN_BOUND)

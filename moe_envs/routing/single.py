@@ -113,7 +113,9 @@ class SteppedBatch(SingleEnv):
         self._correct = tables.correct[inputs].tobytes()
         self._top_m = tables.options[inputs].tolist() if self.vector.action == "top-m" else []
         self._observations = np.zeros((len(inputs), tables.width), dtype=np.float32)
-        self._observations[:, tables.of_input] = tables.seen[inputs]
+        start = batch * (self._batch_size + 1)
+        places = np.arange(start, start + len(inputs)) if tables.by_place else inputs
+        self._observations[:, tables.of_input] = tables.seen[places]
         self._observations[:, tables.of_batch] = tables.summaries[batch]
         self._observations[:, -1] = tables.progress[:-1]
         self._observations[position, self._used] = self._used_columns[unpaid]

@@ -7,34 +7,14 @@ import numpy as np
 from cost.model import Cost, CostModel, RelativeCost
 from cost.profile import Profile
 from experts.bundle import SPLITS, Bundle, Split
+from experts.bundle.streams import deal
 from moe_envs.core.spaces import layout
 from moe_envs.routing.observations import View
 
 Code = TypeVar("Code", int, np.ndarray)
 Numbers = TypeVar("Numbers", bound=Any)
-STREAMS = ("topical", "iid")
 ACTIONS = ("expert", "subset", "top-m")
-DECK_SIZE = 16_384  # mini-batches that a split is laid out in
-TOPIC_CONCENTRATION = 0.15  # of the Dirichlet over classes: most of a topical batch is of one to three classes
-
-
-def deal(labels: np.ndarray, batch_size: int, stream: str, count: int = DECK_SIZE, seed: int = 0) -> np.ndarray:
-    """`count` mini-batches `[count, batch_size]` of indices into `labels`, drawn with replacement.
-
-    "iid": uniformly; "topical": from classes whose shares are drawn for each batch from a Dirichlet distribution. The
-    deck belongs to the environment, not to an episode's seed: it is the same for everyone, and another for each split.
-    """
-    generator = np.random.default_rng(seed)
-    if stream == "iid":
-        return generator.integers(len(labels), size=(count, batch_size))
-    classes, sizes = np.unique(labels, return_counts=True)
-    shares = generator.dirichlet(np.full(len(classes), TOPIC_CONCENTRATION), size=count).cumsum(axis=1)
-    uniform = generator.random((count, batch_size))
-    drawn = np.zeros((count, batch_size), dtype=np.int64)
-    for boundary in shares.T[:-1]:
-        drawn += uniform > boundary[:, None]
-    position = (generator.random((count, batch_size)) * sizes[drawn]).astype(np.int64)
-    return np.argsort(labels, kind="stable")[(sizes.cumsum() - sizes)[drawn] + position]
+DECK_SIZE = 4_096  # mini-batches that a split is laid out in
 
 
 class RoutingTables:
@@ -45,9 +25,9 @@ class RoutingTables:
     `subsets [options]` are the codes (bit e = expert e) that a choice can mean: one for each choice, but for top-m all
     codes, of which `options [n + 1, K]` names the one that a choice means for an input.
 
-    An observation is a `record`: one of `seen [n + 1, .]`, what is seen of an input, one of `summaries [batches, .]`,
-    what is seen of a batch, and what changes in it. `seen_blocks` and `summary_blocks` are the same as blocks of bytes,
-    which are copied several times faster than slices of rows.
+    An observation is a `record`: one of `seen`, what is seen of an input (`[n + 1, .]`, or `by_place` in the deck), one
+    of `summaries [batches, .]`, what is seen of a batch, and what changes in it. `seen_blocks` and `summary_blocks` are
+    the same as blocks of bytes, which are copied several times faster than slices of rows.
 
     `fixed` and `slope` `[2^E, 8]` are the costs of subsets of experts, for a first use in the batch and for an input:
     relative cost, time [s], memory [B], energy [J], then the vector reward (0, -time, -memory, -energy, relative).
@@ -76,12 +56,15 @@ class RoutingTables:
         self.edges, singles = bundle.edges, 1 << np.arange(self.num_experts)
         prices = (batch_size * cost_weight * part[:, 0] for part in (self.fixed, self.slope))
         self.first_price, self.input_price = next(prices), next(prices)[singles]
-        self.by_estimates = observation == "estimates"
-        view = View.of_estimates(tables, self.input_price) if self.by_estimates else View.of_features(tables)
-        self._lay_out(view)
-        deck = deal(tables.labels, batch_size, stream, seed=SPLITS.index(split))
+        deck = deal(tables.labels, batch_size, stream, DECK_SIZE, seed=SPLITS.index(split))
         self.deck = np.append(np.pad(deck, ((0, 0), (0, 1)), constant_values=self.num_inputs), self.num_inputs)
-        self.seen, self.summaries = np.pad(view.seen, ((0, 1), (0, 0))), view.summaries(deck, self.first_price)
+        if observation == "estimates":
+            chances = bundle.in_batches(split, deck)
+            view = View.of_estimates(tables, deck, chances, self.input_price, self.first_price)
+        else:
+            view = View.of_features(tables, deck)
+        self._lay_out(view)
+        self.by_place, self.seen, self.summaries = view.by_place, view.seen, view.summaries
         self.seen_blocks, self.summary_blocks = _blocks(self.seen), _blocks(self.summaries)
         self._packed = np.append(tables.outcomes, np.zeros_like(tables.outcomes[:1]), axis=0)
         self._tabulate_moves(action)
@@ -113,7 +96,7 @@ class RoutingTables:
         seen = [members_paid]
         if self.edges is not None:
             seen.append(edges_of(members_paid, self.edges))
-        if self.by_estimates:
+        if self.by_place:
             seen.append(self.input_price + (1 - members_paid) * self.first_price[1 << np.arange(self.num_experts)])
         self.seen_of_paid = np.hstack(seen).astype(np.float32)
         self.paid = _blocks(self.seen_of_paid)
@@ -149,7 +132,7 @@ class RoutingTables:
                 *view.of_batch,
                 ("experts_used", experts, 0, 1, "1 for experts already paid in this batch"),
                 *(edges if self.edges is not None else []),
-                *(prices if self.by_estimates else []),
+                *(prices if view.by_place else []),
                 ("cost", 1, 0, self.max_cost * 1.001, "cost of this batch so far, relative to the top-2 gate's"),
                 ("progress", 1, 0, 1, "share of the batch that is done"),
             ]

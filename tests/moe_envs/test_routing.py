@@ -10,7 +10,7 @@ import pytest
 from cost.model import Cost, CostModel
 from cost.profile import Profile
 from experts import bundle
-from moe_envs.routing.tables import deal
+from experts.bundle.streams import deal
 
 ID = "moe_envs:MoERouting-v0"
 
