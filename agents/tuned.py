@@ -12,7 +12,7 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
     "MoERouting-v0": {
         "ppo": {
             "n_envs": 128,
-            "total_timesteps": 1_000_000,
+            "total_timesteps": 300_000,
             "n_steps": 32,
             "batch_size": 512,
             "n_epochs": 5,

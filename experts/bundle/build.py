@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -56,6 +57,9 @@ def build(
 ) -> Bundle:
     """Train an MoE on your arrays (or take your trained `model`), tabulate it, save it as a bundle and return it.
 
+    By default, the training ends when the loss on held-out inputs stops falling; a warning says if a linear model is
+    better.
+
     `inputs` is `[n, ...]` of numbers (rows are flattened, a torch model of your own gets them flat), `labels` `[n]` of
     classes 0..C-1. `splits` gives the row indices of train, rl_train, validation and test (default: a random 40, 40, 8
     and 12 %). `profile`, as `cost.profile.measure_experts`, measures the reference costs; without it they are measured
@@ -81,6 +85,7 @@ def build(
     mean, projection = principal_components(x[rows["train"]], num_features)
     graph = trained.graph if isinstance(trained, models.MoEClassifier) else None
     tables, accuracy = {}, {}
+    linear = training.linear_model(x[rows["train"]], y[rows["train"]])
     for split in SPLITS:
         gate, outputs = models.tabulate(trained, torch.from_numpy(x[rows[split]]))
         if gate.shape[1] > MAX_EXPERTS:
@@ -91,6 +96,8 @@ def build(
         for k in (1, 2):
             chosen = models.mix(gate, outputs, top_k(gate, min(k, gate.shape[1])), graph).argmax(-1).numpy()
             accuracy[f"{split}/top-{k}"] = float((chosen == label).mean())
+        accuracy[f"{split}/linear"] = float((linear(x[rows[split]]) == label).mean())
+    _warn_of_linear(accuracy, len(tables["rl_train"].labels))
     estimator, tables = estimated(tables)
     metadata = {
         "format": FORMAT,
@@ -113,6 +120,17 @@ def build(
     measured = profile(trained, constants["examples"]).model_dump(mode="json") if profile else None
     _write(target, metadata, trained, constants, tables, measured)
     return load(target)
+
+
+def _warn_of_linear(accuracy: dict[str, float], count: int) -> None:
+    """Warn if a logistic regression is better than the model by more than two standard errors."""
+    linear, model = accuracy["rl_train/linear"], accuracy["rl_train/top-2"]
+    if linear - model > 2 * (linear * (1 - linear) / count) ** 0.5 + 0.005:
+        warnings.warn(
+            f"a linear model is better than this mixture of experts: {linear:.3f} against {model:.3f} of rl_train are "
+            "right; train it longer, or give it wider experts",
+            stacklevel=3,
+        )
 
 
 def _checked_arrays(inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
