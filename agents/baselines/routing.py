@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -139,8 +139,12 @@ class Planner:
     def __init__(self, problem: RoutingProblem, scorer: Rule, codes: np.ndarray) -> None:
         self.problem, self.scorer, self.codes = problem, scorer, codes
         self.single = bool((codes & (codes - 1) == 0).all())
-        tables = (problem.train, problem.validation)
-        self.gains = [scorer(t.seen[:-1]) / problem.batch_size - problem.slope[codes] for t in tables]
+
+    @cached_property
+    def gains(self) -> list[np.ndarray]:
+        """`worth` of all inputs of `rl_train` and of `validation`."""
+        tables = (self.problem.train, self.problem.validation)
+        return [self.worth(t.seen[:-1]) for t in tables]
 
     def worth(self, observation: np.ndarray) -> np.ndarray:
         """Contribution of each candidate to the return without fixed cost, `[n, K]`."""
@@ -261,7 +265,8 @@ def baselines(
     families["pool by batch gate"] = problem, lambda: [(_top_gates(problem, size), True) for size in sizes]
     for name, several in fitted.items():
         families |= _planned(problem, name, several)
-    families |= _planned(estimated, "estimates", [(estimated.estimates, estimated.singles)])
+    by_estimates = Planner(estimated, estimated.estimates, estimated.singles)
+    families["greedy (estimates)"] = estimated, lambda: _greedy([by_estimates])
     families["plan (estimates)"] = estimated, lambda: [(_plan(estimated, margin), True) for margin in MARGINS]
     found: dict[str, Policy] = {}
     for number, (name, (of_family, family)) in enumerate(families.items()):
@@ -279,15 +284,16 @@ def _planned(
     def planners() -> list[Planner]:
         return [Planner(problem, scorer, codes) for scorer, codes in scorers]
 
-    def greedy() -> list[tuple[Rule, bool]]:
-        shares = product(planners(), AMORTISATIONS, (False, True))
-        return [(p.greedy(share, rising), p.single) for p, share, rising in shares]
-
     return {
-        f"greedy ({name})": (problem, greedy),
+        f"greedy ({name})": (problem, lambda: _greedy(planners())),
         f"fixed pool ({name})": (problem, lambda: [(p.fixed_pool(), p.single) for p in planners()]),
         f"batch pool ({name})": (problem, lambda: [(p.batch_pool(), p.single) for p in planners()]),
     }
+
+
+def _greedy(planners: list[Planner]) -> list[tuple[Rule, bool]]:
+    shares = product(planners, AMORTISATIONS, (False, True))
+    return [(planner.greedy(share, rising), planner.single) for planner, share, rising in shares]
 
 
 def bound(env_id: str, **env_kwargs: Any) -> Policy:

@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 QUICK = {
     "seeds": [0, 1],
     "setups": {f"wine, {kind}": {"data": "wine", "kind": kind} for kind in ("rules", *KINDS)},
-    "settings": {"timesteps": 4096, "episodes": 50, "weights": [0.2]},
+    "settings": {"timesteps": 4096, "episodes": 50, "cost_weights": [0.2]},
 }
 
 
@@ -45,7 +45,7 @@ class UnseenSetup(Arguments):
 
     data: str
     kind: Literal["rules", "PPO", "PPO on features"]
-    weights: list[float] = list(WEIGHTS)
+    cost_weights: list[float] = list(WEIGHTS)
     episodes: int = 1000
     timesteps: int | None = None
 
@@ -69,14 +69,14 @@ def measure(setup: UnseenSetup, seed: int, split: str, folder: Path) -> tuple[di
     """Returns on test at each cost weight: those of a learner, or of the best rules on validation and the bound."""
     bundle = _bundle(setup.data, folder)
     found = {}
-    for weight in setup.weights:
+    for weight in setup.cost_weights:
         env_kwargs = {"bundle": str(bundle.path), "cost_weight": weight}
         if setup.kind == "rules":
             found[str(weight)] = _rules(setup, env_kwargs)
         else:
             found[str(weight)] = _learner(setup, env_kwargs, seed)
     accuracy = {name: bundle.metadata["accuracy"][f"test/{name}"] for name in ("top-2", "linear")}
-    return {"weights": found, "accuracy": accuracy, "rows": bundle.metadata["rows"]}, {}
+    return {"at": found, "accuracy": accuracy, "rows": bundle.metadata["rows"]}, {}
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
     rows, rules = [], frame[frame["kind"] == "rules"]
     for _, rule_row in rules.iterrows():
         group = frame[frame["data"] == rule_row["data"]]
-        for weight, rule in rule_row["weights"].items():
+        for weight, rule in rule_row["at"].items():
             row = {
                 "data": rule_row["data"], "looked at": rule_row["data"] in SEEN, "cost weight": float(weight),
                 "best rule": rule["all"]["name"], "its return": float(np.mean(rule["all"]["returns"])),
@@ -92,7 +92,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
                 "return without": float(np.mean(rule["plain"]["returns"])), "bound": rule["bound"],
             }  # fmt: skip
             for kind in KINDS:
-                runs = [each["weights"][weight] for each in group[group["kind"] == kind].to_dict("records")]
+                runs = [each["at"][weight] for each in group[group["kind"] == kind].to_dict("records")]
                 if not runs:
                     continue
                 ours = np.array([run["returns"] for run in runs])
@@ -136,7 +136,7 @@ def _bundle(name: str, folder: Path) -> bundles.Bundle:
     from cost.profile import measure_experts
 
     place = folder / "bundles" / name
-    with locked(place):
+    with locked(folder / "building" / name):
         if not place.exists():
             inputs, labels = {**SEEN, **UNSEEN}[name]()
             bundles.build(name, inputs, labels, folder=place.parent, profile=measure_experts, progress=False)
