@@ -14,7 +14,7 @@ import numpy as np
 from agents import tuned
 from agents.baselines import on_split
 from agents.checkpoints import CheckpointError
-from agents.evaluate import evaluate
+from agents.evaluate import MAX_ROWS, make_rows, play
 from cost.files import load_json, save_json
 
 if TYPE_CHECKING:
@@ -171,8 +171,14 @@ def load_curve(folder: Path) -> list[Look]:
 
 def by_return(env_id: str, env_kwargs: dict[str, Any], episodes: int = EPISODES) -> Judge:
     """Scores an agent by its mean return on validation."""
-    arguments = on_split(env_id, env_kwargs, "validation")
-    return lambda agent: float(evaluate(agent, env_id, episodes, **arguments)["return"].mean())
+    rows: list[Any] = []
+
+    def judge(agent: Any) -> float:
+        if not rows:
+            rows.append(make_rows(env_id, min(episodes, MAX_ROWS), **on_split(env_id, env_kwargs, "validation")))
+        return float(play(agent, rows[0], episodes, seed=0)["return"].mean())
+
+    return judge
 
 
 def own(algo: str) -> type[Learner]:

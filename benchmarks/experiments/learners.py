@@ -25,7 +25,7 @@ PPO: dict[str, dict[str, Any]] = {
         "n_envs": 16, "total_timesteps": 200_000, "n_steps": 256, "batch_size": 256, "n_epochs": 4,
         "gae_lambda": 0.94, "gamma": 0.99, "learning_rate": 1e-3,
     },
-    ROUTING: tuned.TUNED["MoERouting-v0"]["ppo"],
+    ROUTING: tuned.settings("ppo", ROUTING, "sb3"),
 }  # fmt: skip
 SEEDS = tuple(range(10))
 SETTINGS = {f"{env}, {backend}": {"env": env, "backend": backend} for env in PPO for backend in ("own", "sb3")}

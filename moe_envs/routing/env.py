@@ -175,14 +175,26 @@ class MoERoutingEnv(SteppedBatch):
 
     | part | size | range | meaning |
     |---|---|---|---|
-    | `features` | F | -5..5 | principal components of the current input, scaled to variance 1 |
-    | `gate_logits` | E | -10..10 | gate logits of the current input minus their mean |
+    | `worth` | E | -price..1 | estimated P(correct) of each expert for the current input, less the price of an input |
+    | `gate` | E | 0..1 | gate probabilities of the current input |
+    | `batch_worth` | E | -price..1 | mean worth over the batch |
     | `batch_gate` | E | 0..E | mean gate probability over the whole batch, times E; 1 if uniform |
-    | `batch_features` | F | -15..15 | mean features over the whole batch, times 3 |
+    | `plan` | E | -4..4 | return of the best pool of experts with each expert, less that of the best without it |
+    | `detour` | E | -5..0 | 0 for the experts of the best pool, else their plan less 1 |
     | `experts_used` | E | 0..1 | 1 for experts already paid in this batch |
     | `edges` | E | 0..1 | mean edge weight from those experts to each expert; only for models with an expert graph |
+    | `prices` | E | 0..first use | price of running each expert now |
     | `cost` | 1 | 0..all experts for all inputs | cost of this batch so far |
     | `progress` | 1 | 0..1 | finished share of the batch |
+
+    Worth, plan and prices are in correct answers: 1 is 1 / batch_size of the return. P(correct) is estimated from the
+    input's features, its gate and the rest of the batch, by nearest neighbours and small networks fitted on `rl_train`
+    when the bundle is built; estimates of inputs of `rl_train` are cross-fitted. The plan is exact for these estimates
+    if one expert answers each input.
+
+    With `observation="features"`, the policy sees the input itself instead of `worth`, `gate`, `batch_worth`, `plan`,
+    `detour` and `prices`: `features` (F principal components scaled to variance 1, within +-5), `gate_logits` (minus
+    their mean, within +-10), and `batch_features` (three times their mean over the batch).
 
     After the last input, the parts about the current input are 0.
 
@@ -197,7 +209,7 @@ class MoERoutingEnv(SteppedBatch):
     `routing/experts_used`, the number of distinct experts used in this batch so far.
 
     ## Starting State
-    The next mini-batch of the row, out of 16,384 per split; no expert is paid.
+    The next mini-batch of the row, out of 4,096 per split; no expert is paid.
 
     ## Episode End
     Terminated after the last input of the batch; never truncated by itself.
@@ -212,6 +224,7 @@ class MoERoutingEnv(SteppedBatch):
     | `batch_size` | 32 | inputs in a batch, steps in an episode |
     | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
     | `action` | `"expert"` | see Action Space |
+    | `observation` | `"estimates"` | or `"features"`, see Observation Space |
     | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | weights of the cost terms; should sum to 1 |
     | `normalizer` | None | file of a `CostNormalizer` for `reward/cost`; the reward then uses the normalised cost |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |

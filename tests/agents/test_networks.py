@@ -11,9 +11,12 @@ from agents.networks import Moments, Network, Preprocessor
 NO_STARTS, NO_STATE = np.zeros(0), np.zeros((0, 0), dtype=np.float32)
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("net_arch", "free"), [((64, 64), 0), ((16,), 0), ((), 0), ((8, 12, 5), 0), ((64, 32), 3)])
-def test_backward_is_autograds(net_arch: tuple[int, ...], free: int) -> None:
-    network, generator = Network(7, 3 + free, net_arch, free=free, seed=1), np.random.default_rng(0)
+def test_backward_is_autograds(net_arch: tuple[int, ...], free: int, residual: bool) -> None:
+    generator = np.random.default_rng(0)
+    known = generator.standard_normal((7, 3)).astype(np.float32) if residual else None
+    network = Network(7, 3 + free, net_arch, free=free, seed=1, residual=known)
     network.weights["policy.weight"] *= 50
     inputs = generator.standard_normal((40, 7)).astype(np.float32)
     of_head = generator.standard_normal((40, 3 + free)).astype(np.float32)
@@ -30,6 +33,26 @@ def test_backward_is_autograds(net_arch: tuple[int, ...], free: int) -> None:
     assert leaf.grad is not None
     scale = float(leaf.grad.abs().max())
     np.testing.assert_allclose(network.flat_gradient / scale, leaf.grad / scale, atol=1e-5)
+
+
+def test_a_residual_policy_starts_as_the_environment_advises() -> None:
+    from agents import PPO
+    from agents.baselines import routing
+    from agents.evaluate import evaluate
+
+    kwargs = {"bundle": "digits", "cost_weight": 0.4}
+    policy = PPO("MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, policy_kwargs={"residual": True})
+    policy.network.weights["policy.weight"][:] = 0
+    problem = routing.RoutingProblem("moe_envs:MoERouting-v0", 100, "estimates", **kwargs)
+    plan = routing.Baseline(routing._plan(problem, 0.0), problem, True)
+    found = [evaluate(each, "moe_envs:MoERouting-v0", 100, **kwargs)["return"].mean() for each in (policy, plan)]
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+    with pytest.raises(ValueError, match="not normalised"):
+        PPO(
+            "MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, normalize_observations=True,
+            policy_kwargs={"residual": True},
+        )  # fmt: skip
+    assert PPO("MlpPolicy", "CartPole-v1", policy_kwargs={"residual": True}).network.residual is None
 
 
 def test_a_gru_acts_as_it_learns() -> None:
