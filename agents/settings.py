@@ -32,7 +32,8 @@ class Settings:
     `learning_rate` and `temperature` are numbers, or "linear A" or "linear A B": linear from A to B (default 0)
     over the training. `policy_kwargs` has `net_arch` (a list, for policy and value each), `gru` (units of a GRU before
     both, 0 for none) and `residual` (whether the policy starts from the environment's `advice`, if it gives any, and
-    learns what to add to it). Actions are sampled from the logits divided by the temperature.
+    learns what to add to it). Actions are sampled from the logits divided by the temperature. `weight_decay` is that of
+    AdamW.
     """
 
     learning_rate: Scheduled = 3e-4
@@ -44,6 +45,7 @@ class Settings:
     ent_coef: float = 0.0
     vf_coef: NonNegative = 0.5
     max_grad_norm: Positive = 0.5
+    weight_decay: NonNegative = 0.0
     temperature: Scheduled = 1.0
     normalize_observations: bool = False
     normalize_rewards: bool = False

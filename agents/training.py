@@ -21,18 +21,21 @@ if TYPE_CHECKING:
     from agents.learner import Learner
 
 LOOKS, EPISODES = 10, 1000
+MEMORISED = 0.01  # share of the return that training must gain and validation lose
 BEST, CURVE = "best", "validation.json"
 Judge = Callable[[Any], float]  # validation score of an agent, higher is better
 Prepare = Callable[[Any, int], Callable[[Any], object]]  # (agent, total steps) -> callback after each update
 
 
 class Look(NamedTuple):
-    """Validation result: steps, CPU and wall seconds of training so far, and score."""
+    """Validation result: steps, CPU and wall seconds of training so far, and score; `train` is the mean return of the
+    last training episodes, None before any."""
 
     steps: int
     cpu_s: float
     wall_s: float
     score: float
+    train: float | None = None
 
 
 class Trained(NamedTuple):
@@ -95,7 +98,8 @@ class Watcher:
     def _look(self, agent: Any) -> bool:
         cpu, wall = time.process_time(), time.perf_counter()
         best = max((look.score for look in self.curve), default=-np.inf)
-        look = Look(agent.num_timesteps, cpu - self._begun[0], wall - self._begun[1], self.judge(agent))
+        seconds = cpu - self._begun[0], wall - self._begun[1]
+        look = Look(agent.num_timesteps, *seconds, self.judge(agent), training_return(agent))
         self.curve.append(look)
         if self.folder:
             save_curve(self.folder, self.curve)  # first: where there are best weights, there are results
@@ -162,11 +166,35 @@ def load_curve(folder: Path) -> list[Look]:
     content = load_json(path, CheckpointError, "restore it from a copy, or train again")
     try:
         looks = [Look(**look) for look in content["looks"]]
-        if not all(np.isfinite(np.array(looks, dtype=np.float64)).ravel()):
+        if not all(np.isfinite(number) for look in looks for number in look if number is not None):
             raise ValueError("a number is not finite")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} holds no validation results: {error!r}") from error
     return looks
+
+
+def training_return(agent: Any) -> float | None:
+    """Mean return of the last training episodes of an agent of either backend; None before any."""
+    if not is_sb3(agent):
+        return agent.logs.get("rollout/ep_rew_mean")
+    returns = [episode["r"] for episode in agent.ep_info_buffer or ()]
+    return float(np.mean(returns)) if returns else None
+
+
+def parting(curve: list[Look]) -> str | None:
+    """Says where the training return went on rising while validation fell; None if it did not."""
+    known = [look for look in curve if look.train is not None]
+    if len(known) < 2:
+        return None
+    best, last = max(known, key=lambda look: look.score), known[-1]
+    rise, fall = (last.train or 0.0) - (best.train or 0.0), best.score - last.score
+    if min(rise, fall) < MEMORISED * max(abs(best.score), abs(best.train or 0.0)):
+        return None
+    return (
+        f"from step {best.steps:,} to {last.steps:,} the training return rose from {best.train:.3f} to "
+        f"{last.train:.3f} and validation fell from {best.score:.3f} to {last.score:.3f}: the policy memorises its "
+        f"inputs. The weights of step {best.steps:,} are kept; fewer steps, weight_decay or more data help"
+    )
 
 
 def by_return(env_id: str, env_kwargs: dict[str, Any], episodes: int = EPISODES) -> Judge:

@@ -79,11 +79,12 @@ def test_a_gru_is_torchs() -> None:
         np.testing.assert_allclose(after, cell(torch.from_numpy(inputs), torch.from_numpy(state)), atol=1e-6)
 
 
-def test_descent_is_torchs_adam_with_clipped_gradients() -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_descent_is_torchs_adamw_with_clipped_gradients(decay: float) -> None:
     network, generator = Network(4, 2, (8,)), np.random.default_rng(0)
     descent = Descent(network)
     leaf = network.flat.clone().requires_grad_()
-    optimizer = torch.optim.Adam([leaf], lr=0.01, eps=1e-5)
+    optimizer = torch.optim.AdamW([leaf], lr=0.01, eps=1e-5, weight_decay=decay)
     for step in range(5):
         inputs = generator.standard_normal((20, 4)).astype(np.float32)
         head, values = network.torch_forward(leaf, torch.from_numpy(inputs))[:2]
@@ -93,7 +94,7 @@ def test_descent_is_torchs_adam_with_clipped_gradients() -> None:
         optimizer.step()
         _, found = descent.forward(inputs, NO_STARTS, NO_STATE)
         descent.backward(np.full((20, 2), 3, dtype=np.float32), 2 * found)
-        descent.step(0.01, 0.5 if step else 1e9)
+        descent.step(0.01, 0.5 if step else 1e9, decay)
         np.testing.assert_allclose(network.flat, leaf.detach(), atol=1e-5)
 
 
