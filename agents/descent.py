@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.networks import Network
+from agents.networks import Parameters
 
 CHUNK = 8192  # observations in one pass without gradients
 
 
 class Descent:
-    """Forward and backward passes and Adam steps; numpy for small networks on a CPU, torch for a GRU or GPU."""
+    """Forward and backward passes and AdamW steps; numpy for small networks on a CPU, torch for others or a GPU."""
 
-    def __init__(self, network: Network, device: str = "cpu") -> None:
+    def __init__(self, network: Parameters, device: str = "cpu") -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device here; device='cpu' works everywhere")
         self.network, self.device = network, device
-        self._in_torch = bool(network.gru) or device != "cpu"
+        self._in_torch = network.in_torch or device != "cpu"
         self._leaf = network.flat.detach().to(device).requires_grad_(self._in_torch)
         self._gradient, self._flat = network.flat_gradient.to(device), network.flat_gradient.numpy()
         self._moments = [torch.zeros_like(self._leaf), torch.zeros_like(self._leaf), torch.zeros((), device=device)]

@@ -20,7 +20,9 @@ POLICIES: dict[str, dict[str, Any]] = {
 Share = Annotated[float, Ge(0), Le(1)]
 Scheduled = Annotated[float | str, "positive: a number, 'linear A' or 'linear A B'"]
 Width = Annotated[int, Ge(1), Le(2**14)]
-KNOWN = {"net_arch": Sequence[Width], "gru": Annotated[int, Ge(0), Le(2**14)], "residual": bool}  # in policy_kwargs
+KNOWN = {  # in policy_kwargs
+    "net_arch": Sequence[Width], "gru": Annotated[int, Ge(0), Le(2**14)], "residual": bool, "equivariant": bool,
+}  # fmt: skip
 _KNOWN = adapters_of(KNOWN)
 Steps = Annotated[int, Ge(1), Le(2**24)]
 
@@ -31,9 +33,10 @@ class Settings:
 
     `learning_rate` and `temperature` are numbers, or "linear A" or "linear A B": linear from A to B (default 0)
     over the training. `policy_kwargs` has `net_arch` (a list, for policy and value each), `gru` (units of a GRU before
-    both, 0 for none) and `residual` (whether the policy starts from the environment's `advice`, if it gives any, and
-    learns what to add to it). Actions are sampled from the logits divided by the temperature. `weight_decay` is that of
-    AdamW.
+    both, 0 for none), `residual` (whether the policy starts from the environment's `advice`, if it gives any, and
+    learns what to add to it) and `equivariant` (whether all actions share their weights, so that a policy serves any
+    number of actions: the observation must have parts of one number for each action). Actions are sampled from the
+    logits divided by the temperature. `weight_decay` is that of AdamW.
     """
 
     learning_rate: Scheduled = 3e-4

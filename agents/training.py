@@ -77,6 +77,11 @@ class Watcher:
             now = time.process_time(), time.perf_counter()
             self._begun = now[0] - self.curve[-1].cpu_s, now[1] - self.curve[-1].wall_s
 
+    def begin(self, agent: Any) -> None:
+        """Validate the weights before the training if they already are a policy: advice that is to be improved."""
+        if not is_sb3(agent) and agent.network.residual is not None:
+            self._look(agent)
+
     def __call__(self, agent: Any) -> bool:
         """Called after an update; returns whether to continue."""
         if agent.num_timesteps < (self.curve[-1].steps if self.curve else 0) + self.every:
@@ -151,6 +156,7 @@ def train(
         report(agent.num_timesteps / total)
         return watcher(agent)
 
+    watcher.begin(agent)
     learn(agent, total, after_update)
     return Trained(watcher.end(agent), watcher.curve)
 
@@ -241,9 +247,9 @@ def learn(agent: Any, total_timesteps: int, after_update: Callable[[Any], bool |
     are for SB3 only."""
     if is_sb3(agent):
         from agents.sb3 import AfterUpdate
-        from experts.threads import one_torch_thread
+        from cost.timing import torch_threads
 
-        with one_torch_thread():
+        with torch_threads(1):
             agent.learn(total_timesteps, [AfterUpdate(after_update), *callbacks])
     else:
         agent.learn(total_timesteps, after_update)

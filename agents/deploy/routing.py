@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from agents.learner import Learner
-from agents.networks import CLIP
+from agents.networks import CLIP, Network, SetNetwork
 from experts import bundle as bundles
 from experts.bundle import FEATURE_BOUND, Bundle
 from experts.bundle.estimates import Estimator, centred
@@ -184,8 +184,10 @@ class _Dense(nn.Module):
 
 def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:
     """Policy network from observations `[n, width]` to its head as a module; from our learners or SB3's `MlpPolicy`."""
+    if isinstance(policy, Learner) and isinstance(policy.network, SetNetwork):
+        return _OfSet(policy.network).eval()
     if isinstance(policy, Learner):
-        if policy.network.gru:
+        if not isinstance(policy.network, Network) or policy.network.gru:
             raise ValueError("a policy with a GRU is not deployed: train with gru=0")
         weights, layers = policy.network.weights, list[nn.Module]()
         names = [f"{place}" for place in range(policy.network.depth)]
@@ -221,6 +223,20 @@ class _QuantileMeans(nn.Module):
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.network(observations).unflatten(1, (self.quantiles, -1)).mean(1)
         return found
+
+
+class _OfSet(nn.Module):
+    """The head of a `SetNetwork`."""
+
+    flat: torch.Tensor
+
+    def __init__(self, network: SetNetwork) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("flat", network.flat.clone())
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return self.network.torch_forward(self.flat, observations)[0]
 
 
 class _Residual(nn.Module):

@@ -12,7 +12,7 @@ import pandas as pd
 from agents import training, tuned
 from benchmarks.results.statistics import welch_interval
 from benchmarks.runner.setup import Arguments
-from experts.threads import one_torch_thread
+from cost.timing import torch_threads
 
 ROUTING = "moe_envs:MoERouting-v0"
 # CartPole: RL Baselines3 Zoo settings with a constant clip range. Acrobot: close to the Zoo, without normalisation.
@@ -53,7 +53,7 @@ def measure(setup: LearnerSetup, seed: int, split: str, folder: Path) -> tuple[d
 
     values = dict(PPO[setup.env])
     total = setup.timesteps or values["total_timesteps"]
-    with one_torch_thread():
+    with torch_threads(1):
         begun = time.process_time()
         agent = training.make(setup.env, "ppo", setup.backend, {}, seed, values)
         agent.learn(total)

@@ -25,7 +25,6 @@ from cost.profile import measure as measure_cost
 from cost.timing import torch_threads
 from experts import bundle as bundles
 from experts import data
-from experts.threads import one_torch_thread
 
 BATCH_SIZES, REPEATS = (1, 32, 512), 200
 ENV = "moe_envs:MoERouting-v0"
@@ -112,7 +111,7 @@ def _trained(setup: RouterSetup, seed: int, folder: Path) -> Path:
         if not (place / runs.SETTINGS).exists():
             more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
             kwargs = {"bundle": setup.bundle, "cost_weight": setup.cost_weight}
-            with one_torch_thread():
+            with torch_threads(1):
                 runs.train(ENV, "ppo", seed, place, kwargs, more, overwrite=True)
     return place
 

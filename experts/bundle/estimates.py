@@ -210,7 +210,7 @@ class Estimator(nn.Module):
         held_out = [rows[: max(1, len(rows) // HELD_OUT)] for rows in of_fold]
         of_training = [rows[len(held) :] for rows, held in zip(of_fold, held_out, strict=True)]
         shown = min(2 * len(labels), 80 * SAMPLES)  # inputs between two looks
-        judged = [self._dealt(held_out, labels, size, max(8, shown // 4 // size), generator) for size in (16, 64)]
+        judged = [self._dealt(held_out, labels, size, max(64, shown // 2 // size), generator) for size in (16, 64)]
 
         def loss(rows_KGT: torch.Tensor) -> torch.Tensor:
             local, batch = local_NL[rows_KGT], averaged_NC[rows_KGT].mean(2)

@@ -239,6 +239,7 @@ class MoERoutingEnv(SteppedBatch):
 SPEC = Spec(
     id="MoERouting-v0",
     entry_point="moe_envs.routing:MoERoutingEnv",
+    vector_entry_point="moe_envs.routing:make_vec",
     baselines="agents.baselines.routing",
     reference_point=(2.0, 0.0),
     boards={

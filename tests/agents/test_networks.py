@@ -1,5 +1,7 @@
 """The numpy passes of networks against torch's autograd, and moments against numpy's."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,9 @@ from gymnasium import spaces
 
 from agents.descent import Descent
 from agents.networks import Moments, Network, Preprocessor
+from cost.profile import measure_experts
+from experts import bundle
+from experts.training import TrainingSettings
 
 NO_STARTS, NO_STATE = np.zeros(0), np.zeros((0, 0), dtype=np.float32)
 
@@ -145,3 +150,50 @@ def test_a_gpu_learns_what_the_cpu_learns() -> None:
             descent.backward(head, values)
             descent.step(0.01, 0.5)
     np.testing.assert_allclose(networks[0].flat, networks[1].flat, atol=1e-5)
+
+
+def test_an_equivariant_policy_serves_any_order_and_number_of_actions() -> None:
+    from agents import PPO
+
+    kwargs, sizes = {"bundle": "digits"}, {"equivariant": True, "residual": True, "net_arch": [16, 8]}
+    policy = PPO("MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, n_envs=4, policy_kwargs=sizes, seed=3)
+    policy.network.weights["policy.weight"] *= 100
+    observations = policy.get_env().reset(seed=0)[0]
+    layout: Any = policy.get_env().unwrapped.observation_layout  # type: ignore[attr-defined]
+    order, mixed = np.random.default_rng(0).permutation(8), observations.copy()
+    for part in layout.values():
+        if part.slice.stop - part.slice.start == 8:
+            mixed[:, part.slice] = observations[:, part.slice][:, order]
+    heads = [policy.network.act(each, np.zeros((4, 0)))[0] for each in (observations, mixed)]
+    np.testing.assert_allclose(heads[1], heads[0][:, order], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        head, values, _ = policy.network.torch_forward(policy.network.flat, torch.from_numpy(observations))
+    np.testing.assert_allclose(head, heads[0], rtol=1e-4, atol=1e-4)
+    assert values.shape == (4,)
+    inputs, labels = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32), np.arange(200) % 2
+    settings = TrainingSettings(widths=(2, 4, 8), epochs=1)
+    other = bundle.build("three", inputs, labels, settings=settings, profile=measure_experts, progress=False)
+    moved = policy.on("moe_envs:MoERouting-v0", {"bundle": str(other.path)})
+    assert moved.predict(moved.get_env().reset(seed=0)[0])[0].max() < 3
+    assert torch.equal(moved.network.flat, policy.network.flat)
+    plain = PPO("MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, n_envs=1)
+    with pytest.raises(ValueError, match="other weights"):
+        plain.on("moe_envs:MoERouting-v0", {"bundle": str(other.path)})
+    for wrong, message in ((("CartPole-v1", {}), "one number for each action"), (("Pendulum-v1", {}), "discrete")):
+        with pytest.raises(ValueError, match=message):
+            PPO("MlpPolicy", wrong[0], policy_kwargs={"equivariant": True})
+
+
+def test_one_policy_trains_on_several_bundles_and_weights() -> None:
+    from agents import PPO
+
+    kwargs = {"bundle": ["digits", "fashion-mnist"], "cost_weight": [0.1, 0.4]}
+    policy = PPO(
+        "MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, n_envs=8, n_steps=8, batch_size=32,
+        policy_kwargs={"equivariant": True, "residual": True, "net_arch": [8]},
+    )  # fmt: skip
+    before = policy.network.flat.clone()
+    policy.learn(128)
+    assert not torch.equal(policy.network.flat, before)
+    with pytest.raises(ValueError, match="4 pairs for 3 rows"):
+        PPO("MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, n_envs=3)

@@ -21,12 +21,21 @@ from benchmarks.results.statistics import paired_difference
 from benchmarks.runner.setup import Arguments
 from cost.files import locked
 from experts import bundle as bundles
+from experts import zoo
+from experts.reference_bundles import Shipped
 
 ENV = "moe_envs:MoERouting-v0"
 WEIGHTS = (0.1, 0.2, 0.4)
 BY_ESTIMATES = "(estimates)"  # in the names of rules that plan by the estimates
+ZERO_SHOT = "one PPO for all"  # trained on the bundles that were looked at, never on the one that it is judged on
 KINDS: dict[str, dict[str, Any]] = {
     "PPO": {},
+    ZERO_SHOT: {
+        "settings": {
+            "learning_rate": "linear 3e-4",
+            "policy_kwargs": {"net_arch": [64, 64], "residual": True, "equivariant": True},
+        }
+    },
     "PPO on features": {"env": {"observation": "features"}, "settings": {"total_timesteps": 1_500_000}},
 }
 SEEDS = (0, 1, 2, 3, 4)
@@ -44,7 +53,7 @@ class UnseenSetup(Arguments):
     """`kind` is `rules` or a learner; `timesteps` overrides the default, `episodes` are played on test."""
 
     data: str
-    kind: Literal["rules", "PPO", "PPO on features"]
+    kind: Literal["rules", "PPO", "one PPO for all", "PPO on features"]
     cost_weights: list[float] = list(WEIGHTS)
     episodes: int = 1000
     timesteps: int | None = None
@@ -73,6 +82,9 @@ def measure(setup: UnseenSetup, seed: int, split: str, folder: Path) -> tuple[di
         env_kwargs = {"bundle": str(bundle.path), "cost_weight": weight}
         if setup.kind == "rules":
             found[str(weight)] = _rules(setup, env_kwargs)
+        elif setup.kind == ZERO_SHOT:
+            policy = _shared(setup, seed, folder).on(ENV, env_kwargs)
+            found[str(weight)] = {"returns": _played(policy, setup, env_kwargs)}
         else:
             found[str(weight)] = _learner(setup, env_kwargs, seed)
     accuracy = {name: bundle.metadata["accuracy"][f"test/{name}"] for name in ("top-2", "linear")}
@@ -114,7 +126,8 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     for axis, against, title in zip(
         axes, ("best", "plain"), ("the best rule", "the best rule without estimates"), strict=True
     ):
-        for kind, colour, shift in (("PPO", "C0", 0.15), ("PPO on features", "C1", -0.15)):
+        for number, kind in enumerate(KINDS):
+            shift, colour = 0.2 * (number - 1), f"C{number}"
             shown = [(place, row) for place, row in enumerate(rows) if f"{kind} - {against}" in row]
             middle = np.array([row[f"{kind} - {against}"] for _, row in shown])
             low, high = np.array([row[f"{kind} - {against}, 95 %"] for _, row in shown]).T.reshape(2, -1)
@@ -132,14 +145,13 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
 
 
 def _bundle(name: str, folder: Path) -> bundles.Bundle:
-    """The bundle of a data set, built and profiled once for all runs."""
-    from cost.profile import measure_experts
-
+    """The bundle of a data set, built once for all runs, with the shipped costs of experts of the same widths."""
+    profile = Shipped(zoo.ASSETS / "fashion-mnist" / bundles.PROFILE)
     place = folder / "bundles" / name
     with locked(folder / "building" / name):
         if not place.exists():
             inputs, labels = {**SEEN, **UNSEEN}[name]()
-            bundles.build(name, inputs, labels, folder=place.parent, profile=measure_experts, progress=False)
+            bundles.build(name, inputs, labels, folder=place.parent, profile=lambda *_: profile, progress=False)
     return bundles.load(place)
 
 
@@ -160,14 +172,30 @@ def _rules(setup: UnseenSetup, env_kwargs: dict[str, Any]) -> dict[str, Any]:
     return best | {"bound": bound, "validation": judged}
 
 
+def _shared(setup: UnseenSetup, seed: int, folder: Path) -> Any:
+    """One policy for all bundles and cost weights, trained once for each seed."""
+    from agents.ppo import PPO
+
+    seen = ["digits", "fashion-mnist", *(str(_bundle(name, folder).path) for name in SEEN)]
+    place = folder / "shared" / f"seed{seed}-{setup.timesteps or 'default'}"
+    with locked(place):
+        if not place.exists():
+            env_kwargs = {"bundle": seen, "cost_weight": list(WEIGHTS)}
+            _trained(setup, env_kwargs, seed).agent.save(place)
+    return PPO.load(place)
+
+
 def _learner(setup: UnseenSetup, env_kwargs: dict[str, Any], seed: int) -> dict[str, Any]:
-    kind = KINDS[setup.kind]
-    settings = tuned.settings("ppo", ENV, **kind.get("settings", {}))
-    settings |= {"total_timesteps": setup.timesteps} if setup.timesteps else {}
-    env_kwargs = env_kwargs | kind.get("env", {})
-    trained = training.train(ENV, "ppo", seed=seed, env_kwargs=env_kwargs, settings=settings)
+    env_kwargs = env_kwargs | KINDS[setup.kind].get("env", {})
+    trained = _trained(setup, env_kwargs, seed)
     curve = [look.score for look in trained.curve]
     return {"returns": _played(trained.agent, setup, env_kwargs), "curve": curve}
+
+
+def _trained(setup: UnseenSetup, env_kwargs: dict[str, Any], seed: int) -> training.Trained:
+    settings = tuned.settings("ppo", ENV, **KINDS[setup.kind].get("settings", {}))
+    settings |= {"total_timesteps": setup.timesteps} if setup.timesteps else {}
+    return training.train(ENV, "ppo", seed=seed, env_kwargs=env_kwargs, settings=settings)
 
 
 def _played(policy: Any, setup: UnseenSetup, env_kwargs: dict[str, Any]) -> list[float]:
