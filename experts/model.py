@@ -3,7 +3,7 @@
 Shape legend: B inputs, D inputs' (or trunk's) width, H all experts' hidden units, E experts, C classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +19,10 @@ class MoEModel(Protocol):
     """Interface of a module for bundles: `trunk(x) -> h`, `gate(h) -> [B, E]`, experts `h -> [B, C]`."""
 
     @property
-    def trunk(self) -> nn.Module: ...
+    def trunk(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
 
     @property
-    def gate(self) -> nn.Module: ...
+    def gate(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
 
     @property
     def experts(self) -> Iterable[nn.Module]: ...

@@ -34,11 +34,18 @@ class RoutedMoE(nn.Module):
     """Classifier of a bundle, routed by a policy trained in MoERouting-v0, ours or SB3's.
 
     Inputs `[B, D]` are split into groups of `batch_size`, the episode length of the policy. All groups are routed in
-    parallel, input by input as in the environment, each with its own observation. `env` is an environment with the
-    policy's arguments; it supplies the observed costs.
+    parallel, input by input as in the environment, each with its own observation. `env_kwargs` are the arguments of the
+    policy's environment. `module` is a fresh module to fill with the weights, for a bundle of your own model: yours, or
+    an `AdaptedMoE` of it.
     """
 
-    def __init__(self, bundle: str | Bundle, policy: Learner | BaseAlgorithm, env_kwargs: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        bundle: str | Bundle,
+        policy: Learner | BaseAlgorithm,
+        env_kwargs: dict[str, Any] | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         from moe_envs.routing.env import MoERoutingVectorEnv
 
@@ -48,9 +55,11 @@ class RoutedMoE(nn.Module):
         if env.action == "top-m":
             raise ValueError("action='top-m' is not deployed: train with action='expert' or 'subset'")
         self.action, self.batch_size, self.num_experts = env.action, env.tables.batch_size, env.tables.num_experts
-        model: Any = loaded.model()
-        self.trunk, self.gate = model.trunk, model.gate
-        self.experts, self.num_classes = nn.ModuleList(model.experts), int(loaded.metadata["num_classes"])
+        model: Any = loaded.model(module)
+        self.trunk, self.gate, self.head = model.trunk, model.gate, getattr(model, "head", None)
+        self.experts = nn.ModuleList(model.experts)
+        with torch.no_grad():
+            self.width = self.experts[0](self.trunk(torch.from_numpy(loaded.examples[:1]))).shape[1]
         spaces = env.single_observation_space, env.single_action_space
         of_policy: Any = policy.rows if isinstance(policy, Learner) else policy
         if (of_policy.observation_space, of_policy.action_space) != spaces:
@@ -86,9 +95,10 @@ class RoutedMoE(nn.Module):
         h_BD = self.trunk(x_BD)
         gate_BE = self.gate(h_BD)
         members_BE = self.route(x_BD, gate_BE)
-        outputs_BEC = run_chosen(self.experts, h_BD, members_BE, self.num_classes)
+        outputs_BEH = run_chosen(self.experts, h_BD, members_BE, self.width)
         weights_BE = mixing_weights(gate_BE, members_BE).nan_to_num(0.0)
-        return combine(outputs_BEC, weights_BE, members_BE, self.graph)
+        mixed_BH = combine(outputs_BEH, weights_BE, members_BE, self.graph)
+        return mixed_BH if self.head is None else self.head(h_BD, mixed_BH)
 
     def route(self, x_BD: torch.Tensor, gate_BE: torch.Tensor) -> torch.Tensor:
         """Selected experts, boolean `[B, E]`."""
@@ -178,8 +188,9 @@ class _Dense(nn.Module):
         h_BD = self.routed.trunk(x_BD)
         gate_BE = self.routed.gate(h_BD)
         members_BE = self.routed.route(x_BD, gate_BE)
-        outputs_BEC = torch.stack([expert(h_BD) for expert in self.routed.experts], dim=1)
-        return mix(gate_BE, outputs_BEC, members_BE, self.routed.graph).nan_to_num(0.0)
+        outputs_BEH = torch.stack([expert(h_BD) for expert in self.routed.experts], dim=1)
+        mixed_BH = mix(gate_BE, outputs_BEH, members_BE, self.routed.graph).nan_to_num(0.0)
+        return mixed_BH if self.routed.head is None else self.routed.head(h_BD, mixed_BH)
 
 
 def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:

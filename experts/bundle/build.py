@@ -70,6 +70,7 @@ def build(
 
     from experts import model as models
     from experts import training
+    from experts.bundle.answers import answers
     from experts.routers import top_k
 
     if model is not None and profile is None:
@@ -83,18 +84,19 @@ def build(
     trained = training.train(x[rows["train"]], y[rows["train"]], settings, progress) if model is None else model
     trained.eval()
     mean, projection = principal_components(x[rows["train"]], num_features)
-    graph = trained.graph if isinstance(trained, models.MoEClassifier) else None
     tables, accuracy = {}, {}
     linear = training.linear_model(x[rows["train"]], y[rows["train"]])
     for split in SPLITS:
-        gate, outputs = models.tabulate(trained, torch.from_numpy(x[rows[split]]))
+        gate, outputs, answer, summed = answers(trained, torch.from_numpy(x[rows[split]]))
         if gate.shape[1] > MAX_EXPERTS:
             raise ValueError(f"{gate.shape[1]} experts; a bundle tabulates all subsets of at most {MAX_EXPERTS}")
         label = y[rows[split]]
         features = project(x[rows[split]], mean, projection)
-        tables[split] = tabulated(features, gate.numpy(), outputs.numpy(), label, graph)
+        tables[split] = tabulated(features, gate.numpy(), outputs.numpy(), label, None if summed else answer)
         for k in (1, 2):
-            chosen = models.mix(gate, outputs, top_k(gate, min(k, gate.shape[1])), graph).argmax(-1).numpy()
+            members = top_k(gate, min(k, gate.shape[1]))
+            with torch.inference_mode():
+                chosen = answer(slice(0, len(label)), members[None])[0].argmax(-1).numpy()
             accuracy[f"{split}/top-{k}"] = float((chosen == label).mean())
         accuracy[f"{split}/linear"] = float((linear(x[rows[split]]) == label).mean())
     _warn_of_linear(accuracy, len(tables["rl_train"].labels))

@@ -217,9 +217,9 @@ class MoERoutingEnv(SteppedBatch):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
-    | `bundle` | `"fashion-mnist"` | name (`"digits"`, or your own) or folder of a bundle |
+    | `bundle` | `"fashion-mnist"` | name (`"digits"`, or your own) or folder of a bundle; for `make_vec` also a list |
     | `split` | `"rl_train"` | inputs of `"rl_train"`, `"validation"` or `"test"` |
-    | `cost_weight` | 0.2 | lambda of the reward |
+    | `cost_weight` | 0.2 | lambda of the reward; for `make_vec` also a list |
     | `costs` | `"reference"` | the shipped profile, this `"machine"`'s, or `"live"` (default of MoERoutingLive-v0) |
     | `batch_size` | 32 | inputs in a batch, steps in an episode |
     | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
