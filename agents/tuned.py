@@ -24,13 +24,13 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         },
         "reinforce": {
             "n_envs": 128,
-            "total_timesteps": 1_500_000,
+            "total_timesteps": 300_000,
             "n_steps": 128,
             "batch_size": 256,
             "learning_rate": "linear 5e-4",
             "gamma": 0.99,
             "ent_coef": 0.08,
-            "policy_kwargs": {"net_arch": [128, 128]},
+            "policy_kwargs": {"net_arch": [128, 128], "residual": True},
         },
         "a2c": {
             "n_envs": 128,

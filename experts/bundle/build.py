@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from experts.model import MoEModel
     from experts.training import TrainingSettings
 
+FEWEST = 8  # inputs of rl_train, for the folds of the estimates
+
 
 class Measured(Protocol):
     """A profile, as `cost.profile.Profile` is."""
@@ -166,6 +168,8 @@ def _default_splits(count: int) -> dict[str, np.ndarray]:
 def _check_splits(splits: dict[str, np.ndarray], count: int) -> None:
     if set(splits) != {"train", *SPLITS} or min(map(len, splits.values())) < 1:
         raise ValueError(f"splits must give rows of train, {', '.join(SPLITS)}; got {sorted(splits)}")
+    if len(splits["rl_train"]) < FEWEST:
+        raise ValueError(f"splits must give at least {FEWEST} rows of rl_train, got {len(splits['rl_train'])}")
     rows = np.concatenate(list(splits.values()))
     if len(set(rows.tolist())) != len(rows) or rows.min() < 0 or rows.max() >= count:
         raise ValueError(f"splits must be disjoint and of rows 0..{count - 1}")
