@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
 }
 QUICK = {
     "seeds": [0, 1],
-    "setups": {f"wine, {kind}": {"data": "wine", "kind": kind} for kind in ("rules", *KINDS)},
+    "setups": {f"wine, {kind}": {"data": "wine", "kind": kind} for kind in ("rules", "PPO", "PPO on features")},
     "settings": {"timesteps": 4096, "episodes": 50, "cost_weights": [0.2]},
 }
 
