@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.networks import Network
+from agents.networks import Parameters
 
 CHUNK = 8192  # observations in one pass without gradients
 
 
 class Descent:
-    """Forward and backward passes and Adam steps; numpy for small networks on a CPU, torch for a GRU or GPU."""
+    """Forward and backward passes and AdamW steps; numpy for small networks on a CPU, torch for others or a GPU."""
 
-    def __init__(self, network: Network, device: str = "cpu") -> None:
+    def __init__(self, network: Parameters, device: str = "cpu") -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device here; device='cpu' works everywhere")
         self.network, self.device = network, device
-        self._in_torch = bool(network.gru) or device != "cpu"
+        self._in_torch = network.in_torch or device != "cpu"
         self._leaf = network.flat.detach().to(device).requires_grad_(self._in_torch)
         self._gradient, self._flat = network.flat_gradient.to(device), network.flat_gradient.numpy()
         self._moments = [torch.zeros_like(self._leaf), torch.zeros_like(self._leaf), torch.zeros((), device=device)]
@@ -53,8 +53,8 @@ class Descent:
         wanted = [torch.from_numpy(each).to(self.device) for each in (of_head, of_values)]
         self._gradient.copy_(torch.autograd.grad(self._outputs, [self._leaf], wanted)[0])
 
-    def step(self, rate: float, max_norm: float) -> float:
-        """Clip the gradient norm and take one Adam step; returns the norm, and skips the step if it is not finite."""
+    def step(self, rate: float, max_norm: float, weight_decay: float = 0.0) -> float:
+        """Clip the gradient norm and take one AdamW step; returns the norm, and skips the step if it is not finite."""
         on_cpu, flat = self.device == "cpu", self._flat
         norm = float(flat.dot(flat)) ** 0.5 if on_cpu else float(torch.linalg.vector_norm(self._gradient))
         if not norm < np.inf:
@@ -65,10 +65,10 @@ class Descent:
             self._gradient *= max_norm / (norm + 1e-6)
         first, second, step = self._moments
         step += 1
-        # The operation below torch.optim.Adam(fused=True), whose own call takes several times longer.
-        torch._fused_adam_(
+        # The operation below torch.optim.AdamW(fused=True), whose own call takes several times longer.
+        torch._fused_adamw_(
             [self._leaf.detach()], [self._gradient], [first], [second], [], [step], amsgrad=False, beta1=0.9,
-            beta2=0.999, lr=rate, weight_decay=0.0, eps=1e-5, maximize=False,
+            beta2=0.999, lr=rate, weight_decay=weight_decay, eps=1e-5, maximize=False,
         )  # fmt: skip
         if not on_cpu:
             self.network.flat.copy_(self._leaf.detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -21,7 +22,7 @@ from agents.console import interruptible, progress
 from agents.descent import Descent
 from agents.distributions import Evaluation, distribution
 from agents.logs import Logs
-from agents.networks import Network, Preprocessor
+from agents.networks import Network, Preprocessor, SetNetwork, residual_of, set_network
 from agents.resumable import Resumable
 from agents.rollouts import Collector, NotFiniteError, Rollout, make_rows
 from agents.settings import POLICIES, Settings
@@ -70,16 +71,26 @@ class Learner(Resumable):
             raise ValueError("temperature is for actions drawn from logits; for a Box ent_coef widens the exploration")
         self.preprocessor = Preprocessor(self.observation_space, self.settings.normalize_observations)
         sizes: dict[str, Any] = POLICIES[policy] | (self.settings.policy_kwargs or {})
-        free, seed = self.distribution.free, self.arguments["seed"]
-        self.network = Network(self.preprocessor.size, self.distribution.size, free=free, seed=seed, **sizes)
+        self.network = self._network(sizes, self.arguments["seed"])
         self.descent = Descent(self.network, str(device))
-        self.generator = np.random.default_rng([seed, 1])  # separate from the streams of the environment rows
+        # Separate from the streams of the environment's rows.
+        self.generator = np.random.default_rng([self.arguments["seed"], 1])
         self.updates = Updates(self, self.settings, self.descent, self.distribution)
         self.collector = Collector(self.rows, self.preprocessor.flatten, self.network.begin(self.rows.count))
         self.reward_scale = RewardScale(self.rows.count, self.settings.gamma)
         self.log = Logs(self.rows.count, tensorboard_log, verbose)
         self.num_timesteps = self.goal = 0
         self._temperature = np.float32(self._now("temperature"))
+
+    def _network(self, sizes: dict[str, Any], seed: int) -> Network | SetNetwork:
+        env, outputs = self.rows.env.unwrapped, self.distribution.size
+        if sizes.pop("residual", False):
+            sizes["residual"] = residual_of(env, self.preprocessor, outputs)
+        if not sizes.pop("equivariant", False):
+            return Network(self.preprocessor.size, outputs, free=self.distribution.free, seed=seed, **sizes)
+        if sizes.pop("gru") or self.distribution.free:
+            raise ValueError("policy_kwargs equivariant=True is for discrete actions, without a GRU")
+        return set_network(env, outputs, seed=seed, **sizes)
 
     # Overridden by subclasses.
 
@@ -121,6 +132,22 @@ class Learner(Resumable):
         self.rows, self.env_id = rows, env if isinstance(env, str) else None
         self.collector = Collector(self.rows, self.preprocessor.flatten, self.network.begin(self.rows.count))
         self._forget()
+
+    def on(self, env: str, env_kwargs: dict[str, Any] | None = None) -> Self:
+        """The same policy for another environment, given by its id; raises `ValueError` if the weights do not fit.
+
+        An `equivariant` policy fits any number of actions.
+        """
+        made = type(self)(
+            self.arguments["policy"], env, env_kwargs=env_kwargs, n_envs=1, seed=self.arguments["seed"],
+            **vars(self.settings),
+        )  # fmt: skip
+        if made.network.shapes != self.network.shapes:
+            raise ValueError(f"{env} with {env_kwargs} needs a policy of other weights than this one")
+        made.network.flat.copy_(self.network.flat)
+        vars(made.preprocessor.moments).update(copy.deepcopy(vars(self.preprocessor.moments)))
+        made.preprocessor.refresh()
+        return made
 
     def predict(
         self,

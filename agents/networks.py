@@ -17,43 +17,17 @@ from gymnasium import spaces
 CLIP = 10.0  # bound of normalised observations
 
 
-class Network:
-    """Tanh networks `net_arch` for policy and value, stacked `[2, in, out]`, after a shared GRU if `gru` > 0.
+class Parameters:
+    """All parameters of given shapes in one flat vector, with views of them and of their gradients by name."""
 
-    `outputs` is the size of the policy's head, of which the last `free` do not depend on the observation.
-    Initialised orthogonally as in SB3, with gain sqrt(2), 0.01 for the policy head and 1 for the value head.
-    """
+    residual: np.ndarray | None = None
+    gru, free, in_torch = 0, 0, False
 
-    def __init__(
-        self, inputs: int, outputs: int, net_arch: Iterable[int] = (64, 64), gru: int = 0, free: int = 0, seed: int = 0
-    ) -> None:
-        self.inputs, self.outputs, self.net_arch, self.gru, self.free = inputs, outputs, tuple(net_arch), gru, free
-        sizes = [gru or inputs, *self.net_arch]
-        self.depth = len(self.net_arch)
-        shapes: dict[str, tuple[int, ...]] = {}
-        if gru:
-            shapes |= {"gru.weight": (inputs, 3 * gru), "gru.bias": (3 * gru,)}
-            shapes |= {"gru.state_weight": (gru, 3 * gru), "gru.state_bias": (3 * gru,)}
-        for place, (before, after) in enumerate(pairwise(sizes)):
-            shapes |= {f"{place}.weight": (2, before, after), f"{place}.bias": (2, 1, after)}
-        shapes |= {"policy.weight": (sizes[-1], outputs - free), "policy.bias": (outputs - free,)}
-        shapes |= {"value.weight": (sizes[-1],), "value.bias": (1,), "log_std": (free,)}
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
         self.flat = torch.zeros(sum(int(np.prod(shape)) for shape in shapes.values()))
         self.flat_gradient = torch.zeros_like(self.flat)
         self.weights, self.gradients = self._views(self.flat.numpy()), self._views(self.flat_gradient.numpy())
-        self._layers = [(self.weights[f"{place}.weight"], self.weights[f"{place}.bias"]) for place in range(self.depth)]
-        self._kept: list[np.ndarray] = []
-        self._spaces: dict[int, np.ndarray] = {}
-        generator = np.random.default_rng([seed, 0])
-        for name, gain in {"policy.weight": 0.01, "value.weight": 1.0}.items():
-            array = self.weights[name].reshape(sizes[-1], -1)
-            array[:] = gain * _orthogonal(array.shape, generator)
-        for name in shapes:
-            if name.endswith("weight") and name[:6] not in ("policy", "value."):
-                matrices = self.weights[name].reshape(-1, *shapes[name][-2:])
-                for matrix in matrices:
-                    matrix[:] = (1.0 if name.startswith("gru") else 2**0.5) * _orthogonal(matrix.shape, generator)
 
     def _views(self, flat: Any) -> dict[str, Any]:
         """The parameters in a flat numpy array or torch tensor, by name."""
@@ -70,13 +44,73 @@ class Network:
 
     def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Policy head `[n, outputs]` and next state, without the value."""
+        raise NotImplementedError
+
+    def forward(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Policy head `[n, outputs]` and values `[n]` in numpy; stores what `backward` needs."""
+        raise NotImplementedError
+
+    def backward(self, of_head: np.ndarray, of_values: np.ndarray) -> None:
+        """Compute parameter gradients from those of head `[n, outputs]` and values `[n]` of the last `forward`."""
+        raise NotImplementedError
+
+    def torch_forward(
+        self, flat: torch.Tensor, inputs: torch.Tensor, starts: torch.Tensor | None = None, state: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """`forward` in torch: head, values and the last state, for inputs `[..., inputs]`."""
+        raise NotImplementedError
+
+
+class Network(Parameters):
+    """Tanh networks `net_arch` for policy and value, stacked `[2, in, out]`, after a shared GRU if `gru` > 0.
+
+    `outputs` is the size of the policy's head, of which the last `free` do not depend on the observation. `residual`
+    `[inputs, outputs]` is a fixed linear map added to the head: the policy learns what to add to a known rule (residual
+    policy learning, Silver et al. 2018).
+    Initialised orthogonally as in SB3, with gain sqrt(2), 0.01 for the policy head and 1 for the value head.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, net_arch: Iterable[int] = (64, 64), gru: int = 0, free: int = 0, seed: int = 0,
+        residual: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.inputs, self.outputs, self.net_arch, self.gru, self.free = inputs, outputs, tuple(net_arch), gru, free
+        self.residual = residual
+        sizes = [gru or inputs, *self.net_arch]
+        self.depth = len(self.net_arch)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if gru:
+            shapes |= {"gru.weight": (inputs, 3 * gru), "gru.bias": (3 * gru,)}
+            shapes |= {"gru.state_weight": (gru, 3 * gru), "gru.state_bias": (3 * gru,)}
+        for place, (before, after) in enumerate(pairwise(sizes)):
+            shapes |= {f"{place}.weight": (2, before, after), f"{place}.bias": (2, 1, after)}
+        shapes |= {"policy.weight": (sizes[-1], outputs - free), "policy.bias": (outputs - free,)}
+        shapes |= {"value.weight": (sizes[-1],), "value.bias": (1,), "log_std": (free,)}
+        super().__init__(shapes)
+        self.in_torch = bool(gru)
+        self._layers = [(self.weights[f"{place}.weight"], self.weights[f"{place}.bias"]) for place in range(self.depth)]
+        self._kept: list[np.ndarray] = []
+        self._spaces: dict[int, np.ndarray] = {}
+        generator = np.random.default_rng([seed, 0])
+        for name, gain in {"policy.weight": 0.01, "value.weight": 1.0}.items():
+            array = self.weights[name].reshape(sizes[-1], -1)
+            array[:] = gain * _orthogonal(array.shape, generator)
+        for name in shapes:
+            if name.endswith("weight") and name[:6] not in ("policy", "value."):
+                matrices = self.weights[name].reshape(-1, *shapes[name][-2:])
+                for matrix in matrices:
+                    matrix[:] = (1.0 if name.startswith("gru") else 2**0.5) * _orthogonal(matrix.shape, generator)
+
+    def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Policy head `[n, outputs]` and next state, without the value."""
+        hidden = inputs
         if self.gru:
-            inputs = state = self._gru(inputs, state)
+            hidden = state = self._gru(inputs, state)
         for weight, bias in self._layers:
-            inputs = inputs @ weight[0]
-            inputs += bias[0]
-            np.tanh(inputs, out=inputs)
-        return self._head(inputs), state
+            hidden = hidden @ weight[0]
+            hidden += bias[0]
+            np.tanh(hidden, out=hidden)
+        return self._head(hidden, inputs), state
 
     def forward(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Policy head `[n, outputs]` and values `[n]`, without a GRU; stores what `backward` needs."""
@@ -86,7 +120,7 @@ class Network:
             hidden += bias
             np.tanh(hidden, out=hidden)
             self._kept.append(hidden)
-        return self._head(hidden[0]), hidden[-1] @ self.weights["value.weight"] + self.weights["value.bias"]
+        return self._head(hidden[0], inputs), hidden[-1] @ self.weights["value.weight"] + self.weights["value.bias"]
 
     def backward(self, of_head: np.ndarray, of_values: np.ndarray) -> None:
         """Compute parameter gradients from those of head `[n, outputs]` and values `[n]` of the last `forward`."""
@@ -141,17 +175,23 @@ class Network:
                 states.append(state)
             inputs = torch.stack(states)
         policy = value = inputs
+        if self.residual is not None:
+            known = inputs @ torch.from_numpy(self.residual).to(inputs)
         for place in range(self.depth):
             weight, bias = weights[f"{place}.weight"], weights[f"{place}.bias"]
             policy, value = (torch.tanh(each @ weight[k] + bias[k]) for k, each in enumerate((policy, value)))
         head = policy @ weights["policy.weight"] + weights["policy.bias"]
+        if self.residual is not None:
+            head = head + known
         if self.free:
             head = torch.cat([head, weights["log_std"].expand(*head.shape[:-1], self.free)], dim=-1)
         return head, value @ weights["value.weight"] + weights["value.bias"], state
 
-    def _head(self, hidden: np.ndarray) -> np.ndarray:
+    def _head(self, hidden: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         head: np.ndarray = hidden @ self.weights["policy.weight"]
         head += self.weights["policy.bias"]
+        if self.residual is not None:
+            head += inputs @ self.residual
         if self.free:
             free = np.broadcast_to(self.weights["log_std"], (len(head), self.free))
             return np.concatenate([head, free], axis=1)
@@ -162,6 +202,64 @@ class Network:
         of_state = state @ self.weights["gru.state_weight"] + self.weights["gru.state_bias"]
         found: np.ndarray = _gates(np, gates, of_state, state)
         return found
+
+
+class SetNetwork(Parameters):
+    """Networks of any number of actions: weights are shared by the actions (deep sets, Zaheer et al. 2017).
+
+    `columns [k, actions]` are the places of those parts of an observation that have one number for each action, and
+    `common` the other places. Each action's numbers pass tanh layers of `net_arch` units. A layer also takes the common
+    numbers, from the second on the mean of the layer before over all actions. Policy and value are stacked `[2, ...]`.
+    """
+
+    def __init__(
+        self, columns: np.ndarray, common: np.ndarray, net_arch: Iterable[int] = (64, 64), seed: int = 0,
+        residual: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.columns, self.common, self.net_arch, self.residual = columns, common, tuple(net_arch), residual
+        self.depth, self.in_torch = len(self.net_arch), True
+        sizes, shapes = [len(columns), *self.net_arch], dict[str, tuple[int, ...]]()
+        for place, (before, after) in enumerate(pairwise(sizes)):
+            around = len(common) if place == 0 else before
+            shapes |= {f"{place}.weight": (2, 1, before, after), f"{place}.around": (2, around, after)}
+            shapes[f"{place}.bias"] = (2, 1, after)
+        for head in ("policy", "value"):
+            shapes |= {f"{head}.weight": (sizes[-1],), f"{head}.bias": (1,)}
+        super().__init__(shapes)
+        self.in_torch = True
+        generator = np.random.default_rng([seed, 0])
+        for name in shapes:
+            array = self.weights[name]
+            if name in ("policy.weight", "value.weight"):
+                array[:] = (0.01 if name[0] == "p" else 1.0) * _orthogonal((len(array), 1), generator)[:, 0]
+            elif not name.endswith("bias"):
+                for matrix in array.reshape(-1, *array.shape[-2:]):
+                    matrix[:] = 2**0.5 * _orthogonal(matrix.shape, generator)
+
+    def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Policy head `[n, actions]` and the state as it was."""
+        return self._heads(np, self.weights, inputs, slice(0, 1))[0], state
+
+    def torch_forward(
+        self, flat: torch.Tensor, inputs: torch.Tensor, starts: torch.Tensor | None = None, state: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Head `[n, actions]` and values `[n]` in torch."""
+        head, values = self._heads(torch, self._views(flat), inputs, slice(0, 2))
+        return head, values, state
+
+    def _heads(self, library: Any, weights: dict[str, Any], inputs: Any, which: slice) -> tuple[Any, Any]:
+        """Policy head and values of the networks `which` of (policy, value), in numpy or torch."""
+        hidden = inputs[:, self.columns.T][None]
+        around = inputs[:, self.common][None]
+        for place in range(self.depth):
+            weight, of_around, bias = (weights[f"{place}.{name}"][which] for name in ("weight", "around", "bias"))
+            hidden = library.tanh(hidden @ weight + (around @ of_around + bias)[:, :, None])
+            around = hidden.mean(2)
+        head = hidden[0] @ weights["policy.weight"] + weights["policy.bias"]
+        if self.residual is not None:
+            known = self.residual if library is np else torch.from_numpy(self.residual).to(inputs)
+            head = head + inputs @ known
+        return head, around[-1] @ weights["value.weight"] + weights["value.bias"]
 
 
 class Moments:
@@ -222,6 +320,33 @@ class Preprocessor:
     def refresh(self) -> None:
         """Normalise by the moments as they are now."""
         self._shift, self._scale = self.moments.mean.astype(np.float32), self.moments.scale()
+
+
+def set_network(env: Any, actions: int, **arguments: Any) -> SetNetwork:
+    """A `SetNetwork` for an environment with an `observation_layout`; raises `ValueError` without one."""
+    layout: Any = getattr(env, "observation_layout", None)
+    parts = [part.slice for part in layout.values()] if layout else []
+    columns = [np.arange(part.start, part.stop) for part in parts if part.stop - part.start == actions > 1]
+    common = [np.arange(part.start, part.stop) for part in parts if part.stop - part.start != actions]
+    if not columns:
+        raise ValueError("policy_kwargs equivariant=True: no part of the observation has one number for each action")
+    return SetNetwork(np.stack(columns), np.concatenate([*common, np.zeros(0, dtype=np.int64)]), **arguments)
+
+
+def residual_of(env: Any, preprocessor: Preprocessor, outputs: int) -> np.ndarray | None:
+    """The `advice` of an environment as a linear map `[inputs, outputs]` from observations to the head.
+
+    Advice maps parts of the `observation_layout`, of one number for each action, to their weights; None without advice.
+    """
+    advice: dict[str, float] = getattr(env, "advice", {})
+    if not advice:
+        return None
+    if preprocessor.normalize:
+        raise ValueError("policy_kwargs residual=True: advice is in observations that are not normalised")
+    found = np.zeros((preprocessor.size, outputs), dtype=np.float32)
+    for name, weight in advice.items():
+        found[env.observation_layout[name].slice] += weight * np.eye(outputs, dtype=np.float32)
+    return found
 
 
 def _gates(library: Any, of_inputs: Any, of_state: Any, state: Any) -> Any:

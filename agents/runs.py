@@ -170,6 +170,7 @@ def _train(agent: Any, folder: Path, config: dict[str, Any], progress: Callable[
         remaining = None
     else:
         remaining = total
+        watcher.begin(agent)
     if agent.num_timesteps < total:  # skipped if only run.json is missing
         agent.learn(remaining, after_update, checkpoint_path=folder)
     else:

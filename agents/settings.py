@@ -20,7 +20,9 @@ POLICIES: dict[str, dict[str, Any]] = {
 Share = Annotated[float, Ge(0), Le(1)]
 Scheduled = Annotated[float | str, "positive: a number, 'linear A' or 'linear A B'"]
 Width = Annotated[int, Ge(1), Le(2**14)]
-KNOWN = {"net_arch": Sequence[Width], "gru": Annotated[int, Ge(0), Le(2**14)]}  # in policy_kwargs
+KNOWN = {  # in policy_kwargs
+    "net_arch": Sequence[Width], "gru": Annotated[int, Ge(0), Le(2**14)], "residual": bool, "equivariant": bool,
+}  # fmt: skip
 _KNOWN = adapters_of(KNOWN)
 Steps = Annotated[int, Ge(1), Le(2**24)]
 
@@ -30,8 +32,11 @@ class Settings:
     """Settings of all learners.
 
     `learning_rate` and `temperature` are numbers, or "linear A" or "linear A B": linear from A to B (default 0)
-    over the training. `policy_kwargs` has `net_arch` (a list, for policy and value each) and `gru` (units of a GRU
-    before both, 0 for none). Actions are sampled from the logits divided by the temperature.
+    over the training. `policy_kwargs` has `net_arch` (a list, for policy and value each), `gru` (units of a GRU before
+    both, 0 for none), `residual` (whether the policy starts from the environment's `advice`, if it gives any, and
+    learns what to add to it) and `equivariant` (whether all actions share their weights, so that a policy serves any
+    number of actions: the observation must have parts of one number for each action). Actions are sampled from the
+    logits divided by the temperature. `weight_decay` is that of AdamW.
     """
 
     learning_rate: Scheduled = 3e-4
@@ -43,6 +48,7 @@ class Settings:
     ent_coef: float = 0.0
     vf_coef: NonNegative = 0.5
     max_grad_norm: Positive = 0.5
+    weight_decay: NonNegative = 0.0
     temperature: Scheduled = 1.0
     normalize_observations: bool = False
     normalize_rewards: bool = False

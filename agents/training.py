@@ -6,7 +6,6 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,27 +14,28 @@ import numpy as np
 from agents import tuned
 from agents.baselines import on_split
 from agents.checkpoints import CheckpointError
-from agents.evaluate import evaluate
+from agents.evaluate import MAX_ROWS, make_rows, play
 from cost.files import load_json, save_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from agents.learner import Learner
 
 LOOKS, EPISODES = 10, 1000
+MEMORISED = 0.01  # share of the return that training must gain and validation lose
 BEST, CURVE = "best", "validation.json"
 Judge = Callable[[Any], float]  # validation score of an agent, higher is better
 Prepare = Callable[[Any, int], Callable[[Any], object]]  # (agent, total steps) -> callback after each update
 
 
 class Look(NamedTuple):
-    """Validation result: steps, CPU and wall seconds of training so far, and score."""
+    """Validation result: steps, CPU and wall seconds of training so far, and score; `train` is the mean return of the
+    last training episodes, None before any."""
 
     steps: int
     cpu_s: float
     wall_s: float
     score: float
+    train: float | None = None
 
 
 class Trained(NamedTuple):
@@ -77,6 +77,11 @@ class Watcher:
             now = time.process_time(), time.perf_counter()
             self._begun = now[0] - self.curve[-1].cpu_s, now[1] - self.curve[-1].wall_s
 
+    def begin(self, agent: Any) -> None:
+        """Validate the weights before the training if they already are a policy: advice that is to be improved."""
+        if not is_sb3(agent) and agent.network.residual is not None:
+            self._look(agent)
+
     def __call__(self, agent: Any) -> bool:
         """Called after an update; returns whether to continue."""
         if agent.num_timesteps < (self.curve[-1].steps if self.curve else 0) + self.every:
@@ -98,7 +103,8 @@ class Watcher:
     def _look(self, agent: Any) -> bool:
         cpu, wall = time.process_time(), time.perf_counter()
         best = max((look.score for look in self.curve), default=-np.inf)
-        look = Look(agent.num_timesteps, cpu - self._begun[0], wall - self._begun[1], self.judge(agent))
+        seconds = cpu - self._begun[0], wall - self._begun[1]
+        look = Look(agent.num_timesteps, *seconds, self.judge(agent), training_return(agent))
         self.curve.append(look)
         if self.folder:
             save_curve(self.folder, self.curve)  # first: where there are best weights, there are results
@@ -150,6 +156,7 @@ def train(
         report(agent.num_timesteps / total)
         return watcher(agent)
 
+    watcher.begin(agent)
     learn(agent, total, after_update)
     return Trained(watcher.end(agent), watcher.curve)
 
@@ -165,17 +172,47 @@ def load_curve(folder: Path) -> list[Look]:
     content = load_json(path, CheckpointError, "restore it from a copy, or train again")
     try:
         looks = [Look(**look) for look in content["looks"]]
-        if not all(np.isfinite(np.array(looks, dtype=np.float64)).ravel()):
+        if not all(np.isfinite(number) for look in looks for number in look if number is not None):
             raise ValueError("a number is not finite")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} holds no validation results: {error!r}") from error
     return looks
 
 
+def training_return(agent: Any) -> float | None:
+    """Mean return of the last training episodes of an agent of either backend; None before any."""
+    if not is_sb3(agent):
+        return agent.logs.get("rollout/ep_rew_mean")
+    returns = [episode["r"] for episode in agent.ep_info_buffer or ()]
+    return float(np.mean(returns)) if returns else None
+
+
+def parting(curve: list[Look]) -> str | None:
+    """Says where the training return went on rising while validation fell; None if it did not."""
+    known = [look for look in curve if look.train is not None]
+    if len(known) < 2:
+        return None
+    best, last = max(known, key=lambda look: look.score), known[-1]
+    rise, fall = (last.train or 0.0) - (best.train or 0.0), best.score - last.score
+    if min(rise, fall) < MEMORISED * max(abs(best.score), abs(best.train or 0.0)):
+        return None
+    return (
+        f"from step {best.steps:,} to {last.steps:,} the training return rose from {best.train:.3f} to "
+        f"{last.train:.3f} and validation fell from {best.score:.3f} to {last.score:.3f}: the policy memorises its "
+        f"inputs. The weights of step {best.steps:,} are kept; fewer steps, weight_decay or more data help"
+    )
+
+
 def by_return(env_id: str, env_kwargs: dict[str, Any], episodes: int = EPISODES) -> Judge:
     """Scores an agent by its mean return on validation."""
-    arguments = on_split(env_id, env_kwargs, "validation")
-    return lambda agent: float(evaluate(agent, env_id, episodes, **arguments)["return"].mean())
+    rows: list[Any] = []
+
+    def judge(agent: Any) -> float:
+        if not rows:
+            rows.append(make_rows(env_id, min(episodes, MAX_ROWS), **on_split(env_id, env_kwargs, "validation")))
+        return float(play(agent, rows[0], episodes, seed=0)["return"].mean())
+
+    return judge
 
 
 def own(algo: str) -> type[Learner]:
@@ -210,21 +247,9 @@ def learn(agent: Any, total_timesteps: int, after_update: Callable[[Any], bool |
     are for SB3 only."""
     if is_sb3(agent):
         from agents.sb3 import AfterUpdate
+        from cost.timing import torch_threads
 
-        with one_torch_thread():
+        with torch_threads(1):
             agent.learn(total_timesteps, [AfterUpdate(after_update), *callbacks])
     else:
         agent.learn(total_timesteps, after_update)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Use one torch thread and restore the number afterwards."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

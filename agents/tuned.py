@@ -12,7 +12,7 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
     "MoERouting-v0": {
         "ppo": {
             "n_envs": 128,
-            "total_timesteps": 1_500_000,
+            "total_timesteps": 300_000,
             "n_steps": 32,
             "batch_size": 512,
             "n_epochs": 5,
@@ -20,17 +20,17 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
             "gamma": 0.99,
             "gae_lambda": 0.8,
             "ent_coef": 0.003,
-            "policy_kwargs": {"net_arch": [128, 128]},
+            "policy_kwargs": {"net_arch": [128, 128], "residual": True},
         },
         "reinforce": {
             "n_envs": 128,
-            "total_timesteps": 1_500_000,
+            "total_timesteps": 300_000,
             "n_steps": 128,
             "batch_size": 256,
             "learning_rate": "linear 5e-4",
             "gamma": 0.99,
             "ent_coef": 0.08,
-            "policy_kwargs": {"net_arch": [128, 128]},
+            "policy_kwargs": {"net_arch": [128, 128], "residual": True},
         },
         "a2c": {
             "n_envs": 128,
@@ -103,8 +103,10 @@ def settings(algo: str, env_id: str, backend: str = "own", **overrides: Any) -> 
     if algo not in BACKENDS.get(backend, ()):
         known = "; ".join(f"{name}: {', '.join(algorithms)}" for name, algorithms in BACKENDS.items())
         raise ValueError(f"algo={algo!r} of backend={backend!r} is not one of {known}")
-    tuned = TUNED.get(env_id.split(":")[-1], {}).get(algo, {"n_envs": 8, "total_timesteps": 100_000})
-    return copy.deepcopy(tuned) | overrides
+    tuned = copy.deepcopy(TUNED.get(env_id.split(":")[-1], {}).get(algo, {"n_envs": 8, "total_timesteps": 100_000}))
+    if backend == "sb3":
+        tuned.get("policy_kwargs", {}).pop("residual", None)  # of our networks only
+    return tuned | overrides
 
 
 def rl_zoo(algo: str) -> str:
@@ -117,7 +119,7 @@ def rl_zoo(algo: str) -> str:
         if algo not in algorithms:
             continue
         lines += [f"{env_id}:", f"  policy: {'MlpLstmPolicy' if algo == 'ppo_lstm' else 'MlpPolicy'}"]
-        for name, value in algorithms[algo].items():
+        for name, value in settings(algo, env_id, "sb3").items():
             if name == "policy_kwargs":
                 value = '"dict(' + ", ".join(f"{key}={each}" for key, each in value.items()) + ')"'
             elif isinstance(value, str):

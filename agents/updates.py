@@ -88,7 +88,7 @@ class Updates:
                 _spread(each, keep, shape) for each, shape in zip((of_head, of_values), shapes, strict=True)
             )
         self.descent.backward(of_head, of_values)
-        if not self.descent.step(rate, settings.max_grad_norm) < np.inf:
+        if not self.descent.step(rate, settings.max_grad_norm, settings.weight_decay) < np.inf:
             raise NotFiniteError(
                 "the gradient is not finite; the weights are those before it: lower learning_rate, or normalise "
                 "observations and rewards"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -55,7 +55,7 @@ class RoutedModel(Protocol):
     """Model with a shared trunk whose output is the input of the experts."""
 
     @property
-    def trunk(self) -> nn.Module: ...
+    def trunk(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
 
     @property
     def experts(self) -> Iterable[nn.Module]: ...

@@ -3,7 +3,7 @@
 Shape legend: B inputs, D inputs' (or trunk's) width, H all experts' hidden units, E experts, C classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +19,10 @@ class MoEModel(Protocol):
     """Interface of a module for bundles: `trunk(x) -> h`, `gate(h) -> [B, E]`, experts `h -> [B, C]`."""
 
     @property
-    def trunk(self) -> nn.Module: ...
+    def trunk(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
 
     @property
-    def gate(self) -> nn.Module: ...
+    def gate(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
 
     @property
     def experts(self) -> Iterable[nn.Module]: ...
@@ -75,9 +75,31 @@ class ExpertStack(nn.Module):
         return (self[expert] for expert in range(len(self)))
 
 
+class Standardize(nn.Module):
+    """Scales each input to mean 0 and variance 1 over the inputs of `fit`; constant ones become 0."""
+
+    mean_D: torch.Tensor
+    scale_D: torch.Tensor
+
+    def __init__(self, num_inputs: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_D", torch.zeros(num_inputs))
+        self.register_buffer("scale_D", torch.ones(num_inputs))
+
+    def fit(self, x_BD: torch.Tensor) -> None:
+        """Set mean and scale by inputs."""
+        deviation_D = x_BD.double().std(0, correction=0)
+        self.mean_D.copy_(x_BD.double().mean(0))
+        self.scale_D.copy_(torch.where(deviation_D > 1e-6 * self.mean_D.abs(), 1 / deviation_D, 0.0))
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """Scaled inputs, clipped at +-10."""
+        return ((x_BD - self.mean_D) * self.scale_D).clip(-10, 10)
+
+
 class MoEClassifier(nn.Module):
     """Mixture of Experts over flat inputs; `trunk` is the width of a shared first layer, 0 for none; `graph` has the
-    arguments of an `ExpertGraph` that mixes the experts' logits."""
+    arguments of an `ExpertGraph` that mixes the experts' logits; `standardize` scales the inputs first."""
 
     def __init__(
         self,
@@ -87,6 +109,7 @@ class MoEClassifier(nn.Module):
         widths: Sequence[int] = (16,) * 8,
         trunk: int = 0,
         graph: Mapping[str, Any] | None = None,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         if not widths or min(widths) < 1 or trunk < 0:
@@ -94,7 +117,10 @@ class MoEClassifier(nn.Module):
         self.settings = {"num_inputs": num_inputs, "num_classes": num_classes, "widths": list(widths), "trunk": trunk}
         if graph is not None:
             self.settings["graph"] = dict(graph)
-        self.trunk = nn.Sequential(nn.Linear(num_inputs, trunk), nn.ReLU()) if trunk else nn.Sequential()
+        if standardize:
+            self.settings["standardize"] = True
+        scaling = [Standardize(num_inputs)] if standardize else []
+        self.trunk = nn.Sequential(*scaling, *([nn.Linear(num_inputs, trunk), nn.ReLU()] if trunk else []))
         self.gate = nn.Linear(trunk or num_inputs, len(widths))
         self.experts = ExpertStack(trunk or num_inputs, num_classes, widths)
         self.graph = None if graph is None else ExpertGraph.for_outputs(len(widths), num_classes, **graph)

@@ -18,6 +18,7 @@ from experts.graph import ExpertGraph, parameter_groups
 from experts.layers import MoELayer
 from experts.losses import diversity_loss, drift_loss
 from experts.routers import Router, RoutingStatistics, make_router
+from experts.threads import reproducible
 
 PROBED = 32  # inputs of a batch on which all experts are run for the diversity loss
 
@@ -122,14 +123,8 @@ def train_network(
     """A network that `make` builds, trained on inputs `[n, d]` float32 and labels `[n]`; the same bits for the same
     seed, with one torch thread, torch's own generator as it was before. `after_epoch` is called with
     -1 before the first one as well."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            return _train(make(), torch.from_numpy(inputs), torch.from_numpy(labels), settings, after_epoch)
-    finally:
-        torch.set_num_threads(threads)
+    with reproducible(settings.seed):
+        return _train(make(), torch.from_numpy(inputs), torch.from_numpy(labels), settings, after_epoch)
 
 
 def _train(

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 WIDTHS = (4, 4, 8, 8, 16, 16, 32, 64)
 SETTINGS = {
-    "digits": TrainingSettings(widths=(2, 2, 4, 4, 8, 8, 16, 16), epochs=60, batch_size=32),
-    "fashion-mnist": TrainingSettings(widths=WIDTHS, epochs=5, batch_size=128),
-    "fashion-mnist-graph": TrainingSettings(widths=WIDTHS, epochs=5, batch_size=128, graph={"mode": "weighted"}),
+    "digits": TrainingSettings(widths=(2, 2, 4, 4, 8, 8, 16, 16), epochs=60, batch_size=32, standardize=False),
+    "fashion-mnist": TrainingSettings(widths=WIDTHS, epochs=5, standardize=False),
+    "fashion-mnist-graph": TrainingSettings(widths=WIDTHS, epochs=5, standardize=False, graph={"mode": "weighted"}),
 }
 log = logging.getLogger("moe_envs")
 

@@ -29,6 +29,7 @@ from experts.data import DataError
 from experts.losses import load_balancing_loss
 from experts.model import ConvMoEClassifier, MoEClassifier, mix
 from experts.routers import top_k
+from experts.threads import reproducible
 
 FOLDER = zoo.ASSETS / "_models"
 CALIBRATION = 512
@@ -147,21 +148,8 @@ def _locked(path: Path) -> Iterator[None]:
 def train(name: str, progress: bool = True) -> Model:
     """Train a reference model anew, on the splits `train` and `rl_train`; the same bits for the same machine."""
     (_, recipe), (_, seed) = recipe_of(name), _parse(name)
-    with _alone(seed):
+    with reproducible(seed):
         return _trained(_make(recipe), recipe, progress)
-
-
-@contextmanager
-def _alone(seed: int) -> Iterator[None]:
-    """One thread and torch's generator from a seed, both as before afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def upcycle(name: str, progress: bool = True) -> Model:
@@ -169,7 +157,7 @@ def upcycle(name: str, progress: bool = True) -> Model:
     trained, its expert is copied, and all are trained on for as long. Kept in the user's cache."""
     (kind, recipe), (_, seed) = recipe_of(name), _parse(name)
     path = zoo.cache_folder() / "models" / f"{kind}-upcycled-{seed}.safetensors"
-    with _alone(seed):
+    with reproducible(seed):
         model = _make(recipe)
         if path.exists():
             model.load_state_dict(_weights(path, "delete it, and it is made anew")[1])

@@ -1,8 +1,9 @@
 """Baselines for MoERouting-v0: simple rules tuned on validation, and the exact bound.
 
-All baselines use the observation, like a learner, and know the costs. A scorer rates subsets of experts for an input:
-the gate itself, nearest neighbours, or a supervised predictor. A planner weighs scores against costs: greedily given
-the experts already paid, within a fixed pool of experts, or within a pool per batch. Subset codes have bit e set for
+All baselines use an observation, like a learner, and know the costs. A scorer rates subsets of experts for an input:
+the gate itself, nearest neighbours, a supervised predictor, or the estimates of `observation="estimates"`. A planner
+weighs scores against costs: greedily given the experts already paid, within a fixed pool of experts, within a pool per
+batch, or, with estimates, within the best pool by the estimates of the whole batch. Subset codes have bit e set for
 expert e.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -22,6 +23,7 @@ from agents.evaluate import Policy, make_rows, play
 from moe_envs.routing.env import MoERoutingVectorEnv
 
 Rule = Callable[[np.ndarray], np.ndarray]  # observations [n, d] -> subset codes [n]
+Family = Callable[[], list[tuple[Rule, bool]]]  # rules of different parameters, and whether they take one expert
 Scorers = dict[str, list[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]]]
 
 TUNING_EPISODES = 1000
@@ -30,17 +32,21 @@ AMORTISATIONS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 TOP_P = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 NEIGHBOURS = (10, 50)
+MARGINS = (-0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5)  # in correct answers
 
 
 class Baseline:
-    """Rule with SB3's `predict`; `env_kwargs` requests subset actions if the action space cannot express it."""
+    """Rule with SB3's `predict`; `env_kwargs` requests its observation, and subset actions if the action space cannot
+    express it."""
 
     kind = "baseline"
 
     def __init__(self, rule: Rule, problem: RoutingProblem, single: bool) -> None:
         self.rule = rule
         self.action = problem.action if single and problem.action == "expert" else "subset"
-        self.env_kwargs = {} if self.action == problem.action else {"action": self.action}
+        self.env_kwargs = {"observation": problem.observation}
+        if self.action != problem.action:
+            self.env_kwargs["action"] = self.action
         self._experts = np.arange(problem.num_experts)
 
     def predict(
@@ -57,10 +63,13 @@ class RoutingProblem:
     """Data for the baselines: observation layout, relative costs of subsets, and tables of the splits `rl_train` (for
     fitting) and `validation` (for selection)."""
 
-    def __init__(self, env_id: str, episodes: int = TUNING_EPISODES, **env_kwargs: Any) -> None:
-        self.env_id, self.episodes, self.env_kwargs = env_id, episodes, {**env_kwargs, "split": "validation"}
+    def __init__(
+        self, env_id: str, episodes: int = TUNING_EPISODES, observation: str = "features", **env_kwargs: Any
+    ) -> None:
+        self.env_id, self.episodes, self.observation = env_id, episodes, observation
+        self.env_kwargs = {**env_kwargs, "observation": observation, "split": "validation"}
         train, validation = (
-            _vector_env(env_id, {**env_kwargs, "split": split}) for split in ("rl_train", "validation")
+            _vector_env(env_id, {**self.env_kwargs, "split": split}) for split in ("rl_train", "validation")
         )
         self._envs: dict[str, gymnasium.vector.VectorEnv[Any, Any, Any]] = {}
         self.train, self.validation = train.tables, validation.tables
@@ -88,9 +97,13 @@ class RoutingProblem:
         """Parts of the observation about the current input, `[n, F + E]`."""
         return np.hstack([self.features(observation), self.part(observation, "gate_logits")])
 
+    def estimates(self, observation: np.ndarray) -> np.ndarray:
+        """Estimated P(correct) of each expert, `[n, E]`."""
+        return self.part(observation, "worth") + self.train.input_price
+
     def batch(self, observation: np.ndarray) -> np.ndarray:
-        """Parts of the observation about the whole batch, `[n, E + F]`."""
-        return np.hstack([self.part(observation, "batch_gate"), self.part(observation, "batch_features")])
+        """Parts of the observation about the whole batch, `[n, .]`."""
+        return observation[:, self.train.of_batch]
 
     def used(self, observation: np.ndarray) -> np.ndarray:
         """Codes of the experts already paid, `[n]`."""
@@ -126,8 +139,12 @@ class Planner:
     def __init__(self, problem: RoutingProblem, scorer: Rule, codes: np.ndarray) -> None:
         self.problem, self.scorer, self.codes = problem, scorer, codes
         self.single = bool((codes & (codes - 1) == 0).all())
-        tables = (problem.train, problem.validation)
-        self.gains = [scorer(t.seen[:-1]) / problem.batch_size - problem.slope[codes] for t in tables]
+
+    @cached_property
+    def gains(self) -> list[np.ndarray]:
+        """`worth` of all inputs of `rl_train` and of `validation`."""
+        tables = (self.problem.train, self.problem.validation)
+        return [self.worth(t.seen[:-1]) for t in tables]
 
     def worth(self, observation: np.ndarray) -> np.ndarray:
         """Contribution of each candidate to the return without fixed cost, `[n, K]`."""
@@ -235,41 +252,48 @@ def baselines(
     Pass `scorers` from `fit_scorers` for the same bundle to avoid refitting for another cost weight. `report` receives
     the finished share; the parameters of each family are selected on `episodes` validation episodes.
     """
+    env_kwargs.pop("observation", None)
     problem = RoutingProblem(env_id, episodes, **env_kwargs)
+    estimated = RoutingProblem(env_id, episodes, "estimates", **env_kwargs)
     fitted = scorers or _fitted(env_id, json.dumps(_of_scorers(env_kwargs), sort_keys=True))
     sizes = range(1, problem.num_experts + 1)
-    families: dict[str, Callable[[], list[tuple[Rule, bool]]]] = {"random": lambda: [(_random(problem), True)]}
-    families |= {f"gate top-{m}": partial(lambda m: [(_top_m(problem, m), m == 1)], m) for m in sizes}
-    families["top-p"] = lambda: [(_top_p(problem, p), False) for p in TOP_P]
-    families["confidence threshold"] = lambda: [(_threshold(problem, c), False) for c in CONFIDENCES]
-    families["pool by batch gate"] = lambda: [(_top_gates(problem, size), True) for size in sizes]
+    families: dict[str, tuple[RoutingProblem, Family]] = {"random": (problem, lambda: [(_random(problem), True)])}
+    for m in sizes:
+        families[f"gate top-{m}"] = problem, partial(lambda m: [(_top_m(problem, m), m == 1)], m)
+    families["top-p"] = problem, lambda: [(_top_p(problem, p), False) for p in TOP_P]
+    families["confidence threshold"] = problem, lambda: [(_threshold(problem, c), False) for c in CONFIDENCES]
+    families["pool by batch gate"] = problem, lambda: [(_top_gates(problem, size), True) for size in sizes]
     for name, several in fitted.items():
         families |= _planned(problem, name, several)
+    by_estimates = Planner(estimated, estimated.estimates, estimated.singles)
+    families["greedy (estimates)"] = estimated, lambda: _greedy([by_estimates])
+    families["plan (estimates)"] = estimated, lambda: [(_plan(estimated, margin), True) for margin in MARGINS]
     found: dict[str, Policy] = {}
-    for number, (name, family) in enumerate(families.items()):
-        found[name] = problem.tune(family())
+    for number, (name, (of_family, family)) in enumerate(families.items()):
+        found[name] = of_family.tune(family())
         report((number + 1) / len(families))
     return found
 
 
 def _planned(
-    problem: RoutingProblem, name: str, family: list[tuple[Rule, np.ndarray]]
-) -> dict[str, Callable[[], list[tuple[Rule, bool]]]]:
+    problem: RoutingProblem, name: str, scorers: list[tuple[Rule, np.ndarray]]
+) -> dict[str, tuple[RoutingProblem, Family]]:
     """Baselines of one scorer with the three planners."""
 
     @cache
     def planners() -> list[Planner]:
-        return [Planner(problem, scorer, codes) for scorer, codes in family]
-
-    def greedy() -> list[tuple[Rule, bool]]:
-        shares = product(planners(), AMORTISATIONS, (False, True))
-        return [(p.greedy(share, rising), p.single) for p, share, rising in shares]
+        return [Planner(problem, scorer, codes) for scorer, codes in scorers]
 
     return {
-        f"greedy ({name})": greedy,
-        f"fixed pool ({name})": lambda: [(p.fixed_pool(), p.single) for p in planners()],
-        f"batch pool ({name})": lambda: [(p.batch_pool(), p.single) for p in planners()],
+        f"greedy ({name})": (problem, lambda: _greedy(planners())),
+        f"fixed pool ({name})": (problem, lambda: [(p.fixed_pool(), p.single) for p in planners()]),
+        f"batch pool ({name})": (problem, lambda: [(p.batch_pool(), p.single) for p in planners()]),
     }
+
+
+def _greedy(planners: list[Planner]) -> list[tuple[Rule, bool]]:
+    shares = product(planners, AMORTISATIONS, (False, True))
+    return [(planner.greedy(share, rising), planner.single) for planner, share, rising in shares]
 
 
 def bound(env_id: str, **env_kwargs: Any) -> Policy:
@@ -346,6 +370,17 @@ def _top_gates(problem: RoutingProblem, size: int) -> Rule:
         pool = _largest(problem.part(observation, "batch_gate"), np.full(len(observation), size))
         inside = pool[:, None] >> np.arange(problem.num_experts) & 1
         return 1 << (problem.gate(observation) * inside).argmax(1)
+
+    return rule
+
+
+def _plan(problem: RoutingProblem, margin: float) -> Rule:
+    """Expert of largest worth within the pool of experts whose margin in the plan of the batch exceeds `margin`."""
+
+    def rule(observation: np.ndarray) -> np.ndarray:
+        plan, worth = problem.part(observation, "plan"), problem.part(observation, "worth")
+        outside = (plan <= margin) & (plan < plan.max(1, keepdims=True))
+        return problem.singles[np.where(outside, -np.inf, worth).argmax(1)]
 
     return rule
 

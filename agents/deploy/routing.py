@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from agents.learner import Learner
-from agents.networks import CLIP
+from agents.networks import CLIP, Network, SetNetwork
 from experts import bundle as bundles
 from experts.bundle import FEATURE_BOUND, Bundle
+from experts.bundle.estimates import Estimator, centred
 from experts.model import combine, mix, run_chosen
 from experts.routers import mixing_weights
-from moe_envs.routing.tables import BATCH_SCALE, GATE_BOUND, edges_of
+from moe_envs.routing.observations import BATCH_SCALE
+from moe_envs.routing.planning import PLAN_BOUND
+from moe_envs.routing.tables import edges_of
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -31,11 +34,18 @@ class RoutedMoE(nn.Module):
     """Classifier of a bundle, routed by a policy trained in MoERouting-v0, ours or SB3's.
 
     Inputs `[B, D]` are split into groups of `batch_size`, the episode length of the policy. All groups are routed in
-    parallel, input by input as in the environment, each with its own observation. `env` is an environment with the
-    policy's arguments; it supplies the observed costs.
+    parallel, input by input as in the environment, each with its own observation. `env_kwargs` are the arguments of the
+    policy's environment. `module` is a fresh module to fill with the weights, for a bundle of your own model: yours, or
+    an `AdaptedMoE` of it.
     """
 
-    def __init__(self, bundle: str | Bundle, policy: Learner | BaseAlgorithm, env_kwargs: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        bundle: str | Bundle,
+        policy: Learner | BaseAlgorithm,
+        env_kwargs: dict[str, Any] | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         from moe_envs.routing.env import MoERoutingVectorEnv
 
@@ -45,9 +55,11 @@ class RoutedMoE(nn.Module):
         if env.action == "top-m":
             raise ValueError("action='top-m' is not deployed: train with action='expert' or 'subset'")
         self.action, self.batch_size, self.num_experts = env.action, env.tables.batch_size, env.tables.num_experts
-        model: Any = loaded.model()
-        self.trunk, self.gate = model.trunk, model.gate
-        self.experts, self.num_classes = nn.ModuleList(model.experts), int(loaded.metadata["num_classes"])
+        model: Any = loaded.model(module)
+        self.trunk, self.gate, self.head = model.trunk, model.gate, getattr(model, "head", None)
+        self.experts = nn.ModuleList(model.experts)
+        with torch.no_grad():
+            self.width = self.experts[0](self.trunk(torch.from_numpy(loaded.examples[:1]))).shape[1]
         spaces = env.single_observation_space, env.single_action_space
         of_policy: Any = policy.rows if isinstance(policy, Learner) else policy
         if (of_policy.observation_space, of_policy.action_space) != spaces:
@@ -61,13 +73,20 @@ class RoutedMoE(nn.Module):
         costs = [
             torch.from_numpy(part[1 << np.arange(self.num_experts), 0]) for part in (env.tables.fixed, env.tables.slope)
         ]
+        self.estimator = loaded.estimator() if env.tables.by_place else None
+        for name in ("first_price", "input_price"):
+            self.register_buffer(name, torch.from_numpy(getattr(env.tables, name)).float())
         self.graph = getattr(model, "graph", None)
         self.register_buffer("edges", None if loaded.edges is None else torch.from_numpy(loaded.edges))
+        self.register_buffer("singles", 1 << torch.arange(self.num_experts))
         self.register_buffer("fixed", costs[0])
         self.register_buffer("slope", costs[1])
         self.eval()
 
     edges: torch.Tensor | None
+    first_price: torch.Tensor
+    singles: torch.Tensor
+    input_price: torch.Tensor
     fixed: torch.Tensor
     slope: torch.Tensor
 
@@ -76,14 +95,15 @@ class RoutedMoE(nn.Module):
         h_BD = self.trunk(x_BD)
         gate_BE = self.gate(h_BD)
         members_BE = self.route(x_BD, gate_BE)
-        outputs_BEC = run_chosen(self.experts, h_BD, members_BE, self.num_classes)
+        outputs_BEH = run_chosen(self.experts, h_BD, members_BE, self.width)
         weights_BE = mixing_weights(gate_BE, members_BE).nan_to_num(0.0)
-        return combine(outputs_BEC, weights_BE, members_BE, self.graph)
+        mixed_BH = combine(outputs_BEH, weights_BE, members_BE, self.graph)
+        return mixed_BH if self.head is None else self.head(h_BD, mixed_BH)
 
     def route(self, x_BD: torch.Tensor, gate_BE: torch.Tensor) -> torch.Tensor:
         """Selected experts, boolean `[B, E]`."""
         features_BF = ((x_BD - self.mean) @ self.projection).clip(-FEATURE_BOUND, FEATURE_BOUND).half().float()
-        centred_BE = (gate_BE - gate_BE.mean(1, keepdim=True)).clip(-GATE_BOUND, GATE_BOUND)
+        centred_BE = centred(gate_BE)
         whole = len(x_BD) // self.batch_size * self.batch_size
         parts = [
             self._route_groups(features.unflatten(0, (-1, size)), gate.unflatten(0, (-1, size)))
@@ -96,15 +116,24 @@ class RoutedMoE(nn.Module):
         return torch.cat(parts) if parts else gate_BE > 0
 
     def _route_groups(self, features_GTF: torch.Tensor, gate_GTE: torch.Tensor) -> torch.Tensor:
+        """Route groups of inputs, all groups at once and input by input, by features and centred gate logits."""
         groups, size = gate_GTE.shape[:2]
         share_GE = gate_GTE.softmax(-1).mean(1) * self.num_experts
-        seen_GTO = torch.cat([features_GTF, gate_GTE], dim=2)
-        batch_GO = torch.cat([share_GE, (features_GTF * BATCH_SCALE).mean(1)], dim=1)
+        if self.estimator is None:
+            seen_GTO = torch.cat([features_GTF, gate_GTE], dim=2)
+            batch_GO = torch.cat([share_GE, (features_GTF * BATCH_SCALE).mean(1)], dim=1)
+        else:
+            worth_GTE = self._worth(self.estimator, features_GTF, gate_GTE)
+            seen_GTO, plan_GE = torch.cat([worth_GTE, gate_GTE.softmax(-1)], dim=2), self._plan(worth_GTE)
+            detour_GE = torch.where(plan_GE > 0, 0, plan_GE - 1)
+            batch_GO = torch.cat([worth_GTE.mean(1), share_GE, plan_GE, detour_GE], dim=1)
         used_GE, cost_G1 = torch.zeros_like(share_GE), share_GE.new_zeros(groups, 1, dtype=torch.float64)
         members = []
         for step in range(size):
             progress_G1 = share_GE.new_full((groups, 1), step / size)
             paid = [used_GE] if self.edges is None else [used_GE, edges_of(used_GE, self.edges)]
+            if self.estimator is not None:
+                paid.append(self.input_price + (1 - used_GE) * self.first_price[self.singles])
             seen = [seen_GTO[:, step], batch_GO, *paid, cost_G1.float(), progress_G1]
             head = self.policy(torch.cat(seen, dim=1))
             if self.action == "expert":
@@ -116,6 +145,22 @@ class RoutedMoE(nn.Module):
             used_GE = used_GE + new_GE
             members.append(chosen_GE > 0)
         return torch.stack(members, dim=1).flatten(0, 1)
+
+    def _worth(self, estimator: Estimator, features_GTF: torch.Tensor, gate_GTE: torch.Tensor) -> torch.Tensor:
+        """P(correct) of each expert for inputs in the context of their group, less the price of an input."""
+        estimates_BE = estimator(features_GTF.flatten(0, 1), gate_GTE.flatten(0, 1)).half().float()
+        estimates_GTE = estimates_BE.unflatten(0, gate_GTE.shape[:2])
+        return estimator.in_batches(estimates_GTE, gate_GTE, features_GTF) - self.input_price
+
+    def _plan(self, worth_GTE: torch.Tensor) -> torch.Tensor:
+        """`moe_envs.routing.planning.plan_margins` of groups, `[G, E]`."""
+        best_GTS = torch.full_like(worth_GTE[..., :1], -100.0)
+        for expert in range(self.num_experts):
+            best_GTS = torch.cat([best_GTS, torch.maximum(best_GTS, worth_GTE[..., expert, None])], dim=2)
+        returns_GS = best_GTS.sum(1) - self.first_price
+        halves = (returns_GS.unflatten(1, (-1, 2, 1 << expert)) for expert in range(self.num_experts))
+        margins = [half[:, :, 1].amax((1, 2)) - half[:, :, 0].amax((1, 2)) for half in halves]
+        return torch.stack(margins, dim=1).clip(-PLAN_BOUND, PLAN_BOUND)
 
     def export_onnx(self, path: str | Path, batch_size: int | None = None) -> None:
         """Write an ONNX model of `input [batch_size, D] -> logits [batch_size, C]`, for batches of this size only.
@@ -143,14 +188,17 @@ class _Dense(nn.Module):
         h_BD = self.routed.trunk(x_BD)
         gate_BE = self.routed.gate(h_BD)
         members_BE = self.routed.route(x_BD, gate_BE)
-        outputs_BEC = torch.stack([expert(h_BD) for expert in self.routed.experts], dim=1)
-        return mix(gate_BE, outputs_BEC, members_BE, self.routed.graph).nan_to_num(0.0)
+        outputs_BEH = torch.stack([expert(h_BD) for expert in self.routed.experts], dim=1)
+        mixed_BH = mix(gate_BE, outputs_BEH, members_BE, self.routed.graph).nan_to_num(0.0)
+        return mixed_BH if self.routed.head is None else self.routed.head(h_BD, mixed_BH)
 
 
 def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:
     """Policy network from observations `[n, width]` to its head as a module; from our learners or SB3's `MlpPolicy`."""
+    if isinstance(policy, Learner) and isinstance(policy.network, SetNetwork):
+        return _OfSet(policy.network).eval()
     if isinstance(policy, Learner):
-        if policy.network.gru:
+        if not isinstance(policy.network, Network) or policy.network.gru:
             raise ValueError("a policy with a GRU is not deployed: train with gru=0")
         weights, layers = policy.network.weights, list[nn.Module]()
         names = [f"{place}" for place in range(policy.network.depth)]
@@ -160,6 +208,8 @@ def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:
         for name in names:
             layers += [_linear(weights[f"{name}.weight"][0], weights[f"{name}.bias"][0, 0]), nn.Tanh()]
         found: nn.Module = nn.Sequential(*layers, _linear(weights["policy.weight"], weights["policy.bias"]))
+        if policy.network.residual is not None:
+            found = _Residual(found, policy.network.residual)
     else:
         network: Any = policy.policy
         if hasattr(network, "q_net"):  # DQN
@@ -183,6 +233,35 @@ class _QuantileMeans(nn.Module):
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.network(observations).unflatten(1, (self.quantiles, -1)).mean(1)
+        return found
+
+
+class _OfSet(nn.Module):
+    """The head of a `SetNetwork`."""
+
+    flat: torch.Tensor
+
+    def __init__(self, network: SetNetwork) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("flat", network.flat.clone())
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return self.network.torch_forward(self.flat, observations)[0]
+
+
+class _Residual(nn.Module):
+    """Adds a fixed linear map of the observation to the head."""
+
+    residual: torch.Tensor
+
+    def __init__(self, network: nn.Module, residual: np.ndarray) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("residual", torch.from_numpy(residual.copy()))
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.network(observations) + observations @ self.residual
         return found
 
 

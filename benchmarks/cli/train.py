@@ -51,7 +51,7 @@ def train(
     Example: moe-train --env MoERouting-v0 --algo ppo --seed 0 -k cost_weight=0.4
     """
     import moe_envs
-    from agents import runs
+    from agents import runs, training
     from cost.files import alone
 
     require_writable(json_file)
@@ -90,6 +90,8 @@ def train(
             f"[green]saved[/] {folder}    evaluate: moe-eval {folder}    curves: tensorboard --logdir {folder}",
             soft_wrap=True,
         )
+        if (folder / training.CURVE).exists() and (said := training.parting(training.load_curve(folder))):
+            console.print(f"[yellow]note[/] {said}", soft_wrap=True)
         if baselines:
             console.print(_beside(policy, result, add("tuning the baselines")), soft_wrap=True)
 

@@ -24,12 +24,13 @@ from cost.model import Cost
 from cost.profile import parse
 from experts import bundle as bundles
 from experts import data
+from experts.bundle.streams import deal
 from experts.confidence import fit_temperature
 from experts.hybrid import HybridSettings, train_hybrid
 from experts.model import MoEClassifier
 from experts.reference_bundles import SETTINGS as REFERENCE
 from experts.training import TrainingSettings, train
-from moe_envs.routing.tables import RoutingTables, deal
+from moe_envs.routing.tables import RoutingTables
 
 BATCHES = 1000
 SEEDS = (0, 1, 2)

@@ -12,6 +12,7 @@ import pandas as pd
 from agents import training, tuned
 from benchmarks.results.statistics import welch_interval
 from benchmarks.runner.setup import Arguments
+from cost.timing import torch_threads
 
 ROUTING = "moe_envs:MoERouting-v0"
 # CartPole: RL Baselines3 Zoo settings with a constant clip range. Acrobot: close to the Zoo, without normalisation.
@@ -24,7 +25,7 @@ PPO: dict[str, dict[str, Any]] = {
         "n_envs": 16, "total_timesteps": 200_000, "n_steps": 256, "batch_size": 256, "n_epochs": 4,
         "gae_lambda": 0.94, "gamma": 0.99, "learning_rate": 1e-3,
     },
-    ROUTING: tuned.TUNED["MoERouting-v0"]["ppo"],
+    ROUTING: tuned.settings("ppo", ROUTING, "sb3"),
 }  # fmt: skip
 SEEDS = tuple(range(10))
 SETTINGS = {f"{env}, {backend}": {"env": env, "backend": backend} for env in PPO for backend in ("own", "sb3")}
@@ -52,7 +53,7 @@ def measure(setup: LearnerSetup, seed: int, split: str, folder: Path) -> tuple[d
 
     values = dict(PPO[setup.env])
     total = setup.timesteps or values["total_timesteps"]
-    with training.one_torch_thread():
+    with torch_threads(1):
         begun = time.process_time()
         agent = training.make(setup.env, "ppo", setup.backend, {}, seed, values)
         agent.learn(total)

@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 
 from agents.ppo import PPO
-from agents.training import one_torch_thread
 from benchmarks.results.paired import less_decisions
 from benchmarks.results.statistics import median_interval
 from benchmarks.results.tables import records
@@ -36,6 +35,7 @@ from benchmarks.torch_training import (
     small,
     train,
 )
+from cost.timing import torch_threads
 from experts.model import MoEClassifier
 
 FIRST_JUDGED_SEED = 1000
@@ -73,7 +73,7 @@ def measure(setup: LoopSetup, seed: int, split: str, folder: Path) -> tuple[dict
     """Train from the searched rate and decay, or from a random rate drawn by the seed, for PPO once per policy; or
     measure the overhead of a decision."""
     task = fashion_images() if setup.data == "fashion-mnist" else small(setup.data)
-    with one_torch_thread():
+    with torch_threads(1):
         if setup.policy == "overhead":
             return {}, {"overhead": overhead(task, _policies(setup, folder)[0][1], setup.pairs)}
         name = setup.policy if setup.policy in SCHEDULERS else "constant"

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from agents import runs, training
+from agents import runs
 from agents.deploy.routing import RoutedMoE
 from agents.evaluate import make_rows
 from benchmarks.runner.setup import Arguments
@@ -111,7 +111,7 @@ def _trained(setup: RouterSetup, seed: int, folder: Path) -> Path:
         if not (place / runs.SETTINGS).exists():
             more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
             kwargs = {"bundle": setup.bundle, "cost_weight": setup.cost_weight}
-            with training.one_torch_thread():
+            with torch_threads(1):
                 runs.train(ENV, "ppo", seed, place, kwargs, more, overwrite=True)
     return place
 

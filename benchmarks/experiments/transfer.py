@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 
 from agents.baselines.metaopt import DECAY, SCHEDULES, Round, search, trainings
-from agents.training import one_torch_thread
 from benchmarks import torch_training
 from benchmarks.results.paired import less_decisions
 from benchmarks.runner.kept import policy_of
 from benchmarks.runner.setup import Arguments
+from cost.timing import torch_threads
 from experts import tasks
 
 ENV = "moe_envs:MoEMetaOpt-v0"
@@ -96,7 +96,7 @@ def measure(setup: TransferSetup, seed: int, split: str, folder: Path) -> tuple[
     of, kwargs = TRAINED_ON[setup.trained_on]
     path = folder / f"{setup.trained_on.replace(', ', '+').replace(' ', '-')}-{seed}-{setup.timesteps or 'all'}"
     agent = policy_of(path, ENV, {"task": list(of), **kwargs, **_costs(of)}, seed, setup.timesteps)
-    with one_torch_thread():
+    with torch_threads(1):
         frame = _in_environment(setup, agent) if setup.optimizer is None else _in_torch(setup, agent)
     return {"trainings": frame.assign(seed=frame["policy"].eq("PPO") * seed).to_dict("records")}, {}
 

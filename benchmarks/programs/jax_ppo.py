@@ -36,7 +36,7 @@ class Environment:
     """MoERouting-v0 with default arguments and autoreset."""
 
     def __init__(self, num_rows: int) -> None:
-        tables = MoERoutingVectorEnv(1).tables
+        tables = MoERoutingVectorEnv(1, observation="features").tables
         self.rows, self.length, self.width, self.actions = num_rows, tables.batch_size, tables.width, tables.num_experts
         self.deck, self.correct, self.ledgers = map(jnp.array, (tables.deck, tables.correct, tables.ledger))
         self.cost_of, self.paid = jnp.array(tables.terms[:, 0], jnp.float32), jnp.array(tables.seen_of_paid)

@@ -50,12 +50,12 @@ def measure(setup: JaxSpeed, seed: int, split: str, folder: Path) -> tuple[dict[
     from threadpoolctl import threadpool_limits
 
     from agents import PPO
-    from agents.training import one_torch_thread
     from benchmarks.speed.ppo import rate
+    from cost.timing import torch_threads
 
     environment = os.environ | {"XLA_FLAGS": ONE_THREAD, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     rows, steps, size = setup.rows, setup.steps, setup.batch_size
-    with threadpool_limits(1, "blas"), one_torch_thread():
+    with threadpool_limits(1, "blas"), torch_threads(1):
         agent = PPO("MlpPolicy", ID, n_envs=rows, n_steps=steps, batch_size=size, n_epochs=EPOCHS).learn(rows * steps)
         command = [sys.executable, "-m", "benchmarks.programs.jax_ppo", *map(str, (rows, steps, size, setup.timesteps))]
         with subprocess.Popen(

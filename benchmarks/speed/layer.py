@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from agents.training import one_torch_thread
 from benchmarks.runner.setup import Arguments
+from cost.timing import torch_threads
 from experts.layers import MoELayer, _linear, _times
 
 D_MODEL, D_FF, EXPERTS, K = 256, 1024, 8, 2
@@ -60,7 +60,7 @@ def measure(setup: LayerSpeed, seed: int, split: str, folder: Path) -> tuple[dic
     ours = MoELayer.from_block(block)
     half = MoELayer.from_block(block).to(torch.bfloat16)
     x = torch.randn(setup.tokens, D_MODEL, device=setup.device)
-    with one_torch_thread():
+    with torch_threads(1):
         row = _row(block, ours, half, x, TOKENS.get(setup.tokens, (12, 1)), setup.device)
     return {"difference": row.pop("difference")}, {"row": row}
 

@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from agents import training
 from benchmarks.results.tables import renamed
 from benchmarks.runner.setup import Arguments
+from cost.timing import torch_threads
 
 ROUTING = "moe_envs:MoERouting-v0"
 SINGLES = ", single environments"  # both step the same; SB3 cannot use Gymnasium's vector CartPole
@@ -54,7 +55,7 @@ Setup = SpeedSetup
 def measure(setup: SpeedSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Medians and median ratio of alternating runs."""
     values = {"n_envs": setup.rows, "n_steps": setup.steps, "batch_size": setup.batch_size, "n_epochs": 4}
-    with training.one_torch_thread(), threadpool_limits(1, "blas"):
+    with torch_threads(1), threadpool_limits(1, "blas"):
         agents = _both(setup.env, values)
         for agent in agents:
             agent.learn(setup.rows * setup.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,11 +27,13 @@ from experts.bundle.read import (
     load,
     project,
 )
-from experts.bundle.tabulate import principal_components, tabulated
+from experts.bundle.tabulate import estimated, principal_components, tabulated
 
 if TYPE_CHECKING:
     from experts.model import MoEModel
     from experts.training import TrainingSettings
+
+FEWEST = 8  # inputs of rl_train, for the folds of the estimates
 
 
 class Measured(Protocol):
@@ -56,6 +59,9 @@ def build(
 ) -> Bundle:
     """Train an MoE on your arrays (or take your trained `model`), tabulate it, save it as a bundle and return it.
 
+    By default, the training ends when the loss on held-out inputs stops falling; a warning says if a linear model is
+    better.
+
     `inputs` is `[n, ...]` of numbers (rows are flattened, a torch model of your own gets them flat), `labels` `[n]` of
     classes 0..C-1. `splits` gives the row indices of train, rl_train, validation and test (default: a random 40, 40, 8
     and 12 %). `profile`, as `cost.profile.measure_experts`, measures the reference costs; without it they are measured
@@ -66,6 +72,7 @@ def build(
 
     from experts import model as models
     from experts import training
+    from experts.bundle.answers import answers
     from experts.routers import top_k
 
     if model is not None and profile is None:
@@ -79,18 +86,23 @@ def build(
     trained = training.train(x[rows["train"]], y[rows["train"]], settings, progress) if model is None else model
     trained.eval()
     mean, projection = principal_components(x[rows["train"]], num_features)
-    graph = trained.graph if isinstance(trained, models.MoEClassifier) else None
     tables, accuracy = {}, {}
+    linear = training.linear_model(x[rows["train"]], y[rows["train"]])
     for split in SPLITS:
-        gate, outputs = models.tabulate(trained, torch.from_numpy(x[rows[split]]))
+        gate, outputs, answer, summed = answers(trained, torch.from_numpy(x[rows[split]]))
         if gate.shape[1] > MAX_EXPERTS:
             raise ValueError(f"{gate.shape[1]} experts; a bundle tabulates all subsets of at most {MAX_EXPERTS}")
         label = y[rows[split]]
         features = project(x[rows[split]], mean, projection)
-        tables[split] = tabulated(features, gate.numpy(), outputs.numpy(), label, graph)
+        tables[split] = tabulated(features, gate.numpy(), outputs.numpy(), label, None if summed else answer)
         for k in (1, 2):
-            chosen = models.mix(gate, outputs, top_k(gate, min(k, gate.shape[1])), graph).argmax(-1).numpy()
+            members = top_k(gate, min(k, gate.shape[1]))
+            with torch.inference_mode():
+                chosen = answer(slice(0, len(label)), members[None])[0].argmax(-1).numpy()
             accuracy[f"{split}/top-{k}"] = float((chosen == label).mean())
+        accuracy[f"{split}/linear"] = float((linear(x[rows[split]]) == label).mean())
+    _warn_of_linear(accuracy, len(tables["rl_train"].labels))
+    estimator, tables = estimated(tables)
     metadata = {
         "format": FORMAT,
         "name": name,
@@ -107,10 +119,22 @@ def build(
         "features.mean": mean,
         "features.projection": np.ascontiguousarray(projection),
         "examples": np.resize(x[rows["train"]], (64, x.shape[1])),
+        **{f"estimator.{name}": value.numpy() for name, value in estimator.state_dict().items()},
     }
     measured = profile(trained, constants["examples"]).model_dump(mode="json") if profile else None
     _write(target, metadata, trained, constants, tables, measured)
     return load(target)
+
+
+def _warn_of_linear(accuracy: dict[str, float], count: int) -> None:
+    """Warn if a logistic regression is better than the model by more than two standard errors."""
+    linear, model = accuracy["rl_train/linear"], accuracy["rl_train/top-2"]
+    if linear - model > 2 * (linear * (1 - linear) / count) ** 0.5 + 0.005:
+        warnings.warn(
+            f"a linear model is better than this mixture of experts: {linear:.3f} against {model:.3f} of rl_train are "
+            "right; train it longer, or give it wider experts",
+            stacklevel=3,
+        )
 
 
 def _checked_arrays(inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -144,6 +168,8 @@ def _default_splits(count: int) -> dict[str, np.ndarray]:
 def _check_splits(splits: dict[str, np.ndarray], count: int) -> None:
     if set(splits) != {"train", *SPLITS} or min(map(len, splits.values())) < 1:
         raise ValueError(f"splits must give rows of train, {', '.join(SPLITS)}; got {sorted(splits)}")
+    if len(splits["rl_train"]) < FEWEST:
+        raise ValueError(f"splits must give at least {FEWEST} rows of rl_train, got {len(splits['rl_train'])}")
     rows = np.concatenate(list(splits.values()))
     if len(set(rows.tolist())) != len(rows) or rows.min() < 0 or rows.max() >= count:
         raise ValueError(f"splits must be disjoint and of rows 0..{count - 1}")

@@ -16,13 +16,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cost.arguments import one_line, short
 from cost.files import healed, read_verified, sha256_of, sums_of
 from experts import zoo
+from experts.bundle import context
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from experts.bundle.estimates import Estimator
     from experts.model import MoEModel
 
-FORMAT = 1
+FORMAT = 2  # 1 had no estimates
 SPLITS = ("rl_train", "validation", "test")
 SUMS, METADATA, MODEL, PROFILE = "SHA256SUMS", "bundle.json", "model.safetensors", "profile.json"
 FEATURE_BOUND = 5.0
@@ -40,6 +42,7 @@ class Architecture(BaseModel):
     widths: list[Size]
     trunk: Annotated[int, Ge(0), Le(2**20)] = 0
     graph: dict[str, str | int | float | bool | None] | None = None
+    standardize: bool = False
 
     @property
     def parameters(self) -> int:
@@ -53,7 +56,7 @@ class Metadata(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    format: Literal[1]
+    format: Literal[2]
     name: str
     num_experts: Annotated[int, Ge(1), Le(MAX_EXPERTS)]
     num_classes: Annotated[int, Ge(2), Le(2**15)]
@@ -71,17 +74,24 @@ class BundleError(RuntimeError):
 
 @dataclass(frozen=True)
 class Split:
-    """Tables of n inputs: features `[n, F]` float16, gate logits `[n, E]` float32, labels `[n]` int16, the experts'
-    class logits `[n, E, C]` as int8 in units of `output_scale`, and outcomes `[n, ceil(2^E / 8)]` uint8: bit s of row i
-    says whether the experts of subset s (bit e = expert e), mixed by the gate, classify input i correctly. Outcomes are
-    of the exact logits."""
+    """Tables of n inputs: features `[n, F]` float16, gate logits `[n, E]` float32, labels `[n]` int16, estimates of
+    each expert's P(correct) `[n, E]` float16 (cross-fitted on `rl_train`), the experts' class logits `[n, E, C]` int8
+    in units of `output_scale`, and outcomes `[n, ceil(2^E / 8)]` uint8: bit s of row i says whether the experts of
+    subset s (bit e = expert e), mixed by the gate, classify input i correctly. Outcomes are of the exact logits."""
 
     features: np.ndarray
     gate_logits: np.ndarray
     labels: np.ndarray
+    estimates: np.ndarray
     outputs: np.ndarray
     output_scale: np.ndarray
     outcomes: np.ndarray
+
+    @property
+    def singles(self) -> np.ndarray:
+        """Whether each expert alone is correct, `[n, E]` uint8."""
+        experts = self.gate_logits.shape[1]
+        return np.unpackbits(self.outcomes, axis=1, count=2**experts, bitorder="little")[:, 1 << np.arange(experts)]
 
     @property
     def logits(self) -> np.ndarray:
@@ -136,6 +146,28 @@ class Bundle:
                 f"{self.path / MODEL} holds other weights than this model's: {one_line(error)}"
             ) from error
         return module.eval()  # type: ignore[return-value]
+
+    def estimator(self) -> Estimator:
+        """The module that made the `estimates`, for new inputs."""
+        import torch
+
+        from experts.bundle.estimates import Estimator
+
+        split = self.split("rl_train")
+        weights = {k[10:]: torch.from_numpy(v) for k, v in self._tensors(MODEL).items() if k.startswith("estimator.")}
+        try:
+            return Estimator.load(split.features, split.singles, weights)
+        except RuntimeError as error:
+            raise BundleError(f"{self.path / MODEL} holds no estimator of these tables: {one_line(error)}") from error
+
+    def in_batches(self, name: str, deck: np.ndarray) -> np.ndarray:
+        """P(correct) of each expert `[b, B, E]` float32 for the inputs of a split in mini-batches `deck [b, B]`."""
+        tensors, split = self._tensors(MODEL), self.split(name)
+        weights = {each: tensors[f"estimator.context.{each}"] for each in context.NAMES}
+        odds = np.exp(split.gate_logits - split.gate_logits.max(1, keepdims=True))
+        folds = tensors["estimator.fold_N"] if name == "rl_train" else None
+        gate = odds / odds.sum(1, keepdims=True)
+        return context.in_batches(weights, split.estimates, gate, split.features, deck, folds)
 
     def _classifier(self) -> nn.Module:
         """The untrained model."""
@@ -253,6 +285,7 @@ def _check_structure(bundle: Bundle) -> None:
             raise ValueError("its examples and its tables have other features")
         for name in SPLITS:
             _check_tables(bundle.split(name), about.num_experts, about.num_classes, name)
+        _check_estimator(bundle._tensors(MODEL), bundle.split("rl_train"))
     except BundleError:
         raise
     except ValidationError as error:
@@ -269,6 +302,7 @@ def _check_tables(split: Split, experts: int, classes: int, name: str) -> None:
     n = len(split.labels)
     wanted = {
         "features": ("f2", (n, split.features.shape[1])), "gate_logits": ("f4", (n, experts)), "labels": ("i2", (n,)),
+        "estimates": ("f2", (n, experts)),
         "outputs": ("i1", (n, experts, classes)), "output_scale": ("f4", (1,)),
         "outcomes": ("u1", (n, max(1, 2**experts // 8))),
     }  # fmt: skip
@@ -278,5 +312,18 @@ def _check_tables(split: Split, experts: int, classes: int, name: str) -> None:
             raise ValueError(f"{table} of {name} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
         if not np.isfinite(array).all():
             raise ValueError(f"{table} of {name} holds numbers that are not finite")
+    if split.estimates.min() < 0 or split.estimates.max() > 1:
+        raise ValueError(f"estimates of {name} are not within 0..1")
     if split.labels.min() < 0 or split.labels.max() >= classes or np.abs(split.features).max() > FEATURE_BOUND:
         raise ValueError(f"{name} has labels or features out of bounds")
+
+
+def _check_estimator(tensors: dict[str, np.ndarray], known: Split) -> None:
+    experts, features = known.gate_logits.shape[1], known.features.shape[1]
+    shapes = context.shapes(experts, features) | {"fold_N": (len(known.labels),), "count": ()}
+    for name, shape in shapes.items():
+        array = tensors[f"estimator.{name}"]
+        if array.shape != shape or array.dtype.kind != ("f" if name.startswith("context") else "iu"[name == "fold_N"]):
+            raise ValueError(f"estimator.{name} is {array.dtype} {array.shape}, not of {shape}")
+    if tensors["estimator.fold_N"].max() >= context.FOLDS or not 1 <= tensors["estimator.count"] <= 1000:
+        raise ValueError("its estimator has folds or neighbours out of bounds")

@@ -5,6 +5,7 @@ Shape legend: B inputs, E experts, S subsets, C classes, F features.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,24 +13,42 @@ import numpy as np
 from experts.bundle.read import Split
 
 if TYPE_CHECKING:
-    from experts.graph import ExpertGraph
+    from experts.bundle.answers import Answer
+    from experts.bundle.estimates import Estimator
 
 
 def tabulated(
-    features: np.ndarray, gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray, graph: ExpertGraph | None
+    features: np.ndarray, gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray, answer: Answer | None
 ) -> Split:
-    """The tables of inputs from their features, gate logits and the experts' outputs."""
+    """The tables of inputs from their features, gate logits and the experts' class logits.
+
+    `answer` gives the class logits of a subset of experts; None where they are the gate-weighted sum of the experts'.
+    """
     scale = np.abs(outputs).max(keepdims=True).ravel().astype(np.float32) / 127
     return Split(
         features=features.astype(np.float16),
         gate_logits=gate_logits.astype(np.float32),
         labels=labels.astype(np.int16),
+        estimates=np.zeros(gate_logits.shape, dtype=np.float16),
         outputs=np.rint(outputs / scale).astype(np.int8),
         output_scale=scale,
         outcomes=pack_outcomes(gate_logits, outputs, labels)
-        if graph is None
-        else pack_outcomes_of(graph, gate_logits, outputs, labels),
+        if answer is None
+        else pack_outcomes_by(answer, gate_logits.shape[1], labels),
     )
+
+
+def estimated(tables: dict[str, Split]) -> tuple[Estimator, dict[str, Split]]:
+    """An estimator fitted on `rl_train`, and the tables with its estimates."""
+    from experts.bundle.estimates import Estimator
+
+    known = tables["rl_train"]
+    estimator, of_known = Estimator.fit(known.features, known.gate_logits, known.singles, known.labels)
+    found = {
+        name: of_known if split is known else estimator.estimates(split.features, split.gate_logits)
+        for name, split in tables.items()
+    }
+    return estimator, {name: replace(tables[name], estimates=each.astype(np.float16)) for name, each in found.items()}
 
 
 def pack_outcomes(gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -51,24 +70,17 @@ def pack_outcomes(gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarr
     return np.concatenate(packed)
 
 
-def pack_outcomes_of(
-    graph: ExpertGraph, gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray
-) -> np.ndarray:
-    """The same where a graph mixes what the subset's experts return."""
+def pack_outcomes_by(answer: Answer, num_experts: int, labels: np.ndarray) -> np.ndarray:
+    """The same where `answer(rows, members [S, B, E])` gives the class logits `[S, B, C]` of subsets of experts."""
     import torch
 
-    from experts.model import mix
-
-    num_experts = gate_logits.shape[1]
     member_SE = torch.arange(2**num_experts)[:, None] >> torch.arange(num_experts) & 1 == 1
     packed = []
     for start in range(0, len(labels), 64):
-        gate_BE, outputs_BEC = (torch.from_numpy(each[start : start + 64]) for each in (gate_logits, outputs))
-        every_SBE = member_SE[1:, None].expand(-1, len(gate_BE), -1)
-        gates, answers = gate_BE.expand(len(every_SBE), -1, -1), outputs_BEC.expand(len(every_SBE), -1, -1, -1)
+        rows = slice(start, min(start + 64, len(labels)))
         with torch.inference_mode():
-            logits = mix(gates.flatten(0, 1), answers.flatten(0, 1), every_SBE.flatten(0, 1), graph)
-        correct_SB = logits.argmax(-1).unflatten(0, every_SBE.shape[:2]).numpy() == labels[start : start + 64]
+            logits_SBC = answer(rows, member_SE[1:, None].expand(-1, rows.stop - rows.start, -1))
+        correct_SB = logits_SBC.argmax(-1).numpy() == labels[rows]
         correct_BS = np.pad(np.ascontiguousarray(correct_SB.T), ((0, 0), (1, 0)))  # safetensors wants rows in order
         packed.append(np.packbits(correct_BS, axis=1, bitorder="little"))
     return np.concatenate(packed)

@@ -7,7 +7,7 @@ result is discarded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from inspect import signature
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypedDict
@@ -58,6 +58,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    advice: Mapping[str, float] = {}  # parts of the observation, one number an action, whose weighted sum rates actions
     STATE: ClassVar[tuple[str, ...]] = ()  # names of the state attributes, one array [n, ...] each
 
     def __init_subclass__(cls, **arguments: Any) -> None:

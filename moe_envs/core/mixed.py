@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
@@ -14,15 +15,17 @@ from moe_envs.core.spaces import check_actions
 
 
 class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """Concatenates the rows of several environments with equal spaces and autoreset modes.
+    """Concatenates the rows of several environments with equal autoreset modes and spaces; bounds of observations may
+    differ, then the widest count.
 
     `reset(seed=s)` seeds row i with s + i. Entries of `info` that an environment lacks are 0 in its rows.
     """
 
     def __init__(self, envs: Sequence[BatchedEnv]) -> None:
         self.envs, first = list(envs), envs[0]  # before anything fails: gymnasium closes what is deleted
-        spaces = [(env.single_observation_space, env.single_action_space) for env in envs]
-        if any(each != spaces[0] for each in spaces):
+        both = [(env.single_observation_space, env.single_action_space) for env in envs]
+        joint = _joint([each for each, _ in both])
+        if joint is None or any(each != both[0][1] for _, each in both):
             raise ValueError("the environments' spaces differ")
         if any(env.autoreset_mode is not first.autoreset_mode for env in envs):
             raise ValueError("the environments' autoreset modes differ")
@@ -32,7 +35,7 @@ class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._ends = np.cumsum([env.num_envs for env in envs]).tolist()
         self._rows = [slice(end - env.num_envs, end) for env, end in zip(envs, self._ends, strict=True)]
         self._observations: list[np.ndarray] = [np.zeros(0)] * len(envs)
-        self.single_observation_space, self.single_action_space = spaces[0]
+        self.single_observation_space, self.single_action_space = joint, both[0][1]
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
@@ -93,3 +96,15 @@ class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 for env, each in zip(self.envs, present, strict=True)
             ])  # fmt: skip
         return joined
+
+
+def _joint(found: Sequence[spaces.Space[Any]]) -> spaces.Space[Any] | None:
+    """The space of all observations; None if they differ in more than their bounds."""
+    first = found[0]
+    if all(each == first for each in found):
+        return first
+    boxes = [each for each in found if isinstance(each, spaces.Box)]
+    if len(boxes) < len(found) or any((each.shape, each.dtype) != (first.shape, first.dtype) for each in boxes):
+        return None
+    low, high = np.min([each.low for each in boxes], axis=0), np.max([each.high for each in boxes], axis=0)
+    return spaces.Box(low, high, dtype=boxes[0].dtype.type)

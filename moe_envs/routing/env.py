@@ -11,11 +11,14 @@ from cost.arguments import NonNegative, choose
 from cost.model import Cost
 from experts import library, profiles
 from experts.bundle import SPLITS
+from experts.bundle.streams import STREAMS
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, Spec
 from moe_envs.routing.live import LiveExperts
+from moe_envs.routing.observations import OBSERVATIONS
 from moe_envs.routing.single import SteppedBatch
-from moe_envs.routing.tables import ACTIONS, STREAMS, RoutingTables
+from moe_envs.routing.tables import ACTIONS, RoutingTables
 
+ADVICE = 20.0  # logits for each correct answer
 COSTS = ("reference", "machine", "live")
 
 
@@ -35,6 +38,7 @@ class MoERoutingVectorEnv(BatchedEnv):
         batch_size: Annotated[int, Ge(1), Le(2**14)] = 32,
         stream: str = "topical",
         action: str = "expert",
+        observation: str = "estimates",
         time_weight: NonNegative = 1 / 3,
         memory_weight: NonNegative = 1 / 3,
         energy_weight: NonNegative = 1 / 3,
@@ -45,15 +49,21 @@ class MoERoutingVectorEnv(BatchedEnv):
         choose("stream", stream, STREAMS)
         choose("action", action, ACTIONS)
         choose("costs", costs, COSTS)
+        choose("observation", observation, OBSERVATIONS)
         loaded = library.load("bundle", bundle)
         weights = Cost(time_weight, memory_weight, energy_weight)
         profile = profiles.select(loaded, costs)
-        tables = RoutingTables(loaded, split, profile, weights, batch_size=batch_size, stream=stream, action=action)
+        tables = RoutingTables(
+            loaded, split, profile, weights, batch_size=batch_size, stream=stream, action=action,
+            observation=observation, cost_weight=cost_weight,
+        )  # fmt: skip
         reward = Reward.of(cost_weight, tables.reference, weights, normalizer)
         experts = tables.num_experts
         action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(experts)
         super().__init__(num_envs, tables.layout, action_space, reward, **face)
         self.tables, self.action = tables, action
+        if tables.by_place and action == "expert":
+            self.advice = {"worth": ADVICE, "detour": ADVICE}
         self.batch, self._inputs, self._ledger = np.zeros((3, num_envs), dtype=np.int64)
         self._place = np.zeros((2, num_envs), dtype=np.int64)  # in the deck, and in the batch
         self._cost = np.zeros(num_envs)
@@ -95,9 +105,9 @@ class MoERoutingVectorEnv(BatchedEnv):
         tables = self.tables
         observation = np.empty((self.num_envs, tables.width), dtype=np.float32)
         record = observation.view(tables.record)[:, 0]
-        record["input"] = tables.seen_blocks.take(self._inputs)
+        record["input"] = tables.seen_blocks.take(self._place[0] if tables.by_place else self._inputs)
         record["batch"] = self._summary
-        record["experts_used"] = self._used
+        record["paid"] = self._used
         record["cost"] = self._cost if self.live is None else self._cost.clip(0, tables.max_cost)
         record["progress"] = tables.progress.take(self._place[1])
         return observation
@@ -165,14 +175,26 @@ class MoERoutingEnv(SteppedBatch):
 
     | part | size | range | meaning |
     |---|---|---|---|
-    | `features` | F | -5..5 | principal components of the current input, scaled to variance 1 |
-    | `gate_logits` | E | -10..10 | gate logits of the current input minus their mean |
+    | `worth` | E | -price..1 | estimated P(correct) of each expert for the current input, less the price of an input |
+    | `gate` | E | 0..1 | gate probabilities of the current input |
+    | `batch_worth` | E | -price..1 | mean worth over the batch |
     | `batch_gate` | E | 0..E | mean gate probability over the whole batch, times E; 1 if uniform |
-    | `batch_features` | F | -15..15 | mean features over the whole batch, times 3 |
+    | `plan` | E | -4..4 | return of the best pool of experts with each expert, less that of the best without it |
+    | `detour` | E | -5..0 | 0 for the experts of the best pool, else their plan less 1 |
     | `experts_used` | E | 0..1 | 1 for experts already paid in this batch |
     | `edges` | E | 0..1 | mean edge weight from those experts to each expert; only for models with an expert graph |
+    | `prices` | E | 0..first use | price of running each expert now |
     | `cost` | 1 | 0..all experts for all inputs | cost of this batch so far |
     | `progress` | 1 | 0..1 | finished share of the batch |
+
+    Worth, plan and prices are in correct answers: 1 is 1 / batch_size of the return. P(correct) is estimated from the
+    input's features, its gate and the rest of the batch, by nearest neighbours and small networks fitted on `rl_train`
+    when the bundle is built; estimates of inputs of `rl_train` are cross-fitted. The plan is exact for these estimates
+    if one expert answers each input.
+
+    With `observation="features"`, the policy sees the input itself instead of `worth`, `gate`, `batch_worth`, `plan`,
+    `detour` and `prices`: `features` (F principal components scaled to variance 1, within +-5), `gate_logits` (minus
+    their mean, within +-10), and `batch_features` (three times their mean over the batch).
 
     After the last input, the parts about the current input are 0.
 
@@ -187,7 +209,7 @@ class MoERoutingEnv(SteppedBatch):
     `routing/experts_used`, the number of distinct experts used in this batch so far.
 
     ## Starting State
-    The next mini-batch of the row, out of 16,384 per split; no expert is paid.
+    The next mini-batch of the row, out of 4,096 per split; no expert is paid.
 
     ## Episode End
     Terminated after the last input of the batch; never truncated by itself.
@@ -195,13 +217,14 @@ class MoERoutingEnv(SteppedBatch):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
-    | `bundle` | `"fashion-mnist"` | name (`"digits"`, or your own) or folder of a bundle |
+    | `bundle` | `"fashion-mnist"` | name (`"digits"`, or your own) or folder of a bundle; for `make_vec` also a list |
     | `split` | `"rl_train"` | inputs of `"rl_train"`, `"validation"` or `"test"` |
-    | `cost_weight` | 0.2 | lambda of the reward |
+    | `cost_weight` | 0.2 | lambda of the reward; for `make_vec` also a list |
     | `costs` | `"reference"` | the shipped profile, this `"machine"`'s, or `"live"` (default of MoERoutingLive-v0) |
     | `batch_size` | 32 | inputs in a batch, steps in an episode |
     | `stream` | `"topical"` | class shares of a batch from Dirichlet(0.15), or `"iid"` |
     | `action` | `"expert"` | see Action Space |
+    | `observation` | `"estimates"` | or `"features"`, see Observation Space |
     | `time_weight`, `memory_weight`, `energy_weight` | 1/3 each | weights of the cost terms; should sum to 1 |
     | `normalizer` | None | file of a `CostNormalizer` for `reward/cost`; the reward then uses the normalised cost |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
@@ -216,6 +239,7 @@ class MoERoutingEnv(SteppedBatch):
 SPEC = Spec(
     id="MoERouting-v0",
     entry_point="moe_envs.routing:MoERoutingEnv",
+    vector_entry_point="moe_envs.routing:make_vec",
     baselines="agents.baselines.routing",
     reference_point=(2.0, 0.0),
     boards={

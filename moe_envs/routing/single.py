@@ -26,7 +26,7 @@ class SteppedBatch(SingleEnv):
         self._moves: dict[int, Move] = {}
         self._num_options = len(tables.subsets)
         self._used_columns = list(tables.seen_of_paid)
-        self._used = slice(tables.of_batch.stop, self.observation_layout["cost"].slice.start)
+        self._used = tables.of_paid
         self._num_choices, self._batch_size = tables.correct.shape[1], tables.batch_size
         self._share, self._reward = 1 / tables.batch_size, self.vector.reward
         self._normalizer = self._reward.normalizer
@@ -113,9 +113,12 @@ class SteppedBatch(SingleEnv):
         self._correct = tables.correct[inputs].tobytes()
         self._top_m = tables.options[inputs].tolist() if self.vector.action == "top-m" else []
         self._observations = np.zeros((len(inputs), tables.width), dtype=np.float32)
-        self._observations[:, tables.of_input] = tables.seen[inputs]
+        start = batch * (self._batch_size + 1)
+        places = np.arange(start, start + len(inputs)) if tables.by_place else inputs
+        self._observations[:, tables.of_input] = tables.seen[places]
         self._observations[:, tables.of_batch] = tables.summaries[batch]
         self._observations[:, -1] = tables.progress[:-1]
+        self._observations[position, self._used] = self._used_columns[unpaid]
 
     def _look_up(self, move: int) -> Move:
         """Cost and result of a move, cached."""

@@ -6,36 +6,15 @@ import numpy as np
 
 from cost.model import Cost, CostModel, RelativeCost
 from cost.profile import Profile
-from experts.bundle import FEATURE_BOUND, SPLITS, Bundle, Split
+from experts.bundle import SPLITS, Bundle, Split
+from experts.bundle.streams import deal
 from moe_envs.core.spaces import layout
+from moe_envs.routing.observations import View
 
 Code = TypeVar("Code", int, np.ndarray)
 Numbers = TypeVar("Numbers", bound=Any)
-STREAMS = ("topical", "iid")
 ACTIONS = ("expert", "subset", "top-m")
-DECK_SIZE = 16_384  # mini-batches that a split is laid out in
-TOPIC_CONCENTRATION = 0.15  # of the Dirichlet over classes: most of a topical batch is of one to three classes
-GATE_BOUND = 10.0
-BATCH_SCALE = 3.0  # brings the mean features of topical batches to a spread of about 1
-
-
-def deal(labels: np.ndarray, batch_size: int, stream: str, count: int = DECK_SIZE, seed: int = 0) -> np.ndarray:
-    """`count` mini-batches `[count, batch_size]` of indices into `labels`, drawn with replacement.
-
-    "iid": uniformly; "topical": from classes whose shares are drawn for each batch from a Dirichlet distribution. The
-    deck belongs to the environment, not to an episode's seed: it is the same for everyone, and another for each split.
-    """
-    generator = np.random.default_rng(seed)
-    if stream == "iid":
-        return generator.integers(len(labels), size=(count, batch_size))
-    classes, sizes = np.unique(labels, return_counts=True)
-    shares = generator.dirichlet(np.full(len(classes), TOPIC_CONCENTRATION), size=count).cumsum(axis=1)
-    uniform = generator.random((count, batch_size))
-    drawn = np.zeros((count, batch_size), dtype=np.int64)
-    for boundary in shares.T[:-1]:
-        drawn += uniform > boundary[:, None]
-    position = (generator.random((count, batch_size)) * sizes[drawn]).astype(np.int64)
-    return np.argsort(labels, kind="stable")[(sizes.cumsum() - sizes)[drawn] + position]
+DECK_SIZE = 4_096  # mini-batches that a split is laid out in
 
 
 class RoutingTables:
@@ -46,15 +25,16 @@ class RoutingTables:
     `subsets [options]` are the codes (bit e = expert e) that a choice can mean: one for each choice, but for top-m all
     codes, of which `options [n + 1, K]` names the one that a choice means for an input.
 
-    An observation is a `record`: one of `seen [n + 1, F + E]`, what is seen of an input, one of `summaries`
-    `[batches, E + F]`, what is seen of a batch, and what changes in it. Blocks of bytes are copied several times faster
-    than slices of rows, whence `seen_blocks` and `summary_blocks`.
+    An observation is a `record`: one of `seen`, what is seen of an input (`[n + 1, .]`, or `by_place` in the deck), one
+    of `summaries [batches, .]`, what is seen of a batch, and what changes in it. `seen_blocks` and `summary_blocks` are
+    the same as blocks of bytes, which are copied several times faster than slices of rows.
 
     `fixed` and `slope` `[2^E, 8]` are the costs of subsets of experts, for a first use in the batch and for an input:
     relative cost, time [s], memory [B], energy [J], then the vector reward (0, -time, -memory, -energy, relative).
     A move is a ledger, (code of the experts not paid yet) * options, + option. `terms [moves, 8]` are its costs; after
-    it, `ledger` is the next ledger, `used` the block of `experts_used` (and of `edges`, where the model has an expert
-    graph), `num_used` their number. By code, `paid` are these blocks and `seen_of_paid` their numbers.
+    it, `ledger` is the next ledger, `used` the block of what is seen of the experts paid, `num_used` their number. By
+    code, `paid` are these blocks, `seen_of_paid` their numbers.
+    `first_price [2^E]` of pools and `input_price [E]` are costs in the reward, in units of a correct answer.
     """
 
     def __init__(
@@ -67,15 +47,25 @@ class RoutingTables:
         batch_size: int = 32,
         stream: str = "topical",
         action: str = "expert",
+        observation: str = "estimates",
+        cost_weight: float = 0.2,
     ) -> None:
         tables = bundle.split(split)
         self.batch_size, self.num_experts, self.num_inputs = batch_size, bundle.num_experts, len(tables.labels)
         self._pay(profile.cost_model(), bundle.split("rl_train"), stream, weights)
-        features, self.edges = tables.features.astype(np.float32), bundle.edges
-        self._lay_out(features.shape[1])
-        deck = deal(tables.labels, batch_size, stream, seed=SPLITS.index(split))
+        self.edges, singles = bundle.edges, 1 << np.arange(self.num_experts)
+        prices = (batch_size * cost_weight * part[:, 0] for part in (self.fixed, self.slope))
+        self.first_price, self.input_price = next(prices), next(prices)[singles]
+        deck = deal(tables.labels, batch_size, stream, DECK_SIZE, seed=SPLITS.index(split))
         self.deck = np.append(np.pad(deck, ((0, 0), (0, 1)), constant_values=self.num_inputs), self.num_inputs)
-        self._summarise(deck, features, tables.gate_logits)
+        if observation == "estimates":
+            chances = bundle.in_batches(split, deck)
+            view = View.of_estimates(tables, deck, chances, self.input_price, self.first_price)
+        else:
+            view = View.of_features(tables, deck)
+        self._lay_out(view)
+        self.by_place, self.seen, self.summaries = view.by_place, view.seen, view.summaries
+        self.seen_blocks, self.summary_blocks = _blocks(self.seen), _blocks(self.summaries)
         self._packed = np.append(tables.outcomes, np.zeros_like(tables.outcomes[:1]), axis=0)
         self._tabulate_moves(action)
         self._tabulate_choices(action, tables.gate_logits)
@@ -103,9 +93,12 @@ class RoutingTables:
         self.terms = (self.fixed[new] + self.slope[self.subsets]).reshape(-1, self.fixed.shape[1])
         unpaid = (codes[:, None] ^ new).ravel()
         members_paid = 1 - (codes[:, None] >> np.arange(self.num_experts) & 1).astype(np.float32)
-        self.seen_of_paid = members_paid
+        seen = [members_paid]
         if self.edges is not None:
-            self.seen_of_paid = np.hstack([members_paid, edges_of(members_paid, self.edges)]).astype(np.float32)
+            seen.append(edges_of(members_paid, self.edges))
+        if self.by_place:
+            seen.append(self.input_price + (1 - members_paid) * self.first_price[1 << np.arange(self.num_experts)])
+        self.seen_of_paid = np.hstack(seen).astype(np.float32)
         self.paid = _blocks(self.seen_of_paid)
         self.ledger, self.used = self.ledger_of(unpaid), self.paid[unpaid]
         self.num_used = members_paid.sum(1).astype(np.int64)[unpaid]
@@ -128,47 +121,29 @@ class RoutingTables:
         )
         self.max_cost = float(self.fixed[-1, 0] + self.batch_size * self.slope[-1, 0])
 
-    def _lay_out(self, num_features: int) -> None:
-        experts, summary_bounds = self.num_experts, (-FEATURE_BOUND * BATCH_SCALE, FEATURE_BOUND * BATCH_SCALE)
+    def _lay_out(self, view: View) -> None:
+        experts = self.num_experts
         edges = [("edges", experts, 0, 1, "mean edge from the experts already paid to each, in the expert graph")]
-        if self.edges is None:
-            edges = []
+        highest = float((self.first_price[1 << np.arange(experts)] + self.input_price).max()) * 1.001 + 1e-6
+        prices = [("prices", experts, 0, highest, "price of running each expert now, in correct answers")]
         self.layout = layout(
             [
-                ("features", num_features, -FEATURE_BOUND, FEATURE_BOUND, "principal components of the present input"),
-                ("gate_logits", experts, -GATE_BOUND, GATE_BOUND, "the gate's logits for it, less their mean"),
-                ("batch_gate", experts, 0, experts, "mean gate probability over the whole batch, times E: 1 if even"),
-                ("batch_features", num_features, *summary_bounds, "mean features over the whole batch, times 3"),
+                *view.of_input,
+                *view.of_batch,
                 ("experts_used", experts, 0, 1, "1 for experts already paid in this batch"),
-                *edges,
+                *(edges if self.edges is not None else []),
+                *(prices if view.by_place else []),
                 ("cost", 1, 0, self.max_cost * 1.001, "cost of this batch so far, relative to the top-2 gate's"),
                 ("progress", 1, 0, 1, "share of the batch that is done"),
             ]
         )
-        sizes = {name: part.slice.stop - part.slice.start for name, part in self.layout.items()}
-        self.record = np.dtype(
-            [
-                ("input", f"V{4 * (sizes['features'] + sizes['gate_logits'])}"),
-                ("batch", f"V{4 * (sizes['batch_gate'] + sizes['batch_features'])}"),
-                ("experts_used", f"V{4 * (sizes['experts_used'] + sizes.get('edges', 0))}"),
-                ("cost", np.float32),
-                ("progress", np.float32),
-            ]
-        )
+        self.of_input = slice(0, sum(size for _, size, *_ in view.of_input))
+        self.of_batch = slice(self.of_input.stop, self.layout["experts_used"].slice.start)
+        self.of_paid = slice(self.of_batch.stop, self.layout["cost"].slice.start)
+        parts = {"input": self.of_input, "batch": self.of_batch, "paid": self.of_paid}
+        blocks = [(name, f"V{4 * (part.stop - part.start)}") for name, part in parts.items()]
+        self.record = np.dtype([*blocks, ("cost", np.float32), ("progress", np.float32)])
         self.width = self.layout["progress"].slice.stop
-        self.of_input = slice(0, self.layout["gate_logits"].slice.stop)
-        self.of_batch = slice(self.of_input.stop, self.layout["batch_features"].slice.stop)
-
-    def _summarise(self, deck: np.ndarray, features: np.ndarray, gate_logits: np.ndarray) -> None:
-        gate = np.clip(gate_logits - gate_logits.mean(1, keepdims=True), -GATE_BOUND, GATE_BOUND)
-        seen = np.hstack([features, gate])
-        self.seen = np.append(seen, np.zeros_like(seen[:1]), axis=0).astype(np.float32)
-        odds = np.exp(gate)
-        gate_share = odds / odds.sum(1, keepdims=True) * self.num_experts
-        averaged = np.hstack([gate_share, features * BATCH_SCALE])
-        parts = np.array_split(deck, max(1, len(deck) // 1024))
-        self.summaries = np.concatenate([averaged[part].mean(1) for part in parts]).astype(np.float32)
-        self.seen_blocks, self.summary_blocks = _blocks(self.seen), _blocks(self.summaries)
 
 
 def edges_of(chosen: Numbers, edges: Numbers) -> Numbers:

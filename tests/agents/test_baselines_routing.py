@@ -28,6 +28,7 @@ def test_every_family_is_there(tuned: dict[str, Any]) -> None:
         f"{rule} ({name})"
         for rule, name in product(("greedy", "fixed pool", "batch pool"), ("gate", "kNN", "predictor"))
     }
+    scored |= {"greedy (estimates)", "plan (estimates)"}
     plain = {"random", "top-p", "confidence threshold", "pool by batch gate", "oracle"}
     assert set(tuned) == scored | plain | {f"gate top-{m}" for m in range(1, 9)}
     assert [name for name, policy in tuned.items() if policy.kind == "bound"] == ["oracle"]
@@ -36,7 +37,7 @@ def test_every_family_is_there(tuned: dict[str, Any]) -> None:
 def test_the_bound_is_above_all_and_random_below_the_tuned(tuned: dict[str, Any]) -> None:
     found = {name: returns(policy) for name, policy in tuned.items()}
     assert max(found, key=lambda name: found[name]) == "oracle"
-    assert found["random"] < found["gate top-1"] < found["batch pool (kNN)"]
+    assert found["random"] < found["gate top-1"] < found["batch pool (kNN)"] < found["plan (estimates)"]
 
 
 def test_gate_top_m_runs_m_experts_and_costs_what_the_top_m_action_costs(tuned: dict[str, Any]) -> None:
@@ -54,13 +55,13 @@ def test_gate_top_m_runs_m_experts_and_costs_what_the_top_m_action_costs(tuned: 
 
 
 def test_actions_are_the_environment_s_own_where_it_can_express_them(tuned: dict[str, Any]) -> None:
-    env = gymnasium.make(ID, **KWARGS)
+    env = gymnasium.make(ID, **KWARGS, observation="features")
     observation, _ = env.reset(seed=0)
     for name in ("random", "gate top-1", "fixed pool (gate)", "greedy (kNN)"):
         action, _ = tuned[name].predict(observation)
-        assert not tuned[name].env_kwargs
+        assert tuned[name].env_kwargs == {"observation": "features"}
         assert env.action_space.contains(action), name
-    assert tuned["gate top-3"].env_kwargs == {"action": "subset"}
+    assert tuned["gate top-3"].env_kwargs == {"observation": "features", "action": "subset"}
     subsets = gymnasium.make(ID, **KWARGS, action="subset")
     action, _ = tuned["gate top-3"].predict(observation)
     assert subsets.action_space.contains(action)

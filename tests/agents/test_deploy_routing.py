@@ -25,7 +25,7 @@ def policies() -> list[tuple[str, dict[str, Any], Any]]:
     for action in ("expert", "subset"):
         kwargs = {"bundle": "digits", "action": action, "cost_weight": 0.1}
         own = PPO(
-            "MlpPolicy", ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=5, normalize_observations=True
+            "MlpPolicy", ID, env_kwargs=kwargs, n_envs=16, n_steps=32, n_epochs=5, policy_kwargs={"residual": True}
         ).learn(15_000)
         found.append((f"own {action}", kwargs, own))
         model = sb3.PPO("MlpPolicy", make_sb3_vec(ID, 16, **kwargs), n_steps=32, batch_size=256, device="cpu", seed=0)

@@ -1,5 +1,7 @@
 """The numpy passes of networks against torch's autograd, and moments against numpy's."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,19 @@ from gymnasium import spaces
 
 from agents.descent import Descent
 from agents.networks import Moments, Network, Preprocessor
+from cost.profile import measure_experts
+from experts import bundle
+from experts.training import TrainingSettings
 
 NO_STARTS, NO_STATE = np.zeros(0), np.zeros((0, 0), dtype=np.float32)
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("net_arch", "free"), [((64, 64), 0), ((16,), 0), ((), 0), ((8, 12, 5), 0), ((64, 32), 3)])
-def test_backward_is_autograds(net_arch: tuple[int, ...], free: int) -> None:
-    network, generator = Network(7, 3 + free, net_arch, free=free, seed=1), np.random.default_rng(0)
+def test_backward_is_autograds(net_arch: tuple[int, ...], free: int, residual: bool) -> None:
+    generator = np.random.default_rng(0)
+    known = generator.standard_normal((7, 3)).astype(np.float32) if residual else None
+    network = Network(7, 3 + free, net_arch, free=free, seed=1, residual=known)
     network.weights["policy.weight"] *= 50
     inputs = generator.standard_normal((40, 7)).astype(np.float32)
     of_head = generator.standard_normal((40, 3 + free)).astype(np.float32)
@@ -30,6 +38,26 @@ def test_backward_is_autograds(net_arch: tuple[int, ...], free: int) -> None:
     assert leaf.grad is not None
     scale = float(leaf.grad.abs().max())
     np.testing.assert_allclose(network.flat_gradient / scale, leaf.grad / scale, atol=1e-5)
+
+
+def test_a_residual_policy_starts_as_the_environment_advises() -> None:
+    from agents import PPO
+    from agents.baselines import routing
+    from agents.evaluate import evaluate
+
+    kwargs = {"bundle": "digits", "cost_weight": 0.4}
+    policy = PPO("MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, policy_kwargs={"residual": True})
+    policy.network.weights["policy.weight"][:] = 0
+    problem = routing.RoutingProblem("moe_envs:MoERouting-v0", 100, "estimates", **kwargs)
+    plan = routing.Baseline(routing._plan(problem, 0.0), problem, True)
+    found = [evaluate(each, "moe_envs:MoERouting-v0", 100, **kwargs)["return"].mean() for each in (policy, plan)]
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+    with pytest.raises(ValueError, match="not normalised"):
+        PPO(
+            "MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, normalize_observations=True,
+            policy_kwargs={"residual": True},
+        )  # fmt: skip
+    assert PPO("MlpPolicy", "CartPole-v1", policy_kwargs={"residual": True}).network.residual is None
 
 
 def test_a_gru_acts_as_it_learns() -> None:
@@ -56,11 +84,12 @@ def test_a_gru_is_torchs() -> None:
         np.testing.assert_allclose(after, cell(torch.from_numpy(inputs), torch.from_numpy(state)), atol=1e-6)
 
 
-def test_descent_is_torchs_adam_with_clipped_gradients() -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_descent_is_torchs_adamw_with_clipped_gradients(decay: float) -> None:
     network, generator = Network(4, 2, (8,)), np.random.default_rng(0)
     descent = Descent(network)
     leaf = network.flat.clone().requires_grad_()
-    optimizer = torch.optim.Adam([leaf], lr=0.01, eps=1e-5)
+    optimizer = torch.optim.AdamW([leaf], lr=0.01, eps=1e-5, weight_decay=decay)
     for step in range(5):
         inputs = generator.standard_normal((20, 4)).astype(np.float32)
         head, values = network.torch_forward(leaf, torch.from_numpy(inputs))[:2]
@@ -70,7 +99,7 @@ def test_descent_is_torchs_adam_with_clipped_gradients() -> None:
         optimizer.step()
         _, found = descent.forward(inputs, NO_STARTS, NO_STATE)
         descent.backward(np.full((20, 2), 3, dtype=np.float32), 2 * found)
-        descent.step(0.01, 0.5 if step else 1e9)
+        descent.step(0.01, 0.5 if step else 1e9, decay)
         np.testing.assert_allclose(network.flat, leaf.detach(), atol=1e-5)
 
 
@@ -121,3 +150,50 @@ def test_a_gpu_learns_what_the_cpu_learns() -> None:
             descent.backward(head, values)
             descent.step(0.01, 0.5)
     np.testing.assert_allclose(networks[0].flat, networks[1].flat, atol=1e-5)
+
+
+def test_an_equivariant_policy_serves_any_order_and_number_of_actions() -> None:
+    from agents import PPO
+
+    kwargs, sizes = {"bundle": "digits"}, {"equivariant": True, "residual": True, "net_arch": [16, 8]}
+    policy = PPO("MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, n_envs=4, policy_kwargs=sizes, seed=3)
+    policy.network.weights["policy.weight"] *= 100
+    observations = policy.get_env().reset(seed=0)[0]
+    layout: Any = policy.get_env().unwrapped.observation_layout  # type: ignore[attr-defined]
+    order, mixed = np.random.default_rng(0).permutation(8), observations.copy()
+    for part in layout.values():
+        if part.slice.stop - part.slice.start == 8:
+            mixed[:, part.slice] = observations[:, part.slice][:, order]
+    heads = [policy.network.act(each, np.zeros((4, 0)))[0] for each in (observations, mixed)]
+    np.testing.assert_allclose(heads[1], heads[0][:, order], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        head, values, _ = policy.network.torch_forward(policy.network.flat, torch.from_numpy(observations))
+    np.testing.assert_allclose(head, heads[0], rtol=1e-4, atol=1e-4)
+    assert values.shape == (4,)
+    inputs, labels = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32), np.arange(200) % 2
+    settings = TrainingSettings(widths=(2, 4, 8), epochs=1)
+    other = bundle.build("three", inputs, labels, settings=settings, profile=measure_experts, progress=False)
+    moved = policy.on("moe_envs:MoERouting-v0", {"bundle": str(other.path)})
+    assert moved.predict(moved.get_env().reset(seed=0)[0])[0].max() < 3
+    assert torch.equal(moved.network.flat, policy.network.flat)
+    plain = PPO("MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, n_envs=1)
+    with pytest.raises(ValueError, match="other weights"):
+        plain.on("moe_envs:MoERouting-v0", {"bundle": str(other.path)})
+    for wrong, message in ((("CartPole-v1", {}), "one number for each action"), (("Pendulum-v1", {}), "discrete")):
+        with pytest.raises(ValueError, match=message):
+            PPO("MlpPolicy", wrong[0], policy_kwargs={"equivariant": True})
+
+
+def test_one_policy_trains_on_several_bundles_and_weights() -> None:
+    from agents import PPO
+
+    kwargs = {"bundle": ["digits", "fashion-mnist"], "cost_weight": [0.1, 0.4]}
+    policy = PPO(
+        "MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, n_envs=8, n_steps=8, batch_size=32,
+        policy_kwargs={"equivariant": True, "residual": True, "net_arch": [8]},
+    )  # fmt: skip
+    before = policy.network.flat.clone()
+    policy.learn(128)
+    assert not torch.equal(policy.network.flat, before)
+    with pytest.raises(ValueError, match="4 pairs for 3 rows"):
+        PPO("MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, n_envs=3)

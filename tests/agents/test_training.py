@@ -79,3 +79,15 @@ def test_a_resumed_watcher_knows_the_looks_up_to_its_checkpoint(tmp_path: Path) 
 def again_at(agent: Any, steps: int) -> Any:
     agent.num_timesteps = steps
     return agent
+
+
+def test_a_training_that_memorises_is_told_from_one_that_does_not() -> None:
+    def curve(scores: list[float], train: list[float]) -> list[training.Look]:
+        return [training.Look(100 * k, k, k, s, t) for k, (s, t) in enumerate(zip(scores, train, strict=True), 1)]
+
+    said = training.parting(curve([0.30, 0.32, 0.29, 0.25], [0.30, 0.35, 0.45, 0.53]))
+    assert said is not None
+    assert said.startswith("from step 200 to 400 the training return rose from 0.350 to 0.530 and validation fell")
+    assert training.parting(curve([0.30, 0.32, 0.32, 0.33], [0.30, 0.35, 0.45, 0.53])) is None
+    assert training.parting(curve([0.30, 0.32, 0.30, 0.28], [0.30, 0.35, 0.34, 0.33])) is None
+    assert training.parting([training.Look(1, 0, 0, 0.1)]) is None

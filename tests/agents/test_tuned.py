@@ -19,7 +19,8 @@ def test_the_files_for_the_zoo_are_the_tuned_settings() -> None:
 def test_the_zoos_files_are_yaml_that_says_the_same() -> None:
     yaml = pytest.importorskip("yaml")
     found = yaml.safe_load((ZOO / "ppo.yml").read_text())["MoERouting-v0"]
-    wanted = tuned.TUNED["MoERouting-v0"]["ppo"]
+    wanted = tuned.settings("ppo", "MoERouting-v0", "sb3")
+    assert "residual" not in wanted["policy_kwargs"]
     assert found["n_timesteps"] == wanted["total_timesteps"]
     assert found["learning_rate"] == "lin_1e-3"
     assert eval(found["policy_kwargs"], {"dict": dict}) == wanted["policy_kwargs"]

@@ -33,6 +33,7 @@ JUNK: dict[str, Any] = {
     "0-d": np.array(0.25), "strings": np.array(["a"]), "datetime": np.datetime64("2020"), "path": "/", "nul": "a\0b",
     "surrogate": "\ud800",
 }  # fmt: skip
+SEVERAL = ("bundle", "cost_weight", "task")  # of which the vector face takes several
 BOUNDS: dict[type, Any] = {annotated_types.Ge: operator.ge, annotated_types.Gt: operator.gt}
 BOUNDS |= {annotated_types.Le: operator.le, annotated_types.Lt: operator.lt}
 
@@ -111,8 +112,10 @@ def test_arguments_of_environments(env_id: str, face: str, attack: Outcomes) -> 
             if argument == "num_envs" and name == "1e11":
                 continue  # a number; no memory has so many rows
 
-            def wrong(env: Any, hint: Any = hint, junk: Any = junk) -> str | None:
-                if not fits(hint, junk):
+            several = face == "vector" and argument in SEVERAL and isinstance(junk, tuple) and bool(junk)
+
+            def wrong(env: Any, hint: Any = hint, junk: Any = junk, several: bool = several) -> str | None:
+                if not all(fits(hint, each) for each in (junk if several else [junk])):
                     return "accepted"
                 return play(env)
 

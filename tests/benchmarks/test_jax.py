@@ -9,7 +9,10 @@ from benchmarks.programs import jax_ppo  # noqa: E402
 
 
 def test_its_environment_is_ours() -> None:
-    theirs, ours = jax_ppo.Environment(4), gymnasium.make_vec("moe_envs:MoERouting-v0", 4, "vector_entry_point")
+    theirs, ours = (
+        jax_ppo.Environment(4),
+        gymnasium.make_vec("moe_envs:MoERouting-v0", 4, "vector_entry_point", observation="features"),
+    )
     env: object = ours.unwrapped
     seen, _ = ours.reset(seed=0)
     zeros = np.zeros(4, dtype=np.int32)

@@ -1,6 +1,7 @@
 """Nothing changes for users unannounced: rollouts of every environment are those of the commit that recorded them.
 
-`python tests/moe_envs/test_rollouts.py` at a commit writes `rollouts.json` anew; what is there was made at e1f72dc.
+`python tests/moe_envs/test_rollouts.py` at a commit writes `rollouts.json` anew; what is there was made at e1f72dc, and
+for routing when it began to observe estimates.
 Sums over each array are compared, with a tolerance, as processors round differently.
 """
 
@@ -20,6 +21,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("MoERouting-v0", {"bundle": "digits"}),
     ("MoERouting-v0", {"bundle": "digits", "action": "subset", "batch_size": 8}),
     ("MoERouting-v0", {"bundle": "digits", "action": "top-m"} | SPLIT | WEIGHTS),
+    ("MoERouting-v0", {"observation": "features"}),
     ("MoERouting-v0", {}),
     ("MoEMetaOpt-v0", {}),
     ("MoEMetaOpt-v0", {"cost_weight": 0.5, "scales": [0.2, 5.0], "undo": False, "widths": [3, 8], "max_actions": 8}),

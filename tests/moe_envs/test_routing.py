@@ -10,7 +10,7 @@ import pytest
 from cost.model import Cost, CostModel
 from cost.profile import Profile
 from experts import bundle
-from moe_envs.routing.tables import deal
+from experts.bundle.streams import deal
 
 ID = "moe_envs:MoERouting-v0"
 
@@ -72,7 +72,7 @@ def test_quality_is_what_the_model_answers() -> None:
 
 
 def test_observation_parts_say_what_their_names_say() -> None:
-    env, _ = env_and_costs(batch_size=4)
+    env, _ = env_and_costs(batch_size=4, observation="features")
     first, _ = env.reset(seed=3)
     inputs = env.batch_inputs()
     env.reset(seed=3)
@@ -89,6 +89,34 @@ def test_observation_parts_say_what_their_names_say() -> None:
     assert [o[parts["progress"].slice].item() for o in observations] == [0, 0.25, 0.5, 0.75, 1]
     assert not observations[4][parts["features"].slice].any()
     assert observations[0][parts["cost"].slice] == 0 < observations[1][parts["cost"].slice]
+
+
+def test_worth_and_plan_by_brute_force() -> None:
+    """The pool of positive plans has the largest return by the estimates among all 255 pools."""
+    env, costs = env_and_costs(batch_size=4, cost_weight=0.4)
+    loaded, parts = bundle.load("digits"), env.observation_layout
+    for seed in range(5):
+        first, _ = env.reset(seed=seed)
+        batch = env.batch_inputs()
+        env.reset(seed=seed)
+        seen = [first, *(env.step(6)[0] for _ in range(4))]
+        relative = env.vector.tables.relative
+        fixed, slope = (4 * 0.4 * relative(*part.T) for part in (costs.fixed, costs.slope))
+        chances = loaded.in_batches("rl_train", batch[None])[0]
+        worth = np.array([observation[parts["worth"].slice] for observation in seen])
+        np.testing.assert_allclose(worth[:4], chances - slope, atol=1e-5)
+        assert not worth[4].any()
+        pools = {code: [e for e in range(8) if code >> e & 1] for code in range(1, 256)}
+        returns = {code: worth[:4, pool].max(1).sum() - fixed[pool].sum() for code, pool in pools.items()}
+        plan, detour = first[parts["plan"].slice], first[parts["detour"].slice]
+        best = max(returns, key=returns.__getitem__)
+        assert pools[best] == (plan > 0).nonzero()[0].tolist() == (detour == 0).nonzero()[0].tolist()
+        for expert in range(8):
+            with_it, without = (max(v for c, v in returns.items() if (c >> expert & 1) == k) for k in (1, 0))
+            assert plan[expert] == pytest.approx(np.clip(with_it - without, -4, 4), abs=1e-4)
+        prices = np.array([observation[parts["prices"].slice] for observation in seen])
+        np.testing.assert_allclose(prices[0], fixed + slope, rtol=1e-5)
+        np.testing.assert_allclose(prices[1], fixed * (np.arange(8) != 6) + slope, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stream", ["topical", "iid"])
