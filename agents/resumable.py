@@ -28,7 +28,10 @@ from cost.trust import require_env
 EPISODES = "episodes.csv"
 LARGEST = 1e10  # weight of a network
 # What arguments and state that do not fit an environment raise.
-UNFIT = (ValueError, KeyError, TypeError, AttributeError, IndexError, gymnasium.error.Error, RuntimeError, MemoryError)
+UNFIT = (
+    ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, gymnasium.error.Error, RuntimeError,
+    MemoryError,
+)  # fmt: skip
 
 
 class Resumable:

@@ -190,7 +190,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             fits = fits and len(state["generators"]) == self.num_envs
             for saved in state["generators"]:
                 np.random.PCG64().state = saved
-        except (TypeError, KeyError, ValueError, AttributeError, IndexError):
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError):
             fits = False
         if not fits:
             raise ValueError(f"restore: not a state of {type(self).__name__} with {self.num_envs} rows")
