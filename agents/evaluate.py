@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 import pandas as pd
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 MAX_ROWS = 1000
@@ -38,6 +40,17 @@ def evaluate(policy: Policy, env_id: str, episodes: int = 300, seed: int = 0, **
         return play(policy, env, episodes, seed)
     finally:
         env.close()
+
+
+def spec_of(env_id: str) -> EnvSpec:
+    """The spec of an environment; its package is imported if the id names one ("package:Name-v0").
+
+    Raises `gymnasium.error.Error` for an unknown id.
+    """
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    return gymnasium.spec(name)
 
 
 def make_rows(env_id: str, rows: int, **env_kwargs: Any) -> VectorEnv[Any, Any, Any]:

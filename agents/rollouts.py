@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,8 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from agents.evaluate import spec_of
 
 # Flat observations, the policy's state, masks or None: actions and the next state.
 Act = Callable[[np.ndarray, np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
@@ -205,10 +206,7 @@ def make_rows(
         return Rows(env)
     if isinstance(env, gymnasium.Env):
         return Rows(SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED))
-    module, _, name = env.rpartition(":")
-    if module:
-        importlib.import_module(module)
-    if gymnasium.spec(name).vector_entry_point is None:
+    if spec_of(env).vector_entry_point is None:
         mode = {"autoreset_mode": AutoresetMode.DISABLED}
         made: Any = gymnasium.make_vec(env, count, vectorization_mode="sync", vector_kwargs=mode, **kwargs)
         if made.envs[0].has_wrapper_attr("reward_space"):

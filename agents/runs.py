@@ -6,7 +6,6 @@ logs and the weights: `policy.safetensors` of an SB3 algorithm; of ours the fold
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import re
@@ -21,6 +20,7 @@ import pandas as pd
 
 from agents import checkpoints, training, tuned
 from agents.checkpoints import MANIFEST, foreign
+from agents.evaluate import spec_of
 from agents.resumable import LARGEST, UNFIT
 from agents.training import BEST, CURVE, Watcher
 from cost.arguments import one_line
@@ -291,11 +291,8 @@ def load(folder: Path, allow_import: bool = False) -> tuple[Policy, dict[str, An
 
     config = load_config(folder)
     require_env(config["env"], folder / SETTINGS, allow_import)
-    module, _, name = config["env"].rpartition(":")
     try:
-        if module:
-            importlib.import_module(module)
-        gymnasium.spec(name)
+        spec_of(config["env"])
     except gymnasium.error.Error as error:
         raise RunError(f"{folder / SETTINGS} names no environment: {one_line(error)}") from error
     own = config["backend"] == "own"

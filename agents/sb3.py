@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+
+from agents.evaluate import spec_of
 
 log = logging.getLogger("moe_envs")
 SUMMED = ("reward/", "cost/")
@@ -126,10 +127,7 @@ def make_sb3_vec(env_id: str, n_envs: int, **env_kwargs: Any) -> VecMonitor:
 def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: dict[str, Any]) -> VecEnv:
     """Create a VecEnv of any registered environment, on its native vector environment if that has all autoreset modes,
     else of single environments; seeds are `seed`, `seed` + 1, ..."""
-    module, _, name = env_id.rpartition(":")
-    if module:
-        importlib.import_module(module)
-    if gymnasium.spec(name).vector_entry_point is not None:
+    if spec_of(env_id).vector_entry_point is not None:
         try:
             return make_sb3_vec(env_id, n_envs, **env_kwargs)
         except TypeError as error:  # vector environment without autoreset mode DISABLED
