@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 FOLDS, HIDDEN = 4, 64
+GATE_BOUND = 10.0  # of centred gate logits
 LIMIT = 1e-3  # estimates are within LIMIT..1 - LIMIT
 NAMES = ("local", "batch", "bias", "out", "out_bias")
 
@@ -33,6 +34,13 @@ def change(weights: Mapping[str, Any], local: Any, batch: Any) -> Any:
     by_local, by_batch, bias, out, out_bias = (weights[name] for name in NAMES)
     hidden = local @ by_local[:, None] + (batch @ by_batch + bias)[:, :, None]
     return (hidden * (hidden > 0)) @ out[:, None] + out_bias[:, None]
+
+
+def gate_parts(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gate logits minus their mean, clipped at +-`GATE_BOUND`, and their softmax, `[n, E]` each."""
+    centred = np.clip(logits - logits.mean(1, keepdims=True), -GATE_BOUND, GATE_BOUND)
+    odds = np.exp(centred)
+    return centred, odds / odds.sum(1, keepdims=True)
 
 
 def log_odds(estimates: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from experts.bundle import context
-from experts.bundle.context import FOLDS, LIMIT, change
+from experts.bundle.context import FOLDS, GATE_BOUND, LIMIT, change
 from experts.bundle.streams import STREAMS, deal
 from experts.threads import reproducible
 
@@ -26,13 +26,12 @@ WIDTH = 128
 COUNTS = (5, 10, 20, 50, 100)  # of neighbours, chosen by the loss on rl_train
 PRIOR = 2.0  # outcomes at the expert's mean, added to the neighbours'
 POINTS = 16_384  # searched for neighbours at most
-GATE_BOUND = 10.0
 SAMPLES = 512  # of inputs in a step of the context's training
 LOOKS, PATIENCE, HELD_OUT = 200, 6, 8  # of trainings: looks at most, looks without gain, held out 1 in 8 inputs
 
 
 def centred(gate_BE: torch.Tensor) -> torch.Tensor:
-    """Gate logits minus their mean, clipped at +-`GATE_BOUND`."""
+    """The first of `experts.bundle.context.gate_parts`, in torch."""
     return (gate_BE - gate_BE.mean(1, keepdim=True)).clip(-GATE_BOUND, GATE_BOUND)
 
 

@@ -164,9 +164,8 @@ class Bundle:
         """P(correct) of each expert `[b, B, E]` float32 for the inputs of a split in mini-batches `deck [b, B]`."""
         tensors, split = self._tensors(MODEL), self.split(name)
         weights = {each: tensors[f"estimator.context.{each}"] for each in context.NAMES}
-        odds = np.exp(split.gate_logits - split.gate_logits.max(1, keepdims=True))
         folds = tensors["estimator.fold_N"] if name == "rl_train" else None
-        gate = odds / odds.sum(1, keepdims=True)
+        _, gate = context.gate_parts(split.gate_logits)
         return context.in_batches(weights, split.estimates, gate, split.features, deck, folds)
 
     def _classifier(self) -> nn.Module:

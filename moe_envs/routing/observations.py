@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from experts.bundle import FEATURE_BOUND, Split
+from experts.bundle.context import GATE_BOUND, gate_parts
 from moe_envs.routing.planning import PLAN_BOUND, plan_margins
 
 OBSERVATIONS = ("estimates", "features")
-GATE_BOUND = 10.0
 BATCH_SCALE = 3.0  # brings the mean features of topical batches to a spread of about 1
 Described = tuple[str, int, float, float, str]  # a part of an observation: name, size, bounds, meaning
 
@@ -29,7 +29,7 @@ class View:
     @classmethod
     def of_features(cls, split: Split, deck: np.ndarray) -> View:
         """Features and gate logits of the inputs of a split, and their means over batches `deck [b, B]`."""
-        gate, probabilities = _gate(split)
+        gate, probabilities = gate_parts(split.gate_logits)
         features, count, experts = split.features.astype(np.float32), split.features.shape[1], gate.shape[1]
         bound = FEATURE_BOUND * BATCH_SCALE
         return cls(
@@ -51,7 +51,11 @@ class View:
     ) -> View:
         """Worth of each expert for the inputs in batches `deck [b, B]`: P(correct) `chances [b, B, E]` less the price
         `[E]` of an input; and the plan of each batch, with `first_price [2^E]` of the first use of pools."""
-        probabilities, experts, lowest = _gate(split)[1], len(price), -float(price.max()) * 1.001 - 1e-6
+        probabilities, experts, lowest = (
+            gate_parts(split.gate_logits)[1],
+            len(price),
+            -float(price.max()) * 1.001 - 1e-6,
+        )
         worth = (chances - price).astype(np.float32)
         plan = plan_margins(worth, first_price)
         seen = np.pad(np.concatenate([worth, probabilities[deck]], axis=2), ((0, 0), (0, 1), (0, 0)))
@@ -77,10 +81,3 @@ def _means(seen: np.ndarray, deck: np.ndarray) -> np.ndarray:
     """Means over batches `deck [b, B]`, `[b, m]` float32."""
     parts = np.array_split(deck, max(1, len(deck) // 1024))
     return np.concatenate([seen[part].mean(1) for part in parts]).astype(np.float32)
-
-
-def _gate(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Centred gate logits and gate probabilities, `[n, E]`."""
-    gate = np.clip(split.gate_logits - split.gate_logits.mean(1, keepdims=True), -GATE_BOUND, GATE_BOUND)
-    odds = np.exp(gate)
-    return gate, odds / odds.sum(1, keepdims=True)

@@ -92,7 +92,7 @@ def test_estimates_are_calibrated_and_leave_an_input_s_own_outcome_out() -> None
 
 def test_the_batch_tells_what_its_inputs_are() -> None:
     """An input without features is right at expert c if its class is c; a batch of one class gives it away."""
-    from experts.bundle import context
+    from experts.bundle import context, estimates
     from experts.bundle.estimates import Estimator
 
     generator = np.random.default_rng(0)
@@ -106,8 +106,10 @@ def test_the_batch_tells_what_its_inputs_are() -> None:
     found = context.in_batches(weights, *parts, folds=estimator.fold_N.numpy())
     assert 0.45 < of_known[deck[:40], 0].mean() < 0.65 < found[:40, :, 0].mean()
     assert 0.45 < of_known[deck[40:], 1].mean() < 0.65 < found[40:, :, 1].mean()
-    seen = (torch.from_numpy(each[deck].astype(np.float32)) for each in (of_known, np.zeros((2000, 2)), points))
-    averaged = context.in_batches(weights, *parts)
+    logits = generator.normal(size=(2000, 2), scale=20)  # many are beyond the bound of the gate
+    centred = estimates.centred(torch.from_numpy(logits)).float()
+    averaged = context.in_batches(weights, of_known, context.gate_parts(logits)[1], points, deck)
+    seen = torch.from_numpy(of_known[deck]), centred[torch.from_numpy(deck)], torch.from_numpy(points[deck])
     np.testing.assert_allclose(estimator.in_batches(*seen).detach().numpy(), averaged, atol=1e-5)
 
 
