@@ -30,7 +30,7 @@ class MixedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if any(env.autoreset_mode is not first.autoreset_mode for env in envs):
             raise ValueError("the environments' autoreset modes differ")
         self.metadata = first.metadata
-        self.observation_layout, self.reward = first.observation_layout, first.reward
+        self.observation_layout, self.reward, self.advice = first.observation_layout, first.reward, first.advice
         self.num_envs = sum(env.num_envs for env in envs)
         self._ends = np.cumsum([env.num_envs for env in envs]).tolist()
         self._rows = [slice(end - env.num_envs, end) for env, end in zip(envs, self._ends, strict=True)]

@@ -51,11 +51,8 @@ class View:
     ) -> View:
         """Worth of each expert for the inputs in batches `deck [b, B]`: P(correct) `chances [b, B, E]` less the price
         `[E]` of an input; and the plan of each batch, with `first_price [2^E]` of the first use of pools."""
-        probabilities, experts, lowest = (
-            gate_parts(split.gate_logits)[1],
-            len(price),
-            -float(price.max()) * 1.001 - 1e-6,
-        )
+        _, probabilities = gate_parts(split.gate_logits)
+        experts, lowest = len(price), -float(price.max()) * 1.001 - 1e-6
         worth = (chances - price).astype(np.float32)
         plan = plan_margins(worth, first_price)
         seen = np.pad(np.concatenate([worth, probabilities[deck]], axis=2), ((0, 0), (0, 1), (0, 0)))

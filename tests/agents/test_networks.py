@@ -192,6 +192,9 @@ def test_one_policy_trains_on_several_bundles_and_weights() -> None:
         "MlpPolicy", "moe_envs:MoERouting-v0", env_kwargs=kwargs, n_envs=8, n_steps=8, batch_size=32,
         policy_kwargs={"equivariant": True, "residual": True, "net_arch": [8]},
     )  # fmt: skip
+    advised = policy.on("moe_envs:MoERouting-v0", {"bundle": "digits"}).network.residual
+    np.testing.assert_array_equal(policy.network.residual, advised)
+    assert advised is not None
     before = policy.network.flat.clone()
     policy.learn(128)
     assert not torch.equal(policy.network.flat, before)
