@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agents.networks import Moments
+from agents.preprocessing import Moments
 from agents.rollouts import Rollout
 
 CLIP_REWARD = 10.0  # bound of scaled rewards

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.networks import Parameters
+from agents.networks import Network
+from agents.set_network import SetNetwork
 
 CHUNK = 8192  # observations in one pass without gradients
 
@@ -15,12 +16,14 @@ CHUNK = 8192  # observations in one pass without gradients
 class Descent:
     """Forward and backward passes and AdamW steps; numpy for small networks on a CPU, torch for others or a GPU."""
 
-    def __init__(self, network: Parameters, device: str = "cpu") -> None:
+    def __init__(self, network: Network | SetNetwork, device: str = "cpu") -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device here; device='cpu' works everywhere")
         self.network, self.device = network, device
-        self._in_torch = network.in_torch or device != "cpu"
-        self._leaf = network.flat.detach().to(device).requires_grad_(self._in_torch)
+        self._in_numpy: Network | None = None
+        if isinstance(network, Network) and not network.gru and device == "cpu":
+            self._in_numpy = network
+        self._leaf = network.flat.detach().to(device).requires_grad_(self._in_numpy is None)
         self._gradient, self._flat = network.flat_gradient.to(device), network.flat_gradient.numpy()
         self._moments = [torch.zeros_like(self._leaf), torch.zeros_like(self._leaf), torch.zeros((), device=device)]
         self._outputs: tuple[torch.Tensor, ...] = ()
@@ -28,8 +31,8 @@ class Descent:
     def forward(self, inputs: np.ndarray, starts: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Heads and values for inputs `[n, inputs]`, or `[time, rows, inputs]` from a GRU state `[rows, gru]`; stores
         what `backward` needs."""
-        if not self._in_torch:
-            return self.network.forward(inputs)
+        if self._in_numpy:
+            return self._in_numpy.forward(inputs)
         parts = (torch.from_numpy(each).to(self.device) for each in (inputs, starts.astype(np.float32), state))
         self._outputs = self.network.torch_forward(self._leaf, *parts)[:2]
         head, values = (each.numpy(force=True) for each in self._outputs)
@@ -47,8 +50,8 @@ class Descent:
 
     def backward(self, of_head: np.ndarray, of_values: np.ndarray) -> None:
         """Backpropagate the gradients of head and values of the last `forward`."""
-        if not self._in_torch:
-            self.network.backward(of_head, of_values)
+        if self._in_numpy:
+            self._in_numpy.backward(of_head, of_values)
             return
         wanted = [torch.from_numpy(each).to(self.device) for each in (of_head, of_values)]
         self._gradient.copy_(torch.autograd.grad(self._outputs, [self._leaf], wanted)[0])

@@ -22,9 +22,11 @@ from agents.console import interruptible, progress
 from agents.descent import Descent
 from agents.distributions import Evaluation, distribution
 from agents.logs import Logs
-from agents.networks import Network, Preprocessor, SetNetwork, residual_of, set_network
+from agents.networks import Network, residual_of
+from agents.preprocessing import Preprocessor
 from agents.resumable import Resumable
 from agents.rollouts import Collector, NotFiniteError, Rollout, make_rows
+from agents.set_network import SetNetwork, set_network
 from agents.settings import POLICIES, Settings
 from agents.updates import Updates
 from cost.arguments import validated

@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 
-CLIP = 10.0  # bound of normalised observations
+from agents.preprocessing import Preprocessor
 
 
 class Parameters:
     """All parameters of given shapes in one flat vector, with views of them and of their gradients by name."""
 
     residual: np.ndarray | None = None
-    gru, free, in_torch = 0, 0, False
+    gru = 0
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
@@ -41,24 +40,6 @@ class Parameters:
     def begin(self, rows: int) -> np.ndarray:
         """Initial state `[rows, gru]` of an episode."""
         return np.zeros((rows, self.gru), dtype=np.float32)
-
-    def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Policy head `[n, outputs]` and next state, without the value."""
-        raise NotImplementedError
-
-    def forward(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Policy head `[n, outputs]` and values `[n]` in numpy; stores what `backward` needs."""
-        raise NotImplementedError
-
-    def backward(self, of_head: np.ndarray, of_values: np.ndarray) -> None:
-        """Compute parameter gradients from those of head `[n, outputs]` and values `[n]` of the last `forward`."""
-        raise NotImplementedError
-
-    def torch_forward(
-        self, flat: torch.Tensor, inputs: torch.Tensor, starts: torch.Tensor | None = None, state: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """`forward` in torch: head, values and the last state, for inputs `[..., inputs]`."""
-        raise NotImplementedError
 
 
 class Network(Parameters):
@@ -87,19 +68,18 @@ class Network(Parameters):
         shapes |= {"policy.weight": (sizes[-1], outputs - free), "policy.bias": (outputs - free,)}
         shapes |= {"value.weight": (sizes[-1],), "value.bias": (1,), "log_std": (free,)}
         super().__init__(shapes)
-        self.in_torch = bool(gru)
         self._layers = [(self.weights[f"{place}.weight"], self.weights[f"{place}.bias"]) for place in range(self.depth)]
         self._kept: list[np.ndarray] = []
         self._spaces: dict[int, np.ndarray] = {}
         generator = np.random.default_rng([seed, 0])
         for name, gain in {"policy.weight": 0.01, "value.weight": 1.0}.items():
             array = self.weights[name].reshape(sizes[-1], -1)
-            array[:] = gain * _orthogonal(array.shape, generator)
+            array[:] = gain * orthogonal(array.shape, generator)
         for name in shapes:
             if name.endswith("weight") and name[:6] not in ("policy", "value."):
                 matrices = self.weights[name].reshape(-1, *shapes[name][-2:])
                 for matrix in matrices:
-                    matrix[:] = (1.0 if name.startswith("gru") else 2**0.5) * _orthogonal(matrix.shape, generator)
+                    matrix[:] = (1.0 if name.startswith("gru") else 2**0.5) * orthogonal(matrix.shape, generator)
 
     def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Policy head `[n, outputs]` and next state, without the value."""
@@ -204,135 +184,6 @@ class Network(Parameters):
         return found
 
 
-class SetNetwork(Parameters):
-    """Networks of any number of actions: weights are shared by the actions (deep sets, Zaheer et al. 2017).
-
-    `columns [k, actions]` are the places of those parts of an observation that have one number for each action, and
-    `common` the other places. Each action's numbers pass tanh layers of `net_arch` units. A layer also takes the common
-    numbers, from the second on the mean of the layer before over all actions. Policy and value are stacked `[2, ...]`.
-    """
-
-    def __init__(
-        self, columns: np.ndarray, common: np.ndarray, net_arch: Iterable[int] = (64, 64), seed: int = 0,
-        residual: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
-        self.columns, self.common, self.net_arch, self.residual = columns, common, tuple(net_arch), residual
-        self.depth, self.in_torch = len(self.net_arch), True
-        sizes, shapes = [len(columns), *self.net_arch], dict[str, tuple[int, ...]]()
-        for place, (before, after) in enumerate(pairwise(sizes)):
-            around = len(common) if place == 0 else before
-            shapes |= {f"{place}.weight": (2, 1, before, after), f"{place}.around": (2, around, after)}
-            shapes[f"{place}.bias"] = (2, 1, after)
-        for head in ("policy", "value"):
-            shapes |= {f"{head}.weight": (sizes[-1],), f"{head}.bias": (1,)}
-        super().__init__(shapes)
-        self.in_torch = True
-        generator = np.random.default_rng([seed, 0])
-        for name in shapes:
-            array = self.weights[name]
-            if name in ("policy.weight", "value.weight"):
-                array[:] = (0.01 if name[0] == "p" else 1.0) * _orthogonal((len(array), 1), generator)[:, 0]
-            elif not name.endswith("bias"):
-                for matrix in array.reshape(-1, *array.shape[-2:]):
-                    matrix[:] = 2**0.5 * _orthogonal(matrix.shape, generator)
-
-    def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Policy head `[n, actions]` and the state as it was."""
-        return self._heads(np, self.weights, inputs, slice(0, 1))[0], state
-
-    def torch_forward(
-        self, flat: torch.Tensor, inputs: torch.Tensor, starts: torch.Tensor | None = None, state: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Head `[n, actions]` and values `[n]` in torch."""
-        head, values = self._heads(torch, self._views(flat), inputs, slice(0, 2))
-        return head, values, state
-
-    def _heads(self, library: Any, weights: dict[str, Any], inputs: Any, which: slice) -> tuple[Any, Any]:
-        """Policy head and values of the networks `which` of (policy, value), in numpy or torch."""
-        hidden = inputs[:, self.columns.T][None]
-        around = inputs[:, self.common][None]
-        for place in range(self.depth):
-            weight, of_around, bias = (weights[f"{place}.{name}"][which] for name in ("weight", "around", "bias"))
-            hidden = library.tanh(hidden @ weight + (around @ of_around + bias)[:, :, None])
-            around = hidden.mean(2)
-        head = hidden[0] @ weights["policy.weight"] + weights["policy.bias"]
-        if self.residual is not None:
-            known = self.residual if library is np else torch.from_numpy(self.residual).to(inputs)
-            head = head + inputs @ known
-        return head, around[-1] @ weights["value.weight"] + weights["value.bias"]
-
-
-class Moments:
-    """Running mean and variance `[size]` (Chan et al. 1979); 0 and 1 before the first update."""
-
-    def __init__(self, size: int) -> None:
-        self.count, self.mean, self.variance = 0.0, np.zeros(size), np.ones(size)
-
-    def update(self, values: np.ndarray) -> None:
-        """Take in values `[n, size]`."""
-        if not (added := len(values)):
-            return
-        total, delta = self.count + added, values.mean(0, dtype=np.float64) - self.mean
-        squares = self.variance * self.count + values.var(0, dtype=np.float64) * added
-        self.variance = (squares + delta**2 * self.count * added / total) / total
-        self.mean, self.count = self.mean + delta * added / total, total
-
-    def scale(self) -> np.ndarray:
-        """1 / standard deviation, float32."""
-        return (1 / np.sqrt(self.variance + 1e-8)).astype(np.float32)
-
-
-class Preprocessor:
-    """Observations of a Box, Discrete or MultiBinary space as float32 `[n, size]`: flat or one-hot, and
-    optionally normalised by the moments from `update` and clipped at 10."""
-
-    def __init__(self, space: spaces.Space[Any], normalize: bool = False) -> None:
-        if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiBinary):
-            raise ValueError(
-                f"observations must be Box, Discrete or MultiBinary, not {space}; gymnasium's FlattenObservation helps"
-            )
-        self.space, self.normalize = space, normalize
-        self.size = int(space.n) if isinstance(space, spaces.Discrete) else int(np.prod(space.shape))
-        self.moments = Moments(self.size)
-        self.refresh()
-
-    def flatten(self, observations: np.ndarray) -> np.ndarray:
-        """`[n, size]`, not normalised."""
-        if isinstance(self.space, spaces.Discrete):
-            found = np.zeros((len(observations), self.size), dtype=np.float32)
-            found[np.arange(len(observations)), observations - self.space.start] = 1
-            return found
-        return observations.reshape(len(observations), -1).astype(np.float32, copy=False)
-
-    def __call__(self, flat: np.ndarray) -> np.ndarray:
-        """Normalise what `flatten` returned."""
-        if not self.normalize:
-            return flat
-        found: np.ndarray = np.clip((flat - self._shift) * self._scale, -CLIP, CLIP)
-        return found
-
-    def update(self, flat: np.ndarray) -> None:
-        """Take observations `[n, size]` into the moments."""
-        if self.normalize:
-            self.moments.update(flat)
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Normalise by the moments as they are now."""
-        self._shift, self._scale = self.moments.mean.astype(np.float32), self.moments.scale()
-
-
-def set_network(env: Any, actions: int, **arguments: Any) -> SetNetwork:
-    """A `SetNetwork` for an environment with an `observation_layout`; raises `ValueError` without one."""
-    layout: Any = getattr(env, "observation_layout", None)
-    parts = [part.slice for part in layout.values()] if layout else []
-    columns = [np.arange(part.start, part.stop) for part in parts if part.stop - part.start == actions > 1]
-    common = [np.arange(part.start, part.stop) for part in parts if part.stop - part.start != actions]
-    if not columns:
-        raise ValueError("policy_kwargs equivariant=True: no part of the observation has one number for each action")
-    return SetNetwork(np.stack(columns), np.concatenate([*common, np.zeros(0, dtype=np.int64)]), **arguments)
-
-
 def residual_of(env: Any, preprocessor: Preprocessor, outputs: int) -> np.ndarray | None:
     """The `advice` of an environment as a linear map `[inputs, outputs]` from observations to the head.
 
@@ -359,7 +210,7 @@ def _gates(library: Any, of_inputs: Any, of_state: Any, state: Any) -> Any:
     return new + update * (state - new)
 
 
-def _orthogonal(shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+def orthogonal(shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
     rows, columns = shape
     drawn = generator.standard_normal((max(shape), min(shape)))
     orthogonal, triangle = np.linalg.qr(drawn)

@@ -17,7 +17,7 @@ from agents.checkpoints import CheckpointError
 from agents.descent import Descent
 from agents.episodes import Episodes
 from agents.logs import Logs
-from agents.networks import Preprocessor
+from agents.preprocessing import Preprocessor
 from agents.rollouts import Collector, Rows
 from agents.settings import Settings
 from agents.updates import Updates

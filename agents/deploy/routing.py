@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from agents.learner import Learner
-from agents.networks import CLIP, Network, SetNetwork
+from agents.networks import Network
+from agents.preprocessing import CLIP
+from agents.set_network import SetNetwork
 from experts import bundle as bundles
 from experts.bundle import FEATURE_BOUND, Bundle
 from experts.bundle.estimates import Estimator, centred

@@ -8,7 +8,8 @@ import torch
 from gymnasium import spaces
 
 from agents.descent import Descent
-from agents.networks import Moments, Network, Preprocessor
+from agents.networks import Network
+from agents.preprocessing import Moments, Preprocessor
 from cost.profile import measure_experts
 from experts import bundle
 from experts.training import TrainingSettings

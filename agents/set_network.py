@@ -1,0 +1,80 @@
+"""Policies that serve any number of actions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.networks import Parameters, orthogonal
+
+
+class SetNetwork(Parameters):
+    """Networks of any number of actions: weights are shared by the actions (deep sets, Zaheer et al. 2017).
+
+    `columns [k, actions]` are the places of those parts of an observation that have one number for each action, and
+    `common` the other places. Each action's numbers pass tanh layers of `net_arch` units. A layer also takes the common
+    numbers, from the second on the mean of the layer before over all actions. Policy and value are stacked `[2, ...]`.
+    """
+
+    def __init__(
+        self, columns: np.ndarray, common: np.ndarray, net_arch: Iterable[int] = (64, 64), seed: int = 0,
+        residual: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.columns, self.common, self.net_arch, self.residual = columns, common, tuple(net_arch), residual
+        self.depth = len(self.net_arch)
+        sizes, shapes = [len(columns), *self.net_arch], dict[str, tuple[int, ...]]()
+        for place, (before, after) in enumerate(pairwise(sizes)):
+            around = len(common) if place == 0 else before
+            shapes |= {f"{place}.weight": (2, 1, before, after), f"{place}.around": (2, around, after)}
+            shapes[f"{place}.bias"] = (2, 1, after)
+        for head in ("policy", "value"):
+            shapes |= {f"{head}.weight": (sizes[-1],), f"{head}.bias": (1,)}
+        super().__init__(shapes)
+        generator = np.random.default_rng([seed, 0])
+        for name in shapes:
+            array = self.weights[name]
+            if name in ("policy.weight", "value.weight"):
+                array[:] = (0.01 if name[0] == "p" else 1.0) * orthogonal((len(array), 1), generator)[:, 0]
+            elif not name.endswith("bias"):
+                for matrix in array.reshape(-1, *array.shape[-2:]):
+                    matrix[:] = 2**0.5 * orthogonal(matrix.shape, generator)
+
+    def act(self, inputs: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Policy head `[n, actions]` and the state as it was."""
+        return self._heads(np, self.weights, inputs, slice(0, 1))[0], state
+
+    def torch_forward(
+        self, flat: torch.Tensor, inputs: torch.Tensor, starts: torch.Tensor | None = None, state: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Head `[n, actions]` and values `[n]` in torch."""
+        head, values = self._heads(torch, self._views(flat), inputs, slice(0, 2))
+        return head, values, state
+
+    def _heads(self, library: Any, weights: dict[str, Any], inputs: Any, which: slice) -> tuple[Any, Any]:
+        """Policy head and values of the networks `which` of (policy, value), in numpy or torch."""
+        hidden = inputs[:, self.columns.T][None]
+        around = inputs[:, self.common][None]
+        for place in range(self.depth):
+            weight, of_around, bias = (weights[f"{place}.{name}"][which] for name in ("weight", "around", "bias"))
+            hidden = library.tanh(hidden @ weight + (around @ of_around + bias)[:, :, None])
+            around = hidden.mean(2)
+        head = hidden[0] @ weights["policy.weight"] + weights["policy.bias"]
+        if self.residual is not None:
+            known = self.residual if library is np else torch.from_numpy(self.residual).to(inputs)
+            head = head + inputs @ known
+        return head, around[-1] @ weights["value.weight"] + weights["value.bias"]
+
+
+def set_network(env: Any, actions: int, **arguments: Any) -> SetNetwork:
+    """A `SetNetwork` for an environment with an `observation_layout`; raises `ValueError` without one."""
+    layout: Any = getattr(env, "observation_layout", None)
+    parts = [part.slice for part in layout.values()] if layout else []
+    columns = [np.arange(part.start, part.stop) for part in parts if part.stop - part.start == actions > 1]
+    common = [np.arange(part.start, part.stop) for part in parts if part.stop - part.start != actions]
+    if not columns:
+        raise ValueError("policy_kwargs equivariant=True: no part of the observation has one number for each action")
+    return SetNetwork(np.stack(columns), np.concatenate([*common, np.zeros(0, dtype=np.int64)]), **arguments)
