@@ -71,7 +71,7 @@ def load(name: str) -> Dataset:
 
 def digits() -> Dataset:
     """scikit-learn's 1,797 digits of 8 x 8 pixels: 400 train, 800 rl_train, 237 validation, 360 test."""
-    bunch = _of_sklearn("load_digits")
+    bunch = of_sklearn("load_digits")
     inputs, labels = bunch.data.astype(np.float32) / 16, bunch.target.astype(np.int64)
     _check("scikit-learn's digits", (bunch.data.astype(np.uint8).tobytes() + labels.tobytes()), DIGITS_SHA256)
     return Dataset("digits", inputs, labels, split_indices(len(labels), (400, 800, 237, 360)), DIGITS_SHA256)
@@ -80,7 +80,7 @@ def digits() -> Dataset:
 def breast_cancer() -> Dataset:
     """scikit-learn's 569 tumours of 30 measures (Wolberg et al. 1995), benign or not: 100 train, 250 rl_train,
     100 validation, 119 test. Each measure is scaled to 0..1 by what the first three splits have, and clipped."""
-    bunch = _of_sklearn("load_breast_cancer")
+    bunch = of_sklearn("load_breast_cancer")
     labels = bunch.target.astype(np.int64)
     _check("scikit-learn's breast cancer data", bunch.data.tobytes() + labels.tobytes(), BREAST_CANCER_SHA256)
     splits = split_indices(len(labels), (100, 250, 100, 119))
@@ -161,7 +161,8 @@ def _download(name: str) -> Path:
         raise DataError(f"{name} not found and its download failed ({error}): {mend}") from error
 
 
-def _of_sklearn(loader: str) -> Any:
+def of_sklearn(loader: str) -> Any:
+    """What a loader of scikit-learn's gives; raises `DataError` if it is not installed."""
     try:
         from sklearn import datasets
     except ImportError:

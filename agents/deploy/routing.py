@@ -60,6 +60,8 @@ class RoutedMoE(nn.Module):
         model: Any = loaded.model(module)
         self.trunk, self.gate, self.head = model.trunk, model.gate, getattr(model, "head", None)
         self.experts = nn.ModuleList(model.experts)
+        if self.head is not None:
+            self.module = model  # whose weights the head uses
         with torch.no_grad():
             self.width = self.experts[0](self.trunk(torch.from_numpy(loaded.examples[:1]))).shape[1]
         spaces = env.single_observation_space, env.single_action_space

@@ -56,7 +56,8 @@ Setup = HybridSetup
 def measure(setup: HybridSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train once and evaluate on test."""
     source, loaded = data.load(setup.data), bundles.load(setup.data)
-    tables = RoutingTables(loaded, "test", parse(loaded.profile, setup.data), Cost(1 / 3, 1 / 3, 1 / 3))
+    profile = parse(loaded.profile, setup.data)
+    tables = RoutingTables(loaded, "test", profile, Cost(1 / 3, 1 / 3, 1 / 3), observation="features")
     settings = HybridSettings(
         alpha=setup.alpha, cost_weight=setup.cost_weight, straight_through=setup.straight_through, epochs=setup.epochs,
         seed=seed,

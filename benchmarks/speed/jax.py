@@ -56,7 +56,10 @@ def measure(setup: JaxSpeed, seed: int, split: str, folder: Path) -> tuple[dict[
     environment = os.environ | {"XLA_FLAGS": ONE_THREAD, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     rows, steps, size = setup.rows, setup.steps, setup.batch_size
     with threadpool_limits(1, "blas"), torch_threads(1):
-        agent = PPO("MlpPolicy", ID, n_envs=rows, n_steps=steps, batch_size=size, n_epochs=EPOCHS).learn(rows * steps)
+        agent = PPO(
+            "MlpPolicy", ID, env_kwargs={"observation": "features"}, n_envs=rows, n_steps=steps, batch_size=size,
+            n_epochs=EPOCHS,
+        ).learn(rows * steps)  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.programs.jax_ppo", *map(str, (rows, steps, size, setup.timesteps))]
         with subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

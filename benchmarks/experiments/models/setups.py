@@ -224,7 +224,8 @@ def _train_by_policy(setup: ModelSetup, seed: int, folder: Path) -> MoEClassifie
     settings = replace(REFERENCE[setup.data], seed=seed)
     content = data.load(setup.data)
     x, y = map(torch.from_numpy, content["validation"])
-    every = (settings.epochs or 1) * -(-len(content.splits["train"]) // settings.batch_size) // DECISIONS
+    assert settings.epochs is not None  # of the reference bundles
+    every = settings.epochs * -(-len(content.splits["train"]) // settings.batch_size) // DECISIONS
     target = validate(_kept(setup, seed, folder, _train), x, y)["validation_accuracy"]
 
     def drive(model: MoEClassifier) -> tuple[torch.optim.Optimizer, Callable[[int, float], None]]:
