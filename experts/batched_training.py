@@ -17,6 +17,9 @@ import torch
 
 from experts.model import MoEClassifier
 
+ABSENT = -1e9  # gate logit of an expert that a training does not have
+MOMENTUM_SCALE = 10  # the mean of gradients that AdamW keeps, with beta1 0.9, is a tenth of SGD's momentum
+
 
 class Passed(NamedTuple):
     """Result of a forward pass: `loss [K]`, `accuracy [K]`, mean gate entropy `[K]` in nats, and share of inputs per
@@ -29,11 +32,11 @@ class Passed(NamedTuple):
 
 
 class BatchedTraining:
-    """K trainings by AdamW (Loshchilov & Hutter 2019). Weights and moments are float32 `[K, P]`; `rates` and `decays`
-    `[K, 2]` are for gate and experts."""
+    """K trainings by AdamW (Loshchilov & Hutter 2019), or by SGD with momentum 0.9 in the rows of `sgd`. Weights and
+    moments are float32 `[K, P]`; `rates` and `decays` `[K, 2]` are for gate and experts."""
 
     SETTINGS = ("count", "num_inputs", "num_classes", "num_experts", "width", "top_k")
-    STATE = ("weights", "first", "second", "steps", "rates", "decays")
+    STATE = ("weights", "first", "second", "steps", "sgd", "absent", "rates", "decays")
 
     def __init__(
         self,
@@ -67,6 +70,8 @@ class BatchedTraining:
         )
         self._rate, self._keep = np.zeros(shape, dtype=np.float32), np.ones(shape, dtype=np.float32)
         self.steps = np.zeros(count, dtype=np.float32)
+        self.sgd = np.zeros(count, dtype=np.bool_)
+        self.absent = np.zeros((count, 1, num_experts), dtype=np.float32)  # added to the gate's logits
         self.rates, self.decays = np.full((2, count, 2), 1e-3)
         self._of, self._of_gradient = self._views(self.weights), self._views(self._gradient)
         tensors = [torch.from_numpy(each) for each in (self._update, self._gradient, self.first, self.second)]
@@ -84,21 +89,39 @@ class BatchedTraining:
             start += size
         return views
 
-    def begin(self, rows: np.ndarray, generators: list[np.random.Generator], widths: np.ndarray | None = None) -> None:
-        """Initialise rows as torch's `nn.Linear` does, each from its own generator; experts may be narrower than
-        `width`: units beyond `widths [rows]` are 0, and remain so."""
+    def begin(
+        self,
+        rows: np.ndarray,
+        generators: list[np.random.Generator],
+        widths: np.ndarray | None = None,
+        experts: np.ndarray | None = None,
+        sgd: np.ndarray | None = None,
+    ) -> None:
+        """Initialise rows as torch's `nn.Linear` does, each from its own generator.
+
+        Experts may be narrower than `width`, and fewer than `num_experts`: units beyond `widths [rows]` and experts
+        beyond `experts [rows]` are 0, and remain so. Rows are trained by SGD where `sgd [rows]` says so.
+        """
         widths = np.full(len(rows), self.width) if widths is None else widths
-        for row, generator, width in zip(rows, generators, widths.tolist(), strict=True):
+        experts = np.full(len(rows), self.num_experts) if experts is None else experts
+        for row, generator, width, present in zip(
+            rows.tolist(), generators, widths.tolist(), experts.tolist(), strict=True
+        ):
             bounds = self.num_inputs**-0.5, width**-0.5
             drawn = generator.uniform(-1, 1, self.num_weights).astype(np.float32)
             self.weights[row] = drawn
             for name, values in self._of.items():
                 values[row] *= bounds[name.startswith("out")]
-            beyond = np.tile(np.arange(self.width) >= width, self.num_experts)
-            self._of["into"][row][:, self.num_experts :][:, beyond] = 0
-            self._of["into_bias"][row][:, self.num_experts :][:, beyond] = 0
+            absent = np.arange(self.num_experts) >= present
+            beyond = np.tile(np.arange(self.width) >= width, self.num_experts) | absent.repeat(self.width)
+            columns = np.concatenate([absent, beyond])
+            self._of["into"][row][:, columns] = 0
+            self._of["into_bias"][row][:, columns] = 0
             self._of["out"][row][beyond] = 0
+            self._of["out_bias"][row][absent] = 0
+            self.absent[row] = np.where(absent, ABSENT, 0)
         self.first[rows], self.second[rows], self.steps[rows] = 0, 0, 0
+        self.sgd[rows] = False if sgd is None else sgd
 
     def set(self, rates: np.ndarray, decays: np.ndarray) -> None:
         """Set learning rates and weight decays `[K, 2]`."""
@@ -118,6 +141,8 @@ class BatchedTraining:
             self._rows[0], self._rows[1], self._rows[2], self._rows[3], [], self._step_tensors, amsgrad=False,
             beta1=0.9, beta2=0.999, lr=1.0, weight_decay=0.0, eps=1e-8, maximize=False,
         )  # fmt: skip
+        if self.sgd.any():
+            self._update[self.sgd] = self.first[self.sgd] * -MOMENTUM_SCALE
         self._update *= self._rate
         self.weights *= self._keep
         self.weights += self._update
@@ -165,7 +190,7 @@ class BatchedTraining:
 
     def restore(self, state: dict[str, np.ndarray], rows: np.ndarray | slice = slice(None)) -> None:
         """Restore a `state()` for all or some trainings."""
-        for name in self.STATE[:4]:
+        for name in self.STATE[:-2]:
             getattr(self, name)[rows] = state[name][rows]
         rates, decays = self.rates.copy(), self.decays.copy()
         rates[rows], decays[rows] = state["rates"][rows], state["decays"][rows]
@@ -190,7 +215,7 @@ class BatchedTraining:
         into = self._space(f"{use} into", n, experts + experts * self.width)
         np.matmul(inputs, self._of["into"], out=into)
         into += self._of["into_bias"]
-        share_EKB, chosen_EKB, entropy = _mix(into[..., :experts], self.top_k)
+        share_EKB, chosen_EKB, entropy = _mix(into[..., :experts] + self.absent, self.top_k)
         hidden = into[..., experts:]
         np.maximum(hidden, 0, out=hidden)
         weighed = self._space(f"{use} weighed", n, experts * self.width)

@@ -103,3 +103,26 @@ def test_state_restore_and_pickle_go_on_alike() -> None:
     assert np.array_equal(training.weights[2], copy.weights[2])
     with pytest.raises(ValueError, match="top_k must be from 1 to 4"):
         make([0], top_k=5)
+
+
+def test_a_training_by_sgd_with_fewer_experts_is_torchs() -> None:
+    x, y = batches(20, 2)
+    training = BatchedTraining(2, D, C, num_experts=4, width=6)
+    generators, experts = [np.random.default_rng(row) for row in range(2)], np.array([1, 3])
+    training.begin(np.arange(2), generators, experts=experts, sgd=np.array([True, True]))
+    training.set(np.full((2, 2), 0.1), np.zeros((2, 2)))
+    models = [training.module(row) for row in range(2)]
+    for model, present in zip(models, experts.tolist(), strict=True):
+        with torch.no_grad():
+            model.gate.bias[present:] = -1e9
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
+    for step in range(20):
+        found = training.step(x[step], y[step])
+        for row, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            loss = F.cross_entropy(model(torch.from_numpy(x[step, row])), torch.from_numpy(y[step, row]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            assert found.loss[row] == pytest.approx(loss.item(), abs=1e-5)
+    absent = np.repeat(np.arange(4) >= 1, 6)
+    assert not training.module(0).experts.hidden.weight[torch.from_numpy(absent)].any()
