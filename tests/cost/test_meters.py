@@ -1,5 +1,6 @@
 """Meters read what is there."""
 
+import mmap
 import time
 from pathlib import Path
 
