@@ -56,7 +56,7 @@ def small(name: str) -> LoopTask:
     task = tasks.load(name)
     arrays = task.inputs, task.labels, task.validation_inputs, task.validation_labels
     inputs, given, others, wanted = (torch.from_numpy(array.copy()) for array in arrays)
-    steps, target = task.recipe.steps, task.recipe.target
+    steps, target = task.recipe.steps, float(task.recipe.target or 1.0)
     return LoopTask(inputs, given, others, wanted, (16,) * 4, 64, steps_per_action=steps, max_actions=30, target=target)
 
 

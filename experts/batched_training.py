@@ -164,6 +164,11 @@ class BatchedTraining:
         """Of the last step, learning rates included, without weight decay; `[K, 2]`."""
         return self._norms(self._update)
 
+    def update_norm(self) -> np.ndarray:
+        """The same of all weights, `[K]`."""
+        found: np.ndarray = np.sqrt(np.square(self._update).sum(1))
+        return found
+
     def module(self, row: int) -> MoEClassifier:
         """A copy of one training's model; where its experts are narrower than `width`, the units beyond are 0."""
         experts = self.num_experts

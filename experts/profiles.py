@@ -80,7 +80,8 @@ def of_training(task: Task, costs: str, widths: np.ndarray, steps: int, batch_si
 
 def _of_task(task: Task, costs: str) -> Profile:
     path = task_profile(task.name) if task.name in tasks.SHIPPED else None
-    return _shipped_or_measured(f"task-{task.name}", "trainings", path, costs, lambda: measure_training(task))
+    name = task.name if task.name in tasks.RECIPES else f"{task.name}-{task.sha256[:12]}"
+    return _shipped_or_measured(f"task-{name}", "trainings", path, costs, lambda: measure_training(task))
 
 
 def of_products(recipe: str, found: Mapping[str, Product], costs: str) -> Profile:

@@ -1,24 +1,29 @@
 """Small classification tasks whose full training takes well under a second.
 
 Shipped inside the package as bytes of pixels under SHA-256; `moe-bundle tasks` makes them from the data sets. Larger
-ones are made when they are asked for.
+ones are made when they are asked for. `build` makes a task of your own arrays, small enough to train a policy on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cost.files import read_verified, sums_of, write_bytes
+from cost.files import digest, read_arrays, read_verified, sealed, sums_of, write_bytes
 from experts import data
 from experts.data import DataError
-from experts.zoo import ASSETS
+from experts.zoo import ASSETS, NAME, cache_folder
 
 SOFTENING = 0.05  # added to deviations, for pixels that hardly ever change
+THUMBNAIL, PROJECTED = 7, 64  # pixels a side, and numbers, that `build` reduces inputs to
+OWN_INPUTS, LEAST = (12_000, 1_000), 100  # the most to train and to validate on; the least to build from
 FOLDER, SUMS = ASSETS / "_tasks", "SHA256SUMS"
+
+ARRAYS = "inputs", "labels", "validation_inputs", "validation_labels"
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class TaskRecipe:
     train: int
     validation: int
     subset: int  # inputs that one training has
-    target: float  # validation accuracy
+    target: float | None  # validation accuracy; None where nobody has said
     steps: int  # of the optimiser, between two decisions
 
 
@@ -63,16 +68,103 @@ class Task:
 
     @property
     def num_classes(self) -> int:
-        return int(self.labels.max()) + 1
+        return int(max(self.labels.max(), self.validation_labels.max())) + 1
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all inputs and labels."""
+        return digest({key: getattr(self, key) for key in ARRAYS})
+
+
+def names() -> list[str]:
+    """Names of all tasks, the user's own last."""
+    return [*RECIPES, *sorted(path.stem for path in _own_folder().glob("*.safetensors"))]
+
+
+def load(name: str) -> Task:
+    """A task by name; raises `DataError` where its file is damaged, or its data set is absent."""
+    if name in RECIPES:
+        return _load(name)
+    if name not in names():
+        raise ValueError(f"task={name!r} is not one of {', '.join(names())}; tasks.build makes one of your own")
+    return _load_own(name)
+
+
+def build(name: str, inputs: Any, labels: Any, seed: int = 0) -> Task:
+    """Make a small task of your own data, keep it in the user's cache, and return it.
+
+    `inputs [n, ...]` are numbers of any shape, or images `[n, h, w]` or `[n, c, h, w]`; `labels [n]` are integers from
+    0. At most 12,000 inputs are drawn to train on and 1,000 to validate on. Images become thumbnails of at most 7 x 7
+    pixels, other inputs of more than 64 numbers their 64 principal components. Raises `ValueError` for other data.
+    """
+    inputs, labels = np.asarray(inputs, dtype=np.float32), np.asarray(labels)
+    _check_own(name, inputs, labels)
+    rows = np.random.default_rng(seed).permutation(len(labels))
+    held_out = min(OWN_INPUTS[1], len(rows) // 4)
+    train, validation = rows[held_out:][: OWN_INPUTS[0]], rows[:held_out]
+    reduced = _reduced(inputs[np.concatenate([train, validation])], len(train))
+    classes, places = np.unique(labels, return_inverse=True)
+    arrays = {
+        "inputs": reduced[: len(train)], "labels": places[train].astype(np.int64),
+        "validation_inputs": reduced[len(train) :], "validation_labels": places[validation].astype(np.int64),
+    }  # fmt: skip
+    if len(classes) < 2:
+        raise ValueError(f"labels: all are {classes[0]}; a task needs at least 2 classes")
+    from safetensors.numpy import save
+
+    write_bytes(_own_folder() / f"{name}.safetensors", save(arrays, sealed(arrays)))
+    return _load_own(name)
+
+
+def _check_own(name: str, inputs: np.ndarray, labels: np.ndarray) -> None:
+    if name in RECIPES or not NAME.fullmatch(name) or len(name) > 100:
+        raise ValueError(f"name={name!r}: must be letters, digits, '.', '_' or '-', and none of {', '.join(RECIPES)}")
+    if inputs.ndim < 2 or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu" or len(labels) < LEAST:
+        raise ValueError(
+            f"inputs must be [n, ...] and labels [n] integers, n >= {LEAST}; got {inputs.shape} and {labels.shape} "
+            f"{labels.dtype}"
+        )
+    if not np.isfinite(inputs).all():
+        raise ValueError("inputs: not all are finite")
+
+
+def _reduced(inputs: np.ndarray, fitted: int) -> np.ndarray:
+    """Inputs `[n, D]` of few numbers, standardised by the first `fitted` of them."""
+    if inputs.ndim in (3, 4) and max(inputs.shape[-2:]) > THUMBNAIL:
+        import torch
+
+        images = torch.from_numpy(inputs if inputs.ndim == 4 else inputs[:, None])
+        size = (min(THUMBNAIL, images.shape[2]), min(THUMBNAIL, images.shape[3]))
+        inputs = torch.nn.functional.adaptive_avg_pool2d(images, size).numpy()
+    flat = inputs.reshape(len(inputs), -1)
+    if flat.shape[1] > PROJECTED and inputs.ndim not in (3, 4):
+        mean = flat[:fitted].mean(0)
+        flat = (flat - mean) @ np.linalg.svd(flat[: min(fitted, 4_000)] - mean, full_matrices=False)[2][:PROJECTED].T
+    mean, deviation = flat[:fitted].mean(0), flat[:fitted].std(0)
+    found: np.ndarray = (flat - mean) / (deviation + SOFTENING * max(float(deviation.max()), 1e-12))
+    return np.ascontiguousarray(found, dtype=np.float32)
+
+
+def _own_folder() -> Path:
+    return cache_folder() / "tasks"
+
+
+def _load_own(name: str) -> Task:
+    _, arrays = read_arrays(_own_folder() / f"{name}.safetensors", DataError, "build the task again")
+    shapes = [arrays[key].shape for key in ARRAYS if key in arrays]
+    if len(shapes) < 4 or shapes[0][1:] != shapes[2][1:] or any(len(arrays[key]) == 0 for key in ARRAYS):
+        raise DataError(f"{_own_folder() / name}.safetensors is not of tasks.build: build the task again")
+    for values in arrays.values():
+        values.flags.writeable = False
+    count, held_out = len(arrays["labels"]), len(arrays["validation_labels"])
+    recipe = TaskRecipe("own", 1, 1, count, held_out, subset=min(count, 4_000), target=None, steps=10)
+    return Task(name, recipe, *(arrays[key] for key in ARRAYS))
 
 
 @cache
-def load(name: str) -> Task:
-    """A task by name; raises `DataError` where its file is damaged, or its data set is absent."""
+def _load(name: str) -> Task:
     from safetensors.numpy import load as parse
 
-    if name not in RECIPES:
-        raise ValueError(f"task={name!r} is not one of {', '.join(RECIPES)}")
     arrays = parse(_verified(name)) if name in SHIPPED else make(name)
     recipe = RECIPES[name]
     shares = {key: values / np.float32(recipe.levels) for key, values in arrays.items() if key.endswith("inputs")}

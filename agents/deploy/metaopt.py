@@ -1,7 +1,8 @@
 """Meta-optimisers for torch: schedule learning rates and weight decays by rules or by a learned policy.
 
 A meta-optimiser is used like a torch learning-rate scheduler: call `update_hparams` after each validation, and save its
-`state_dict`. Gate and experts must have separate parameter groups in the optimiser.
+`state_dict`. Gate and experts must have separate parameter groups in the optimiser. For any other model, and where no
+learning rate is known, there is `AutoRate`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import pandas as pd
 import torch
 from torch import nn
 
+from agents.deploy.autorate import AutoRate
+from agents.deploy.snapshots import Snapshot, put_back, take
 from moe_envs.metaopt.signals import (
     DECAYS,
     DIVERGED,
@@ -29,6 +32,7 @@ from moe_envs.metaopt.signals import (
     observe,
 )
 
+__all__ = ["AutoRate", "HeuristicMetaOptimizer", "MetaOptimizer", "PolicyMetaOptimizer", "Rules", "gate_metrics"]
 Metrics = Mapping[str, Any]
 KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # last update can be computed from their state
 
@@ -58,9 +62,9 @@ class MetaOptimizer:
         self.history: list[dict[str, float]] = []
         self._first_norms, self._undone = self.weight_norms(), False
         self._losses = np.zeros((2, 0))  # log training and validation losses, newest first
-        self._kept: dict[str, Any] = {}
+        self._kept: Snapshot = {}
         if undo:
-            self._keep()
+            self._kept = take(optimizer, self._buffers)
 
     def update_hparams(self, metrics: Metrics, step: int) -> dict[str, float]:
         """Make a decision after `step` steps or epochs; returns the new hyperparameters.
@@ -81,7 +85,7 @@ class MetaOptimizer:
             else:
                 self._note(metrics, loss)
             if self.undo:
-                self._keep()
+                self._kept = take(self.optimizer, self._buffers)
             if self._losses.size:
                 self._set(*self._decide())
             self.decisions += 1
@@ -172,26 +176,14 @@ class MetaOptimizer:
                 if ladder[place] != now[place] and group["weight_decay"] == decay:
                     group["weight_decay"] = float(DECAYS[ladder[place]])
 
-    def _tensors(self) -> list[torch.Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]] + self._buffers
-
-    def _keep(self) -> None:
-        self._kept = {
-            "tensors": [each.detach().clone() for each in self._tensors()],
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()["state"]),
-            "rates": [float(group["lr"]) for group in self.optimizer.param_groups],
-        }
-
-    @torch.no_grad()
     def _restore(self) -> None:
+        """Go back to the last decision; weight decays stay as they are."""
         if not self._kept:
             return
-        for tensor, value in zip(self._tensors(), self._kept["tensors"], strict=True):
-            tensor.copy_(value)
-        state = self.optimizer.state_dict() | {"state": copy.deepcopy(self._kept["optimizer"])}
-        self.optimizer.load_state_dict(state)
-        for group, rate in zip(self.optimizer.param_groups, self._kept["rates"], strict=True):
-            group["lr"] = rate
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        put_back(self._kept, self.optimizer, self._buffers)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
 
 
 class Rules:

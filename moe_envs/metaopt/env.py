@@ -73,11 +73,13 @@ class MoEMetaOptVectorEnv(BatchedEnv):
 
         choose("split", split, SPLITS)
         choose("costs", costs, COSTS)
-        self.task = library.load("task", choose("task", task, tasks.RECIPES))
+        self.task = library.load("task", choose("task", task, tasks.names()))
         recipe = self.task.recipe
         self.split, self.undo, self.max_actions, self.scales = split, undo, max_actions, scales
         self.steps = recipe.steps if steps_per_action is None else steps_per_action
-        self.target = recipe.target if target is None else target
+        if target is None and recipe.target is None:
+            raise ValueError(f"task={task!r} has no target accuracy: give one, as target=0.9")
+        self.target: float = recipe.target if target is None else target  # type: ignore[assignment]
         self.initial_rates = np.broadcast_to(INITIAL_RATES if initial_rate is None else initial_rate, 2)
         decays = np.atleast_1d(DECAYS if initial_decay is None else initial_decay)
         self.widths, self.initial_ladder = np.array(widths, dtype=np.int64), np.flatnonzero(np.isin(DECAYS, decays))

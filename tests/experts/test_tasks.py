@@ -34,7 +34,7 @@ def test_tasks_are_shipped_under_their_sums(tmp_path: Path, monkeypatch: pytest.
     assert len(tasks.ship(tmp_path)) == 3
     monkeypatch.setattr(tasks, "FOLDER", tmp_path)
     for name in tasks.SHIPPED:
-        assert tasks.load.__wrapped__(name).name == name
+        assert tasks._load.__wrapped__(name).name == name
 
 
 @pytest.mark.needs_data
@@ -55,8 +55,8 @@ def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / tasks.SUMS).write_bytes((tasks.FOLDER / tasks.SUMS).read_bytes())
     monkeypatch.setattr(tasks, "FOLDER", tmp_path)
     with pytest.raises(DataError, match="is damaged"):
-        tasks.load.__wrapped__("digits")
+        tasks._load.__wrapped__("digits")
     with pytest.raises(DataError, match="cannot be read"):
-        tasks.load.__wrapped__("fashion-mnist")
+        tasks._load.__wrapped__("fashion-mnist")
     with pytest.raises(ValueError, match="'mnist' is not one of digits"):
         tasks.load("mnist")

@@ -1,0 +1,37 @@
+"""MoEAutoRate-v0."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from moe_envs.autorate.env import INITIAL_RATES, SPEC, STEPS, MoEAutoRateEnv, MoEAutoRateVectorEnv
+from moe_envs.core.mixed import MixedVectorEnv
+
+__all__ = ["SPEC", "MoEAutoRateEnv", "MoEAutoRateVectorEnv", "make_vec"]
+
+
+def make_vec(
+    num_envs: int = 1,
+    *,
+    task: str | Sequence[str] = "digits",
+    steps_per_action: int | Sequence[int] = STEPS,
+    initial_rate: Any = INITIAL_RATES,
+    **arguments: Any,
+) -> Any:
+    """MoEAutoRate-v0's vector face: `num_envs` trainings, or each combination of several tasks, numbers of steps and
+    initial rates, `["range test", (1e-5, 1)]`, in equal shares."""
+    mixed = isinstance(initial_rate, list | tuple) and any(
+        isinstance(each, str | list | tuple) for each in initial_rate
+    )
+    several = [each if isinstance(each, list | tuple) else [each] for each in (task, steps_per_action)]
+    found = list(product(*several, initial_rate if mixed else [initial_rate]))
+    if not 0 < len(found) <= num_envs:
+        raise ValueError(f"{len(found)} combinations of task, steps_per_action and initial_rate for {num_envs} rows")
+    shares = [len(part) for part in np.array_split(np.arange(num_envs), len(found))]
+    envs = [
+        MoEAutoRateVectorEnv(share, task=name, steps_per_action=steps, initial_rate=rate, **arguments)
+        for share, (name, steps, rate) in zip(shares, found, strict=True)
+    ]
+    return envs[0] if len(envs) == 1 else MixedVectorEnv(envs)
