@@ -139,13 +139,15 @@ class AutoRate:
     )
 
     def state_dict(self) -> dict[str, Any]:
-        """State without model and optimiser, like that of a scheduler."""
-        return {name.lstrip("_"): copy.deepcopy(getattr(self, name)) for name in self.STATE}
+        """State without model and optimiser, like that of a scheduler; tensors, numbers and lists only."""
+        state = {name.lstrip("_"): copy.deepcopy(getattr(self, name)) for name in self.STATE}
+        return state | {"logs": self._logs.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`; load those of model and optimiser separately, as with a scheduler."""
         for name in self.STATE:
             setattr(self, name, copy.deepcopy(state[name.lstrip("_")]))
+        self._logs = np.array(state["logs"])
 
     def signals(self) -> RateSignals:
         """RateSignals for the policy."""
