@@ -128,7 +128,7 @@ class MoEAutoRateVectorEnv(BatchedEnv):
             validation, judged = self.trainings.validate()
             over_first = np.log(validation) - self._first
             fine = (over_first < DIVERGED) & np.isfinite(losses).all(1) & np.isfinite(_norms(training.weights))
-        fallen = self._see(fine, losses, validation, judged, start)
+            fallen = self._see(fine, losses, validation, judged, start)
         lost = (~fine).nonzero()[0]
         self._go_back(lost)
         self.rate[lost] = changed(np.full(len(lost), BACK), self.rate[lost])

@@ -214,8 +214,8 @@ def test_steps_outside_an_episode_are_refused(env_id: str) -> None:
     with pytest.raises(ResetNeeded):
         env.unwrapped.state()  # type: ignore[attr-defined]
     env.reset()
-    for _ in range(4):
-        env.step(zeros(env.action_space))
+    while not env.step(zeros(env.action_space))[2]:
+        pass
     with pytest.raises(ResetNeeded):
         env.step(zeros(env.action_space))
     vector = gymnasium.make_vec(
@@ -226,9 +226,9 @@ def test_steps_outside_an_episode_are_refused(env_id: str) -> None:
     with pytest.raises(ResetNeeded):
         vector.reset(options={"reset_mask": np.array([True, False])})
     vector.reset()
-    for _ in range(4):
-        vector.step(zeros(vector.action_space))
-    with pytest.raises(ResetNeeded, match=r"\[0, 1\]"):
+    while not (ended := vector.step(zeros(vector.action_space))[2]).any():
+        pass
+    with pytest.raises(ResetNeeded, match=re.escape(str(ended.nonzero()[0].tolist()))):
         vector.step(zeros(vector.action_space))
 
 
@@ -329,8 +329,8 @@ def test_table_of_arguments_has_the_live_defaults(env_id: str) -> None:
     lines = [(re.findall(r"`(\w+)`", names), said) for names, said, _ in tables(env_id, "argument")]
     assert [name for names, _ in lines for name in names] == [*live]
     for names, said in lines:
-        if names[0] in ("steps_per_action", "target", "initial_rate", "initial_decay"):
-            assert live[names[0]] is None  # the task's own, which are told
+        if names[0] in ("steps_per_action", "target", "initial_rate", "initial_decay") and live[names[0]] is None:
+            continue  # the task's own, which are told
         elif len(names) == 3:
             weights = 3 * [said.removesuffix(" each")] if said.endswith(" each") else said.split(", ")
             assert [float(Fraction(each)) for each in weights] == [live[name] for name in names]
