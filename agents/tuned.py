@@ -84,14 +84,14 @@ TUNED["MoEMetaOpt-v0"] = {
 TUNED["MoEAutoRate-v0"] = {
     "ppo": {
         "n_envs": 32,
-        "total_timesteps": 250_000,
-        "n_steps": 32,
-        "batch_size": 256,
+        "total_timesteps": 150_000,
+        "n_steps": 64,
+        "batch_size": 512,
         "n_epochs": 5,
         "learning_rate": "linear 1e-3",
         "gamma": 1.0,
         "gae_lambda": 0.95,
-        "ent_coef": 0.005,
+        "ent_coef": 0.002,
         "policy_kwargs": {"net_arch": [64, 64]},
     },
 }

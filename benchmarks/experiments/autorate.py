@@ -3,7 +3,7 @@
 The trainings are of models, sizes and data that the policy never saw: Mixtures of Experts, perceptrons, a convolutional
 network and a transformer, by AdamW and SGD, on inputs of several scales. All keep the state with the lowest of 45
 validation losses, and are compared by its test loss with a cosine from the best of eight rates, which was chosen by
-validation on another seed. A setup with "random" starts at a rate drawn from 1e-5 to 1 and does without a range test.
+validation on another seed. "Random start" draws the rate from 1e-5 to 1, which a range test makes no use of.
 Further setups change the data or the batch in mid-run. To evaluate your own policy: --set 'policy="RUN_DIR"'.
 """
 
@@ -39,7 +39,7 @@ PEERS = (
     *("D-Adaptation, cosine", "Prodigy, cosine", "Schedule-Free, defaults"),
     *("rule", "AutoRate", "AutoRate over Schedule-Free"),
 )
-STARTED = ("cosine", "constant", "hypergradient", "rule", "AutoRate")  # from a random rate
+STARTED = ("cosine", "constant", "hypergradient", "rule, no range test", "AutoRate")
 SETTINGS: dict[str, dict[str, Any]] = (
     {f"{loop}: {peer}": {"loop": loop, "peer": peer} for loop in LOOPS for peer in PEERS}
     | {
@@ -113,9 +113,9 @@ def _tuned(setup: AutoRateSetup, loop: Loop, folder: Path) -> float:
 def drive_of(setup: AutoRateSetup, loop: Loop, rate: float | None) -> Drive:
     """What sets the rate, by the name of the peer."""
     peer, default = setup.peer, DEFAULTS[loop.optimizer] if rate is None else rate
-    if peer in ("rule", "AutoRate", "AutoRate over Schedule-Free"):
-        free = peer == "AutoRate over Schedule-Free"
-        return by_autorate("rule" if peer == "rule" else setup.policy, free, rate)
+    if peer.startswith(("rule", "AutoRate")):
+        policy = "rule" if peer.startswith("rule") else setup.policy
+        return by_autorate(policy, "Schedule-Free" in peer, rate if "no range test" in peer else None)
     drives: dict[str, Callable[[], Drive]] = {
         "cosine": lambda: by_cosine(default),
         "constant": lambda: by_shape(default, lambda share: 1.0),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_envs.autorate.env import INITIAL_RATES, SPEC, STEPS, MoEAutoRateEnv, MoEAutoRateVectorEnv
+from moe_envs.autorate.env import SPEC, STEPS, SWEPT, MoEAutoRateEnv, MoEAutoRateVectorEnv
 from moe_envs.core.mixed import MixedVectorEnv
 
 __all__ = ["SPEC", "MoEAutoRateEnv", "MoEAutoRateVectorEnv", "make_vec"]
@@ -17,7 +17,7 @@ def make_vec(
     *,
     task: str | Sequence[str] = "digits",
     steps_per_action: int | Sequence[int] = STEPS,
-    initial_rate: Any = INITIAL_RATES,
+    initial_rate: Any = SWEPT,
     **arguments: Any,
 ) -> Any:
     """MoEAutoRate-v0's vector face: `num_envs` trainings, or each combination of several tasks, numbers of steps and

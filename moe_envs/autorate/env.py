@@ -30,10 +30,9 @@ from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, St
 from moe_envs.core.threads import one_thread
 
 COSTS = ("reference", "machine")
-INITIAL_RATES = 1e-5, 1.0  # log-uniform
 SWEPT = "range test"
 STARTS = 2**12  # different initial rates of a context
-SCALE, SHAPING = 0.03, 0.3  # excess that counts as one unit; weight of the fall of the best validation loss
+SCALE, SHAPING = 0.1, 0.3  # excess that counts as one unit; weight of the fall of the best validation loss
 STEPS = 10
 
 
@@ -55,7 +54,7 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         cost_weight: NonNegative = 0.0,
         costs: str = "reference",
         steps_per_action: Annotated[int, Ge(1), Le(1000)] = STEPS,
-        initial_rate: str | Positive | tuple[Positive, Positive] = INITIAL_RATES,
+        initial_rate: str | Positive | tuple[Positive, Positive] = SWEPT,
         time_weight: NonNegative = 0.5,
         memory_weight: NonNegative = 0.0,
         energy_weight: NonNegative = 0.5,
@@ -281,9 +280,9 @@ class MoEAutoRateEnv(SingleEnv):
 
     ## Rewards
     R = quality - cost_weight * cost. Quality is 0.3 times the decrease of the log of the best validation loss. At the
-    end, -sign(u) ln(1 + |u| / 0.03) is added: u is the log of the loss of the best state over the lowest one of eight
+    end, -sign(u) ln(1 + |u| / 0.1) is added: u is the log of the loss of the best state over the lowest one of eight
     cosine schedules, trained from the same start with rates from 1e-4 to 0.3 (AdamW) or 1e-3 to 3 (SGD). An excess of
-    3 % costs 0.7, one of 100 % 3.2. Half of the inputs held out validate, the other half judges the end.
+    3 % costs 0.26, one of 100 % 2.07. Half of the inputs held out validate, the other half judges the end.
 
     Cost covers the optimiser steps and the validation. It is looked up in a profile of the same model with four experts
     under AdamW, relative to the longest training of the widest model, whose total cost is 1.0.
@@ -296,8 +295,8 @@ class MoEAutoRateEnv(SingleEnv):
     ## Starting State
     One of 384 contexts of the training split, of 128 of validation and of 128 of test: AdamW or SGD with momentum 0.9,
     1, 2 or 4 experts (top-2 gate) of 6 to 24 hidden units, inputs times 0.1 to 10, 250 inputs to all of the task's, a
-    wrong label for up to 40 % of them, 15 to 44 decisions, weights and order of the inputs. The initial rate is
-    log-uniform from 1e-5 to 1, drawn anew in each episode.
+    wrong label for up to 40 % of them, 15 to 44 decisions, weights and order of the inputs. The initial rate is what a
+    range test of 60 steps finds in this training, or drawn anew in each episode.
 
     ## Episode End
     Terminated after the context's number of decisions. Steps after which the validation loss is not finite, or more
@@ -311,7 +310,7 @@ class MoEAutoRateEnv(SingleEnv):
     | `cost_weight` | 0.0 | lambda of the reward |
     | `costs` | `"reference"` | the shipped profile (only of the first two tasks), or this `"machine"`'s |
     | `steps_per_action` | 10 | optimiser steps between two decisions, with batches of 32 |
-    | `initial_rate` | (1e-5, 1) | a number, (low, high), log-uniform, or `"range test"`: what one finds |
+    | `initial_rate` | `"range test"` | what one finds, a number, or (low, high), log-uniform |
     | `time_weight`, `memory_weight`, `energy_weight` | 1/2, 0, 1/2 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
@@ -363,7 +362,11 @@ SPEC = Spec(
     vector_entry_point="moe_envs.autorate:make_vec",
     baselines="agents.baselines.autorate",
     reference_point=(1.0, -4.0),
-    boards={name: {"task": name} for name in tasks.SHIPPED},
+    boards={
+        f"{name}{label}": {"task": name, **more}
+        for name in tasks.SHIPPED
+        for label, more in (("", {}), (", random rate", {"initial_rate": (1e-5, 1.0)}))
+    },
     small={"task": "digits"},
     variants=({}, {"initial_rate": (0.01, 10.0)}),
 )

@@ -89,7 +89,7 @@ def test_the_reward_is_the_fall_of_the_best_loss_and_at_the_end_the_excess() -> 
         final = 0.0
         if ended:
             log = np.log1p(info["autorate/excess"])
-            final = -np.sign(log) * np.log1p(abs(log) / 0.03)
+            final = -np.sign(log) * np.log1p(abs(log) / 0.1)
         assert reward == pytest.approx(0.3 * np.log(best / now) + final, abs=1e-6)
         best = now
     assert info["autorate/decisions"] == env.vector.describe(0).decisions
