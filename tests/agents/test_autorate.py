@@ -143,7 +143,9 @@ def test_the_range_test_leaves_no_trace_but_the_rate() -> None:
 
 def test_groups_keep_the_ratios_of_their_rates() -> None:
     layers = nn.Linear(3, 3), nn.Linear(3, 3)
-    optimizer = torch.optim.SGD([{"params": layers[0].parameters(), "lr": 0.1}, {"params": layers[1].parameters()}], 0.3)
+    optimizer = torch.optim.SGD(
+        [{"params": layers[0].parameters(), "lr": 0.1}, {"params": layers[1].parameters()}], 0.3
+    )
     AutoRate(optimizer, Script([CLIMB]), validation=lambda: 1.0, steps=100, range_test=False)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3, 0.9])
 
@@ -223,7 +225,7 @@ def test_it_is_drawn(tmp_path: Path) -> None:
     [
         ({"steps": 5}, "steps=5"),
         ({"decisions": 0}, "decisions=0"),
-        ({"policy": "defualt"}, "'defualt'.*\"default\", \"rule\""),
+        ({"policy": "defualt"}, '\'defualt\'.*"default", "rule"'),
         ({"validation": lambda: float("nan")}, "returned nan"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -60,3 +61,65 @@ def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         tasks._load.__wrapped__("fashion-mnist")
     with pytest.raises(ValueError, match="'mnist' is not one of digits"):
         tasks.load("mnist")
+
+
+def test_a_task_of_ones_own_is_built_small_and_found_by_name(own_cache: Path) -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(3, 6, 500)
+    images = generator.normal(size=(500, 3, 28, 20)) + labels[:, None, None, None]
+    task = tasks.build("mine", images, labels)
+    assert task.inputs.shape == (375, 3 * 7 * 7)
+    assert task.validation_inputs.shape == (125, 3 * 7 * 7)
+    assert {*task.labels.tolist()} == {0, 1, 2}
+    np.testing.assert_allclose(task.inputs.mean(0), 0, atol=1e-4)
+    assert task.inputs.std(0).max() <= 1
+    assert "mine" in tasks.names()
+    again = tasks.load("mine")
+    assert again.sha256 == task.sha256
+    with pytest.raises(ValueError, match="read-only"):
+        again.inputs[0] = 0
+
+
+def test_numbers_are_projected_and_the_task_is_learnable() -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 400)
+    inputs = generator.normal(size=(400, 200)) + 5 * np.eye(3)[labels] @ generator.normal(size=(3, 200))
+    task = tasks.build("wide", inputs, labels)
+    assert task.inputs.shape[1] == 64
+    centres = np.stack([task.inputs[task.labels == label].mean(0) for label in range(3)])
+    guessed = ((task.validation_inputs[:, None] - centres) ** 2).sum(2).argmin(1)
+    assert (guessed == task.validation_labels).mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "labels", "message"),
+    [
+        ("digits", np.zeros((200, 3)), np.arange(200) % 2, "name='digits'"),
+        ("../up", np.zeros((200, 3)), np.arange(200) % 2, "name='../up'"),
+        ("mine", np.zeros((20, 3)), np.arange(20) % 2, "n >= 100"),
+        ("mine", np.zeros((200, 3)), np.zeros(200), "integers"),
+        ("mine", np.full((200, 3), np.nan), np.arange(200) % 2, "finite"),
+        ("mine", np.zeros((200, 3)), np.zeros(200, dtype=int), "at least 2 classes"),
+    ],
+)
+def test_a_task_needs_numbers_and_classes(name: str, inputs: np.ndarray, labels: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tasks.build(name, inputs, labels)
+
+
+def test_a_damaged_own_task_is_named(own_cache: Path) -> None:
+    tasks.build("mine", np.random.default_rng(0).normal(size=(200, 3)), np.arange(200) % 2)
+    path = own_cache / "tasks" / "mine.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match="damaged"):
+        tasks.load("mine")
+    with pytest.raises(ValueError, match="tasks.build makes one"):
+        tasks.load("another")
+
+
+def test_metaopt_on_an_own_task_asks_for_a_target() -> None:
+    tasks.build("mine", np.random.default_rng(0).normal(size=(200, 3)), np.arange(200) % 2)
+    with pytest.raises(ValueError, match="give one, as target=0.9"):
+        gymnasium.make("moe_envs:MoEMetaOpt-v0", task="mine")
