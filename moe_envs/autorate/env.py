@@ -55,6 +55,7 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         costs: str = "reference",
         steps_per_action: Annotated[int, Ge(1), Le(1000)] = STEPS,
         initial_rate: str | Positive | tuple[Positive, Positive] = SWEPT,
+        spread: tuple[Positive, Positive] = (1.0, 1.0),
         time_weight: NonNegative = 0.5,
         memory_weight: NonNegative = 0.0,
         energy_weight: NonNegative = 0.5,
@@ -66,9 +67,10 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         self.split, self.steps = split, steps_per_action
         if isinstance(initial_rate, str):
             choose("initial_rate", initial_rate, (SWEPT,))
-        elif np.ravel(initial_rate)[0] > np.ravel(initial_rate)[-1]:
-            raise ValueError(f"initial_rate={initial_rate!r}: the first must not be above the second")
-        self.initial_rate = initial_rate
+        for name, value in (("initial_rate", initial_rate), ("spread", spread)):
+            if not isinstance(value, str) and np.ravel(value)[0] > np.ravel(value)[-1]:
+                raise ValueError(f"{name}={value!r}: the first must not be above the second")
+        self.initial_rate, self.spread = initial_rate, spread
         self.references = references.load(self.task, self.steps, split)
         widths = np.arange(WIDTHS[0], WIDTHS[1] + 1)
         self._paid = profiles.of_training(self.task, costs, widths, self.steps, BATCH_SIZE)  # [widths, 3]
@@ -109,11 +111,11 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         self._keep(rows)
 
     def _initial(self, numbers: np.ndarray, shares: np.ndarray) -> np.ndarray:
-        if self.initial_rate == SWEPT:
-            return self.references.found[numbers].astype(np.float64)
-        low, high = np.broadcast_to(np.log(np.asarray(self.initial_rate, dtype=np.float64)), 2)
+        swept = self.initial_rate == SWEPT
+        drawn_from = self.spread if swept else self.initial_rate
+        low, high = np.broadcast_to(np.log(np.asarray(drawn_from, dtype=np.float64)), 2)
         found: np.ndarray = np.exp(low + shares * (high - low))
-        return found
+        return found * self.references.found[numbers] if swept else found
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         training = self.trainings.training
@@ -311,6 +313,7 @@ class MoEAutoRateEnv(SingleEnv):
     | `costs` | `"reference"` | the shipped profile (only of the first two tasks), or this `"machine"`'s |
     | `steps_per_action` | 10 | optimiser steps between two decisions, with batches of 32 |
     | `initial_rate` | `"range test"` | what one finds, a number, or (low, high), log-uniform |
+    | `spread` | (1, 1) | (low, high) of a log-uniform factor on what the range test finds |
     | `time_weight`, `memory_weight`, `energy_weight` | 1/2, 0, 1/2 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
