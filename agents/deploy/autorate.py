@@ -19,6 +19,7 @@ from agents.deploy.snapshots import put_back, take, weights_of
 from moe_envs.autorate.signals import (
     BACK,
     DIVERGED,
+    KEEP,
     LOSS_FLOOR,
     SWEEP_STEPS,
     TINY,
@@ -163,7 +164,9 @@ class AutoRate:
 
     def _decide(self) -> None:
         observation = observe(self.signals())
-        if self.policy is None:
+        if self.decisions == 0:
+            action = KEEP  # nothing has been observed
+        elif self.policy is None:
             action = int(rule(observation, self._climb)[0])
         else:
             action = int(np.ravel(self.policy.predict(observation, deterministic=True)[0])[0])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_envs.autorate.env import SPEC, STEPS, SWEPT, MoEAutoRateEnv, MoEAutoRateVectorEnv
+from moe_envs.autorate.env import BATCH_SIZE, SPEC, STEPS, SWEPT, MoEAutoRateEnv, MoEAutoRateVectorEnv
 from moe_envs.core.mixed import MixedVectorEnv
 
 __all__ = ["SPEC", "MoEAutoRateEnv", "MoEAutoRateVectorEnv", "make_vec"]
@@ -17,21 +17,22 @@ def make_vec(
     *,
     task: str | Sequence[str] = "digits",
     steps_per_action: int | Sequence[int] = STEPS,
+    batch_size: int | Sequence[int] = BATCH_SIZE,
     initial_rate: Any = SWEPT,
     **arguments: Any,
 ) -> Any:
-    """MoEAutoRate-v0's vector face: `num_envs` trainings, or each combination of several tasks, numbers of steps and
-    initial rates, `["range test", (1e-5, 1)]`, in equal shares."""
+    """MoEAutoRate-v0's vector face: `num_envs` trainings, or each combination of several tasks, numbers of steps,
+    batch sizes and initial rates, `["range test", (1e-5, 1)]`, in equal shares."""
     mixed = isinstance(initial_rate, list | tuple) and any(
         isinstance(each, str | list | tuple) for each in initial_rate
     )
-    several = [each if isinstance(each, list | tuple) else [each] for each in (task, steps_per_action)]
+    several = [each if isinstance(each, list | tuple) else [each] for each in (task, steps_per_action, batch_size)]
     found = list(product(*several, initial_rate if mixed else [initial_rate]))
     if not 0 < len(found) <= num_envs:
-        raise ValueError(f"{len(found)} combinations of task, steps_per_action and initial_rate for {num_envs} rows")
+        raise ValueError(f"{len(found)} combinations of arguments for {num_envs} rows")
     shares = [len(part) for part in np.array_split(np.arange(num_envs), len(found))]
     envs = [
-        MoEAutoRateVectorEnv(share, task=name, steps_per_action=steps, initial_rate=rate, **arguments)
-        for share, (name, steps, rate) in zip(shares, found, strict=True)
+        MoEAutoRateVectorEnv(share, task=name, steps_per_action=steps, batch_size=batch, initial_rate=rate, **arguments)
+        for share, (name, steps, batch, rate) in zip(shares, found, strict=True)
     ]
     return envs[0] if len(envs) == 1 else MixedVectorEnv(envs)

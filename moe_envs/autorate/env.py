@@ -16,6 +16,7 @@ from moe_envs.autorate.picture import RatePicture
 from moe_envs.autorate.signals import (
     BACK,
     DIVERGED,
+    KEEP,
     LAYOUT,
     LOSS_FLOOR,
     TINY,
@@ -25,7 +26,7 @@ from moe_envs.autorate.signals import (
     observe,
     of_window,
 )
-from moe_envs.autorate.trainings import BATCH_SIZE, CONTEXTS, DECISIONS, SPLITS, WIDTHS, Context, Trainings
+from moe_envs.autorate.trainings import CONTEXTS, DECISIONS, SPLITS, WIDTHS, Context, Trainings
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, State
 from moe_envs.core.threads import one_thread
 
@@ -33,7 +34,7 @@ COSTS = ("reference", "machine")
 SWEPT = "range test"
 STARTS = 2**12  # different initial rates of a context
 SCALE, SHAPING = 0.1, 0.3  # excess that counts as one unit; weight of the fall of the best validation loss
-STEPS = 10
+STEPS, BATCH_SIZE = 10, 32
 
 
 class MoEAutoRateVectorEnv(BatchedEnv):
@@ -54,6 +55,7 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         cost_weight: NonNegative = 0.0,
         costs: str = "reference",
         steps_per_action: Annotated[int, Ge(1), Le(1000)] = STEPS,
+        batch_size: Annotated[int, Ge(1), Le(1000)] = BATCH_SIZE,
         initial_rate: str | Positive | tuple[Positive, Positive] = SWEPT,
         spread: tuple[Positive, Positive] = (1.0, 1.0),
         time_weight: NonNegative = 0.5,
@@ -71,13 +73,13 @@ class MoEAutoRateVectorEnv(BatchedEnv):
             if not isinstance(value, str) and np.ravel(value)[0] > np.ravel(value)[-1]:
                 raise ValueError(f"{name}={value!r}: the first must not be above the second")
         self.initial_rate, self.spread = initial_rate, spread
-        self.references = references.load(self.task, self.steps, split)
+        self.references = references.load(self.task, self.steps, batch_size, split)
         widths = np.arange(WIDTHS[0], WIDTHS[1] + 1)
-        self._paid = profiles.of_training(self.task, costs, widths, self.steps, BATCH_SIZE)  # [widths, 3]
+        self._paid = profiles.of_training(self.task, costs, widths, self.steps, batch_size)  # [widths, 3]
         whole = Cost(*(self._paid.max(0) * DECISIONS[1]).tolist())
         reward = Reward.of(cost_weight, whole, Cost(time_weight, memory_weight, energy_weight))
         super().__init__(num_envs, LAYOUT, spaces.Discrete(BACK + 1), reward, **face)
-        self.trainings = Trainings(num_envs, self.task)
+        self.trainings = Trainings(num_envs, self.task, batch_size)
         self.context, self.taken, self._backs, self._since_best, self._width = np.zeros((5, num_envs), dtype=np.int64)
         self.horizon = np.ones(num_envs, dtype=np.int64)
         self.rate, self._highest, self._step_size, self._straightness, self._first_norm = np.ones((5, num_envs))
@@ -119,6 +121,7 @@ class MoEAutoRateVectorEnv(BatchedEnv):
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         training = self.trainings.training
+        actions = np.where(self.taken == 0, KEEP, actions)
         self._go_back((actions == BACK).nonzero()[0])
         self.rate = changed(actions, self.rate)
         self._highest = np.maximum(self._highest, self.rate)
@@ -247,12 +250,13 @@ class MoEAutoRateEnv(SingleEnv):
     can set the rate of any torch training: `agents.deploy.metaopt.AutoRate`.
 
     Nothing is simulated: an episode is a real training. The vector environment trains all rows as one batched product.
-    It also accepts several tasks and several numbers of steps, `task=["digits", "fashion-mnist"]`,
-    `steps_per_action=[5, 20]`, each combination in an equal share of its rows.
+    It also accepts several tasks, numbers of steps and batch sizes, `task=["digits", "fashion-mnist"]`,
+    `batch_size=[32, 128]`, each combination in an equal share of its rows.
 
     ## Action Space
     `Discrete(8)`: multiply the learning rate by 0.1, 0.33, 0.7, 1, 1.4, 3 or 10 (actions 0 to 6), clamped to
-    1e-7 .. 10; or go back (7): weights and optimiser of the best validation loss so far, and 0.3 times the rate.
+    1e-7 .. 10; or go back (7): weights and optimiser of the best validation loss so far, and 0.3 times the rate. The
+    first action has no effect, since nothing has been observed.
 
     ## Observation Space
     A `Box` of float32 from -5 to 5; `env.unwrapped.observation_layout` maps each name to its slice, its bounds and its
@@ -311,7 +315,8 @@ class MoEAutoRateEnv(SingleEnv):
     | `split` | `"train"` | contexts of `"train"`, `"validation"` or `"test"`, which are disjoint |
     | `cost_weight` | 0.0 | lambda of the reward |
     | `costs` | `"reference"` | the shipped profile (only of the first two tasks), or this `"machine"`'s |
-    | `steps_per_action` | 10 | optimiser steps between two decisions, with batches of 32 |
+    | `steps_per_action` | 10 | optimiser steps between two decisions |
+    | `batch_size` | 32 | inputs of a step |
     | `initial_rate` | `"range test"` | what one finds, a number, or (low, high), log-uniform |
     | `spread` | (1, 1) | (low, high) of a log-uniform factor on what the range test finds |
     | `time_weight`, `memory_weight`, `energy_weight` | 1/2, 0, 1/2 | weights of the cost terms; should sum to 1 |

@@ -23,7 +23,7 @@ from moe_envs.core.threads import one_thread
 VERSION = 1
 RATES = {False: np.geomspace(1e-4, 0.3, 8), True: np.geomspace(1e-3, 3.0, 8)}  # of AdamW, of SGD
 CHUNK = 16  # contexts at once
-SHIPPED = tuple((name, 10) for name in tasks.SHIPPED)
+SHIPPED = tuple((name, 10, 32) for name in tasks.SHIPPED)
 log = logging.getLogger("moe_envs")
 
 
@@ -37,34 +37,43 @@ class References(NamedTuple):
     found: np.ndarray
 
 
-def load(task: Task, steps: int, split: str) -> References:
+def load(task: Task, steps: int, batch_size: int, split: str) -> References:
     """The references of a split; those that are not shipped are computed once, which takes a minute or more."""
-    path = shipped_path(task.name, steps)
-    if (task.name, steps) not in SHIPPED or not path.exists():
-        path = cache_folder() / "autorate" / f"{task.name}-{task.sha256[:12]}-{steps}-{VERSION}.safetensors"
+    path = shipped_path(task.name, steps, batch_size)
+    if (task.name, steps, batch_size) not in SHIPPED or not path.exists():
+        path = (
+            cache_folder() / "autorate" / f"{task.name}-{task.sha256[:12]}-{steps}-{batch_size}-{VERSION}.safetensors"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # one process computes, the others wait and read
             if not path.exists():
                 log.warning("training the references of %r, %s steps a decision, into %s", task.name, steps, path)
-                save(task, steps, path)
-    return _read(path, f"{task.sha256} {steps} {VERSION}")[split]
+                save(task, steps, batch_size, path)
+    return _read(path, _settings(task, steps, batch_size))[split]
 
 
-def shipped_path(name: str, steps: int) -> Path:
+def shipped_path(name: str, steps: int = 10, batch_size: int = 32) -> Path:
     """Path of the references of a shipped task."""
-    return tasks.FOLDER / f"{name}.autorate-{steps}.safetensors"
+    return tasks.FOLDER / f"{name}.autorate-{steps}-{batch_size}.safetensors"
 
 
-def save(task: Task, steps: int, path: Path, report: Callable[[float], object] = lambda share: None) -> None:
+def _settings(task: Task, steps: int, batch_size: int) -> str:
+    """What references are of."""
+    return f"{task.sha256} {steps} {batch_size} {VERSION}"
+
+
+def save(
+    task: Task, steps: int, batch_size: int, path: Path, report: Callable[[float], object] = lambda share: None
+) -> None:
     """Compute the references of all splits and write them."""
     from safetensors.numpy import save as to_bytes
 
     arrays: dict[str, np.ndarray] = {}
     for number, split in enumerate(SPLITS):
-        found = compute(task, steps, split)
+        found = compute(task, steps, batch_size, split)
         arrays |= {f"{split}/{name}": value for name, value in found._asdict().items()}
         report((number + 1) / len(SPLITS))
-    write_bytes(path, to_bytes(arrays, sealed(arrays, f"{task.sha256} {steps} {VERSION}")))
+    write_bytes(path, to_bytes(arrays, sealed(arrays, _settings(task, steps, batch_size))))
 
 
 @cache
@@ -76,7 +85,7 @@ def _read(path: Path, settings: str) -> dict[str, References]:
     return {split: References(*(arrays[f"{split}/{name}"] for name in References._fields)) for split in SPLITS}
 
 
-def compute(task: Task, steps: int, split: str) -> References:
+def compute(task: Task, steps: int, batch_size: int, split: str) -> References:
     """Train what the references of a split are."""
     numbers = np.arange(CONTEXTS[split])
     decisions = np.array([draw(split, number, len(task.labels))[0].decisions for number in numbers.tolist()])
@@ -84,19 +93,21 @@ def compute(task: Task, steps: int, split: str) -> References:
     chunks = np.array_split(np.argsort(decisions, kind="stable"), -(-len(numbers) // CHUNK))  # alike in length
     for chunk in chunks:
         with one_thread(), np.errstate(all="ignore"):
-            found[:, chunk] = _of_chunk(task, steps, split, numbers[chunk], decisions[chunk])
+            found[:, chunk] = _of_chunk(task, steps, batch_size, split, numbers[chunk], decisions[chunk])
     return References(*found)
 
 
-def _of_chunk(task: Task, steps: int, split: str, numbers: np.ndarray, decisions: np.ndarray) -> np.ndarray:
+def _of_chunk(
+    task: Task, steps: int, batch_size: int, split: str, numbers: np.ndarray, decisions: np.ndarray
+) -> np.ndarray:
     count, rates = len(numbers), len(RATES[True])
-    sweep = Trainings(count, task)
+    sweep = Trainings(count, task, batch_size)
     sweep.begin(np.arange(count), split, numbers)
     losses = []
     for rate in sweep_rates():
         sweep.set(np.full(count, rate))
         losses.append(sweep.step())
-    many = Trainings(count * rates, task)
+    many = Trainings(count * rates, task, batch_size)
     contexts = many.begin(np.arange(count * rates), split, numbers.repeat(rates))
     tried = np.stack([RATES[context.sgd] for context in contexts[::rates]]).ravel()
     horizon, taken = decisions.repeat(rates), np.zeros(count * rates)

@@ -10,7 +10,7 @@ from experts.tasks import Task
 
 SPLITS = ("train", "validation", "test")
 CONTEXTS = {"train": 384, "validation": 128, "test": 128}
-BATCH_SIZE, NUM_EXPERTS, TOP_K = 32, 4, 2
+NUM_EXPERTS, TOP_K = 4, 2
 WIDTHS, SCALES, SUBSET, NOISE, DECISIONS = (6, 24), (0.1, 10.0), 250, 0.4, (15, 44)
 HELD_OUT = 200  # inputs to validate on, and as many others that judge
 
@@ -51,10 +51,10 @@ class Trainings:
 
     STATE = ("_subset", "_size", "_labels", "_scale", "_place")
 
-    def __init__(self, count: int, task: Task) -> None:
+    def __init__(self, count: int, task: Task, batch_size: int) -> None:
         from experts.batched_training import BatchedTraining  # imports torch
 
-        self.task = task
+        self.task, self.batch_size = task, batch_size
         self.training = BatchedTraining(
             count, task.inputs.shape[1], task.num_classes, num_experts=NUM_EXPERTS, width=WIDTHS[1], top_k=TOP_K
         )
@@ -90,8 +90,8 @@ class Trainings:
 
     def step(self) -> np.ndarray:
         """One optimiser step in every training; returns losses `[n]`. Inputs come in the same order in each epoch."""
-        places = (self._place[:, None] + np.arange(BATCH_SIZE)) % self._size[:, None]
-        self._place += BATCH_SIZE
+        places = (self._place[:, None] + np.arange(self.batch_size)) % self._size[:, None]
+        self._place += self.batch_size
         chosen = self._subset[self._rows, places]
         inputs = self.task.inputs[chosen]
         inputs *= self._scale
