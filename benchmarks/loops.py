@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.experiments.unseen import sources
 from experts import data
 from experts.model import MoEClassifier
 
@@ -46,6 +47,8 @@ LOOPS = {
     "MoE, digits, SGD": Loop("moe", "digits", "sgd", 1.0, 300, 32),
     "MoE, digits x 0.1, AdamW": Loop("moe", "digits", "adamw", 0.1, 300, 32),
     "transformer, text, AdamW": Loop("transformer", "text", "adamw", 1.0, 2_000, 16),
+    "MLP, letter, AdamW": Loop("mlp", "letter", "adamw", 1.0, 600, 64),
+    "MLP, MNIST-1D, SGD": Loop("mlp", "mnist1d", "sgd", 1.0, 600, 64),
 }
 CHANGING = {
     "new classes in mid-run, AdamW": Loop("mlp", "fashion-mnist", "adamw", 1.0, 600, 128, shift=True),
@@ -81,15 +84,22 @@ def parts(name: str, scale: float) -> Parts:
     """The data of a loop, standardised and then scaled."""
     if name == "text":
         return _text()
-    found = data.load(name)
-    rows = np.concatenate([found.splits["train"], found.splits["rl_train"]])
-    mean, deviation = float(found.inputs[rows].mean()), float(found.inputs[rows].std())
+    if name in ("letter", "mnist1d"):
+        all_inputs, labels = {**sources.SEEN, **sources.UNSEEN}[name]()
+        order = np.random.default_rng(0).permutation(len(labels))
+        validation, test, rows = np.split(order, [VALIDATED, 5 * VALIDATED])
+    else:
+        found = data.load(name)
+        all_inputs, labels, splits = found.inputs, found.labels, found.splits
+        rows, validation = np.concatenate([splits["train"], splits["rl_train"]]), splits["validation"][:VALIDATED]
+        test = splits["test"][:TESTED]
+    mean, deviation = float(all_inputs[rows].mean()), float(all_inputs[rows].std())
 
     def part(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = (found.inputs[indices] - mean) / deviation * scale
-        return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(found.labels[indices])
+        inputs = (all_inputs[indices] - mean) / deviation * scale
+        return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels[indices])
 
-    return Parts(part(rows), part(found.splits["validation"][:VALIDATED]), part(found.splits["test"][:TESTED]))
+    return Parts(part(rows), part(validation), part(test))
 
 
 def _text() -> Parts:
@@ -129,17 +139,18 @@ class Transformer(nn.Module):
 
 def model_of(loop: Loop) -> nn.Module:
     """A fresh model, from torch's generator."""
-    inputs = 64 if loop.data == "digits" else 784
+    if loop.model == "transformer":
+        return Transformer()
+    found = parts(loop.data, loop.scale).train
+    inputs, classes = found[0].shape[1], int(found[1].max()) + 1
     if loop.model == "moe":
-        return MoEClassifier(inputs, 10, widths=(64,) * 8 if loop.data == "fashion-mnist" else (16,) * 4)
+        return MoEClassifier(inputs, classes, widths=(64,) * 8 if loop.data == "fashion-mnist" else (16,) * 4)
     if loop.model == "mlp":
-        return nn.Sequential(nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 10))
-    if loop.model == "cnn":
-        return nn.Sequential(
-            nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(784, 10),
-        )  # fmt: skip
-    return Transformer()
+        return nn.Sequential(nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, classes))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(784, classes),
+    )  # fmt: skip
 
 
 def run(loop: Loop, drive: Drive, seed: int) -> dict[str, Any]:

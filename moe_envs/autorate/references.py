@@ -41,9 +41,8 @@ def load(task: Task, steps: int, batch_size: int, split: str) -> References:
     """The references of a split; those that are not shipped are computed once, which takes a minute or more."""
     path = shipped_path(task.name, steps, batch_size)
     if (task.name, steps, batch_size) not in SHIPPED or not path.exists():
-        path = (
-            cache_folder() / "autorate" / f"{task.name}-{task.sha256[:12]}-{steps}-{batch_size}-{VERSION}.safetensors"
-        )
+        name = f"{task.name}-{task.sha256[:12]}-{steps}-{batch_size}-{VERSION}.safetensors"
+        path = cache_folder() / "autorate" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # one process computes, the others wait and read
             if not path.exists():

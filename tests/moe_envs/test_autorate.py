@@ -28,6 +28,7 @@ def rows(count: int, **kwargs: Any) -> Any:
 def test_actions_multiply_the_rate_and_are_clamped() -> None:
     env = make(initial_rate=0.001)
     env.reset(seed=0)
+    assert env.step(CLIMB)[4]["autorate/rate"] == pytest.approx(0.001)  # nothing has been observed
     for action, factor in enumerate(FACTORS):
         before = env.vector.rate[0]
         assert env.step(action)[4]["autorate/rate"] == pytest.approx(before * factor)
@@ -128,7 +129,7 @@ def test_a_range_test_finds_a_rate_below_divergence() -> None:
 
 
 def test_references_are_refused_where_they_are_not_of_the_task(tmp_path: Path) -> None:
-    path = references.shipped_path("digits", 10)
+    path = references.shipped_path("digits")
     (tmp_path / "altered").write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(DataError, match="damaged"):
         references._read(tmp_path / "altered", "any")
@@ -171,6 +172,7 @@ def test_pictures() -> None:
     assert (env.render() != blank).any()
     text = make(render_mode="ansi")
     text.reset(seed=0)
+    text.step(KEEP)
     text.step(BACK)
     assert "went back" in text.render()
 
