@@ -14,8 +14,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from agents.evaluate import MAX_ROWS, play
 from moe_envs.autorate.env import MoEAutoRateVectorEnv
+from moe_envs.autorate.estimator import LAYOUT
 from moe_envs.autorate.references import RATES
-from moe_envs.autorate.signals import BACK, CLIMB, FACTORS, KEEP, LAYOUT
+from moe_envs.autorate.signals import BACK, CLIMB, FACTORS, KEEP
 
 ID = "moe_envs:MoEAutoRate-v0"
 CLIMBED, HELD = 1.1, 1.3  # validation loss over the best one at which the rule goes back
@@ -79,6 +80,15 @@ class Cosine(Rule):
         return np.full(len(observation), KEEP)
 
 
+class Estimate(Rule):
+    """The action that is rated best: towards the estimated best rate, or back."""
+
+    def actions(self, observation: np.ndarray) -> np.ndarray:
+        """Actions `[n]` by the observations."""
+        found: np.ndarray = observation[:, LAYOUT["rating"].slice].argmax(1)
+        return found
+
+
 class RandomChanges(Rule):
     """Random actions from a separate generator."""
 
@@ -124,6 +134,8 @@ def baselines(
     return {
         "random actions": RandomChanges(),
         "cosine": Cosine(),
+        "estimate": Estimate(),
+        "range test, estimate": Estimate(swept=True),
         "rule": Rule(),
         "range test, cosine": Cosine(swept=True),
         "range test, rule": Rule(swept=True),

@@ -16,6 +16,7 @@ from torch import nn
 
 from agents.baselines.autorate import rule
 from agents.deploy.snapshots import put_back, take, weights_of
+from moe_envs.autorate.estimator import NO_PRIOR, PRIOR, observe, update
 from moe_envs.autorate.signals import (
     BACK,
     DIVERGED,
@@ -27,8 +28,8 @@ from moe_envs.autorate.signals import (
     changed,
     cosine,
     found_rate,
-    observe,
     of_window,
+    signals_of,
     sweep_rates,
 )
 
@@ -91,6 +92,7 @@ class AutoRate:
         self._start = self._before = self._best["tensors"]
         self.rate = rates[0]
         self._highest = self.rate
+        self._best_rate, self._precision = math.log10(self.rate), NO_PRIOR**-2
         if range_test:
             self._set(float(self._sweep[0]))
         else:
@@ -137,6 +139,7 @@ class AutoRate:
     STATE = (
         *("calls", "decisions", "backs", "history", "first_loss", "best_loss", "rate", "_losses", "_logs", "_noted"),
         *("_bad", "_way", "_since_best", "_best", "_best_norm", "_first_norm", "_start", "_before", "_highest"),
+        *("_best_rate", "_precision"),
     )
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,7 +166,7 @@ class AutoRate:
         return RateSignals(*(np.asarray(value)[None] for value in values))
 
     def _decide(self) -> None:
-        observation = observe(self.signals())
+        observation = observe(self.signals(), np.array([self._best_rate]))
         if self.decisions == 0:
             action = KEEP  # nothing has been observed
         elif self.policy is None:
@@ -190,6 +193,7 @@ class AutoRate:
         self._since_best += 1
         self._noted["lost"] = float(lost)
         if lost:
+            self._estimate()
             self._go_back()
             self._change(BACK)
             return
@@ -210,11 +214,19 @@ class AutoRate:
         if validation < self.best_loss:
             self.best_loss, self._since_best = max(validation, LOSS_FLOOR), 0
             self._best = take(self.optimizer, self._buffers)
+        self._estimate()
+
+    def _estimate(self) -> None:
+        """Learn from the last steps where the best rate lies."""
+        known = np.array([[self._best_rate], [self._precision], [self.rate], [self.decisions]])
+        best, precision = update(known[0], known[1], signals_of(self.signals()), known[2], known[3].astype(np.int64))
+        self._best_rate, self._precision = float(best[0]), float(precision[0])
 
     def _end_sweep(self) -> None:
         losses = np.array([[float(each) for each in self._losses]])
         put_back(self._best, self.optimizer, self._buffers)
         self.rate = self._highest = float(found_rate(losses)[0])
+        self._best_rate, self._precision = math.log10(self.rate), PRIOR**-2
         self._decide()
 
     def _go_back(self) -> None:
@@ -225,6 +237,8 @@ class AutoRate:
     def _change(self, action: int) -> None:
         self.rate = float(changed(np.array([action]), np.array([self.rate]))[0])
         self._highest = max(self._highest, self.rate)
+        if action == BACK:
+            self._best_rate = min(self._best_rate, math.log10(self.rate))
 
     def _set(self, rate: float) -> None:
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):

@@ -12,19 +12,19 @@ from cost.arguments import NonNegative, Positive, choose
 from cost.model import Cost
 from experts import library, profiles, tasks
 from moe_envs.autorate import references
+from moe_envs.autorate.estimator import LAYOUT, NO_PRIOR, PRIOR, observe, update
 from moe_envs.autorate.picture import RatePicture
 from moe_envs.autorate.signals import (
     BACK,
     DIVERGED,
     KEEP,
-    LAYOUT,
     LOSS_FLOOR,
     TINY,
     RateSignals,
     changed,
     cosine,
-    observe,
     of_window,
+    signals_of,
 )
 from moe_envs.autorate.trainings import CONTEXTS, DECISIONS, SPLITS, WIDTHS, Context, Trainings
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, State
@@ -40,10 +40,12 @@ STEPS, BATCH_SIZE = 10, 32
 class MoEAutoRateVectorEnv(BatchedEnv):
     """MoEAutoRate-v0 over `num_envs` trainings at once; see `MoEAutoRateEnv` for the problem and its arguments."""
 
+    advice = {"rating": 4.0}
     STATE = (
         *("context", "taken", "horizon", "rate", "_highest", "_bad", "_backs", "_diverged", "_losses", "_slope"),
         *("_spread", "_first", "best_loss", "_since_best", "_judged", "_step_size", "_straightness", "_turn", "_way"),
-        *("_first_norm", "_width", "_best_weights", "_best_first", "_best_second", "_best_steps"),
+        *("_first_norm", "_width", "_best_weights", "_best_first", "_best_second", "_best_steps", "best_rate"),
+        *("_precision",),
     )
 
     def __init__(
@@ -83,7 +85,8 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         self.context, self.taken, self._backs, self._since_best, self._width = np.zeros((5, num_envs), dtype=np.int64)
         self.horizon = np.ones(num_envs, dtype=np.int64)
         self.rate, self._highest, self._step_size, self._straightness, self._first_norm = np.ones((5, num_envs))
-        self._bad, self._slope, self._spread, self._turn = np.zeros((4, num_envs))
+        self._bad, self._slope, self._spread, self._turn, self.best_rate = np.zeros((5, num_envs))
+        self._precision = np.ones(num_envs)
         self._first, self.best_loss, self._judged = np.ones((3, num_envs))
         self._diverged = np.zeros(num_envs, dtype=np.bool_)
         self._losses = np.zeros((num_envs, 2, 3))  # logs of mean training and validation losses, newest first
@@ -106,6 +109,8 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         self._judged[rows] = first
         self._losses[rows] = np.log(first)[:, None, None]
         self._highest[rows] = self.rate[rows]
+        known = self.initial_rate == SWEPT and self.spread[0] == self.spread[1]
+        self.best_rate[rows], self._precision[rows] = np.log10(self.rate[rows]), (PRIOR if known else NO_PRIOR) ** -2
         for zeros in (self.taken, self._backs, self._since_best, self._bad, self._slope, self._spread, self._turn):
             zeros[rows] = 0
         self._diverged[rows], self._straightness[rows], self._step_size[rows], self._way[rows] = False, 1, TINY, 0
@@ -124,6 +129,7 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         actions = np.where(self.taken == 0, KEEP, actions)
         self._go_back((actions == BACK).nonzero()[0])
         self.rate = changed(actions, self.rate)
+        self._not_above((actions == BACK).nonzero()[0])
         self._highest = np.maximum(self._highest, self.rate)
         self.trainings.set(self.rate * cosine(self.taken / self.horizon))
         start = training.weights.copy()
@@ -133,10 +139,13 @@ class MoEAutoRateVectorEnv(BatchedEnv):
             over_first = np.log(validation) - self._first
             fine = (over_first < DIVERGED) & np.isfinite(losses).all(1) & np.isfinite(_norms(training.weights))
             fallen = self._see(fine, losses, validation, judged, start)
+        self.taken += 1
+        seen = signals_of(self._signals())
+        self.best_rate, self._precision = update(self.best_rate, self._precision, seen, self.rate, self.taken)
         lost = (~fine).nonzero()[0]
         self._go_back(lost)
         self.rate[lost] = changed(np.full(len(lost), BACK), self.rate[lost])
-        self.taken += 1
+        self._not_above(lost)
         ended = self.taken >= self.horizon
         excess = np.log(self._judged) - np.log(self.references.judged[self.context])
         final = -np.sign(excess) * np.log1p(np.abs(excess) / SCALE)
@@ -172,6 +181,10 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         training.steps[rows] = self._best_steps[rows]
         self._bad[rows] = self.rate[rows]
         self._backs[rows] += 1
+
+    def _not_above(self, rows: np.ndarray) -> None:
+        """The best rate of these rows is not above the one that they go on with."""
+        self.best_rate[rows] = np.minimum(self.best_rate[rows], np.log10(self.rate[rows]))
 
     def _see(
         self, fine: np.ndarray, losses: np.ndarray, validation: np.ndarray, judged: np.ndarray, start: np.ndarray
@@ -209,13 +222,15 @@ class MoEAutoRateVectorEnv(BatchedEnv):
         }
 
     def _observe(self) -> np.ndarray:
+        return observe(self._signals(), self.best_rate)
+
+    def _signals(self) -> RateSignals:
         growth = _norms(self.trainings.training.weights) / np.maximum(self._first_norm, TINY)
-        signals = RateSignals(
+        return RateSignals(
             self.taken / self.horizon, self.horizon, self._losses, self._slope, self._spread, self._first,
             np.log(self.best_loss), self._since_best, self._step_size, self._straightness, self._turn, growth,
             self.rate, self._highest, self._bad, self._backs, self._diverged,
         )  # fmt: skip
-        return observe(signals)
 
     def state(self) -> State:
         """Copy of the full state, for forks, undo and checkpoints."""
@@ -283,6 +298,8 @@ class MoEAutoRateEnv(SingleEnv):
     | `from_bad` | 1 | log10 of the rate over the last one that was gone back from, 0 if there is none |
     | `backs` | 1 | log2 of one plus the times that the training went back |
     | `diverged` | 1 | 1 if the last steps diverged and were undone |
+    | `offset` | 1 | log10 of the rate over the estimated best one |
+    | `rating` | 8 | how close each action brings the rate to it; going back, where the loss is 30 % above the best |
 
     ## Rewards
     R = quality - cost_weight * cost. Quality is 0.3 times the decrease of the log of the best validation loss. At the

@@ -21,7 +21,7 @@ SWEEP_RATES = 1e-6, 10.0  # of a range test
 SWEEP_STEPS, SMOOTHING, RISE, SWEEP_SHARE = 60, 0.8, 2.0, 0.15
 TINY, LOSS_FLOOR, BOUND = 1e-12, 1e-4, 5.0
 
-LAYOUT = layout(
+PARTS = tuple(
     (name, size, -BOUND, BOUND, meaning)
     for name, size, meaning in (
         ("progress", 1, "share of the decisions that are taken"),
@@ -45,6 +45,7 @@ LAYOUT = layout(
         ("diverged", 1, "1 if the last steps diverged and were undone"),
     )
 )  # fmt: skip
+SIGNALS = layout(PARTS)
 
 
 class RateSignals(NamedTuple):
@@ -69,8 +70,8 @@ class RateSignals(NamedTuple):
     diverged: np.ndarray
 
 
-def observe(of: RateSignals) -> np.ndarray:
-    """Observations `[n, 21]` float32, laid out as `LAYOUT`."""
+def signals_of(of: RateSignals) -> np.ndarray:
+    """Signals `[n, 21]` float32, laid out as `SIGNALS`."""
     changes = 5 * (of.losses[:, :, :2] - of.losses[:, :, 1:])
     training, validation = of.losses[:, 0, 0], of.losses[:, 1, 0]
     bad = np.where(of.bad > 0, of.bad, of.rate)

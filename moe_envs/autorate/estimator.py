@@ -1,0 +1,114 @@
+"""Where the best learning rate lies, estimated from what the steps after the last decisions show.
+
+After each of the first decisions, a linear model of the signals estimates the logarithm of the rate over the best one;
+the estimates are averaged by their precisions, with the range test as the first. Fitted on trainings at far too low to
+far too high rates, whose best cosine is known (`references`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cost.files import load_json, save_json
+from experts.data import DataError
+from moe_envs.autorate.signals import BOUND, FACTORS, PARTS, SIGNALS, RateSignals, signals_of
+from moe_envs.core.spaces import layout
+
+PATH = Path(__file__).parent / "estimator.json"
+USED = (
+    *("validation_change", "training_change", "slope", "spread", "gap", "over_best", "over_first", "best_over_first"),
+    *("step_size", "straightness", "turn", "diverged"),
+)
+COLUMNS = np.concatenate([np.arange(SIGNALS[name].slice.start, SIGNALS[name].slice.stop) for name in USED])
+MODELS = 4  # one for each of the first decisions, the last for all later ones
+DECISIONS = 6  # that are learned from
+PRIOR, NO_PRIOR, LEAST_FAR = 0.5, 1.5, 0.5  # decades: deviation of a range test, of another start; a diverging rate's
+WORSE, STEEPNESS = np.log(1.3), 4.0  # log of the validation loss over the best one; of the ratings, per decade
+LAYOUT = layout((
+    *PARTS,
+    ("offset", 1, -BOUND, BOUND, "log10 of the rate over the estimated best one"),
+    ("rating", len(FACTORS) + 1, -BOUND, 0.0, "how close each action brings the rate to it"),
+))  # fmt: skip
+
+
+class Estimator(NamedTuple):
+    """Coefficients `[models, signals]`, intercepts and standard deviations of the errors `[models]`, in decades."""
+
+    coefficients: np.ndarray
+    intercepts: np.ndarray
+    deviations: np.ndarray
+
+    def __call__(self, observation: np.ndarray, decision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log10 of the rate over the best one and its standard deviation, `[n]` each, after so many decisions `[n]`."""
+        model = np.clip(decision - 1, 0, MODELS - 1)
+        used = observation[:, COLUMNS].astype(np.float64)
+        offset = (used * self.coefficients[model]).sum(1) + self.intercepts[model]
+        diverged = observation[:, SIGNALS["diverged"].slice.start] > 0
+        return np.where(diverged, np.maximum(offset, LEAST_FAR), offset), self.deviations[model]
+
+
+def update(
+    best: np.ndarray, precision: np.ndarray, signals: np.ndarray, rates: np.ndarray, decision: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The estimated log10 of the best rate and its precision, `[n]` each, after steps at `rates`, the `decision`-th of
+    the training."""
+    offset, deviation = load()(signals, decision)
+    weight = np.where(decision <= DECISIONS, deviation**-2, 0.0)
+    return (best * precision + (np.log10(rates) - offset) * weight) / (precision + weight), precision + weight
+
+
+def observe(of: RateSignals, best: np.ndarray) -> np.ndarray:
+    """Observations `[n, 30]` float32, laid out as `LAYOUT`: the signals, and what the estimated log10 of the best rate
+    `[n]` advises."""
+    found = signals_of(of)
+    offset = np.log10(of.rate) - best
+    worse = of.losses[:, 1, 0] - of.best > WORSE
+    rated = ratings(offset, worse & ~of.diverged.astype(np.bool_))
+    return np.column_stack([found, offset.clip(-BOUND, BOUND), rated]).astype(np.float32)
+
+
+def ratings(offset: np.ndarray, worse: np.ndarray) -> np.ndarray:
+    """Ratings of the actions `[n, 8]`, from -5 to 0: how close each brings the rate to the estimated best one, which is
+    10 ** `offset` below; going back is rated highest where the validation loss is `worse`, and lowest elsewhere."""
+    close = -STEEPNESS * np.abs(np.log10(FACTORS) + offset[:, None])
+    close -= close.max(1, keepdims=True)
+    found = np.column_stack([close - worse[:, None], np.where(worse, 0.0, -BOUND)])
+    return found.clip(-BOUND, 0)
+
+
+@cache
+def load() -> Estimator:
+    """The shipped estimator; raises `DataError` if it is damaged."""
+    content = load_json(PATH, DataError, "install moe-envs anew")
+    found = Estimator(*(np.array(content[name]) for name in Estimator._fields))
+    if found.coefficients.shape != (MODELS, len(COLUMNS)) or found.intercepts.shape != (MODELS,):
+        raise DataError(f"{PATH} is of another version: install moe-envs anew")
+    return found
+
+
+def save(estimator: Estimator, path: Path = PATH) -> None:
+    """Write an estimator."""
+    save_json(path, {name: getattr(estimator, name).tolist() for name in Estimator._fields})
+
+
+def fit(observations: np.ndarray, offsets: np.ndarray, penalty: float = 30.0) -> Estimator:
+    """Ridge regressions on observations `[decisions, n, size]` after each of the first decisions, and log10 of the rate
+    over the best one, `[decisions, n]`."""
+    coefficients, intercepts, deviations = [], [], []
+    for model in range(MODELS):
+        part = slice(model, model + 1 if model < MODELS - 1 else None)
+        used = observations[part][:, :, COLUMNS].reshape(-1, len(COLUMNS)).astype(np.float64)
+        wanted = offsets[part].ravel()
+        mean, deviation = used.mean(0), used.std(0) + 1e-6
+        scaled = (used - mean) / deviation
+        solved = np.linalg.solve(
+            scaled.T @ scaled + penalty * np.eye(len(COLUMNS)), scaled.T @ (wanted - wanted.mean())
+        )
+        coefficients.append(solved / deviation)
+        intercepts.append(wanted.mean() - float((solved * mean / deviation).sum()))
+        deviations.append(float((scaled @ solved + wanted.mean() - wanted).std()))
+    return Estimator(np.array(coefficients), np.array(intercepts), np.array(deviations))
