@@ -92,7 +92,7 @@ TUNED["MoEAutoRate-v0"] = {
         "gamma": 1.0,
         "gae_lambda": 0.95,
         "ent_coef": 0.002,
-        "policy_kwargs": {"net_arch": [64, 64]},
+        "policy_kwargs": {"net_arch": [64, 64], "residual": True},
     },
 }
 TUNED["MoECompression-v0"] = {

@@ -32,6 +32,12 @@ def rule(observation: np.ndarray, climb: bool = True) -> np.ndarray:
     return np.where(worse, BACK, np.where(climbing, CLIMB, KEEP))
 
 
+def estimate(observation: np.ndarray) -> np.ndarray:
+    """The actions `[n]` that are rated best: towards the estimated best rate, or back."""
+    found: np.ndarray = observation[:, LAYOUT["rating"].slice].argmax(1)
+    return found
+
+
 class Rule:
     """The rule, from the rate drawn or, if `swept`, from what a range test finds, without climbing."""
 
@@ -81,12 +87,11 @@ class Cosine(Rule):
 
 
 class Estimate(Rule):
-    """The action that is rated best: towards the estimated best rate, or back."""
+    """The actions that are rated best."""
 
     def actions(self, observation: np.ndarray) -> np.ndarray:
         """Actions `[n]` by the observations."""
-        found: np.ndarray = observation[:, LAYOUT["rating"].slice].argmax(1)
-        return found
+        return estimate(observation)
 
 
 class RandomChanges(Rule):

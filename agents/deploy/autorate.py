@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from agents.baselines.autorate import rule
+from agents.baselines.autorate import estimate, rule
 from agents.deploy.snapshots import put_back, take, weights_of
 from moe_envs.autorate.estimator import NO_PRIOR, PRIOR, observe, update
 from moe_envs.autorate.signals import (
@@ -45,9 +45,10 @@ class AutoRate:
     range test, after which the weights are put back. Then a decision is made every `steps / decisions` steps: the
     policy multiplies the rate, or goes back to the best state.
 
-    `policy` is "default" (shipped, trained on small networks), "rule", the folder of a run of `moe-train --env
-    MoEAutoRate-v0` or of a saved learner, or an object with `predict`. `validation()` returns the validation loss as a
-    number; it is called at the start and at each decision, with optimisers such as Schedule-Free's switched to `eval`.
+    `policy` is "default" (shipped, trained on small networks), "estimate" (moves to where the best rate is estimated to
+    be), "rule" (keeps the rate, goes back where the loss is 30 % above the best), the folder of a run of `moe-train
+    --env MoEAutoRate-v0` or of a saved learner, or an object with `predict`. `validation()` returns the validation loss
+    as a number; it is called at the start and at each decision, with Schedule-Free optimisers switched to `eval`.
     The rate that the optimiser was made with is ignored, but the ratios between those of its groups are kept. Buffers
     of `module`, such as a batch norm's, are put back with the weights. Takes the memory of five more copies of the
     weights and one of the optimiser's state.
@@ -169,8 +170,10 @@ class AutoRate:
         observation = observe(self.signals(), np.array([self._best_rate]))
         if self.decisions == 0:
             action = KEEP  # nothing has been observed
-        elif self.policy is None:
+        elif self.policy == "rule":
             action = int(rule(observation, self._climb)[0])
+        elif self.policy == "estimate":
+            action = int(estimate(observation)[0])
         else:
             action = int(np.ravel(self.policy.predict(observation, deterministic=True)[0])[0])
         if action == BACK:
@@ -261,16 +264,20 @@ class AutoRate:
         return float(nn.utils.get_total_norm([each.detach() for each in tensors]))
 
 
+def default_folder() -> Path:
+    """Where the shipped policy is."""
+    return Path(str(resources.files("agents"))) / DEFAULT
+
+
 def load_policy(policy: Any) -> Any:
-    """The policy of a name or folder, an object with `predict` as it is, and None for "rule"."""
-    if hasattr(policy, "predict"):
+    """The policy of a folder; a rule's name, and an object with `predict`, as they are."""
+    if hasattr(policy, "predict") or policy in ("rule", "estimate"):
         return policy
-    if policy == "rule":
-        return None
     from agents import runs
     from agents.ppo import PPO
 
-    folder = Path(str(resources.files("agents") / DEFAULT)) if policy == "default" else Path(policy)
+    folder = default_folder() if policy == "default" else Path(policy)
     if not folder.is_dir():
-        raise ValueError(f'policy={policy!r}: must be "default", "rule", the folder of a run, or have predict')
+        known = '"default", "estimate", "rule", the folder of a run, or an object with predict'
+        raise ValueError(f"policy={policy!r}: must be {known}")
     return runs.load(folder)[0] if (folder / runs.SETTINGS).exists() else PPO.load(folder)

@@ -77,6 +77,17 @@ def _tasks() -> None:
         console_of(None).print(f"[green]profiled[/] {profiles.task_profile(name)}")
 
 
+@app.command("autorate")
+def _autorate(
+    out: Annotated[Path | None, typer.Option(help="Train the policy only, into this folder.")] = None,
+    timesteps: Annotated[int | None, typer.Option(min=1, help="Of the policy; default: as shipped.")] = None,
+) -> None:
+    """Rebuild the references, the estimator and the default policy of MoEAutoRate-v0 (20 minutes)."""
+    from agents import shipped
+
+    shipped.ship(lambda line: console_of(None).print(f"[green]made[/] {line}"), out, timesteps or shipped.TIMESTEPS)
+
+
 def rebuild(name: str, folder: Path | None = None) -> Bundle:
     """Train, tabulate and profile a reference bundle on this machine and write it to `folder` / name.
 

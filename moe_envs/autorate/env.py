@@ -40,7 +40,7 @@ STEPS, BATCH_SIZE = 10, 32
 class MoEAutoRateVectorEnv(BatchedEnv):
     """MoEAutoRate-v0 over `num_envs` trainings at once; see `MoEAutoRateEnv` for the problem and its arguments."""
 
-    advice = {"rating": 4.0}
+    advice = {"rating": 2.0}
     STATE = (
         *("context", "taken", "horizon", "rate", "_highest", "_bad", "_backs", "_diverged", "_losses", "_slope"),
         *("_spread", "_first", "best_loss", "_since_best", "_judged", "_step_size", "_straightness", "_turn", "_way"),

@@ -1,0 +1,65 @@
+"""How the shipped parts of MoEAutoRate-v0 are made: references of contexts, the estimator, the default policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from agents import training, tuned
+from agents.deploy.autorate import default_folder
+from experts import tasks
+from moe_envs.autorate import estimator, references
+from moe_envs.autorate.env import BATCH_SIZE, STEPS
+from moe_envs.autorate.signals import KEEP
+from moe_envs.autorate.trainings import CONTEXTS
+
+ID = "moe_envs:MoEAutoRate-v0"
+TRAINED_ON: dict[str, Any] = {"task": list(tasks.SHIPPED), "steps_per_action": [10, 25]}
+SPREAD, DECISIONS, CHANGES = (0.02, 30.0), 8, ((1, KEEP, 5), (0.15, 0.7, 0.15))  # of what the estimator learns from
+TIMESTEPS, EPISODES = 150_000, 512  # of the policy; to validate it on
+
+
+def ship(report: Callable[[str], object], folder: Path | None = None, timesteps: int = TIMESTEPS) -> None:
+    """Make all three, in 20 minutes on one core. With a `folder`, only the policy is made, and written there."""
+    if folder is None:
+        for name in tasks.SHIPPED:
+            path = references.shipped_path(name, STEPS, BATCH_SIZE)
+            references.save(tasks.load(name), STEPS, BATCH_SIZE, path)
+            report(f"references {path}")
+        estimator.save(estimated())
+        report(f"estimator {estimator.PATH}")
+    settings = tuned.settings("ppo", ID, total_timesteps=timesteps)
+    judge = training.by_return(ID, TRAINED_ON, EPISODES)
+    trained = training.train(ID, env_kwargs=TRAINED_ON, settings=settings, judge=judge)
+    trained.agent.save(folder or default_folder())
+    report(f"policy {folder or default_folder()}, validation {max(look.score for look in trained.curve):.3f}")
+
+
+def estimated(seeds: tuple[int, ...] = (0, 1)) -> estimator.Estimator:
+    """The estimator of the training contexts, whose rates are changed at random."""
+    found = [
+        _decisions(name, steps, seed)
+        for name in TRAINED_ON["task"] for steps in TRAINED_ON["steps_per_action"] for seed in seeds
+    ]  # fmt: skip
+    observations, offsets = (np.concatenate([each[part] for each in found], axis=1) for part in (0, 1))
+    return estimator.fit(observations, offsets)
+
+
+def _decisions(task: str, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Observations after each decision `[decisions, contexts, size]`, and log10 of the rate over the best cosine's."""
+    count, generator = CONTEXTS["train"], np.random.default_rng(seed)
+    env: Any = gymnasium.make_vec(
+        ID, count, "vector_entry_point", autoreset_mode="Disabled", task=task, steps_per_action=steps, spread=SPREAD
+    ).unwrapped
+    env.reset(seed=seed)
+    observations, offsets = [], []
+    for _ in range(DECISIONS):
+        observation, *_ = env.step(generator.choice(CHANGES[0], size=count, p=CHANGES[1]))
+        observations.append(observation)
+        offsets.append(np.log10(env.rate / env.references.tuned[env.context]))
+    env.close()
+    return np.stack(observations), np.stack(offsets)

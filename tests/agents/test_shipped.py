@@ -1,0 +1,60 @@
+"""What is shipped for MoEAutoRate-v0 is what its makers make."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agents import PPO, shipped
+from agents.deploy.autorate import AutoRate, load_policy
+from experts.data import DataError
+from moe_envs.autorate import estimator
+from moe_envs.autorate.signals import BACK, KEEP, SIGNALS
+
+
+def test_the_estimator_knows_what_is_too_high_and_too_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "TRAINED_ON", {"task": ["digits"], "steps_per_action": [10]})
+    monkeypatch.setattr(shipped, "DECISIONS", 4)
+    observations, offsets = shipped._decisions("digits", 10, seed=5)
+    offset, deviation = estimator.load()(observations[0], np.ones(len(offsets[0]), dtype=int))
+    assert np.corrcoef(offset, offsets[0])[0, 1] > 0.8
+    assert np.sqrt(np.mean((offset - offsets[0]) ** 2)) < 1.3 * deviation[0]
+    made = shipped.estimated(seeds=(0,))
+    again, _ = made(observations[0], np.ones(len(offsets[0]), dtype=int))
+    assert np.corrcoef(again, offset)[0, 1] > 0.95
+
+
+def test_estimates_are_averaged_by_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(estimator.COLUMNS)
+    two = estimator.Estimator(np.zeros((4, size)), np.array([1.0, 1, 1, 1]), np.full(4, 0.5))
+    monkeypatch.setattr(estimator, "load", lambda: two)
+    signals = np.zeros((2, SIGNALS["diverged"].slice.stop), dtype=np.float32)
+    best, precision = estimator.update(
+        np.zeros(2), np.full(2, 4.0), signals, np.ones(2), np.array([1, estimator.DECISIONS + 1])
+    )
+    np.testing.assert_allclose(best, [-0.5, 0.0])  # half of the evidence says a decade lower; the late one is not heard
+    np.testing.assert_allclose(precision, [8.0, 4.0])
+
+
+def test_ratings_by_hand() -> None:
+    rated = estimator.ratings(np.array([0.0, 1.0, -1.0, 0.0]), np.array([False, False, False, True]))
+    assert rated.argmax(1).tolist() == [KEEP, 0, 6, BACK]
+    assert rated[:3].max(1).tolist() == [0, 0, 0]
+    assert rated[0, BACK] == -5
+
+
+def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "estimator.json").write_text(estimator.PATH.read_text().replace("1", "2", 1))
+    monkeypatch.setattr(estimator, "PATH", tmp_path / "estimator.json")
+    with pytest.raises(DataError, match="install moe-envs anew"):
+        estimator.load.__wrapped__()
+
+
+def test_the_default_policy_is_made_by_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "TRAINED_ON", {"task": ["digits"]})
+    said: list[str] = []
+    shipped.ship(said.append, tmp_path / "policy", timesteps=2048)
+    assert "validation" in said[-1]
+    assert PPO.load(tmp_path / "policy").num_timesteps in (0, 2048)
+    assert hasattr(load_policy("default"), "predict")
+    assert AutoRate.STATE
