@@ -83,7 +83,7 @@ def _autorate(
     timesteps: Annotated[int | None, typer.Option(min=1, help="Of the policy; default: as shipped.")] = None,
 ) -> None:
     """Rebuild the references, the estimator and the default policy of MoEAutoRate-v0 (20 minutes)."""
-    from agents import shipped
+    from benchmarks import shipped
 
     shipped.ship(lambda line: console_of(None).print(f"[green]made[/] {line}"), out, timesteps or shipped.TIMESTEPS)
 

@@ -35,7 +35,7 @@ LAYOUT = layout((
 ))  # fmt: skip
 
 
-class Estimator(NamedTuple):
+class RateEstimator(NamedTuple):
     """Coefficients `[models, signals]`, intercepts and standard deviations of the errors `[models]`, in decades."""
 
     coefficients: np.ndarray
@@ -81,21 +81,21 @@ def ratings(offset: np.ndarray, worse: np.ndarray) -> np.ndarray:
 
 
 @cache
-def load() -> Estimator:
+def load() -> RateEstimator:
     """The shipped estimator; raises `DataError` if it is damaged."""
     content = load_json(PATH, DataError, "install moe-envs anew")
-    found = Estimator(*(np.array(content[name]) for name in Estimator._fields))
+    found = RateEstimator(*(np.array(content[name]) for name in RateEstimator._fields))
     if found.coefficients.shape != (MODELS, len(COLUMNS)) or found.intercepts.shape != (MODELS,):
         raise DataError(f"{PATH} is of another version: install moe-envs anew")
     return found
 
 
-def save(estimator: Estimator, path: Path = PATH) -> None:
+def save(estimator: RateEstimator, path: Path = PATH) -> None:
     """Write an estimator."""
-    save_json(path, {name: getattr(estimator, name).tolist() for name in Estimator._fields})
+    save_json(path, {name: getattr(estimator, name).tolist() for name in RateEstimator._fields})
 
 
-def fit(observations: np.ndarray, offsets: np.ndarray, penalty: float = 30.0) -> Estimator:
+def fit(observations: np.ndarray, offsets: np.ndarray, penalty: float = 30.0) -> RateEstimator:
     """Ridge regressions on observations `[decisions, n, size]` after each of the first decisions, and log10 of the rate
     over the best one, `[decisions, n]`."""
     coefficients, intercepts, deviations = [], [], []
@@ -111,4 +111,4 @@ def fit(observations: np.ndarray, offsets: np.ndarray, penalty: float = 30.0) ->
         coefficients.append(solved / deviation)
         intercepts.append(wanted.mean() - float((solved * mean / deviation).sum()))
         deviations.append(float((scaled @ solved + wanted.mean() - wanted).std()))
-    return Estimator(np.array(coefficients), np.array(intercepts), np.array(deviations))
+    return RateEstimator(np.array(coefficients), np.array(intercepts), np.array(deviations))

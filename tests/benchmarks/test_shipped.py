@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agents import PPO, shipped
+from agents import PPO
 from agents.deploy.autorate import AutoRate, load_policy
+from benchmarks import shipped
 from experts.data import DataError
 from moe_envs.autorate import estimator
 from moe_envs.autorate.signals import BACK, KEEP, SIGNALS
@@ -26,7 +27,7 @@ def test_the_estimator_knows_what_is_too_high_and_too_low(monkeypatch: pytest.Mo
 
 def test_estimates_are_averaged_by_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(estimator.COLUMNS)
-    two = estimator.Estimator(np.zeros((4, size)), np.array([1.0, 1, 1, 1]), np.full(4, 0.5))
+    two = estimator.RateEstimator(np.zeros((4, size)), np.array([1.0, 1, 1, 1]), np.full(4, 0.5))
     monkeypatch.setattr(estimator, "load", lambda: two)
     signals = np.zeros((2, SIGNALS["diverged"].slice.stop), dtype=np.float32)
     best, precision = estimator.update(
@@ -52,6 +53,7 @@ def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_default_policy_is_made_by_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shipped, "TRAINED_ON", {"task": ["digits"]})
+    monkeypatch.setattr(shipped, "EPISODES", 16)
     said: list[str] = []
     shipped.ship(said.append, tmp_path / "policy", timesteps=2048)
     assert "validation" in said[-1]

@@ -35,11 +35,11 @@ def ship(report: Callable[[str], object], folder: Path | None = None, timesteps:
     settings = tuned.settings("ppo", ID, total_timesteps=timesteps)
     judge = training.by_return(ID, TRAINED_ON, EPISODES)
     trained = training.train(ID, env_kwargs=TRAINED_ON, settings=settings, judge=judge)
-    trained.agent.save(folder or default_folder())
+    trained.agent.on(ID, {}).save(folder or default_folder())  # loading it trains no references
     report(f"policy {folder or default_folder()}, validation {max(look.score for look in trained.curve):.3f}")
 
 
-def estimated(seeds: tuple[int, ...] = (0, 1)) -> estimator.Estimator:
+def estimated(seeds: tuple[int, ...] = (0, 1)) -> estimator.RateEstimator:
     """The estimator of the training contexts, whose rates are changed at random."""
     found = [
         _decisions(name, steps, seed)
