@@ -22,6 +22,7 @@ SOFTENING = 0.05  # added to deviations, for pixels that hardly ever change
 THUMBNAIL, PROJECTED = 7, 64  # pixels a side, and numbers, that `build` reduces inputs to
 OWN_INPUTS, LEAST = (12_000, 1_000), 100  # the most to train and to validate on; the least to build from
 FOLDER, SUMS = ASSETS / "_tasks", "SHA256SUMS"
+LARGEST = 1e6  # of standardised inputs
 
 ARRAYS = "inputs", "labels", "validation_inputs", "validation_labels"
 
@@ -151,14 +152,29 @@ def _own_folder() -> Path:
 
 def _load_own(name: str) -> Task:
     _, arrays = read_arrays(_own_folder() / f"{name}.safetensors", DataError, "build the task again")
-    shapes = [arrays[key].shape for key in ARRAYS if key in arrays]
-    if len(shapes) < 4 or shapes[0][1:] != shapes[2][1:] or any(len(arrays[key]) == 0 for key in ARRAYS):
+    if not _whole(arrays):
         raise DataError(f"{_own_folder() / name}.safetensors is not of tasks.build: build the task again")
     for values in arrays.values():
         values.flags.writeable = False
     count, held_out = len(arrays["labels"]), len(arrays["validation_labels"])
     recipe = TaskRecipe("own", 1, 1, count, held_out, subset=min(count, 4_000), target=None, steps=10)
     return Task(name, recipe, *(arrays[key] for key in ARRAYS))
+
+
+def _whole(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether these are the arrays of `build`: inputs that are standardised, and as many labels, from 0."""
+    if {(key, each.ndim, str(each.dtype)) for key, each in arrays.items()} != {
+        (key, 1 if "labels" in key else 2, "int64" if "labels" in key else "float32") for key in ARRAYS
+    }:
+        return False
+    inputs, labels, others, more = (arrays[key] for key in ARRAYS)
+    return (
+        min(inputs.size, others.size) > 0
+        and inputs.shape[1] == others.shape[1]
+        and (len(labels), len(more)) == (len(inputs), len(others))
+        and bool((np.abs(inputs) < LARGEST).all() and (np.abs(others) < LARGEST).all())
+        and 0 <= min(labels.min(), more.min()) <= max(labels.max(), more.max()) < len(inputs) + len(others)
+    )
 
 
 @cache

@@ -10,6 +10,7 @@ from moe_envs.autorate.env import BATCH_SIZE, SPEC, STEPS, SWEPT, MoEAutoRateEnv
 from moe_envs.core.mixed import MixedVectorEnv
 
 __all__ = ["SPEC", "MoEAutoRateEnv", "MoEAutoRateVectorEnv", "make_vec"]
+NAMES = "task", "steps_per_action", "batch_size", "initial_rate"
 
 
 def make_vec(
@@ -28,11 +29,12 @@ def make_vec(
     )
     several = [each if isinstance(each, list | tuple) else [each] for each in (task, steps_per_action, batch_size)]
     found = list(product(*several, initial_rate if mixed else [initial_rate]))
+    keywords = [dict(zip(NAMES, each, strict=True)) | arguments for each in found]
+    if len(found) == 1:
+        return MoEAutoRateVectorEnv(num_envs, **keywords[0])
     if not 0 < len(found) <= num_envs:
         raise ValueError(f"{len(found)} combinations of arguments for {num_envs} rows")
     shares = [len(part) for part in np.array_split(np.arange(num_envs), len(found))]
-    envs = [
-        MoEAutoRateVectorEnv(share, task=name, steps_per_action=steps, batch_size=batch, initial_rate=rate, **arguments)
-        for share, (name, steps, batch, rate) in zip(shares, found, strict=True)
-    ]
-    return envs[0] if len(envs) == 1 else MixedVectorEnv(envs)
+    return MixedVectorEnv([
+        MoEAutoRateVectorEnv(share, **each) for share, each in zip(shares, keywords, strict=True)
+    ])  # fmt: skip

@@ -28,6 +28,7 @@ MODELS = 4  # one for each of the first decisions, the last for all later ones
 DECISIONS = 6  # that are learned from
 PRIOR, NO_PRIOR, LEAST_FAR = 0.5, 1.5, 0.5  # decades: deviation of a range test, of another start; a diverging rate's
 WORSE, STEEPNESS = np.log(1.3), 4.0  # log of the validation loss over the best one; of the ratings, per decade
+LARGEST = 1e6  # number in the file
 LAYOUT = layout((
     *PARTS,
     ("offset", 1, -BOUND, BOUND, "log10 of the rate over the estimated best one"),
@@ -84,8 +85,13 @@ def ratings(offset: np.ndarray, worse: np.ndarray) -> np.ndarray:
 def load() -> RateEstimator:
     """The shipped estimator; raises `DataError` if it is damaged."""
     content = load_json(PATH, DataError, "install moe-envs anew")
-    found = RateEstimator(*(np.array(content[name]) for name in RateEstimator._fields))
-    if found.coefficients.shape != (MODELS, len(COLUMNS)) or found.intercepts.shape != (MODELS,):
+    try:
+        found = RateEstimator(*(np.array(content[name], dtype=np.float64) for name in RateEstimator._fields))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{PATH} is of another version ({error}): install moe-envs anew") from error
+    shapes = [each.shape for each in found]
+    usable = all((np.abs(each) < LARGEST).all() for each in found) and bool((found.deviations > 0).all())
+    if shapes != [(MODELS, len(COLUMNS)), (MODELS,), (MODELS,)] or not usable:
         raise DataError(f"{PATH} is of another version: install moe-envs anew")
     return found
 

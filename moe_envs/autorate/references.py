@@ -23,6 +23,7 @@ from moe_envs.core.threads import one_thread
 VERSION = 1
 RATES = {False: np.geomspace(1e-4, 0.3, 8), True: np.geomspace(1e-3, 3.0, 8)}  # of AdamW, of SGD
 CHUNK = 16  # contexts at once
+LARGEST = 1e6  # loss or rate in a file
 SHIPPED = tuple((name, 10, 32) for name in tasks.SHIPPED)
 log = logging.getLogger("moe_envs")
 
@@ -79,9 +80,14 @@ def save(
 def _read(path: Path, settings: str) -> dict[str, References]:
     metadata, arrays = read_arrays(path, DataError, "delete it, and it is computed again")
     shapes = {f"{split}/{name}": (CONTEXTS[split],) for split in SPLITS for name in References._fields}
-    if metadata.get("settings") != settings or {key: value.shape for key, value in arrays.items()} != shapes:
+    fits = {key: value.shape for key, value in arrays.items()} == shapes
+    if metadata.get("settings") != settings or not fits or not all(map(_are_losses, arrays.values())):
         raise DataError(f"{path} is of other data: delete it, and it is computed again")
     return {split: References(*(arrays[f"{split}/{name}"] for name in References._fields)) for split in SPLITS}
+
+
+def _are_losses(values: np.ndarray) -> bool:
+    return values.dtype == np.float32 and bool(((values > 0) & (values < LARGEST)).all())
 
 
 def compute(task: Task, steps: int, batch_size: int, split: str) -> References:

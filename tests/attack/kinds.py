@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from experts.compression.plan import Plan, PlanError, load_compressed
 from experts.data import DataError
 from experts.network import MoENetwork
 from experts.training import TrainingSettings
+from moe_envs.autorate import estimator, references
 
 Reseal = Callable[[Path], bytes]
 ENV = "moe_envs:MoERouting-v0"
@@ -278,6 +280,48 @@ def _tasks(folder: Path) -> None:
         (folder / path.name).write_bytes(path.read_bytes())
 
 
+def _own_task(folder: Path) -> None:
+    tasks.build("mine", *inputs())
+    shutil.copy(tasks._own_folder() / "mine.safetensors", folder)
+
+
+def _use_own_task(folder: Path) -> Any:
+    tasks._own_folder().mkdir(parents=True, exist_ok=True)  # each test has its own
+    shutil.copy(folder / "mine.safetensors", tasks._own_folder())
+    found = tasks.load("mine")
+    env: Any = gymnasium.make("moe_envs:MoEMetaOpt-v0", task="mine", target=0.9, max_actions=2)
+    env.reset(seed=0)
+    if not np.isfinite(env.step(env.action_space.sample())[1]):
+        raise AssertionError("the reward is not finite")
+    return found.sha256
+
+
+def _references(folder: Path) -> None:
+    shutil.copy(references.shipped_path("digits"), folder / "references.safetensors")
+
+
+def _use_references(folder: Path) -> Any:
+    path, settings = folder / "references.safetensors", references._settings(tasks.load("digits"), 10, 32)
+    found = references._read.__wrapped__(path, settings)
+    return {split: [each.tolist() for each in found[split]] for split in found}
+
+
+def _estimator(folder: Path) -> None:
+    estimator.save(estimator.load(), folder / "estimator.json")
+
+
+def _use_estimator(folder: Path) -> Any:
+    before, estimator.PATH = estimator.PATH, folder / "estimator.json"
+    try:
+        found = estimator.load.__wrapped__()
+    finally:
+        estimator.PATH = before
+    estimates = found(np.ones((4, 30), dtype=np.float32), np.arange(4))
+    if not np.isfinite(estimates).all():
+        raise AssertionError("an estimate is not finite")
+    return [each.tolist() for each in found]
+
+
 def _matrix(folder: Path) -> None:
     content = matrix.Matrix(experiment="tau", seeds=[1, 2], settings={"model": "digits-mlp"})
     (folder / "matrix.json").write_text(content.model_dump_json(indent=1))
@@ -331,7 +375,10 @@ KINDS: dict[str, Kind] = {
         _seal_arrays,
     ),
     "shared core": Kind(("experts.compression.shared_core",), _core, _use_core, (ValueError,), _seal_arrays),
-    "task": Kind(("experts.tasks",), _tasks, _use_task, (DataError,)),
+    "task": Kind(("experts.tasks",), _tasks, _use_task, (DataError,), skipped=("autorate", ".profile")),
+    "own task": Kind(("experts.tasks",), _own_task, _use_own_task, (DataError, ValueError), _seal_arrays),
+    "references": Kind(("moe_envs.autorate.references",), _references, _use_references, (DataError,), _seal_arrays),
+    "estimator": Kind(("moe_envs.autorate.estimator",), _estimator, _use_estimator, (DataError,), _seal_json),
 }  # fmt: skip
 # Modules whose files are for people, or are made anew where they are damaged: no number of ours is read from them.
 REPORTS = {

@@ -374,7 +374,7 @@ def test_what_a_setup_names_is_trusted_or_harmless() -> None:
     """Each text in a setup of a shipped experiment is a name of ours, or among what the setup says that it imports."""
     harmless = {
         "network", "model", "policy", "bundle", "policies", "data", "method", "level", "gate_level", "run", "task",
-        "trained_on", "optimizer", "plans",
+        "trained_on", "optimizer", "plans", "loop", "peer",
     }  # fmt: skip
     for name in shipped():
         experiment = find(name)

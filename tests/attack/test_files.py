@@ -196,10 +196,11 @@ def test_senseless_content_under_a_new_seal(
 
 def senseless(array: np.ndarray) -> dict[str, np.ndarray]:
     """An array with other numbers, shapes and types."""
+    rows = np.atleast_1d(array)
     found = {
-        "of text": np.frombuffer(b"text", np.uint8), "empty": array[:0], "flat": array.reshape(-1),
+        "of text": np.frombuffer(b"text", np.uint8), "empty": rows[:0], "flat": array.reshape(-1),
         "of one": array.reshape(-1)[:1],
-        "of float64": array.astype(np.float64), "of int8": np.zeros(array.shape, np.int8), "cut": array[:-1].copy(),
+        "of float64": array.astype(np.float64), "of int8": np.zeros(array.shape, np.int8), "cut": rows[:-1].copy(),
     }  # fmt: skip
     if array.dtype.kind == "f":
         found |= {

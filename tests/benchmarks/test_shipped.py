@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from agents import PPO
-from agents.deploy.autorate import AutoRate, load_policy
+from agents.deploy.autorate import load_policy
 from benchmarks import shipped
+from benchmarks.cli import bundle
 from experts.data import DataError
 from moe_envs.autorate import estimator
 from moe_envs.autorate.signals import BACK, KEEP, SIGNALS
@@ -54,9 +56,7 @@ def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_default_policy_is_made_by_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shipped, "TRAINED_ON", {"task": ["digits"]})
     monkeypatch.setattr(shipped, "EPISODES", 16)
-    said: list[str] = []
-    shipped.ship(said.append, tmp_path / "policy", timesteps=2048)
-    assert "validation" in said[-1]
+    done = CliRunner().invoke(bundle.app, ["autorate", "--out", str(tmp_path / "policy"), "--timesteps", "2048"])
+    assert "validation" in done.output, done.output
     assert PPO.load(tmp_path / "policy").num_timesteps in (0, 2048)
     assert hasattr(load_policy("default"), "predict")
-    assert AutoRate.STATE
