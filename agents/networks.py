@@ -185,17 +185,21 @@ class Network(Parameters):
 
 
 def residual_of(env: Any, preprocessor: Preprocessor, outputs: int) -> np.ndarray | None:
-    """The `advice` of an environment as a linear map `[inputs, outputs]` from observations to the head.
-
-    Advice maps parts of the `observation_layout`, of one number for each action, to their weights; None without advice.
-    """
-    advice: dict[str, float] = getattr(env, "advice", {})
-    if not advice:
+    """`advice_of` an environment for a network's inputs, which must not be normalised; None without advice."""
+    if not getattr(env, "advice", {}):
         return None
     if preprocessor.normalize:
         raise ValueError("policy_kwargs residual=True: advice is in observations that are not normalised")
-    found = np.zeros((preprocessor.size, outputs), dtype=np.float32)
-    for name, weight in advice.items():
+    return advice_of(env, preprocessor.size, outputs)
+
+
+def advice_of(env: Any, inputs: int, outputs: int) -> np.ndarray:
+    """The `advice` of an environment as a linear map `[inputs, outputs]` from observations to the head.
+
+    Advice maps parts of the `observation_layout`, of one number for each action, to their weights.
+    """
+    found = np.zeros((inputs, outputs), dtype=np.float32)
+    for name, weight in env.advice.items():
         found[env.observation_layout[name].slice] += weight * np.eye(outputs, dtype=np.float32)
     return found
 

@@ -19,6 +19,7 @@ from experts import data
 from experts.model import MoEClassifier
 
 VALIDATED, TESTED, CONTEXT, TEXT = 1_000, 5_000, 64, 4_000_000  # inputs; bytes of a text's window, and of all texts
+PACKAGED = {**sources.SEEN, **sources.UNSEEN}
 CHECKS, WORST = 45, 100.0  # validations in a training; the loss of one that diverges
 
 
@@ -49,6 +50,12 @@ LOOPS = {
     "transformer, text, AdamW": Loop("transformer", "text", "adamw", 1.0, 2_000, 16),
     "MLP, letter, AdamW": Loop("mlp", "letter", "adamw", 1.0, 600, 64),
     "MLP, MNIST-1D, SGD": Loop("mlp", "mnist1d", "sgd", 1.0, 600, 64),
+}
+UNSEEN = {  # looked at once, after the policy was made; the others were looked at before
+    "CNN, MNIST-5k, SGD": Loop("cnn", "mnist-5k", "sgd", 1.0, 400, 32),
+    "MLP, satimage x 10, AdamW": Loop("mlp", "satimage", "adamw", 10.0, 400, 32),
+    "MoE, texture x 0.1, SGD": Loop("moe", "texture", "sgd", 0.1, 400, 32),
+    "MoE, magic, AdamW": Loop("moe", "magic", "adamw", 1.0, 600, 64),
 }
 CHANGING = {
     "new classes in mid-run, AdamW": Loop("mlp", "fashion-mnist", "adamw", 1.0, 600, 128, shift=True),
@@ -84,10 +91,11 @@ def parts(name: str, scale: float) -> Parts:
     """The data of a loop, standardised and then scaled."""
     if name == "text":
         return _text()
-    if name in ("letter", "mnist1d"):
-        all_inputs, labels = {**sources.SEEN, **sources.UNSEEN}[name]()
+    if name in PACKAGED:
+        all_inputs, labels = PACKAGED[name]()
         order = np.random.default_rng(0).permutation(len(labels))
-        validation, test, rows = np.split(order, [VALIDATED, 5 * VALIDATED])
+        held_out = min(VALIDATED, len(labels) // 10)
+        validation, test, rows = np.split(order, [held_out, min(5 * VALIDATED, len(labels) // 3)])
     else:
         found = data.load(name)
         all_inputs, labels, splits = found.inputs, found.labels, found.splits

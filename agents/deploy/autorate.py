@@ -234,7 +234,7 @@ class AutoRate:
 
     def _go_back(self) -> None:
         put_back(self._best, self.optimizer, self._buffers)
-        self._bad = self.rate
+        self._bad, self._since_best = self.rate, 0
         self.backs += 1
 
     def _change(self, action: int) -> None:

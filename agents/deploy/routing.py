@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from agents.learner import Learner
-from agents.networks import Network
+from agents.networks import Network, advice_of
 from agents.preprocessing import CLIP
 from agents.set_network import SetNetwork
 from experts import bundle as bundles
@@ -31,22 +31,27 @@ from moe_envs.routing.tables import edges_of
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
+    from moe_envs.routing.env import MoERoutingVectorEnv
+
 
 class RoutedMoE(nn.Module):
-    """Classifier of a bundle, routed by a policy trained in MoERouting-v0, ours or SB3's.
+    """Classifier of a bundle, routed by a policy trained in MoERouting-v0, ours or SB3's, or by the rule "plan": for
+    each input the best expert of the pool that the estimates of the whole batch favour.
 
     Inputs `[B, D]` are split into groups of `batch_size`, the episode length of the policy. All groups are routed in
-    parallel, input by input as in the environment, each with its own observation. `env_kwargs` are the arguments of the
-    policy's environment. `module` is a fresh module to fill with the weights, for a bundle of your own model: yours, or
-    an `AdaptedMoE` of it.
+    parallel; their decisions are those of the environment, where inputs are routed in turn. `env_kwargs` are the
+    arguments of the policy's environment. `module` is a fresh module to fill with the weights, for a bundle of your own
+    model: yours, or an `AdaptedMoE` of it. `points` limits the inputs that are searched for nearest neighbours, which
+    takes most of the router's time: estimates get a little worse.
     """
 
     def __init__(
         self,
         bundle: str | Bundle,
-        policy: Learner | BaseAlgorithm,
+        policy: Learner | BaseAlgorithm | Literal["plan"],
         env_kwargs: dict[str, Any] | None = None,
         module: nn.Module | None = None,
+        points: int | None = None,
     ) -> None:
         super().__init__()
         from moe_envs.routing.env import MoERoutingVectorEnv
@@ -64,20 +69,15 @@ class RoutedMoE(nn.Module):
             self.module = model  # whose weights the head uses
         with torch.no_grad():
             self.width = self.experts[0](self.trunk(torch.from_numpy(loaded.examples[:1]))).shape[1]
-        spaces = env.single_observation_space, env.single_action_space
-        of_policy: Any = policy.rows if isinstance(policy, Learner) else policy
-        if (of_policy.observation_space, of_policy.action_space) != spaces:
-            raise ValueError(
-                f"the policy observes {of_policy.observation_space} and acts in {of_policy.action_space}, the "
-                f"environment has {spaces[0]} and {spaces[1]}: give the bundle and the env_kwargs of its training"
-            )
-        self.policy = policy_module(policy)
+        self.policy = _plan(env) if isinstance(policy, str) else _checked(policy, env)
         mean, projection = (torch.from_numpy(part) for part in loaded.projection)
         self.mean, self.projection = (nn.Parameter(part, requires_grad=False) for part in (mean, projection))
         costs = [
             torch.from_numpy(part[1 << np.arange(self.num_experts), 0]) for part in (env.tables.fixed, env.tables.slope)
         ]
         self.estimator = loaded.estimator() if env.tables.by_place else None
+        if self.estimator is not None and points is not None:
+            self.estimator.thin(points)
         for name in ("first_price", "input_price"):
             self.register_buffer(name, torch.from_numpy(getattr(env.tables, name)).float())
         self.graph = getattr(model, "graph", None)
@@ -95,10 +95,14 @@ class RoutedMoE(nn.Module):
     slope: torch.Tensor
 
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
-        """Class logits `[B, C]`; each expert runs once on its routed inputs."""
+        """Class logits `[B, C]`."""
         h_BD = self.trunk(x_BD)
         gate_BE = self.gate(h_BD)
-        members_BE = self.route(x_BD, gate_BE)
+        return self.answer(h_BD, gate_BE, self.route(x_BD, gate_BE))
+
+    def answer(self, h_BD: torch.Tensor, gate_BE: torch.Tensor, members_BE: torch.Tensor) -> torch.Tensor:
+        """Class logits `[B, C]` of selected experts, from the trunk's outputs and the gate's logits; each expert runs
+        once on its routed inputs."""
         outputs_BEH = run_chosen(self.experts, h_BD, members_BE, self.width)
         weights_BE = mixing_weights(gate_BE, members_BE).nan_to_num(0.0)
         mixed_BH = combine(outputs_BEH, weights_BE, members_BE, self.graph)
@@ -120,8 +124,7 @@ class RoutedMoE(nn.Module):
         return torch.cat(parts) if parts else gate_BE > 0
 
     def _route_groups(self, features_GTF: torch.Tensor, gate_GTE: torch.Tensor) -> torch.Tensor:
-        """Route groups of inputs, all groups at once and input by input, by features and centred gate logits."""
-        groups, size = gate_GTE.shape[:2]
+        """Route groups of inputs, all groups at once, by features and centred gate logits."""
         share_GE = gate_GTE.softmax(-1).mean(1) * self.num_experts
         if self.estimator is None:
             seen_GTO = torch.cat([features_GTF, gate_GTE], dim=2)
@@ -131,24 +134,54 @@ class RoutedMoE(nn.Module):
             seen_GTO, plan_GE = torch.cat([worth_GTE, gate_GTE.softmax(-1)], dim=2), self._plan(worth_GTE)
             detour_GE = torch.where(plan_GE > 0, 0, plan_GE - 1)
             batch_GO = torch.cat([worth_GTE.mean(1), share_GE, plan_GE, detour_GE], dim=1)
-        used_GE, cost_G1 = torch.zeros_like(share_GE), share_GE.new_zeros(groups, 1, dtype=torch.float64)
-        members = []
+        settle = self._in_turn if torch.compiler.is_compiling() else self._at_once
+        return settle(seen_GTO, batch_GO).flatten(0, 1) > 0
+
+    def _at_once(self, seen_GTO: torch.Tensor, batch_GO: torch.Tensor) -> torch.Tensor:
+        """Decisions 0 or 1 `[G, T, E]` for all inputs at once, from what was decided for those before; repeated until
+        none changes. The first input is settled by the first pass, the next one by the second at the latest: the result
+        is that of deciding in turn."""
+        size = seen_GTO.shape[1]
+        batch_GTO = batch_GO[:, None].expand(-1, size, -1)
+        progress_GT1 = (torch.arange(size) / size)[None, :, None].expand(len(seen_GTO), -1, -1)
+        chosen_GTE = seen_GTO.new_zeros(*seen_GTO.shape[:2], self.num_experts)
+        for _ in range(size):
+            paid_GTE = chosen_GTE.cummax(1).values
+            used_GTE = F.pad(paid_GTE, (0, 0, 1, -1))
+            costs_GT1 = ((paid_GTE - used_GTE) * self.fixed + chosen_GTE * self.slope).sum(2, keepdim=True).cumsum(1)
+            before, chosen_GTE = (
+                chosen_GTE,
+                self._decide(seen_GTO, batch_GTO, used_GTE, F.pad(costs_GT1, (0, 0, 1, -1)), progress_GT1),
+            )
+            if torch.equal(before, chosen_GTE):
+                break
+        return chosen_GTE
+
+    def _in_turn(self, seen_GTO: torch.Tensor, batch_GO: torch.Tensor) -> torch.Tensor:
+        """As `_at_once`, input by input, without a branch: for an export."""
+        groups, size = seen_GTO.shape[:2]
+        used_GE, cost_G1 = seen_GTO.new_zeros(groups, self.num_experts), self.fixed.new_zeros(groups, 1)
+        found = []
         for step in range(size):
-            progress_G1 = share_GE.new_full((groups, 1), step / size)
-            paid = [used_GE] if self.edges is None else [used_GE, edges_of(used_GE, self.edges)]
-            if self.estimator is not None:
-                paid.append(self.input_price + (1 - used_GE) * self.first_price[self.singles])
-            seen = [seen_GTO[:, step], batch_GO, *paid, cost_G1.float(), progress_G1]
-            head = self.policy(torch.cat(seen, dim=1))
-            if self.action == "expert":
-                chosen_GE = F.one_hot(head.argmax(1), self.num_experts).to(used_GE.dtype)
-            else:
-                chosen_GE = (head > 0).to(used_GE.dtype)
-            new_GE = chosen_GE * (1 - used_GE)
-            cost_G1 = cost_G1 + (new_GE * self.fixed + chosen_GE * self.slope).sum(1, keepdim=True)
-            used_GE = used_GE + new_GE
-            members.append(chosen_GE > 0)
-        return torch.stack(members, dim=1).flatten(0, 1)
+            progress_G1 = seen_GTO.new_full((groups, 1), step / size)
+            chosen_GE = self._decide(seen_GTO[:, step], batch_GO, used_GE, cost_G1, progress_G1)
+            cost_G1 = cost_G1 + (chosen_GE * (1 - used_GE) * self.fixed + chosen_GE * self.slope).sum(1, keepdim=True)
+            used_GE = torch.maximum(used_GE, chosen_GE)
+            found.append(chosen_GE)
+        return torch.stack(found, dim=1)
+
+    def _decide(
+        self, seen: torch.Tensor, batch: torch.Tensor, used: torch.Tensor, cost: torch.Tensor, progress: torch.Tensor
+    ) -> torch.Tensor:
+        """Experts chosen, 0 or 1 `[..., E]`, from the parts of observations `[..., *]`."""
+        paid = [used] if self.edges is None else [used, edges_of(used, self.edges)]
+        if self.estimator is not None:
+            paid.append(self.input_price + (1 - used) * self.first_price[self.singles])
+        observations = torch.cat([seen, batch, *paid, cost.float(), progress], dim=-1)
+        head = self.policy(observations.flatten(0, -2)).unflatten(0, observations.shape[:-1])
+        if self.action == "expert":
+            return F.one_hot(head.argmax(-1), self.num_experts).to(used.dtype)
+        return (head > 0).to(used.dtype)
 
     def _worth(self, estimator: Estimator, features_GTF: torch.Tensor, gate_GTE: torch.Tensor) -> torch.Tensor:
         """P(correct) of each expert for inputs in the context of their group, less the price of an input."""
@@ -195,6 +228,26 @@ class _Dense(nn.Module):
         outputs_BEH = torch.stack([expert(h_BD) for expert in self.routed.experts], dim=1)
         mixed_BH = mix(gate_BE, outputs_BEH, members_BE, self.routed.graph).nan_to_num(0.0)
         return mixed_BH if self.routed.head is None else self.routed.head(h_BD, mixed_BH)
+
+
+def _plan(env: MoERoutingVectorEnv) -> nn.Module:
+    """The environment's advice as a policy."""
+    if not env.advice:
+        raise ValueError('policy="plan" needs observation="estimates" and action="expert"')
+    advice = advice_of(env, env.tables.width, env.tables.num_experts)
+    return _linear(advice, np.zeros(advice.shape[1], dtype=np.float32))
+
+
+def _checked(policy: Any, env: MoERoutingVectorEnv) -> nn.Module:
+    """The network of a policy that was trained in environments such as this one."""
+    spaces = env.single_observation_space, env.single_action_space
+    of_policy: Any = policy.rows if isinstance(policy, Learner) else policy
+    if (of_policy.observation_space, of_policy.action_space) != spaces:
+        raise ValueError(
+            f"the policy observes {of_policy.observation_space} and acts in {of_policy.action_space}, the "
+            f"environment has {spaces[0]} and {spaces[1]}: give the bundle and the env_kwargs of its training"
+        )
+    return policy_module(policy)
 
 
 def policy_module(policy: Learner | BaseAlgorithm) -> nn.Module:

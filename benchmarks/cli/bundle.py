@@ -82,7 +82,7 @@ def _autorate(
     out: Annotated[Path | None, typer.Option(help="Train the policy only, into this folder.")] = None,
     timesteps: Annotated[int | None, typer.Option(min=1, help="Of the policy; default: as shipped.")] = None,
 ) -> None:
-    """Rebuild the references, the estimator and the default policy of MoEAutoRate-v0 (20 minutes)."""
+    """Rebuild the references, the estimator and the default policy of MoEAutoRate-v0 (40 minutes)."""
     from benchmarks import shipped
 
     shipped.ship(lambda line: console_of(None).print(f"[green]made[/] {line}"), out, timesteps or shipped.TIMESTEPS)

@@ -1,11 +1,12 @@
-"""How well does a learned router work in the real model? Accuracy, cost of the router itself, and wall times.
+"""Does a learned router pay in the real model? Accuracy and wall time, its own decisions included, beside rules.
 
-To evaluate your own run: moe-benchmark run router --set run=RUN_DIR. By default, PPO is trained first.
+Costs are times on this machine, relative to the top-2 gate. The shipped experts are tiny; a second setup trains an MoE
+of wide experts on the same data. All routers run the same code: shared trunk and gate, their own choice, and only the
+chosen experts. To evaluate your own run: moe-benchmark run router --set run=RUN_DIR.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,31 +17,47 @@ import pandas as pd
 import torch
 
 from agents import runs
+from agents.baselines.routing import Planner, RoutingProblem
 from agents.deploy.routing import RoutedMoE
 from agents.evaluate import make_rows
+from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.setup import Arguments
 from cost.files import locked
-from cost.model import Cost
-from cost.profile import measure as measure_cost
+from cost.profile import measure_experts
 from cost.timing import torch_threads
 from experts import bundle as bundles
 from experts import data
+from experts.bundle.build import build
+from experts.training import TrainingSettings
 
-BATCH_SIZES, REPEATS = (1, 32, 512), 200
+BATCH_SIZES, REPEATS = (32, 512), 100
 ENV = "moe_envs:MoERouting-v0"
-SEEDS = (0,)
-SETTINGS: dict[str, dict[str, Any]] = {"router": {}}
-QUICK = {"settings": {"bundle": "digits", "timesteps": 4096, "episodes": 20, "repeats": 5}}
+TIME_ONLY = {"time_weight": 1.0, "memory_weight": 0.0, "energy_weight": 0.0}
+SEEDS = (0, 1, 2)
+WIDE = [256, 256, 512, 512, 1024, 1024, 2048, 2048]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "experts of 4 to 64 units": {},
+    "experts of 256 to 2,048 units": {"widths": WIDE},
+}
+QUICK = {
+    "seeds": [0],
+    "setups": {"small": {"bundle": "digits", "timesteps": 4096, "episodes": 32, "repeats": 3}},
+}
+PPO, PLAN = "PPO", "plan (estimates)"
 
 
 class RouterSetup(Arguments):
-    """`run` is a run folder of moe-train; if None, PPO is trained on `bundle` with `cost_weight`."""
+    """`run` is a run folder of moe-train; if None, PPO is trained on `bundle`, or, with `widths`, on an MoE of experts
+    of so many hidden units that is trained on the same data for `epochs`. `points` are those of `RoutedMoE`."""
 
     run: str | None = None
     bundle: str = "fashion-mnist"
+    widths: list[int] | None = None
+    epochs: int = 5
+    points: int = 2048
     cost_weight: float = 0.2
     timesteps: int | None = None
-    episodes: int = 500
+    episodes: int = 512
     repeats: int = REPEATS
 
 
@@ -48,110 +65,167 @@ Setup = RouterSetup
 
 
 def measure(setup: RouterSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Accuracy, cost in the environment and with the router's own cost on this machine, and wall time compared with the
-    top-2 gate."""
+    """Decisions compared with the environment's, accuracy of each router, and its wall times."""
     run = Path(setup.run) if setup.run else _trained(setup, seed, folder)
-    episodes = setup.episodes
     policy: Any
     policy, config = runs.load(run)
-    kwargs = {**config["env_kwargs"], "split": "test"}
-    env: Any = make_rows(config["env"], episodes, **kwargs).unwrapped
+    kwargs = config["env_kwargs"]
     loaded = bundles.load(kwargs.get("bundle", "fashion-mnist"))
-    routed = RoutedMoE(loaded, policy, config["env_kwargs"])
-    name = loaded.metadata["name"]
-    inputs, labels = data.load(name)["test"]
-    observation, _ = env.reset(seed=0)
-    rows = np.array([env.tables.batch(batch)[:-1] for batch in env.batch])
-    found, actions = {"quality": 0.0, "cost": 0.0}, []
-    for _ in range(env.tables.batch_size):
-        action, _ = policy.predict(observation, deterministic=True)
-        observation, _, _, _, infos = env.step(action)
-        infos = infos.get("final_info", infos)
-        found = {key: found[key] + float(infos[f"reward/{key}"].mean()) for key in found}
-        actions.append(action)
-    x = torch.from_numpy(inputs[rows.ravel()])
+    inputs, labels = data.load(loaded.metadata["data"]["name"])["test"]
+    rows, actions = _played(policy, config["env"], setup.episodes, kwargs)
+    x, right = torch.from_numpy(inputs[rows.ravel()]), torch.from_numpy(labels[rows.ravel()])
+    exact = RoutedMoE(loaded, policy, kwargs)
+    fast = {
+        PPO: RoutedMoE(loaded, policy, kwargs, points=setup.points),
+        PLAN: RoutedMoE(loaded, "plan", kwargs, points=setup.points),
+    }
+    routers: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+        "top-2 gate": lambda x, gate: _largest(gate, 2),
+        "top-1 gate": lambda x, gate: _largest(gate, 1),
+        "best fixed pool, by the gate": _in_pool(_best_pool(config["env"], kwargs)),
+        f"{PPO}, all points": exact.route,
+        **{name: routed.route for name, routed in fast.items()},
+    }
     with torch_threads(1), torch.inference_mode():
-        members = routed.route(x, routed.gate(routed.trunk(x))).numpy()
-        accuracy = float((routed(x).argmax(1).numpy() == labels[rows.ravel()]).mean())
-        times = _times(routed, loaded.model(), torch.from_numpy(inputs), setup.repeats)
-    chosen = np.array(actions).swapaxes(0, 1).reshape(len(members), -1)
-    same = members == (chosen == np.arange(members.shape[1]) if chosen.shape[1] == 1 else chosen == 1)
-    loads = members.reshape(len(rows), -1, members.shape[1]).sum(1)
-    codes = 1 << np.arange(members.shape[1])
-    cost = float(((loads > 0) @ env.tables.fixed[codes, 0] + loads @ env.tables.slope[codes, 0]).mean())
-    own = _router_cost(routed, x[: rows.shape[1]])
-    charged = cost + float(env.tables.relative(own.time, own.memory, own.energy))
-    cases = {"environment": (found["quality"], found["cost"]), "deployed": (accuracy, cost)}
-    cases["deployed, with its router"] = (accuracy, charged)
-    equal = float(same.all(1).mean())
-    return {"decisions_equal": equal, "accuracy": accuracy}, {"router": vars(own), "times": times, "cases": [
-        {"": case, "accuracy": quality, "cost": paid, "return": quality - config["cost_weight"] * paid}
-        for case, (quality, paid) in cases.items()
-    ]}  # fmt: skip
+        members = exact.route(x, exact.gate(exact.trunk(x))).numpy()
+        equal = float((members == actions.reshape(members.shape)).all(1).mean())
+        answers = {name: (_answer(exact, route, x)[0].argmax(1) == right).float() for name, route in routers.items()}
+        times = _times(exact, routers, x, setup.repeats)
+    accuracy = {name: float(each.mean()) for name, each in answers.items()}
+    return {"decisions_equal": equal, "accuracy": accuracy, "weight": float(kwargs.get("cost_weight", 0.2))}, {
+        "times": times
+    }
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """Tables of accuracy, cost and wall time."""
-    first = frame.iloc[0]
-    times = [
-        {"batch": each["batch_size"], "top-2 gate, ms": 1e3 * each["top-2"], "routed, ms": 1e3 * each["routed"],
-         "of that the router, ms": 1e3 * each["router"], "routed / top-2": each["routed"] / each["top-2"]}
-        for each in first["times"]
-    ]  # fmt: skip
+    """A table for each setup and batch size: accuracy, time, return, and what PPO returns more than each."""
+    tables = {}
+    for setup, rows in frame.groupby("setup", sort=False):
+        for size in BATCH_SIZES:
+            tables[f"{setup}, batches of {size}"] = _table(rows, size)
+    equal = frame["decisions_equal"].min()
     return {
-        "tables": {"Test batches; cost 1 is the top-2 gate's": first["cases"],
-                   "Wall time, medians, one thread": times},
-        "notes": [f"Decisions equal to the environment's: {first['decisions_equal']:.4%}."],
-    }  # fmt: skip
+        "tables": tables,
+        "notes": [
+            f"Decisions equal to the environment's, with all points: {equal:.4%} or more.",
+            "return: accuracy - weight * time / time of the top-2 gate. Medians of a training, means of trainings, one "
+            "thread. pays from: the top-2 gate's time above which routing saves more than the router takes.",
+        ],
+    }
+
+
+def _table(rows: pd.DataFrame, size: int) -> list[dict[str, Any]]:
+    """Means over trainings, and intervals of the difference to PPO."""
+    times = pd.DataFrame([{name: each[str(size)] for name, each in row["times"].items()} for _, row in rows.iterrows()])
+    accuracy = pd.DataFrame(list(rows["accuracy"]))
+    weight = rows["weight"].to_numpy()
+    ratio = pd.DataFrame({name: [a[0] / b[0] for a, b in zip(times[name], times["top-2 gate"], strict=True)]
+                          for name in times})  # fmt: skip
+    returns = accuracy - ratio.mul(weight, axis=0)
+    found = []
+    for name in times:
+        whole, router = np.array(times[name].tolist()).mean(0)
+        top_2 = float(np.mean([each[0] for each in times["top-2 gate"]]))
+        saved = 1 - (whole - router) / top_2
+        more = (returns[PPO] - returns[name]).to_numpy()
+        found.append({
+            "router": name, "accuracy": float(accuracy[name].mean()),
+            "ms": 1e3 * whole, "of that the router": 1e3 * router,
+            "time / top-2": float(ratio[name].mean()), "return": float(returns[name].mean()),
+            "PPO's minus this": float(more.mean()),
+            "95 %": list(mean_interval(more)) if len(more) > 1 and name != PPO else None,
+            "pays from, ms": 1e3 * router / saved if saved > 0 and router > 0 else None,
+        })  # fmt: skip
+    return found
+
+
+def _played(policy: Any, env_id: str, episodes: int, kwargs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs `[episodes, T]` of test batches, and which experts the policy chose in the environment, `[.., T, E]`."""
+    env: Any = make_rows(env_id, episodes, **{**kwargs, "split": "test"}).unwrapped
+    observation, _ = env.reset(seed=0)
+    rows = np.array([env.tables.batch(batch)[:-1] for batch in env.batch])
+    actions = []
+    for _ in range(env.tables.batch_size):
+        action, _ = policy.predict(observation, deterministic=True)
+        observation, *_ = env.step(action)
+        actions.append(np.eye(env.tables.num_experts)[action] if action.ndim == 1 else action)
+    return rows, np.array(actions).swapaxes(0, 1) > 0
 
 
 def _trained(setup: RouterSetup, seed: int, folder: Path) -> Path:
-    place = folder / f"run-{setup.bundle}-{setup.cost_weight:g}-{seed}-{setup.timesteps or 'all'}"
+    """The run of PPO, trained by times on this machine."""
+    bundle = str(_wide(setup, folder)) if setup.widths else setup.bundle
+    place = folder / f"run-{Path(bundle).name}-{setup.cost_weight:g}-{seed}-{setup.timesteps or 'all'}"
     with locked(place):
         if not (place / runs.SETTINGS).exists():
             more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
-            kwargs = {"bundle": setup.bundle, "cost_weight": setup.cost_weight}
+            kwargs = {"bundle": bundle, "cost_weight": setup.cost_weight, "costs": "machine", **TIME_ONLY}
             with torch_threads(1):
                 runs.train(ENV, "ppo", seed, place, kwargs, more, overwrite=True)
     return place
 
 
-def _router_cost(routed: RoutedMoE, x: torch.Tensor) -> Cost:
-    """Cost of the decisions for one batch on this machine in s, B and J."""
-    with torch.inference_mode():
-        gate = routed.gate(routed.trunk(x))
-        profile = measure_cost({"router": lambda n: lambda: routed.route(x, gate)}, sizes=(len(x),))
-    return profile.cost("router", len(x))
+def _wide(setup: RouterSetup, folder: Path) -> Path:
+    """The bundle of an MoE of experts of these widths on the data of another bundle."""
+    widths = setup.widths or []
+    name = f"{setup.bundle}-{'-'.join(map(str, widths))}-{setup.epochs}"
+    with locked(folder / name):
+        if not (folder / "bundles" / name).exists():
+            source = data.load(setup.bundle)
+            settings = TrainingSettings(widths=widths, epochs=setup.epochs, standardize=False)
+            build(
+                name, source.inputs, source.labels, splits=source.splits, settings=settings, profile=measure_experts,
+                data={"name": source.name, "sha256": source.sha256}, folder=folder / "bundles", progress=False,
+            )  # fmt: skip
+    return folder / "bundles" / name
 
 
-def _times(routed: RoutedMoE, model: Any, inputs: torch.Tensor, repeats: int) -> list[dict[str, float]]:
-    """Median times in s, alternating between top-2 gate, routed model and router alone."""
-    experts = list(model.experts)
+def _best_pool(env_id: str, kwargs: dict[str, Any]) -> int:
+    """Code of the pool of experts in which the gate returns most on validation."""
+    arguments = {key: value for key, value in kwargs.items() if key not in ("observation", "split")}
+    problem = RoutingProblem(env_id, **arguments)
+    returns = Planner(problem, problem.gate, problem.singles).pool_returns(validation=True)
+    return int(returns.mean(0).argmax()) + 1
 
-    def top_2(x: torch.Tensor) -> torch.Tensor:
-        hidden = model.trunk(x)
-        weights, chosen = model.gate(hidden).topk(2)
-        weights = weights.softmax(-1)
-        logits = x.new_zeros(len(x), 10)
-        for number, expert in enumerate(experts):
-            rows, place = (chosen == number).nonzero(as_tuple=True)
-            if len(rows):
-                logits.index_add_(0, rows, expert(hidden[rows]) * weights[rows, place, None])
-        return logits
 
-    result = []
+def _in_pool(code: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def route(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        outside = (code >> torch.arange(gate.shape[1]) & 1) == 0
+        return _largest(gate.masked_fill(outside, -torch.inf), 1)
+
+    return route
+
+
+def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(count).indices, True)
+
+
+def _answer(routed: RoutedMoE, route: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
+    """Logits of the experts that `route` chooses, and the seconds that it takes to choose."""
+    hidden = routed.trunk(x)
+    gate = routed.gate(hidden)
+    begun = time.perf_counter()
+    members = route(x, gate)
+    seconds = time.perf_counter() - begun
+    return routed.answer(hidden, gate, members), seconds
+
+
+def _times(
+    routed: RoutedMoE, routers: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]], x: torch.Tensor,
+    repeats: int,
+) -> dict[str, dict[str, tuple[float, float]]]:  # fmt: skip
+    """Median times in s by router and batch size, of the whole model and of its router, measured in turns."""
+    found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in routers}
     for size in BATCH_SIZES:
-        x = inputs[:size]
-        cases: dict[str, Callable[[], object]] = {
-            "top-2": lambda x=x: top_2(x),  # type: ignore[misc]
-            "routed": lambda x=x: routed(x),  # type: ignore[misc]
-            "router": lambda x=x: routed.route(x, routed.gate(routed.trunk(x))),  # type: ignore[misc]
-        }
-        spent: dict[str, list[float]] = {case: [] for case in cases}
-        for _ in range(repeats):
-            for case, call in cases.items():
+        batches = [part for part in x.split(size) if len(part) == min(size, len(x))]
+        spent: dict[str, list[tuple[float, float]]] = {name: [] for name in routers}
+        for number in range(repeats):
+            batch = batches[number % len(batches)]
+            for name, route in routers.items():
                 begun = time.perf_counter()
-                call()
-                spent[case].append(time.perf_counter() - begun)
-        result.append({"batch_size": size} | {case: statistics.median(values) for case, values in spent.items()})
-    return result
+                _, deciding = _answer(routed, route, batch)
+                spent[name].append((time.perf_counter() - begun, deciding))
+        for name, each in spent.items():
+            whole, router = np.median(each, axis=0)
+            found[name][str(size)] = float(whole), float(router)
+    return found

@@ -180,6 +180,7 @@ class MoEAutoRateVectorEnv(BatchedEnv):
             now[rows] = kept[rows]
         training.steps[rows] = self._best_steps[rows]
         self._bad[rows] = self.rate[rows]
+        self._since_best[rows] = 0
         self._backs[rows] += 1
 
     def _not_above(self, rows: np.ndarray) -> None:

@@ -34,7 +34,7 @@ PARTS = tuple(
         ("over_best", 1, "log of the validation loss over the best one, times 5"),
         ("over_first", 1, "log of the validation loss over that before the training"),
         ("best_over_first", 1, "log of the best validation loss over that before the training"),
-        ("since_best", 1, "decisions since the best validation loss, over 5"),
+        ("since_best", 1, "decisions since the best validation loss, or since going back to it, over 5"),
         ("step_size", 1, "log10 of the norm of the last step over that of the weights, plus 3"),
         ("straightness", 1, "log of the way of the weights since the last decision over that of a random walk"),
         ("turn", 1, "cosine between the last two ways"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agents import PPO
+from agents.baselines.routing import Baseline, RoutingProblem, _plan
 from agents.deploy.routing import RoutedMoE
 from experts import bundle as bundles
 from experts import data
@@ -120,3 +121,39 @@ def test_dqn_and_qr_dqn_are_deployed_and_recurrent_policies_refused() -> None:
 def test_an_empty_batch_has_no_answers() -> None:
     routed = RoutedMoE("digits", PPO("MlpPolicy", ID, env_kwargs={"bundle": "digits"}, n_envs=1))
     assert routed(torch.zeros(0, 64)).shape == (0, 10)
+
+
+def test_the_plan_is_deployed_as_the_rule_that_it_is() -> None:
+    kwargs = {"bundle": "digits", "cost_weight": 0.2}
+    problem = RoutingProblem(ID, 10, "estimates", **kwargs)
+    rule = Baseline(_plan(problem, 0.0), problem, single=True)
+    env: Any = gymnasium.make_vec(ID, 50, "vector_entry_point", **kwargs, split="test").unwrapped
+    observation, _ = env.reset(seed=0)
+    rows = np.array([env.tables.batch(batch)[:-1] for batch in env.batch])
+    chosen = []
+    for _ in range(32):
+        action, _ = rule.predict(observation)
+        chosen.append(action)
+        observation, *_ = env.step(action)
+    routed = RoutedMoE("digits", "plan", kwargs)
+    with torch.inference_mode():
+        x = torch.from_numpy(data.load("digits")["test"][0][rows.ravel()])
+        members = routed.route(x, routed.gate(routed.trunk(x))).numpy()
+    assert (members.argmax(1) == np.transpose(chosen).ravel()).mean() > 0.999
+    with pytest.raises(ValueError, match='policy="plan" needs'):
+        RoutedMoE("digits", "plan", {"observation": "features"})
+
+
+def test_fewer_points_are_searched_with_little_loss() -> None:
+    kwargs = {"bundle": "digits", "cost_weight": 0.2}
+    inputs, labels = (torch.from_numpy(each) for each in data.load("digits")["test"])
+    right = {}
+    for points in (None, 400, 10**9):
+        routed = RoutedMoE("digits", "plan", kwargs, points=points)
+        with torch.inference_mode():
+            right[points] = float((routed(inputs).argmax(1) == labels).float().mean())
+        assert len(routed.estimator.points_NF) == (400 if points == 400 else 800)  # type: ignore[union-attr]
+    assert right[10**9] == right[None]
+    assert right[None] - 0.05 < right[400]
+    with pytest.raises(ValueError, match="points=0"):
+        RoutedMoE("digits", "plan", kwargs, points=0)

@@ -8,8 +8,7 @@ import torch
 
 from benchmarks import loops
 from benchmarks.experiments import autorate
-from benchmarks.experiments.unseen import sources
-from benchmarks.loops import CHANGING, LOOPS, WORST, Loop, run
+from benchmarks.loops import CHANGING, LOOPS, UNSEEN, WORST, Loop, run
 from experts.data import DataError
 
 SMALL = Loop("mlp", "digits", "adamw", 1.0, 60, 32)
@@ -36,10 +35,10 @@ def test_what_does_not_learn_has_failed(rate: float) -> None:
 
 
 @pytest.mark.needs_data
-@pytest.mark.parametrize("name", [*LOOPS, *CHANGING])
+@pytest.mark.parametrize("name", [*LOOPS, *UNSEEN, *CHANGING])
 def test_every_loop_runs(name: str) -> None:
-    loop = (LOOPS | CHANGING)[name]
-    if loop.data in sources.SEEN | sources.UNSEEN and loop.data != "digits":
+    loop = (LOOPS | UNSEEN | CHANGING)[name]
+    if loop.data in loops.PACKAGED:
         try:
             loops.parts(loop.data, loop.scale)
         except DataError as error:  # no network, or the package that generates it is not installed

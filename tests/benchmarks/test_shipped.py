@@ -12,13 +12,13 @@ from benchmarks import shipped
 from benchmarks.cli import bundle
 from experts.data import DataError
 from moe_envs.autorate import estimator
-from moe_envs.autorate.signals import BACK, KEEP, SIGNALS
+from moe_envs.autorate.signals import BACK, KEEP, SIGNALS, RateSignals
 
 
 def test_the_estimator_knows_what_is_too_high_and_too_low(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shipped, "TRAINED_ON", {"task": ["digits"], "steps_per_action": [10]})
     monkeypatch.setattr(shipped, "DECISIONS", 4)
-    observations, offsets = shipped._decisions("digits", 10, seed=5)
+    observations, offsets = shipped._decisions(5, task="digits", steps_per_action=10)
     offset, deviation = estimator.load()(observations[0], np.ones(len(offsets[0]), dtype=int))
     assert np.corrcoef(offset, offsets[0])[0, 1] > 0.8
     assert np.sqrt(np.mean((offset - offsets[0]) ** 2)) < 1.3 * deviation[0]
@@ -33,7 +33,7 @@ def test_estimates_are_averaged_by_their_precision(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(estimator, "load", lambda: two)
     signals = np.zeros((2, SIGNALS["diverged"].slice.stop), dtype=np.float32)
     best, precision = estimator.update(
-        np.zeros(2), np.full(2, 4.0), signals, np.ones(2), np.array([1, estimator.DECISIONS + 1])
+        np.zeros(2), np.full(2, 4.0), signals, np.ones(2), np.array([2, estimator.LAST + 1])
     )
     np.testing.assert_allclose(best, [-0.5, 0.0])  # half of the evidence says a decade lower; the late one is not heard
     np.testing.assert_allclose(precision, [8.0, 4.0])
@@ -44,6 +44,20 @@ def test_ratings_by_hand() -> None:
     assert rated.argmax(1).tolist() == [KEEP, 0, 6, BACK]
     assert rated[:3].max(1).tolist() == [0, 0, 0]
     assert rated[0, BACK] == -5
+
+
+def test_a_network_that_died_goes_back() -> None:
+    def rated(loss: float, since_best: int) -> int:
+        logs, one = np.full((1, 2, 3), np.log(loss)), np.ones(1)
+        signals = RateSignals(
+            one, one, logs, one, one, np.log([2.3]), np.log([2.0]), np.array([since_best]), one, one, one, one, one, one,
+            np.zeros(1), one, np.zeros(1),
+        )  # fmt: skip
+        return int(estimator.observe(signals, np.zeros(1))[0, estimator.LAYOUT["rating"].slice].argmax())
+
+    assert rated(2.29, estimator.STUCK) == BACK
+    assert rated(2.29, estimator.STUCK - 1) == KEEP
+    assert rated(2.1, estimator.STUCK) == KEEP
 
 
 def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
