@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from moe_envs.autorate.signals import (
 )
 
 DECISIONS, LEAST_STEPS, SWEEP_SHARE = 45, 4, 0.1  # of a training; steps between two; the most that a range test takes
-DEFAULT = Path("assets", "autorate")
+RULES = "default", "rule"
 
 
 class AutoRate:
@@ -45,9 +44,10 @@ class AutoRate:
     range test, after which the weights are put back. Then a decision is made every `steps / decisions` steps: the
     policy multiplies the rate, or goes back to the best state.
 
-    `policy` is "default" (shipped, trained on small networks), "estimate" (moves to where the best rate is estimated to
-    be), "rule" (keeps the rate, goes back where the loss is 30 % above the best), the folder of a run of `moe-train
-    --env MoEAutoRate-v0` or of a saved learner, or an object with `predict`. `validation()` returns the validation loss
+    `policy` is "default" (moves to where a linear model of the signals estimates the best rate, and goes back where the
+    loss is 30 % above the best one or the network died), "rule" (keeps the rate, goes back where the loss is 30 %
+    above), the folder of a run of `moe-train --env MoEAutoRate-v0` or of a saved learner, or an object with `predict`.
+    `validation()` returns the validation loss
     as a number; it is called at the start and at each decision, with Schedule-Free optimisers switched to `eval`.
     The rate that the optimiser was made with is ignored, but the ratios between those of its groups are kept. Buffers
     of `module`, such as a batch norm's, are put back with the weights. Takes the memory of five more copies of the
@@ -172,7 +172,7 @@ class AutoRate:
             action = KEEP  # nothing has been observed
         elif self.policy == "rule":
             action = int(rule(observation, self._climb)[0])
-        elif self.policy == "estimate":
+        elif self.policy == "default":
             action = int(estimate(observation)[0])
         else:
             action = int(np.ravel(self.policy.predict(observation, deterministic=True)[0])[0])
@@ -264,20 +264,15 @@ class AutoRate:
         return float(nn.utils.get_total_norm([each.detach() for each in tensors]))
 
 
-def default_folder() -> Path:
-    """Where the shipped policy is."""
-    return Path(str(resources.files("agents"))) / DEFAULT
-
-
 def load_policy(policy: Any) -> Any:
     """The policy of a folder; a rule's name, and an object with `predict`, as they are."""
-    if hasattr(policy, "predict") or policy in ("rule", "estimate"):
+    if hasattr(policy, "predict") or policy in RULES:
         return policy
     from agents import runs
     from agents.ppo import PPO
 
-    folder = default_folder() if policy == "default" else Path(policy)
+    folder = Path(policy)
     if not folder.is_dir():
-        known = '"default", "estimate", "rule", the folder of a run, or an object with predict'
+        known = '"default", "rule", the folder of a run, or an object with predict'
         raise ValueError(f"policy={policy!r}: must be {known}")
     return runs.load(folder)[0] if (folder / runs.SETTINGS).exists() else PPO.load(folder)

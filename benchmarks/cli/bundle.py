@@ -78,14 +78,11 @@ def _tasks() -> None:
 
 
 @app.command("autorate")
-def _autorate(
-    out: Annotated[Path | None, typer.Option(help="Train the policy only, into this folder.")] = None,
-    timesteps: Annotated[int | None, typer.Option(min=1, help="Of the policy; default: as shipped.")] = None,
-) -> None:
-    """Rebuild the references, the estimator and the default policy of MoEAutoRate-v0 (40 minutes)."""
+def _autorate() -> None:
+    """Rebuild the references and the estimator of MoEAutoRate-v0 (40 minutes)."""
     from benchmarks import shipped
 
-    shipped.ship(lambda line: console_of(None).print(f"[green]made[/] {line}"), out, timesteps or shipped.TIMESTEPS)
+    shipped.ship(lambda line: console_of(None).print(f"[green]made[/] {line}"))
 
 
 def rebuild(name: str, folder: Path | None = None) -> Bundle:

@@ -38,7 +38,7 @@ TUNED = "cosine, tuned"
 PEERS = (
     *(TUNED, "cosine, default rate", "constant, default rate", "range test, cosine", "hypergradient, default rate"),
     *("D-Adaptation, cosine", "Prodigy, cosine", "Schedule-Free, defaults"),
-    *("rule", "estimate", "AutoRate", "AutoRate over Schedule-Free"),
+    *("rule", "AutoRate", "AutoRate over Schedule-Free"),
 )
 SEEN = "Excess test loss over the tuned cosine"
 STARTED = ("cosine", "constant", "hypergradient", "rule, no range test", "AutoRate")
@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = (
     | {
         f"{loop}: {peer}": {"loop": loop, "peer": peer}
         for loop in CHANGING
-        for peer in (TUNED, "range test, cosine", "Schedule-Free, defaults", "rule", "estimate", "AutoRate")
+        for peer in (TUNED, "range test, cosine", "Schedule-Free, defaults", "rule", "AutoRate")
     }
 )  # fmt: skip
 QUICK = {
@@ -116,7 +116,7 @@ def _tuned(setup: AutoRateSetup, loop: Loop, folder: Path) -> float:
 def drive_of(setup: AutoRateSetup, loop: Loop, rate: float | None) -> Drive:
     """What sets the rate, by the name of the peer."""
     peer, default = setup.peer, DEFAULTS[loop.optimizer] if rate is None else rate
-    if peer.startswith(("rule", "estimate", "AutoRate")):
+    if peer.startswith(("rule", "AutoRate")):
         policy = setup.policy if peer.startswith("AutoRate") else peer.partition(",")[0]
         return by_autorate(policy, "Schedule-Free" in peer, rate if "no range test" in peer else None)
     drives: dict[str, Callable[[], Drive]] = {

@@ -23,7 +23,6 @@ from agents.evaluate import make_rows
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.setup import Arguments
 from cost.files import locked
-from cost.profile import measure_experts
 from cost.timing import torch_threads
 from experts import bundle as bundles
 from experts import data
@@ -174,7 +173,7 @@ def _wide(setup: RouterSetup, folder: Path) -> Path:
             source = data.load(setup.bundle)
             settings = TrainingSettings(widths=widths, epochs=setup.epochs, standardize=False)
             build(
-                name, source.inputs, source.labels, splits=source.splits, settings=settings, profile=measure_experts,
+                name, source.inputs, source.labels, splits=source.splits, settings=settings,
                 data={"name": source.name, "sha256": source.sha256}, folder=folder / "bundles", progress=False,
             )  # fmt: skip
     return folder / "bundles" / name

@@ -75,11 +75,12 @@ def signals_of(of: RateSignals) -> np.ndarray:
     changes = 5 * (of.losses[:, :, :2] - of.losses[:, :, 1:])
     training, validation = of.losses[:, 0, 0], of.losses[:, 1, 0]
     bad = np.where(of.bad > 0, of.bad, of.rate)
+    growth = np.where(np.isfinite(of.growth), np.maximum(of.growth, TINY), 1.0)
     columns = (
         of.progress, np.log2(of.decisions) - 5, changes[:, 1], changes[:, 0], 5 * of.slope, 5 * of.spread,
         validation - training, 5 * (validation - of.best), validation - of.first, of.best - of.first,
         of.since_best / 5, np.log10(np.maximum(of.step_size, TINY)) + 3, np.log(np.maximum(of.straightness, TINY)),
-        of.turn, np.log(np.maximum(of.growth, TINY)), np.log10(of.rate / of.highest), np.log10(of.rate / bad),
+        of.turn, np.log(growth), np.log10(of.rate / of.highest), np.log10(of.rate / bad),
         np.log2(1 + of.backs), of.diverged,
     )  # fmt: skip
     return np.column_stack(columns).clip(-BOUND, BOUND).astype(np.float32)

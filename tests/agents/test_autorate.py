@@ -110,7 +110,7 @@ def test_it_observes_what_the_environment_observes(number: int) -> None:
         np.testing.assert_allclose(ours, theirs, atol=0.02)
 
 
-@pytest.mark.parametrize("policy", ["default", "rule", "estimate"])
+@pytest.mark.parametrize("policy", ["default", "rule"])
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, pytorch_optimizer.Lamb])
 def test_no_rate_is_needed(policy: str, make: Any) -> None:
     training = Training(make, lr=1e-8)
@@ -224,7 +224,7 @@ def test_it_is_drawn(tmp_path: Path) -> None:
     [
         ({"steps": 5}, "steps=5"),
         ({"decisions": 0}, "decisions=0"),
-        ({"policy": "defualt"}, '\'defualt\'.*"default", "estimate"'),
+        ({"policy": "defualt"}, '\'defualt\'.*"default", "rule"'),
         ({"validation": lambda: float("nan")}, "returned nan"),
     ],
 )

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from agents import PPO
-from agents.deploy.autorate import load_policy
 from benchmarks import shipped
 from benchmarks.cli import bundle
 from experts.data import DataError
@@ -50,8 +48,8 @@ def test_a_network_that_died_goes_back() -> None:
     def rated(loss: float, since_best: int) -> int:
         logs, one = np.full((1, 2, 3), np.log(loss)), np.ones(1)
         signals = RateSignals(
-            one, one, logs, one, one, np.log([2.3]), np.log([2.0]), np.array([since_best]), one, one, one, one, one, one,
-            np.zeros(1), one, np.zeros(1),
+            one, one, logs, one, one, np.log([2.3]), np.log([2.0]), np.array([since_best]), *[one] * 6, 0 * one, one,
+            0 * one,
         )  # fmt: skip
         return int(estimator.observe(signals, np.zeros(1))[0, estimator.LAYOUT["rating"].slice].argmax())
 
@@ -67,10 +65,13 @@ def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         estimator.load.__wrapped__()
 
 
-def test_the_default_policy_is_made_by_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_shipped_is_made_by_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[str] = []
+    monkeypatch.setattr(shipped.references, "save", lambda task, steps, batch_size, path: saved.append(path.name))
+    monkeypatch.setattr(shipped.estimator, "save", lambda estimator: saved.append(type(estimator).__name__))
     monkeypatch.setattr(shipped, "TRAINED_ON", {"task": ["digits"]})
-    monkeypatch.setattr(shipped, "EPISODES", 16)
-    done = CliRunner().invoke(bundle.app, ["autorate", "--out", str(tmp_path / "policy"), "--timesteps", "2048"])
-    assert "validation" in done.output, done.output
-    assert PPO.load(tmp_path / "policy").num_timesteps in (0, 2048)
-    assert hasattr(load_policy("default"), "predict")
+    monkeypatch.setattr(shipped, "DECISIONS", 4)
+    done = CliRunner().invoke(bundle.app, ["autorate"])
+    assert done.exit_code == 0, done.output
+    names = [f"{name}.autorate-10-32.safetensors" for name in ("digits", "fashion-mnist")]
+    assert saved == [*names, "RateEstimator", "RateEstimator"]
