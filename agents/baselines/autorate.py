@@ -16,7 +16,7 @@ from agents.evaluate import MAX_ROWS, play
 from moe_envs.autorate.env import MoEAutoRateVectorEnv
 from moe_envs.autorate.estimator import LAYOUT
 from moe_envs.autorate.references import RATES
-from moe_envs.autorate.signals import BACK, CLIMB, FACTORS, KEEP
+from moe_envs.autorate.signals import BACK, CLIMB, FACTORS, KEEP, got_worse
 
 ID = "moe_envs:MoEAutoRate-v0"
 CLIMBED, HELD = 1.1, 1.3  # validation loss over the best one at which the rule goes back
@@ -28,7 +28,7 @@ def rule(observation: np.ndarray, climb: bool = True) -> np.ndarray:
     on, and from the first decision without `climb`, keep the rate, and go back where the loss is 30 % above."""
     part = {name: observation[:, each.slice.start] for name, each in LAYOUT.items()}
     climbing = climb & (part["backs"] == 0)
-    worse = part["over_best"] > 5 * np.log(np.where(climbing, CLIMBED, HELD))
+    worse = got_worse(part["over_first"], part["best_over_first"], np.where(climbing, CLIMBED, HELD))
     return np.where(worse, BACK, np.where(climbing, CLIMB, KEEP))
 
 

@@ -1,4 +1,4 @@
-"""No learning rate: a range test and a learned policy drive a plain torch training (extra data)."""
+"""No learning rate: a range test, then decisions by what the training shows, drive a plain torch loop (extra data)."""
 
 import torch
 import torch.nn.functional as F

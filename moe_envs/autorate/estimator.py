@@ -15,7 +15,7 @@ import numpy as np
 
 from cost.files import load_json, save_json
 from experts.data import DataError
-from moe_envs.autorate.signals import BOUND, FACTORS, PARTS, SIGNALS, RateSignals, signals_of
+from moe_envs.autorate.signals import BOUND, FACTORS, PARTS, SIGNALS, RateSignals, got_worse, signals_of
 from moe_envs.core.spaces import layout
 
 PATH = Path(__file__).parent / "estimator.json"
@@ -26,7 +26,7 @@ MODELS = 4  # one for each of the first decisions, the last for all later ones
 FIRST, LAST = 2, 20  # decisions that are learned from: the steps after the first one differ most between models
 STUCK, LEARNT = 3, 0.05  # decisions without a better loss, and with what is not 5 % below the first
 PRIOR, NO_PRIOR, LEAST_FAR = 0.5, 1.5, 0.5  # decades: deviation of a range test, of another start; a diverging rate's
-WORSE, STEEPNESS = np.log(1.3), 4.0  # log of the validation loss over the best one; of the ratings, per decade
+WORSE, STEEPNESS = 1.3, 4.0  # the validation loss over the best one; of the ratings, per decade
 LARGEST = 1e6  # number in the file
 LAYOUT = layout((
     *PARTS,
@@ -66,7 +66,7 @@ def observe(of: RateSignals, best: np.ndarray) -> np.ndarray:
     `[n]` advises."""
     found = signals_of(of)
     offset = np.log10(of.rate) - best
-    worse = of.losses[:, 1, 0] - of.best > WORSE
+    worse = got_worse(of.losses[:, 1, 0] - of.first, of.best - of.first, WORSE)
     worse |= (of.since_best >= STUCK) & (of.losses[:, 1, 0] > of.first - LEARNT)  # as with dead units
     rated = ratings(offset, worse & ~of.diverged.astype(np.bool_))
     return np.column_stack([found, offset.clip(-BOUND, BOUND), rated]).astype(np.float32)

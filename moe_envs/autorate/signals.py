@@ -19,6 +19,7 @@ RATES = 1e-7, 10.0  # clamps
 DIVERGED = 2.0  # log of validation loss over that before the training
 SWEEP_RATES = 1e-6, 10.0  # of a range test
 SWEEP_STEPS, SMOOTHING, RISE, SWEEP_SHARE = 60, 0.8, 2.0, 0.15
+NOISE = 0.03  # of the loss before the training
 TINY, LOSS_FLOOR, BOUND = 1e-12, 1e-4, 5.0
 
 PARTS = tuple(
@@ -100,6 +101,13 @@ def changed(actions: np.ndarray, rates: np.ndarray) -> np.ndarray:
     """Rates `[n]` after actions `[n]`, without the cosine."""
     factors = np.append(FACTORS, BACK_FACTOR)[actions]
     return np.where(factors == 1, rates, np.clip(rates * factors, *RATES))
+
+
+def got_worse(loss: np.ndarray, best: np.ndarray, times: np.ndarray | float) -> np.ndarray:
+    """Whether a validation loss `[n]` is so many times the best one, and above it by more than the noise of a low loss;
+    both are logarithms, less that of the loss before the training."""
+    found: np.ndarray = (loss - best > np.log(times)) & (np.exp(loss) - np.exp(best) > NOISE)
+    return found
 
 
 def cosine(progress: np.ndarray) -> np.ndarray:

@@ -242,10 +242,11 @@ def test_a_saved_learner_is_a_policy(tmp_path: Path) -> None:
 
 
 def test_the_rule_climbs_until_it_is_worse_and_then_keeps() -> None:
-    observation = np.zeros((4, LAYOUT["rating"].slice.stop), dtype=np.float32)
-    observation[[1, 3], LAYOUT["over_best"].slice.start] = 5 * np.log(1.2)
+    observation = np.zeros((5, LAYOUT["rating"].slice.stop), dtype=np.float32)
+    observation[:, LAYOUT["best_over_first"].slice.start] = np.log([0.5, 0.5, 0.5, 0.5, 0.1])
+    observation[:, LAYOUT["over_first"].slice.start] = np.log([0.5, 0.6, 0.5, 0.6, 0.12])
     observation[[2, 3], LAYOUT["backs"].slice.start] = 1
-    assert baselines.rule(observation).tolist() == [CLIMB, BACK, KEEP, KEEP]
+    assert baselines.rule(observation).tolist() == [CLIMB, BACK, KEEP, KEEP, CLIMB]  # the last rise is noise
     assert baselines.rule(observation, climb=False).tolist() == [KEEP] * 4
 
 
