@@ -247,7 +247,7 @@ def test_the_rule_climbs_until_it_is_worse_and_then_keeps() -> None:
     observation[:, LAYOUT["over_first"].slice.start] = np.log([0.5, 0.6, 0.5, 0.6, 0.12])
     observation[[2, 3], LAYOUT["backs"].slice.start] = 1
     assert baselines.rule(observation).tolist() == [CLIMB, BACK, KEEP, KEEP, CLIMB]  # the last rise is noise
-    assert baselines.rule(observation, climb=False).tolist() == [KEEP] * 4
+    assert baselines.rule(observation, climb=False).tolist() == [KEEP] * 5
 
 
 def test_baselines_are_found_by_the_spec_and_set_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
