@@ -322,7 +322,8 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
         values = 100 * table[peer].dropna().clip(upper=1)
         panel.plot(values, np.full(len(values), place), "o", color="C1" if kind_of(str(peer)) == "learned" else "C0")
         panel.plot([values.mean()], [place], "|", ms=16, color="black")
-    panel.set(yticks=range(len(order)), yticklabels=list(order), xlabel="excess test loss over the tuned cosine, at most 100 %")
+    xlabel = "excess test loss over the tuned cosine, at most 100 %"
+    panel.set(yticks=range(len(order)), yticklabels=list(order), xlabel=xlabel)
     panel.axvline(0, color="grey", lw=0.8)
     panel.grid(alpha=0.3)
     figure.savefig(out / "autorate.png", dpi=120)
