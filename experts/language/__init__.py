@@ -1,0 +1,1 @@
+"""A Mixture-of-Experts language model: its text, its training, its use."""
