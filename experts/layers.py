@@ -116,11 +116,11 @@ class MoELayer(nn.Module):
         return layer
 
     def forward(
-        self, x: torch.Tensor, generator: torch.Generator | None = None
+        self, x: torch.Tensor, generator: torch.Generator | None = None, router: Router | None = None
     ) -> tuple[torch.Tensor, RoutingStatistics]:
-        """Outputs `[..., D]` and statistics of the routing."""
+        """Outputs `[..., D]` and statistics of the routing, by the layer's router or by another one for this call."""
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.router(self.gate(x_TD), generator)
+        routing = (router or self.router)(self.gate(x_TD), generator)
         weights_TE, members_TE = routing.weights, routing.members
         num_experts = len(self.experts)
         shapes = tuple(weights_TE.shape), tuple(members_TE.shape)

@@ -127,6 +127,22 @@ class TopK(_InRange):
         return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, chosen_TE, members_TE))
 
 
+@dataclass(frozen=True, eq=False)
+class TopKEach:
+    """The `k [T]` experts of largest logit, another number for each input, weighted by the softmax over them; an input
+    of none gets nothing. Where `allowed` is given, boolean `[E]` or `[T, E]`, only these are chosen."""
+
+    k: torch.Tensor
+    allowed: torch.Tensor | None = None
+
+    def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+        possible_TE = logits_TE if self.allowed is None else logits_TE.masked_fill(~self.allowed, -torch.inf)
+        rank_TE = possible_TE.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        chosen_TE = (rank_TE < self.k.unsqueeze(-1)) & (possible_TE > -torch.inf)
+        weights_TE = possible_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return Routing(weights_TE, chosen_TE, RoutingStatistics(logits_TE, chosen_TE, chosen_TE))
+
+
 @dataclass(frozen=True)
 class Switch(_InRange):
     """The one expert of largest logit, weighted by its softmax over all (Fedus et al. 2022); see `TopK`."""
