@@ -1,1 +1,6 @@
 """A Mixture-of-Experts language model: its text, its training, its use."""
+
+from experts.language.model import LanguageModel, load
+from experts.language.transformer import ModelSettings, Transformer
+
+__all__ = ["LanguageModel", "ModelSettings", "Transformer", "load"]

@@ -1,0 +1,178 @@
+"""A language model as it is used: text in, text and losses out; saved as a folder under SHA-256."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_in
+from safetensors.torch import save as to_bytes
+
+from cost.files import healed, read_verified, replacing, sums_of, write_bytes
+from experts.data import DataError
+from experts.language import tokens
+from experts.language.transformer import Experts, ModelSettings, Transformer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FORMAT, SUMS = 1, "SHA256SUMS"
+METADATA, WEIGHTS, TOKENIZER = "metadata.json", "model.safetensors", "tokenizer.json"
+WINDOW = 0.5  # share of the context that a text's windows overlap, so that each token is judged after many others
+
+
+class LanguageModel:
+    """A network with its tokenizer. `metadata` says what it was trained on and how."""
+
+    def __init__(self, network: Transformer, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
+        if tokenizer.get_vocab_size() > network.settings.vocabulary:
+            size = network.settings.vocabulary
+            raise DataError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the network {size}")
+        self.network, self.tokenizer, self.metadata = network, tokenizer, metadata
+
+    @property
+    def settings(self) -> ModelSettings:
+        """Sizes of the network."""
+        return self.network.settings
+
+    def __repr__(self) -> str:
+        count, own = sum(each.numel() for each in self.network.parameters()), self.settings
+        return f"LanguageModel({count:,} parameters, {own.layers} layers of {own.num_experts} experts, {own.k} a token)"
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of tokens; of part of a letter's bytes a replacement character."""
+        return str(self.tokenizer.decode(ids))
+
+    @torch.inference_mode()
+    def loss(self, ids: Any, k: Experts | None = None) -> torch.Tensor:
+        """Negative log-likelihood in nats of each token after the first, `[B, T - 1]`, of ids `[B, T]` or `[T]`."""
+        given = torch.as_tensor(np.asarray(ids), dtype=torch.int64, device=self.network.embedding.weight.device)
+        rows = given if given.ndim == 2 else given[None]
+        if rows.shape[1] < 2:
+            raise ValueError(f"{rows.shape[1]} tokens: a loss needs at least two")
+        logits = self.network(rows[:, :-1], k if not isinstance(k, torch.Tensor) else k[:, :-1]).logits
+        found = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        return found.view(len(rows), -1) if given.ndim == 2 else found
+
+    def bits_per_byte(self, text: str, k: Experts | None = None) -> float:
+        """Bits that the model needs for a byte of a text, beginning with nothing known."""
+        if not text:
+            raise ValueError("an empty text has no bits per byte")
+        total = sum(float(each.sum()) for each in self._losses(self.encode(text), k))
+        return total / math.log(2) / len(text.encode())
+
+    def _losses(self, ids: list[int], k: Experts | None) -> Iterator[torch.Tensor]:
+        """Losses of all tokens, in windows of the context; each window but the first begins in the one before."""
+        context = self.settings.context
+        ids, start, done = [0, *ids], 0, 1
+        while done < len(ids):
+            window = ids[start : start + context + 1]
+            yield self.loss(window, k)[done - start - 1 :]
+            done = start + len(window)
+            start += max(1, int(context * WINDOW))
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: str | list[str], tokens: int = 100, k: Experts | None = None, *, temperature: float = 0.8,
+        top_p: float = 0.95, seed: int | None = 0,
+    ) -> Any:  # fmt: skip
+        """The text of at most so many tokens after a prompt, or after each of several, which are decoded side by side.
+
+        `temperature=0` takes the most likely token. A text ends where the model ends a document. Prompts and answers
+        must fit into the context; of longer prompts the end is used.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        room = self.settings.context - tokens
+        if room < 1 or tokens < 1:
+            raise ValueError(f"tokens={tokens}: must be from 1 to {self.settings.context - 1}, the context less one")
+        given = [[0, *self.encode(each)][-room:] for each in prompts]
+        cache, last = self.network.cache(len(given)), []
+        for row, ids in enumerate(given):  # prompts of different lengths: one after the other
+            one = self.network.cache(1, size=len(ids))
+            last.append(self.network(torch.tensor([ids]), k, one).logits[0, -1])
+            cache.keys[:, row, :, : len(ids)], cache.values[:, row, :, : len(ids)] = one.keys[:, 0], one.values[:, 0]
+            cache.lengths[row] = len(ids)
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        logits, found = torch.stack(last), [list[int]() for _ in given]
+        running = torch.ones(len(given), dtype=torch.bool)
+        for _ in range(tokens):
+            chosen = sampled(logits.float(), temperature, top_p, generator)
+            running &= chosen != 0
+            for row in running.nonzero()[:, 0].tolist():
+                found[row].append(int(chosen[row]))
+            if not running.any():
+                break
+            logits = self.network(chosen[:, None], k, cache).logits[:, -1]
+        texts = [self.decode(each) for each in found]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> Path:
+        """Write the model into a folder, in place of one that may be there; `dtype` rounds the weights."""
+        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
+        if dtype is not None:
+            state = {name: value.to(dtype) for name, value in state.items()}
+        metadata = {"format": FORMAT, "settings": asdict(self.settings), **self.metadata}
+        members = {
+            METADATA: json.dumps(metadata, indent=1).encode(),
+            WEIGHTS: to_bytes(state),
+            TOKENIZER: self.tokenizer.to_str().encode(),
+        }
+        target = Path(folder)
+        with replacing(target) as new:
+            for name, raw in (members | {SUMS: sums_of(members)}).items():
+                write_bytes(new / name, raw)
+        return target
+
+
+def load(folder: Path | str) -> LanguageModel:
+    """The model in a folder, every byte verified; raises `DataError` where something is absent, altered or foreign."""
+    path = healed(Path(folder))
+    try:
+        sums = {name: sha256 for sha256, name in map(str.split, (path / SUMS).read_text().splitlines())}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no language model: {SUMS} cannot be read ({error})") from error
+    mend = f"its SHA-256 is not the one in {SUMS}"
+    raw = {
+        name: read_verified(path / name, sums.get(name, ""), DataError, mend) for name in (METADATA, WEIGHTS, TOKENIZER)
+    }
+    try:
+        metadata = json.loads(raw[METADATA])
+        if metadata.pop("format") != FORMAT:
+            raise DataError(f"{path / METADATA} is of another format than {FORMAT}")
+        settings = TypeAdapter(ModelSettings).validate_python(metadata.pop("settings"))
+        network = Transformer(settings)
+        network.load_state_dict({name: value.float() for name, value in tensors_in(raw[WEIGHTS]).items()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        raise DataError(f"{path / METADATA} is not that of a language model: {error}") from error
+    except (RuntimeError, SafetensorError) as error:
+        raise DataError(f"{path / WEIGHTS} does not fit its settings: {error}") from error
+    if not all(bool(value.isfinite().all()) for value in network.state_dict().values()):
+        raise DataError(f"{path / WEIGHTS} has weights that are not finite")
+    tokenizer = tokens.load(raw[TOKENIZER].decode("utf-8", errors="replace"))
+    return LanguageModel(network.eval().requires_grad_(False), tokenizer, metadata)
+
+
+def sampled(
+    logits_BV: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> torch.Tensor:
+    """A token for each row `[B]`: of the most likely ones whose probabilities sum to `top_p` (Holtzman et al. 2020)."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    order_BV = logits_BV.argsort(-1, descending=True)
+    odds_BV = (logits_BV.gather(-1, order_BV) / temperature).softmax(-1)
+    odds_BV = odds_BV.masked_fill(odds_BV.cumsum(-1) - odds_BV >= top_p, 0.0)
+    place_B1 = torch.multinomial(odds_BV, 1, generator=generator)
+    return order_BV.gather(-1, place_B1)[:, 0]
