@@ -230,4 +230,4 @@ def _verified(name: str) -> bytes:
         lines = {name: sha256 for sha256, name in map(str.split, (FOLDER / SUMS).read_text().splitlines())}
     except (OSError, ValueError) as error:
         raise DataError(f"{FOLDER / SUMS} cannot be read ({error}): install moe-envs anew") from error
-    return read_verified(path, lines.get(path.name), DataError, mend)
+    return read_verified(path, lines.get(path.name, ""), DataError, mend)

@@ -47,8 +47,8 @@ class AutoRate:
     `policy` is "default" (moves to where a linear model of the signals estimates the best rate, and goes back where the
     loss is 30 % above the best one or the network died), "rule" (keeps the rate, goes back where the loss is 30 %
     above), the folder of a run of `moe-train --env MoEAutoRate-v0` or of a saved learner, or an object with `predict`.
-    `validation()` returns the validation loss
-    as a number; it is called at the start and at each decision, with Schedule-Free optimisers switched to `eval`.
+    `validation()` returns the validation loss as a number; it is called at the start and at each decision, with
+    Schedule-Free optimisers switched to `eval`.
     The rate that the optimiser was made with is ignored, but the ratios between those of its groups are kept. Buffers
     of `module`, such as a batch norm's, are put back with the weights. Takes the memory of five more copies of the
     weights and one of the optimiser's state.

@@ -69,6 +69,8 @@ class RoutedMoE(nn.Module):
             self.module = model  # whose weights the head uses
         with torch.no_grad():
             self.width = self.experts[0](self.trunk(torch.from_numpy(loaded.examples[:1]))).shape[1]
+        if isinstance(policy, str) and policy != "plan":
+            raise ValueError(f'policy={policy!r}: must be "plan", or a learner')
         self.policy = _plan(env) if isinstance(policy, str) else _checked(policy, env)
         mean, projection = (torch.from_numpy(part) for part in loaded.projection)
         self.mean, self.projection = (nn.Parameter(part, requires_grad=False) for part in (mean, projection))
@@ -76,7 +78,9 @@ class RoutedMoE(nn.Module):
             torch.from_numpy(part[1 << np.arange(self.num_experts), 0]) for part in (env.tables.fixed, env.tables.slope)
         ]
         self.estimator = loaded.estimator() if env.tables.by_place else None
-        if self.estimator is not None and points is not None:
+        if points is not None:
+            if self.estimator is None:
+                raise ValueError(f'points={points}: observation="features" searches no neighbours')
             self.estimator.thin(points)
         for name in ("first_price", "input_price"):
             self.register_buffer(name, torch.from_numpy(getattr(env.tables, name)).float())
@@ -143,16 +147,15 @@ class RoutedMoE(nn.Module):
         is that of deciding in turn."""
         size = seen_GTO.shape[1]
         batch_GTO = batch_GO[:, None].expand(-1, size, -1)
-        progress_GT1 = (torch.arange(size) / size)[None, :, None].expand(len(seen_GTO), -1, -1)
+        progress_GT1 = (torch.arange(size, device=seen_GTO.device) / size)[None, :, None].expand(len(seen_GTO), -1, -1)
         chosen_GTE = seen_GTO.new_zeros(*seen_GTO.shape[:2], self.num_experts)
         for _ in range(size):
             paid_GTE = chosen_GTE.cummax(1).values
             used_GTE = F.pad(paid_GTE, (0, 0, 1, -1))
             costs_GT1 = ((paid_GTE - used_GTE) * self.fixed + chosen_GTE * self.slope).sum(2, keepdim=True).cumsum(1)
-            before, chosen_GTE = (
-                chosen_GTE,
-                self._decide(seen_GTO, batch_GTO, used_GTE, F.pad(costs_GT1, (0, 0, 1, -1)), progress_GT1),
-            )
+            before = chosen_GTE
+            cost_before_GT1 = F.pad(costs_GT1, (0, 0, 1, -1))
+            chosen_GTE = self._decide(seen_GTO, batch_GTO, used_GTE, cost_before_GT1, progress_GT1)
             if torch.equal(before, chosen_GTE):
                 break
         return chosen_GTE

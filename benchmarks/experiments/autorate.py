@@ -3,7 +3,7 @@
 The trainings are of models, sizes and data that the policy never saw: Mixtures of Experts, perceptrons, a convolutional
 network and a transformer, by AdamW and SGD, on inputs of several scales. All keep the state with the lowest of 45
 validation losses, and are compared by its test loss with a cosine from the best of eight rates, which was chosen by
-validation on another seed. Four of the trainings were looked at once, when the policy was done. "Random start" draws
+validation on another seed. Four of the trainings were held back: nothing was chosen by them. "Random start" draws
 the rate from 1e-5 to 1, which a range test makes no use of. Further setups change the data or the batch in mid-run.
 To evaluate your own policy: --set 'policy="RUN_DIR"'.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from agents.deploy.autorate import AutoRate
-from benchmarks.loops import CHANGING, CHECKS, LOOPS, UNSEEN, Drive, Driver, Loop, run
+from benchmarks.loops import CHANGING, CHECKS, HELD_OUT, LOOPS, Drive, Driver, Loop, run
 from benchmarks.results.statistics import mean_interval, seeds_interval
 from benchmarks.runner.kept import found_once
 from benchmarks.runner.setup import Arguments
@@ -43,7 +43,7 @@ PEERS = (
 SEEN = "Excess test loss over the tuned cosine"
 STARTED = ("cosine", "constant", "hypergradient", "rule, no range test", "AutoRate")
 SETTINGS: dict[str, dict[str, Any]] = (
-    {f"{loop}: {peer}": {"loop": loop, "peer": peer} for loop in LOOPS | UNSEEN for peer in PEERS}
+    {f"{loop}: {peer}": {"loop": loop, "peer": peer} for loop in LOOPS | HELD_OUT for peer in PEERS}
     | {
         f"{loop}, random start: {peer}": {"loop": loop, "peer": peer, "start": "random"}
         for loop in ("MLP, Fashion-MNIST x 0.1, AdamW", "MLP, Fashion-MNIST, SGD") for peer in STARTED
@@ -86,7 +86,7 @@ def check(setups: dict[str, AutoRateSetup], splits: list[str]) -> None:
 
 def measure(setup: AutoRateSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train once; D-Adaptation and Prodigy are of Adam's kind, and trained in AdamW's loops only."""
-    loop = (LOOPS | UNSEEN | CHANGING)[setup.loop]
+    loop = (LOOPS | HELD_OUT | CHANGING)[setup.loop]
     loop = loop._replace(steps=setup.steps or loop.steps)
     if loop.optimizer == "sgd" and setup.peer.startswith(("D-Adaptation", "Prodigy")):
         return {}, {}
@@ -252,7 +252,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
     own, random = rows[rows["start"] == "own"], rows[rows["start"] == "random"]
     tables: dict[str, Any] = {}
     for title, part in (
-        ("Excess test loss over the tuned cosine, trainings looked at once", own[own["loop"].isin(list(UNSEEN))]),
+        ("Excess test loss over the tuned cosine, trainings held back", own[own["loop"].isin(list(HELD_OUT))]),
         (SEEN, own[own["loop"].isin(list(LOOPS))]),
         ("Changes in mid-run", own[own["loop"].isin(list(CHANGING))]),
     ):

@@ -70,14 +70,19 @@ def measure(setup: RouterSetup, seed: int, split: str, folder: Path) -> tuple[di
     policy, config = runs.load(run)
     kwargs = config["env_kwargs"]
     loaded = bundles.load(kwargs.get("bundle", "fashion-mnist"))
+    if "name" not in loaded.metadata["data"]:
+        raise ValueError(
+            f"{loaded.path} is of data without a name, whose test inputs cannot be had: build it with data="
+        )
     inputs, labels = data.load(loaded.metadata["data"]["name"])["test"]
     rows, actions = _played(policy, config["env"], setup.episodes, kwargs)
     x, right = torch.from_numpy(inputs[rows.ravel()]), torch.from_numpy(labels[rows.ravel()])
     exact = RoutedMoE(loaded, policy, kwargs)
-    fast = {
-        PPO: RoutedMoE(loaded, policy, kwargs, points=setup.points),
-        PLAN: RoutedMoE(loaded, "plan", kwargs, points=setup.points),
-    }
+    fast = {PPO: exact}
+    if exact.estimator is not None:
+        fast[PPO] = RoutedMoE(loaded, policy, kwargs, points=setup.points)
+        if exact.action == "expert":
+            fast[PLAN] = RoutedMoE(loaded, "plan", kwargs, points=setup.points)
     routers: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
         "top-2 gate": lambda x, gate: _largest(gate, 2),
         "top-1 gate": lambda x, gate: _largest(gate, 1),

@@ -1,6 +1,6 @@
 """Where the best learning rate lies, estimated from what the steps after the last decisions show.
 
-After each of twenty decisions, a linear model of the signals estimates the logarithm of the rate over the best one;
+After each of decisions 2 to 20, a linear model of the signals estimates the logarithm of the rate over the best one;
 the estimates are averaged by their precisions, with the range test as the first. Fitted on trainings at far too low to
 far too high rates, by batches of 32 and of 128, whose best cosine is known (`references`).
 """

@@ -142,6 +142,8 @@ def test_the_plan_is_deployed_as_the_rule_that_it_is() -> None:
     assert (members.argmax(1) == np.transpose(chosen).ravel()).mean() > 0.999
     with pytest.raises(ValueError, match='policy="plan" needs'):
         RoutedMoE("digits", "plan", {"observation": "features"})
+    with pytest.raises(ValueError, match="'pln': must be"):
+        RoutedMoE("digits", "pln", kwargs)  # type: ignore[arg-type]
 
 
 def test_fewer_points_are_searched_with_little_loss() -> None:
@@ -155,5 +157,10 @@ def test_fewer_points_are_searched_with_little_loss() -> None:
         assert len(routed.estimator.points_NF) == (400 if points == 400 else 800)  # type: ignore[union-attr]
     assert right[10**9] == right[None]
     assert right[None] - 0.05 < right[400]
+    of_features = {"bundle": "digits", "observation": "features"}
+    policy = PPO("MlpPolicy", ID, env_kwargs=of_features, n_envs=1)
+    assert RoutedMoE("digits", policy, of_features).estimator is None
+    with pytest.raises(ValueError, match="searches no neighbours"):
+        RoutedMoE("digits", policy, of_features, points=5)
     with pytest.raises(ValueError, match="points=0"):
         RoutedMoE("digits", "plan", kwargs, points=0)

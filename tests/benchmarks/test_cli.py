@@ -66,6 +66,17 @@ def test_the_router_of_a_run_is_measured(run: Path, tmp_path: Path) -> None:
     assert all(0 < router < whole for each in measured["times"].values() for whole, router in (each["32"], each["512"]))
 
 
+def test_a_router_on_features_is_measured_without_the_plan(tmp_path: Path) -> None:
+    kwargs = {"bundle": "digits", "observation": "features"}
+    short = {"total_timesteps": 512, "n_envs": 4, "n_steps": 32, "batch_size": 128, "n_epochs": 1}
+    runs.train("moe_envs:MoERouting-v0", "ppo", 3, tmp_path / "run", kwargs, short)
+    setup = router.RouterSetup(run=str(tmp_path / "run"), episodes=20, repeats=3)
+    metrics, _ = router.measure(setup, 0, "all", tmp_path)
+    assert metrics["decisions_equal"] >= 0.999
+    assert router.PLAN not in metrics["accuracy"]
+    assert metrics["accuracy"][router.PPO] == metrics["accuracy"][f"{router.PPO}, all points"]
+
+
 def test_the_routers_table_by_hand() -> None:
     def row(seed: int, right: float) -> dict[str, Any]:
         times = {"top-2 gate": (0.010, 0.001), router.PPO: (0.006 + seed / 1000, 0.002 + seed / 1000)}

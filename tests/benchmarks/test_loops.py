@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import loops
 from benchmarks.experiments import autorate
-from benchmarks.loops import CHANGING, LOOPS, UNSEEN, WORST, Loop, run
+from benchmarks.loops import CHANGING, HELD_OUT, LOOPS, WORST, Loop, run
 from experts.data import DataError
 
 SMALL = Loop("mlp", "digits", "adamw", 1.0, 60, 32)
@@ -35,9 +35,9 @@ def test_what_does_not_learn_has_failed(rate: float) -> None:
 
 
 @pytest.mark.needs_data
-@pytest.mark.parametrize("name", [*LOOPS, *UNSEEN, *CHANGING])
+@pytest.mark.parametrize("name", [*LOOPS, *HELD_OUT, *CHANGING])
 def test_every_loop_runs(name: str) -> None:
-    loop = (LOOPS | UNSEEN | CHANGING)[name]
+    loop = (LOOPS | HELD_OUT | CHANGING)[name]
     if loop.data in loops.PACKAGED:
         try:
             loops.parts(loop.data, loop.scale)

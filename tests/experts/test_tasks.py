@@ -59,6 +59,10 @@ def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         tasks._load.__wrapped__("digits")
     with pytest.raises(DataError, match="cannot be read"):
         tasks._load.__wrapped__("fashion-mnist")
+    (tmp_path / "digits.safetensors").write_bytes(raw)
+    (tmp_path / tasks.SUMS).write_text("0" * 64 + "  another.safetensors\n")
+    with pytest.raises(DataError, match="is damaged"):  # what is not named there is not trusted
+        tasks._load.__wrapped__("digits")
     with pytest.raises(ValueError, match="'mnist' is not one of digits"):
         tasks.load("mnist")
 
