@@ -44,12 +44,13 @@ class SwiGLU(nn.Module):
 class MoELayer(nn.Module):
     """A linear gate, a router, and E experts, SwiGLU unless `experts` are given (modules `[N, D]` to `[N, D]`).
 
-    `forward` takes inputs `[..., D]` and returns outputs of the same shape and `RoutingStatistics`; their losses are
-    for the caller to add. Given a `generator` the router is noisy. Gradients of gradients are not computed.
-    `copy_experts` and `zero_experts` more columns of the gate stand for experts that return the input and nothing (Jin
-    et al. 2024, MoE++). A `graph` (`ExpertGraph`) mixes what a team's experts return. With `recompute` hidden units are
-    computed again in the backward pass instead of kept. `torch.autocast` is followed; `torch.compile` leaves the
-    experts' products as they are. `products` forces a kind of product, for tests and timings.
+    `forward` takes inputs `[..., D]` and returns outputs of the same shape and `RoutingStatistics`, whose losses are
+    for the caller to add; with `statistics=False` the outputs alone, as blocks of Hugging Face do. Given a `generator`
+    the router is noisy. Gradients of gradients are not computed. `copy_experts` and `zero_experts` more columns of the
+    gate stand for experts that return the input and nothing (Jin et al. 2024, MoE++). A `graph` (`ExpertGraph`) mixes
+    what a team's experts return. With `recompute` hidden units are computed again in the backward pass instead of kept.
+    `torch.autocast` is followed; `torch.compile` leaves the experts' products as they are. `products` forces a kind of
+    product, for tests and timings.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class MoELayer(nn.Module):
         zero_experts: int = 0,
         recompute: bool = False,
         products: str = "auto",
+        statistics: bool = True,
     ) -> None:
         super().__init__()
         if min(d_model, d_ff, num_experts) < 1 or min(copy_experts, zero_experts) < 0:
@@ -82,12 +84,13 @@ class MoELayer(nn.Module):
         self.gate = nn.Linear(d_model, num_experts + copy_experts + zero_experts, bias=False)
         self.router = make_router(router, k)
         self.graph, self.copy_experts, self.zero_experts = graph, copy_experts, zero_experts
-        self.recompute, self.products = recompute, products
+        self.recompute, self.products, self.statistics = recompute, products, statistics
 
     @classmethod
     def from_block(cls, block: nn.Module, **options: Any) -> MoELayer:
         """A layer with the weights of a Hugging Face block (transformers 5: Mixtral's, Qwen3-MoE's, OLMoE's and others
-        whose experts are stacked SwiGLUs, chosen by a softmax); `options` are those of the layer.
+        whose experts are stacked SwiGLUs, chosen by a softmax), which can take its place in the model; `options` are
+        those of the layer.
 
         The layer and the block get the same few inputs; raises `ValueError` for a block that answers otherwise (shared
         experts, another activation or gate).
@@ -109,7 +112,7 @@ class MoELayer(nn.Module):
                 expert.w_in.copy_(gate_up[number])  # type: ignore[operator]
                 expert.w_out.copy_(down[number])  # type: ignore[operator]
         router = _router_of(source, plain, k)
-        layer = cls(d_model, double // 2, experts, **{"k": k, "router": router, **options}).to(
+        layer = cls(d_model, double // 2, experts, **{"k": k, "router": router, "statistics": False, **options}).to(
             gate.device, gate_up.dtype
         )
         layer.load_state_dict(plain.state_dict(), strict=False)
@@ -117,8 +120,14 @@ class MoELayer(nn.Module):
 
     def forward(
         self, x: torch.Tensor, generator: torch.Generator | None = None, router: Router | None = None
-    ) -> tuple[torch.Tensor, RoutingStatistics]:
+    ) -> torch.Tensor | tuple[torch.Tensor, RoutingStatistics]:
         """Outputs `[..., D]` and statistics of the routing, by the layer's router or by another one for this call."""
+        output, statistics = self._run(x, generator, router)
+        return (output, statistics) if self.statistics else output
+
+    def _run(
+        self, x: torch.Tensor, generator: torch.Generator | None, router: Router | None
+    ) -> tuple[torch.Tensor, RoutingStatistics]:
         x_TD = x.reshape(-1, x.shape[-1])
         routing = (router or self.router)(self.gate(x_TD), generator)
         weights_TE, members_TE = routing.weights, routing.members

@@ -137,8 +137,10 @@ class TopKEach:
 
     def __call__(self, logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
         possible_TE = logits_TE if self.allowed is None else logits_TE.masked_fill(~self.allowed, -torch.inf)
-        rank_TE = possible_TE.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        chosen_TE = (rank_TE < self.k.unsqueeze(-1)) & (possible_TE > -torch.inf)
+        most = min(int(self.k.max()), possible_TE.shape[-1])
+        values_Tk, experts_Tk = possible_TE.topk(most, dim=-1)
+        taken_Tk = (torch.arange(most, device=self.k.device) < self.k.unsqueeze(-1)) & (values_Tk > -torch.inf)
+        chosen_TE = torch.zeros_like(possible_TE, dtype=torch.bool).scatter(-1, experts_Tk, taken_Tk)
         weights_TE = possible_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1).nan_to_num(0.0)
         return Routing(weights_TE, chosen_TE, RoutingStatistics(logits_TE, chosen_TE, chosen_TE))
 

@@ -46,6 +46,11 @@ def compress() -> None:
     _run("compress")
 
 
+def language_model() -> None:
+    """Entry point of `moe-lm`."""
+    _run("lm")
+
+
 def _run(command: str) -> None:
     """Run a command; print user errors in one line and exit with 1; exit with 130 on Ctrl-C."""
     signal.signal(signal.SIGINT, _interrupted)

@@ -57,7 +57,7 @@ def measure(setup: LayerSpeed, seed: int, split: str, folder: Path) -> tuple[dic
     block = MixtralSparseMoeBlock(config).to(setup.device)  # type: ignore[no-untyped-call]
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.05)
-    ours = MoELayer.from_block(block)
+    ours = MoELayer.from_block(block, statistics=True)
     half = MoELayer.from_block(block).to(torch.bfloat16)
     x = torch.randn(setup.tokens, D_MODEL, device=setup.device)
     with torch_threads(1):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import load as tensors_in
 from safetensors.torch import save as to_bytes
 
 from cost.files import healed, read_verified, replacing, sums_of, write_bytes
+from experts.compression.quantize import dequantize, quantize, quantized_bytes
 from experts.data import DataError
 from experts.language import tokens
 from experts.language.transformer import Experts, ModelSettings, Transformer
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT, SUMS = 1, "SHA256SUMS"
 METADATA, WEIGHTS, TOKENIZER = "metadata.json", "model.safetensors", "tokenizer.json"
+Weights = Literal["float32", "bfloat16", "int8"]
 WINDOW = 0.5  # share of the context that a text's windows overlap, so that each token is judged after many others
 
 
@@ -119,12 +121,13 @@ class LanguageModel:
         texts = [self.decode(each) for each in found]
         return texts[0] if isinstance(prompt, str) else texts
 
-    def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> Path:
-        """Write the model into a folder, in place of one that may be there; `dtype` rounds the weights."""
-        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        if dtype is not None:
-            state = {name: value.to(dtype) for name, value in state.items()}
-        metadata = {"format": FORMAT, "settings": asdict(self.settings), **self.metadata}
+    def save(self, folder: Path | str, weights: Weights = "float32") -> Path:
+        """Write the model into a folder, in place of one that may be there, its weights in float32, bfloat16 or int8
+        with a scale for each row."""
+        if weights not in get_args(Weights):
+            raise ValueError(f"weights={weights!r} is not one of {', '.join(get_args(Weights))}")
+        state = {name: _packed(value.cpu(), weights) for name, value in self.network.state_dict().items()}
+        metadata = {**self.metadata, "format": FORMAT, "settings": asdict(self.settings), "weights": weights}
         members = {
             METADATA: json.dumps(metadata, indent=1).encode(),
             WEIGHTS: to_bytes(state),
@@ -153,8 +156,13 @@ def load(folder: Path | str) -> LanguageModel:
         if metadata.pop("format") != FORMAT:
             raise DataError(f"{path / METADATA} is of another format than {FORMAT}")
         settings = TypeAdapter(ModelSettings).validate_python(metadata.pop("settings"))
-        network = Transformer(settings)
-        network.load_state_dict({name: value.float() for name, value in tensors_in(raw[WEIGHTS]).items()})
+        metadata.pop("weights")
+        with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
+            network = Transformer(settings)
+        shapes = {name: value.shape for name, value in network.state_dict().items()}
+        network.load_state_dict(
+            {name: _unpacked(value, shapes[name]) for name, value in tensors_in(raw[WEIGHTS]).items()}
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
         raise DataError(f"{path / METADATA} is not that of a language model: {error}") from error
     except (RuntimeError, SafetensorError) as error:
@@ -163,6 +171,20 @@ def load(folder: Path | str) -> LanguageModel:
         raise DataError(f"{path / WEIGHTS} has weights that are not finite")
     tokenizer = tokens.load(raw[TOKENIZER].decode("utf-8", errors="replace"))
     return LanguageModel(network.eval().requires_grad_(False), tokenizer, metadata)
+
+
+def _packed(weight: torch.Tensor, weights: Weights) -> torch.Tensor:
+    if weights == "int8" and weight.ndim == 2:
+        return torch.frombuffer(bytearray(quantize(weight.float().numpy(), 8)), dtype=torch.uint8)
+    return weight.to(torch.float32 if weights == "float32" else torch.bfloat16).contiguous()
+
+
+def _unpacked(stored: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    if stored.dtype != torch.uint8:
+        return stored.float()
+    if len(shape) != 2 or len(stored) != quantized_bytes((shape[0], shape[1]), 8):
+        raise RuntimeError(f"{len(stored)} bytes for a weight {tuple(shape)}")
+    return torch.from_numpy(dequantize(stored.numpy().tobytes(), (shape[0], shape[1]), 8))
 
 
 def sampled(

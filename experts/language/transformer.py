@@ -87,7 +87,7 @@ class Attention(nn.Module):
         query, key, value = (
             part(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
-        query, key = turned(self.query_norm(query), turns), turned(self.key_norm(key), turns)
+        query, key = turned(normed(query, self.query_norm), turns), turned(normed(key, self.key_norm), turns)
         if kept is None:
             found = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
@@ -202,6 +202,12 @@ class Transformer(nn.Module):
         ]
         masks = [None] * layers if allowed_LE is None else list(allowed_LE)
         return [TopKEach(one, mask) for one, mask in zip(per_token, masks, strict=True)]
+
+
+def normed(x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
+    """A norm in the precision of its input, which autocast does not see to."""
+    assert norm.weight is not None
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def turned(x_BHTF: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -77,8 +77,13 @@ def test_what_is_saved_is_loaded(model: LanguageModel, tmp_path: Path) -> None:
     again = language.load(model.save(tmp_path / "model"))
     assert again.metadata == model.metadata
     assert torch.equal(again.loss(model.encode(TEXT)[:60]), model.loss(model.encode(TEXT)[:60]))
-    smaller = language.load(model.save(tmp_path / "half", torch.bfloat16))
-    assert smaller.bits_per_byte(TEXT) == pytest.approx(model.bits_per_byte(TEXT), rel=0.02)
+    for kind, size in (("bfloat16", 0.5), ("int8", 0.31)):
+        smaller = language.load(model.save(tmp_path / kind, kind))  # type: ignore[arg-type]
+        assert smaller.bits_per_byte(TEXT) == pytest.approx(model.bits_per_byte(TEXT), rel=0.02)
+        sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in (kind, "model")]
+        assert sizes[0] / sizes[1] == pytest.approx(size, abs=0.05)
+    with pytest.raises(ValueError, match="float32, bfloat16, int8"):
+        model.save(tmp_path / "other", "int4")  # type: ignore[arg-type]
     assert "2 layers of 4 experts, 2 a token" in repr(again)
 
 

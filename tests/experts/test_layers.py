@@ -78,7 +78,7 @@ def test_numbers_are_those_of_hugging_face(count: int) -> None:
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     x = inputs(count)
-    ours, _ = MoELayer.from_block(block)(x[None])
+    ours = MoELayer.from_block(block)(x[None])
     torch.testing.assert_close(ours, block(x[None]), atol=1e-4, rtol=1e-4)
 
 
@@ -99,7 +99,7 @@ def test_blocks_that_do_not_normalise_are_taken_and_those_with_more_refused(norm
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.3)
     x = inputs(20)[None]
-    torch.testing.assert_close(MoELayer.from_block(blocks[0])(x)[0], blocks[0](x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(MoELayer.from_block(blocks[0])(x), blocks[0](x), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="answers otherwise"):
         MoELayer.from_block(blocks[1])
 

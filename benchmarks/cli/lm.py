@@ -1,0 +1,147 @@
+"""The command `moe-lm`: make a corpus, train a language model, evaluate it, let it write."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from benchmarks.cli.terminal import Json, bar, console_of, errors, group, pairs, require_writable, write
+
+app = group("Make a corpus, train a language model on it, evaluate it, let it write.")
+Model = Annotated[str, typer.Argument(help="Shipped model (language), folder of a model, or run folder.")]
+Experts = Annotated[
+    str | None, typer.Option("--k", help="Experts of a token: a number, or one for each layer as 4,2,2,1.")
+]
+
+
+@app.command("corpus")
+def _corpus(
+    out: Annotated[Path, typer.Option(help="New folder of the corpus.")],
+    limit: Annotated[int, typer.Option(min=1, help="Characters of a domain, about.")] = 3_500_000,
+) -> None:
+    """Make the reference corpus from packages of Debian and Python's sources (needs apt-get and groff; minutes)."""
+    from experts.language import debian
+
+    debian.write(out, limit, lambda line: errors.print(line))
+    console_of(None).print(f"[green]made[/] {out}    train: moe-lm train --data {out} --out runs/lm", soft_wrap=True)
+
+
+@app.command("train")
+def _train(
+    data: Annotated[
+        Path | None, typer.Option(help="Corpus: a folder with a folder of text files for each domain.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New run folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume this interrupted run.")] = None,
+    model: Annotated[
+        list[str], typer.Option("--model", "-m", help="Size as name=value, e.g. d_ff=512; can be repeated.")
+    ] = [],  # noqa: B006
+    setting: Annotated[
+        list[str], typer.Option("--set", "-s", help="Setting as name=value, e.g. steps=1000; can be repeated.")
+    ] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many characters of a domain.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Train a language model; the run folder gets the model, the validation curve and the monitor's logs.
+
+    Example: moe-lm train --data corpus --out runs/lm -s steps=3000 -m d_ff=256
+    """
+    from experts.language import pretraining
+    from experts.language.transformer import ModelSettings
+
+    require_writable(json_file)
+    if (resume is None) == (data is None) or (resume is None) == (out is None):
+        raise ValueError("give --data and --out for a new run, or --resume for an interrupted one")
+    if resume and (model or setting or limit):
+        raise ValueError("--model, --set and --limit beside --resume: a resumed run keeps its settings")
+    folder = resume or out
+    assert folder is not None
+    with bar() as add:
+        show = add(f"training in {folder}")
+        try:
+            if resume:
+                found = pretraining.resume(resume, lambda share, line: show(share))
+            else:
+                size = ModelSettings(**pairs(model, "--model"))
+                chosen = {"threads": pretraining.all_threads()} | pairs(setting, "--set")
+                own = pretraining.PretrainingSettings(**chosen)
+                assert data is not None
+                found = pretraining.train(data, folder, size, own, limit=limit, report=lambda share, line: show(share))
+        except KeyboardInterrupt:
+            errors.print(f"stopped; resume: moe-lm train --resume {folder}", soft_wrap=True)
+            raise typer.Exit(130) from None
+    last = found.metadata["curve"][-1]
+    write(json_file, {"model": asdict(found.settings), **last})
+    console_of(json_file).print(
+        f"[green]saved[/] {folder / pretraining.MODEL}    validation {last['validation']:.3f} nats a token    "
+        f"evaluate: moe-lm eval {folder} --data DIR    write: moe-lm generate {folder} 'Once'",
+        soft_wrap=True,
+    )
+
+
+@app.command("eval")
+def _evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Corpus: a folder with a folder of text files for each domain.")],
+    split: Annotated[str, typer.Option(help="train, rl_train, validation or test.")] = "test",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Characters of a domain in the corpus, as in the training.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Evaluate so many characters of a domain.")] = 200_000,
+    k: Experts = None,
+    json_file: Json = None,
+) -> None:
+    """Bits per byte of each domain, beside those of xz -9 and bzip2 -9 on the same text."""
+    from experts.language.evaluation import evaluate
+
+    require_writable(json_file)
+    with bar() as add:
+        rows = evaluate(loaded(model), data, split, limit, most, _experts(k), add("evaluating"))
+    table = Table("domain", "bytes", "model", "xz -9", "bzip2 -9", "model less xz")
+    for row in rows:
+        bits = [f"{row[name]:.3f}" for name in ("model", "xz", "bzip2")]
+        table.add_row(row["domain"], f"{row['bytes']:,}", *bits, f"{row['model'] / row['xz'] - 1:+.1%}")
+    write(json_file, rows)
+    console_of(json_file).print(table)
+
+
+@app.command("generate")
+def _generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the most likely tokens of this sum.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    k: Experts = None,
+) -> None:
+    """Write text after a prompt."""
+    text = loaded(model).generate(prompt, tokens, _experts(k), temperature=temperature, top_p=top_p, seed=seed)
+    typer.echo(prompt + text)
+
+
+def loaded(name: str) -> Any:
+    """A model by name, folder or run folder."""
+    from experts import language
+    from experts.language.pretraining import MODEL, RUN
+
+    return language.load(Path(name) / MODEL if (Path(name) / RUN).exists() else name)
+
+
+def _experts(text: str | None) -> int | list[int] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(f"[{text}]")
+        if not found or not all(isinstance(each, int) for each in found):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--k {text!r}: must be a number, or one for each layer as 4,2,2,1") from None
+    return found[0] if len(found) == 1 else list(found)
