@@ -6,7 +6,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,20 +18,19 @@ from experts.language.transformer import Experts
 from experts.layers import MoELayer
 from experts.routers import Routing, RoutingStatistics, TopKEach, mixing_weights
 
-Policy = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # layer, inputs [N, D], logits [N, E] -> k [N]
-
 
 class AdaptedModel:
     """A model whose experts are recorded and chosen from outside; the model itself is called as before.
 
     `k` is the number of experts of a token: None for the model's own, a number, one for each layer, `[B, T, L]` for the
-    next call, or a `Policy`. Only the experts of `allowed`, boolean `[L, E]`, are used. `close` undoes everything.
+    next call, or a function of layer, inputs `[N, D]` and logits `[N, E]` that returns k `[N]`. Only the experts of
+    `allowed`, boolean `[L, E]`, are used. `close` undoes everything.
     """
 
     def __init__(self, model: nn.Module, blocks: list[Any]) -> None:
         self.model, self.blocks = model, blocks
         self.num_experts = int(blocks[0].gate.weight.shape[0])
-        self.k: Experts | Policy | None = None
+        self.k: Experts | None = None
         self.allowed: torch.Tensor | None = None
         self._routing: list[RoutingStatistics] | None = None
         self._handles = [
@@ -44,13 +43,23 @@ class AdaptedModel:
         """Layers with experts."""
         return len(self.blocks)
 
+    @property
+    def d_model(self) -> int:
+        """Width of the layers' inputs."""
+        return int(self.blocks[0].gate.weight.shape[1])
+
+    @property
+    def k_of_model(self) -> int:
+        """Experts of a token if nothing is chosen."""
+        return int(self.blocks[0].gate.top_k)
+
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     @contextmanager
-    def choosing(self, k: Experts | Policy | None = None, allowed: torch.Tensor | None = None) -> Iterator[None]:
+    def choosing(self, k: Experts | None = None, allowed: torch.Tensor | None = None) -> Iterator[None]:
         """Choose experts this way inside the block."""
         before, (self.k, self.allowed) = (self.k, self.allowed), (k, allowed)
         try:
@@ -116,7 +125,7 @@ class AdaptedModel:
         elif isinstance(wanted, torch.Tensor):
             k_N = wanted.flatten(0, -2)[:, layer]
         else:
-            number: Any = self.blocks[layer].gate.top_k if wanted is None else wanted
+            number: Any = self.k_of_model if wanted is None else wanted
             number = number if isinstance(number, int) else number[layer]
             k_N = torch.full((tokens,), number)
         if k_N.shape != (tokens,):

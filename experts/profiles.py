@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from cost import profile as profiles
 from cost.model import TERMS
-from cost.operations import Work
+from cost.operations import Operation, Work
 from cost.profile import Profile, ProfileError
 from experts import bundle as bundles
 from experts import tasks, zoo
@@ -21,7 +21,9 @@ from experts.tasks import Task
 
 if TYPE_CHECKING:
     from experts.compression.execution import Product
+    from experts.language import LanguageModel
 
+ROWS = (1, 4, 16, 64, 256, 512)  # of a language model's batch
 TRAINED_WIDTHS = (8, 16, 32, 64, 128)
 log = logging.getLogger("moe_envs")
 
@@ -124,6 +126,32 @@ def _product_operations(found: Mapping[str, Product]) -> dict[str, Work]:
     from experts.compression.execution import all_ways, name_of, operation
 
     return {name_of(product, way): operation(product, way) for product in found.values() for way in all_ways(product)}
+
+
+def of_language(model: LanguageModel, folder: Path, costs: str, rows: int) -> np.ndarray:
+    """What a token costs in a layer of a language model with 0 to k experts, `[L, k + 1, 3]` in s, B and J: a row's
+    share in a batch of so many rows. The last layer has the output layer, too."""
+    name = f"language-{model.sha256[:12]}"
+    profile = _shipped_or_measured(name, "layers", folder / PROFILE, costs, lambda: measure_language(model))
+    attention, *experts, head = (_share(operation, rows) for operation in profile.operations.values())
+    found = np.tile(attention + np.stack(experts), (model.settings.layers, 1, 1))
+    found[-1] += head
+    return found
+
+
+def _share(operation: Operation, rows: int) -> np.ndarray:
+    """A row's share of time, memory and energy in a batch; times between those measured are interpolated."""
+    seconds = np.interp(rows, operation.sizes, operation.median)
+    others = [fit.fixed + fit.slope * rows for fit in (operation.memory, operation.energy)]
+    return np.array([seconds, *others]) / rows
+
+
+def measure_language(model: LanguageModel, progress: bool = False) -> Profile:
+    """Measure the parts of a layer while a language model writes: attention to 32 tokens, 0 to k experts, and the
+    output layer; on 1 to 512 rows."""
+    from experts.language.layer_costs import operations
+
+    return profiles.measure(operations(model), sizes=ROWS, progress=progress)
 
 
 def task_profile(name: str) -> Path:

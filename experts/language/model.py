@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_in
 from safetensors.torch import save as to_bytes
 
-from cost.files import healed, read_verified, replacing, sums_of, write_bytes
+from cost.files import digest, healed, read_verified, replacing, sums_of, write_bytes
+from experts import zoo
 from experts.compression.quantize import dequantize, quantize, quantized_bytes
 from experts.data import DataError
 from experts.language import tokens
@@ -26,6 +28,7 @@ from experts.language.transformer import Experts, ModelSettings, Transformer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+SHIPPED = zoo.ASSETS / "_language"
 FORMAT, SUMS = 1, "SHA256SUMS"
 METADATA, WEIGHTS, TOKENIZER = "metadata.json", "model.safetensors", "tokenizer.json"
 Weights = Literal["float32", "bfloat16", "int8"]
@@ -49,6 +52,11 @@ class LanguageModel:
     def __repr__(self) -> str:
         count, own = sum(each.numel() for each in self.network.parameters()), self.settings
         return f"LanguageModel({count:,} parameters, {own.layers} layers of {own.num_experts} experts, {own.k} a token)"
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights."""
+        return digest(self.network.state_dict())
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
@@ -140,13 +148,26 @@ class LanguageModel:
         return target
 
 
-def load(folder: Path | str) -> LanguageModel:
-    """The model in a folder, every byte verified; raises `DataError` where something is absent, altered or foreign."""
-    path = healed(Path(folder))
+def find(name_or_path: Path | str) -> Path:
+    """The folder of a model: by name, those that are shipped (`SHIPPED`) first and those in the user's cache next; or
+    as it is."""
+    for folder in (SHIPPED, zoo.cache_folder() / "language"):
+        if zoo.NAME.fullmatch(str(name_or_path)) and healed(folder / str(name_or_path)).is_dir():
+            return folder / str(name_or_path)
+    return healed(Path(name_or_path))
+
+
+def load(name_or_path: Path | str) -> LanguageModel:
+    """A model by name or folder, every byte verified; raises `DataError` where something is absent, altered or
+    foreign."""
+    path = find(name_or_path)
     try:
         sums = {name: sha256 for sha256, name in map(str.split, (path / SUMS).read_text().splitlines())}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no language model: {SUMS} cannot be read ({error})") from error
+        known = ", ".join(sorted(each.name for each in SHIPPED.glob("[!.]*"))) or "none"
+        raise DataError(
+            f"{path} is no language model, nor is it the name of one (shipped: {known}): {error}"
+        ) from error
     mend = f"its SHA-256 is not the one in {SUMS}"
     raw = {
         name: read_verified(path / name, sums.get(name, ""), DataError, mend) for name in (METADATA, WEIGHTS, TOKENIZER)

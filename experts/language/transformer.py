@@ -6,7 +6,7 @@ E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -17,10 +17,11 @@ from pydantic.dataclasses import dataclass as validated
 from torch import nn
 
 from experts.layers import MoELayer
-from experts.routers import Router, RoutingStatistics, TopK, TopKEach
+from experts.routers import Router, Routing, RoutingStatistics, TopK, TopKEach
 
 Size = Annotated[int, Ge(1)]
-Experts = int | Sequence[int] | torch.Tensor  # experts of a token: a number, one a layer, or `[B, T, L]`
+Decide = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # layer, inputs `[N, D]`, logits `[N, E]` to k `[N]`
+Experts = int | Sequence[int] | torch.Tensor | Decide  # experts of a token: a number, one a layer, `[B, T, L]`
 
 
 @validated(frozen=True, kw_only=True)
@@ -102,6 +103,23 @@ class Attention(nn.Module):
         return answer
 
 
+@dataclass(frozen=True)
+class LayerDecision:
+    """Numbers of experts that are decided once a layer's inputs are known."""
+
+    decide: Decide
+    layer: int
+    allowed: torch.Tensor | None
+
+    def about(self, inputs_ND: torch.Tensor) -> Router:
+        """The router for these inputs."""
+
+        def router(logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+            return TopKEach(self.decide(self.layer, inputs_ND, logits_TE), self.allowed)(logits_TE, generator)
+
+        return router
+
+
 class Block(nn.Module):
     """Attention and a Mixture of Experts, each behind a norm and added to what came in."""
 
@@ -113,11 +131,14 @@ class Block(nn.Module):
 
     def forward(
         self, x_BTD: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], places_BT: torch.Tensor,
-        kept: tuple[torch.Tensor, torch.Tensor] | None, router: Router | None,
+        kept: tuple[torch.Tensor, torch.Tensor] | None, router: Router | LayerDecision | None,
     ) -> tuple[torch.Tensor, RoutingStatistics]:  # fmt: skip
         """`[B, T, D]` and the routing."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), turns, places_BT, kept)
-        found, statistics = self.moe(self.expert_norm(x_BTD), router=router)
+        inputs_BTD = self.expert_norm(x_BTD)
+        if isinstance(router, LayerDecision):
+            router = router.about(inputs_BTD.flatten(0, 1))
+        found, statistics = self.moe(inputs_BTD, router=router)
         return x_BTD + found, statistics
 
 
@@ -158,7 +179,8 @@ class Transformer(nn.Module):
     ) -> Output:  # fmt: skip
         """Logits after each token.
 
-        `k` are the experts of a token: a number from 0, one for each layer, or `[B, T, L]`; None for the model's own.
+        `k` are the experts of a token: a number from 0, one for each layer, `[B, T, L]`, or a function that decides
+        (`Decide`); None for the model's own.
         With a `cache` the tokens follow those that it holds, each row at its own length, and are added to it. Only the
         experts of `allowed`, boolean `[L, E]`, are used. Raises `ValueError` where a row gets longer than the context.
         """
@@ -179,11 +201,16 @@ class Transformer(nn.Module):
             cache.lengths = start_B + tokens
         return Output(F.linear(self.norm(x_BTD), self.embedding.weight), statistics)
 
-    def _routers(self, ids_BT: torch.Tensor, k: Experts | None, allowed_LE: torch.Tensor | None) -> list[Router | None]:
+    def _routers(
+        self, ids_BT: torch.Tensor, k: Experts | None, allowed_LE: torch.Tensor | None
+    ) -> Sequence[Router | LayerDecision | None]:
         """A router for each layer, None for the layer's own."""
         layers, experts = len(self.blocks), self.settings.num_experts
+        masks = [None] * layers if allowed_LE is None else list(allowed_LE)
         if k is None and allowed_LE is None:
             return [None] * layers
+        if callable(k) and not isinstance(k, torch.Tensor):
+            return [LayerDecision(k, layer, mask) for layer, mask in enumerate(masks)]
         each: list[int | torch.Tensor]
         if isinstance(k, torch.Tensor):
             if k.shape != (*ids_BT.shape, layers):
@@ -200,7 +227,6 @@ class Transformer(nn.Module):
         per_token = [
             one if isinstance(one, torch.Tensor) else torch.full((size,), one, device=ids_BT.device) for one in each
         ]
-        masks = [None] * layers if allowed_LE is None else list(allowed_LE)
         return [TopKEach(one, mask) for one, mask in zip(per_token, masks, strict=True)]
 
 

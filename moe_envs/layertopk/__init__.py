@@ -1,0 +1,5 @@
+"""MoELayerTopK-v0."""
+
+from moe_envs.layertopk.env import SPEC, MoELayerTopKEnv, MoELayerTopKVectorEnv
+
+__all__ = ["SPEC", "MoELayerTopKEnv", "MoELayerTopKVectorEnv"]
