@@ -35,7 +35,7 @@ def of_docs(name: str) -> Any:
 
 def apps() -> dict[str, Any]:
     """Click's commands behind the console scripts."""
-    names = ("train", "eval", "benchmark", "compress", "bundle", "profile", "compare")
+    names = ("train", "eval", "benchmark", "compress", "bundle", "profile", "compare", "lm")
     found = {name: importlib.import_module(f"benchmarks.cli.{name}").app for name in names}
     return {f"moe-{name}": typer.main.get_command(app) for name, app in found.items()}
 
@@ -49,7 +49,7 @@ def commands(path: Path) -> list[str]:
     return [
         line.partition("#")[0]
         for line in lines
-        if re.match(r"moe-(train|eval|benchmark|compress|bundle|profile|compare)\b", line)
+        if re.match(r"moe-(train|eval|benchmark|compress|bundle|profile|compare|lm)\b", line)
     ]
 
 

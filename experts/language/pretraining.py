@@ -270,11 +270,14 @@ class _Pretraining:
             for number, state in optimizer.state_dict()["state"].items():
                 arrays |= {f"{place}/{number}/{name}": torch.as_tensor(value) for name, value in state.items()}
         arrays = {name: value.detach().cpu().contiguous() for name, value in arrays.items()}
-        said = json.dumps({"step": self.step, "seconds": self.seconds, "curve": self.curve})
+        said = json.dumps({"run": self._run(), "step": self.step, "seconds": self.seconds, "curve": self.curve})
         write_bytes(self.folder / CHECKPOINT, to_bytes(arrays, sealed(arrays, said)))
         if self.curve:
             lines = [",".join(self.curve[0]), *(",".join(f"{value:g}" for value in row.values()) for row in self.curve)]
             write_text(self.folder / CURVE, "\n".join(lines) + "\n")
+
+    def _run(self) -> str:
+        return sha256_of(json.dumps(self.about, sort_keys=True).encode())
 
     def _restore(self) -> None:
         path = self.folder / CHECKPOINT
@@ -283,6 +286,8 @@ class _Pretraining:
         metadata, arrays = read_arrays(path, DataError, "begin a new run")
         try:
             said = json.loads(metadata["settings"])
+            if said["run"] != self._run():
+                raise ValueError(f"it was made with another {RUN}")
             self.step, self.seconds, self.curve = said["step"], said["seconds"], said["curve"]
             values = {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}
             weights = {name[6:]: value for name, value in values.items() if name.startswith("model/")}

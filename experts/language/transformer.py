@@ -12,14 +12,15 @@ from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass as validated
 from torch import nn
 
 from experts.layers import MoELayer
 from experts.routers import Router, Routing, RoutingStatistics, TopK, TopKEach
 
-Size = Annotated[int, Ge(1)]
+Size = Annotated[int, Ge(1), Le(2**20)]
+Few = Annotated[int, Ge(1), Le(2**12)]
 Decide = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # layer, inputs `[N, D]`, logits `[N, E]` to k `[N]`
 Experts = int | Sequence[int] | torch.Tensor | Decide  # experts of a token: a number, one a layer, `[B, T, L]`
 
@@ -30,9 +31,9 @@ class ModelSettings:
 
     vocabulary: Size = 4096
     d_model: Size = 128
-    layers: Size = 4
-    heads: Size = 4
-    num_experts: Size = 16
+    layers: Few = 4
+    heads: Few = 4
+    num_experts: Few = 16
     d_ff: Size = 256
     k: Size = 4
     context: Size = 512

@@ -27,12 +27,14 @@ from benchmarks.runner.experiments import RunnerError
 from cost.files import save_json, sealed, sums_of
 from cost.normalize import CostNormalizer, NormalizerError
 from cost.profile import Profile, ProfileError, parse
-from experts import bundle, reference_models, tasks
+from experts import bundle, language, reference_models, tasks
 from experts import checkpoints as networks
 from experts.bundle import BundleError
 from experts.compression import shared_core
 from experts.compression.plan import Plan, PlanError, load_compressed
 from experts.data import DataError
+from experts.language import corpus, passages, pretraining
+from experts.language.transformer import ModelSettings
 from experts.network import MoENetwork
 from experts.training import TrainingSettings
 from moe_envs.autorate import estimator, references
@@ -331,6 +333,49 @@ def _use_matrix(folder: Path) -> Any:
     return matrix.jobs_of(matrix.trusted_matrix(folder / "matrix.json"))
 
 
+def _seal_sums(path: Path) -> None:
+    members = {name: (path.parent / name).read_bytes() for name in ("metadata.json", "model.safetensors",
+               "tokenizer.json")}  # fmt: skip
+    (path.parent / "SHA256SUMS").write_bytes(sums_of(members))
+
+
+def _corpus(folder: Path) -> Path:
+    for number in range(60):
+        place = folder / "corpus" / "one"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.txt").write_text(f"one {number}: " + "some words " * 40)
+    return folder / "corpus"
+
+
+def _pretrain(folder: Path, steps: int = 2) -> None:
+    size = ModelSettings(vocabulary=300, d_model=16, layers=2, heads=2, num_experts=3, d_ff=8, k=2, context=16)
+    settings = pretraining.PretrainingSettings(steps=steps, batch_size=2, parts=1, threads=1, precision="float32")
+    pretraining.train(_corpus(folder), folder / "run", size, settings, save_every=1, validate_every=1)
+
+
+def _language(folder: Path) -> None:
+    _pretrain(folder)
+    model = language.load(folder / "run" / pretraining.MODEL)
+    shutil.rmtree(folder / "run")
+    model.save(folder / "model", "int8")
+    passages.save(folder / "model", corpus.read(folder / "corpus"), model.tokenizer)
+    shutil.rmtree(folder / "corpus")
+
+
+def _use_language(folder: Path) -> Any:
+    model = language.load(folder / "model")
+    loss = model.bits_per_byte("some words")
+    if not np.isfinite(loss):
+        raise AssertionError("the loss is not finite")
+    found = passages.load(folder / "model", "test")
+    return tensors_of(model.network), model.metadata, model.encode("some words"), found.ids.tolist(), found.domains
+
+
+def _use_pretraining(folder: Path) -> Any:
+    found = pretraining.resume(folder / "run")
+    return tensors_of(found.network), found.metadata["training"]
+
+
 KINDS: dict[str, Kind] = {
     "checkpoint": Kind(
         ("agents.checkpoints", "agents.resumable", "agents.episodes"), _checkpoint, _use_checkpoint,
@@ -378,12 +423,21 @@ KINDS: dict[str, Kind] = {
     "task": Kind(("experts.tasks",), _tasks, _use_task, (DataError,), skipped=("autorate", ".profile")),
     "own task": Kind(("experts.tasks",), _own_task, _use_own_task, (DataError, ValueError), _seal_arrays),
     "references": Kind(("moe_envs.autorate.references",), _references, _use_references, (DataError,), _seal_arrays),
+    "language model": Kind(
+        ("experts.language.model", "experts.language.passages", "experts.language.reference"), _language, _use_language,
+        (DataError,), lambda path: _seal_arrays(path) if path.name == passages.FILE else _seal_sums(path),
+    ),
+    "training of a language model": Kind(
+        ("experts.language.pretraining",), _pretrain, _use_pretraining, (DataError, ValueError),
+        lambda path: _seal_json(path) if path.suffix == ".json" else _seal_arrays(path),
+        skipped=("corpus", "monitor", "curve.csv", "model/", ".lock"), slow=True,
+    ),
     "estimator": Kind(("moe_envs.autorate.estimator",), _estimator, _use_estimator, (DataError,), _seal_json),
 }  # fmt: skip
 # Modules whose files are for people, or are made anew where they are damaged: no number of ours is read from them.
 REPORTS = {
     "agents.tuning", "benchmarks.cli.benchmark", "benchmarks.cli.bundle", "benchmarks.cli.compare",
     "benchmarks.cli.terminal", "benchmarks.experiments.monitor.report", "cost.logbook", "benchmarks.speed.dacbench",
-    "cost.monitor",
+    "cost.monitor", "experts.language.debian", "experts.language.huggingface",
     "experts.compression.sensitivity",
 }  # fmt: skip

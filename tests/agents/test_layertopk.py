@@ -1,0 +1,157 @@
+"""Rules for the number of experts, the oracle, and policies in the model."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agents.baselines import find, layertopk
+from agents.baselines.layertopk import GRIDS, Routed, Rule, Tuning, adaptive_k, counted, routed, static
+from agents.deploy.layertopk import AdaptiveK
+from agents.evaluate import evaluate
+from agents.ppo import PPO
+from experts import language
+from moe_envs.layertopk import MoELayerTopKVectorEnv
+
+ID = "moe_envs:MoELayerTopK-v0"
+SMALL = {"tokens": 4}
+SEEN = Routed(
+    np.log(np.array([[0.6, 0.2, 0.1, 0.05, 0.02, 0.01], [0.2, 0.19, 0.18, 0.17, 0.1, 0.05]])),
+    np.array([0.5, 1.8]), np.array([0, 1]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "thresholds", "wanted"),
+    [
+        ("top-p", [0.7, 0.7], [2, 4]),
+        ("top-p", [0.1, 0.3], [1, 2]),
+        ("minimum probability", [0.1, 0.18], [3, 3]),
+        ("minimum weight", [0.2, 0.25], [2, 2]),
+        ("ratio (NAEE)", [0.3, 0.9], [2, 3]),
+        ("entropy", [0.5, 1.0], [2, 3]),
+    ],
+)
+def test_rules_by_hand(kind: str, thresholds: list[float], wanted: list[int]) -> None:
+    seen = Routed(SEEN.best, SEEN.entropy, SEEN.layer)
+    assert counted(kind, thresholds, 16)(seen).tolist() == wanted
+
+
+def test_fixed_rules_by_hand() -> None:
+    assert static([3, 1])(SEEN).tolist() == [3, 1]
+    assert adaptive_k(SEEN).tolist() == [1, 4]
+
+
+def test_a_rule_costs_and_loses_in_whole_passages_what_it_does_step_by_step() -> None:
+    tuning = Tuning({**SMALL, "cost_weight": 0.2}, passages=2)
+    rule = counted("top-p", [0.5, 0.3, 0.6, 0.4], 16)
+    loss, cost, experts = tuning.loss(rule)
+    env = MoELayerTopKVectorEnv(len(tuning.ids), split="validation", cost_weight=0.2, **SMALL)
+    policy = Rule(rule)
+    policy.watch(env)
+    domain = env.stepped.passages.domain
+    asked = np.concatenate([np.flatnonzero(domain == each)[:2] for each in np.unique(domain)])
+    observation, _ = env.reset(seed=0, options={"passage": asked})
+    quality = charged = 0.0
+    for _ in range(4 * env.layers):
+        observation, _, _, _, infos = env.step(policy.predict(observation)[0])
+        quality, charged = quality + infos["reward/quality"], charged + infos["reward/cost"]
+    assert np.mean(quality) == pytest.approx(tuning.full - loss, abs=1e-4)
+    assert np.mean(charged) == pytest.approx(cost)
+    assert infos["layertopk/experts_used"].mean() == pytest.approx(experts * 4 * env.layers)
+
+
+@pytest.fixture(scope="module")
+def rules() -> dict[str, Any]:
+    return find(ID).baselines(ID, report=lambda share: None, passages=1, cost_weight=0.2, **SMALL)
+
+
+def test_tuned_rules_and_the_oracle(rules: dict[str, Any]) -> None:
+    assert len(rules) == 5 + 1 + 2 * len(GRIDS) + 3
+    returns = {
+        name: evaluate(rule, ID, 64, split="validation", cost_weight=0.2, **SMALL)["return"].mean()
+        for name, rule in rules.items()
+    }
+    oracle = layertopk.bound(ID, passages=1, cost_weight=0.2, **SMALL)
+    assert oracle.kind == "bound"
+    best = evaluate(oracle, ID, 64, split="validation", cost_weight=0.2, **SMALL)["return"].mean()
+    assert best > max(returns.values())
+    assert returns["static per layer"] > returns["k = 0"]
+    assert max(returns, key=returns.__getitem__) != "random"
+
+
+def test_under_a_budget_rules_keep_experts_for_later() -> None:
+    env = MoELayerTopKVectorEnv(2, budget=1.0, **SMALL)
+    observation, _ = env.reset(seed=0)
+    greedy, thrifty = Rule(static([4] * 4)), Rule(static([4] * 4), reserve=1.0)
+    for rule, wanted in ((greedy, [4] * 4 + [0] * 12), (thrifty, [1] * 16)):
+        rule.watch(env)
+        observation, _ = env.reset(seed=0)
+        taken = []
+        for _ in range(16):
+            observation, _, _, _, infos = env.step(rule.predict(observation)[0])
+            taken.append(int(infos["layertopk/experts"][0]))
+        assert taken == wanted
+    oracle = layertopk.bound(ID, passages=1, budget=1.0, **SMALL)
+    assert evaluate(oracle, ID, 8, budget=1.0, **SMALL)["layertopk/experts_used"].max() <= 16
+
+
+def test_a_rule_in_the_model_decides_as_in_whole_passages(rules: dict[str, Any]) -> None:
+    model = language.load("language")
+    rule = rules["top-p per layer"]
+    adaptive = AdaptiveK(model, rule)
+    ids = torch.tensor([model.encode("The quick brown fox jumps over the lazy dog. " * 2)])
+
+    def decide(layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(rule.count(routed(logits_NE, layer, 4)))
+
+    torch.testing.assert_close(model.loss(ids, k=adaptive), model.loss(ids, k=decide))
+    assert model.generate("The", 8, k=adaptive, temperature=0)
+    numbers = AdaptiveK(model, Rule(static([2, 0, 1, 4])))
+    assert numbers.calibrate(ids) == {0: 2, 1: 0, 2: 1, 3: 4}
+    torch.testing.assert_close(model.loss(ids, k=numbers), model.loss(ids, k=[2, 0, 1, 4]))
+    with pytest.raises(ValueError, match="takes the policy as k"):
+        numbers.active()
+
+
+def test_a_learner_in_the_model_decides_as_in_its_environment() -> None:
+    kwargs = {"observation": "token", **SMALL}
+    agent = PPO("MlpPolicy", ID, env_kwargs=kwargs, n_envs=4, n_steps=16, batch_size=32, n_epochs=1, ent_coef=0.1)
+    agent.learn(128)
+    env = MoELayerTopKVectorEnv(3, split="test", **kwargs)
+    observation, _ = env.reset(seed=0)
+    ids = env.stepped.passages.ids[env.passage]
+    model, taken = env.stepped.model, []
+    for _ in range(4 * env.layers):
+        actions = agent.predict(observation, deterministic=True)[0]
+        taken.append(actions)
+        observation, *_ = env.step(actions)
+    found: list[torch.Tensor] = []
+    adaptive = AdaptiveK(model, agent)
+
+    def watched(layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
+        found.append(adaptive(layer, inputs_ND, logits_NE))
+        return found[-1]
+
+    model.loss(ids, k=watched)
+    decided = torch.stack([each.view(3, 4) for each in found], -1)  # [B, T, L]
+    assert decided.permute(1, 2, 0).reshape(16, 3).tolist() == np.stack(taken).tolist()
+    other = PPO("MlpPolicy", ID, env_kwargs=SMALL, n_envs=4, n_steps=16, batch_size=32, n_epochs=1)
+    with pytest.raises(ValueError, match='observation="token"'):
+        AdaptiveK(model, other)
+
+
+def test_a_policy_in_a_model_of_transformers() -> None:
+    pytest.importorskip("transformers", reason="pip install moe-envs[hf]")
+    from experts.huggingface import adapt
+    from tests.experts.test_huggingface import tiny
+
+    theirs = tiny("Qwen3Moe")
+    adaptive = AdaptiveK(adapt(theirs), Rule(static([1, 2])))
+    ids = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(1))
+    with adaptive.active():
+        found = theirs(ids).logits
+    with adapt(theirs).choosing([1, 2]):
+        torch.testing.assert_close(found, theirs(ids).logits)
+    assert adaptive.calibrate(ids) == {0: 1, 1: 2}

@@ -1,0 +1,85 @@
+"""The command moe-lm, from a corpus to text."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.cli.lm import app
+from experts import language
+from experts.language import debian
+from tests.experts.test_corpus import folder_of
+
+runner = CliRunner()
+SIZES = [word for size in ("vocabulary=300", "d_model=16", "layers=2", "heads=2", "num_experts=3", "d_ff=8", "k=2",
+         "context=32") for word in ("-m", size)]  # fmt: skip
+SETTINGS = [word for each in ("steps=20", "batch_size=2", "threads=1") for word in ("-s", each)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A corpus and a run."""
+    place = tmp_path_factory.mktemp("lm")
+    data = folder_of(place / "corpus", {"one": 100, "two": 100})
+    done = runner.invoke(app, ["train", "--data", str(data), "--out", str(place / "run"), *SIZES, *SETTINGS,
+                               "--json", str(place / "result.json")])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    result = json.loads((place / "result.json").read_text())
+    assert result["step"] == 20
+    assert result["model"]["num_experts"] == 3
+    assert "nats a token" in done.output
+    return data, place / "run"
+
+
+def test_a_run_is_evaluated_by_domain_beside_compressors(made: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = made
+    done = runner.invoke(app, ["eval", str(run), "--data", str(data), "--most", "2000", "--json", str(tmp_path / "e")])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "e").read_text())
+    assert [row["domain"] for row in rows] == ["one", "two", "mean"]
+    for number, other in (("0", "1"), ("1,2", "2,0")):
+        results = []
+        for k in (number, other):
+            done = runner.invoke(app, ["eval", str(run), "--data", str(data), "--k", k, "--json", "-"])
+            results.append(json.loads(done.stdout)[-1]["model"])
+        assert results[0] != results[1]
+
+
+def test_a_run_writes_text(made: tuple[Path, Path]) -> None:
+    done = runner.invoke(app, ["generate", str(made[1]), "one 1:", "--tokens", "5", "--temperature", "0"])
+    model = language.load(made[1] / "model")
+    assert done.output == "one 1:" + model.generate("one 1:", 5, temperature=0) + "\n"
+
+
+def test_a_finished_run_resumes_to_the_same(made: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(made[1], tmp_path / "run")
+    done = runner.invoke(app, ["train", "--resume", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert language.load(tmp_path / "run" / "model").sha256 == language.load(made[1] / "model").sha256
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "give --data and --out"),
+        (["train", "--resume", "x", "-s", "steps=3"], "keeps its settings"),
+        (["generate", "language", "--k", "a"], "one for each layer as"),
+        (["eval", "language", "--data", "nothing"], "has no folder of text files"),
+    ],
+)
+def test_wrong_words_are_told(words: list[str], message: str) -> None:
+    done = runner.invoke(app, words)
+    assert done.exit_code == 1
+    assert message in str(done.exception)
+
+
+def test_a_corpus_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the one domain that needs no package."""
+    monkeypatch.setattr(debian, "DOMAINS", {"python": debian.DOMAINS["python"]})
+    done = runner.invoke(app, ["corpus", "--out", str(tmp_path / "corpus"), "--limit", "20000"])
+    assert done.exit_code == 0, done.output
+    about = json.loads((tmp_path / "corpus" / "about.json").read_text())
+    assert about["packages"]["python"]["licence"] == "PSF-2.0"
+    assert len(list((tmp_path / "corpus" / "python").iterdir())) > 1
