@@ -109,6 +109,20 @@ TUNED["MoECompression-v0"] = {
         "policy_kwargs": {"net_arch": [64, 64]},
     },
 }
+TUNED["MoELayerTopK-v0"] = {
+    "ppo": {
+        "n_envs": 64,
+        "total_timesteps": 1_000_000,
+        "n_steps": 64,
+        "batch_size": 1024,
+        "n_epochs": 4,
+        "learning_rate": "linear 1e-3",
+        "gamma": 0.8,
+        "gae_lambda": 0.9,
+        "ent_coef": 0.0002,
+        "policy_kwargs": {"net_arch": [64, 64]},
+    },
+}
 TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 
 

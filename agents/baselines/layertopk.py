@@ -154,7 +154,7 @@ class Tuning:
         env: Any = make_rows(ID, 1, **{**env_kwargs, "split": "validation", "granularity": "layer"}).unwrapped
         self.stepped: SteppedModel = env.stepped
         self.weight, self.budget = env.reward.cost_weight, env_kwargs.get("budget")
-        self.relative = env.reward.price(self.stepped.costs.reshape(-1, 3))[0].reshape(self.stepped.costs.shape[:2])
+        self.relative = env.relative_costs()
         domain = self.stepped.passages.domain
         chosen = [np.flatnonzero(domain == each)[:passages] for each in np.unique(domain)]
         self.ids = self.stepped.passages.ids[np.concatenate(chosen)]
@@ -275,12 +275,9 @@ def predicted(env_kwargs: dict[str, Any], episodes: int) -> Predicted:
     for split, count in (("rl_train", episodes), ("validation", max(8, episodes // 4))):
         env: Any = make_rows(ID, count, **{**env_kwargs, "split": split, "granularity": "layer", "budget": None})
         data[split] = _random_play(env)
-        layout, unwrapped = env.unwrapped.observation_layout, env.unwrapped
+        unwrapped = env.unwrapped
     predictor = values(data["rl_train"], data["validation"])
-    prices = unwrapped.reward.cost_weight * unwrapped.reward.price(unwrapped.stepped.costs.reshape(-1, 3))[0]
-    prices = prices.reshape(unwrapped.stepped.costs.shape[:2]) * unwrapped.tokens
-    assert "layer" in layout
-    return Predicted(predictor, prices)
+    return Predicted(predictor, unwrapped.reward.cost_weight * unwrapped.relative_costs() * unwrapped.tokens)
 
 
 def _random_play(env: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -335,8 +332,7 @@ class Oracle(Rule):
         k = torch.from_numpy(np.repeat(menu[:, None], ids.shape[1], 1))
         with one_thread():
             losses = stepped.model.loss(ids, k=k).numpy() / env.tokens
-        prices = env.reward.price(stepped.costs.reshape(-1, 3))[0].reshape(stepped.costs.shape[:2])
-        cost = env.reward.cost_weight * prices[np.arange(stepped.layers), menu].sum(1)
+        cost = env.reward.cost_weight * env.relative_costs()[np.arange(stepped.layers), menu].sum(1)
         if not env.budgeted:
             return np.asarray(menu[(losses + cost[:, None]).argmin(0)])
         low, high = 0.0, 10.0

@@ -168,6 +168,15 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         """Token and layer `[n]` that are decided next."""
         return self._token.copy(), self._layer.copy()
 
+    def relative_costs(self) -> np.ndarray:
+        """What a number of experts adds to the cost of an episode, for each layer of a token, `[L, K + 1]`."""
+        costs = self.stepped.costs
+        return np.asarray(self.reward.price(costs.reshape(-1, 3))[0].reshape(costs.shape[:2]))
+
+    def inputs(self) -> np.ndarray:
+        """Inputs `[n, D]` of the experts in the layers that are decided next."""
+        return self._inputs.copy()
+
     def left_experts(self) -> np.ndarray:
         """Experts `[n]` that the budget leaves."""
         return np.asarray(self.total - self._used)

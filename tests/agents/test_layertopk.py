@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.adak import AdaK, AdaKSettings
 from agents.baselines import find, layertopk
 from agents.baselines.layertopk import GRIDS, Routed, Rule, Tuning, adaptive_k, counted, routed, static
 from agents.deploy.layertopk import AdaptiveK
@@ -140,6 +141,23 @@ def test_a_learner_in_the_model_decides_as_in_its_environment() -> None:
     other = PPO("MlpPolicy", ID, env_kwargs=SMALL, n_envs=4, n_steps=16, batch_size=32, n_epochs=1)
     with pytest.raises(ValueError, match='observation="token"'):
         AdaptiveK(model, other)
+
+
+def test_ada_k_learns_what_experts_are_worth() -> None:
+    model = language.load("language")
+    env = MoELayerTopKVectorEnv(16, cost_weight=0.2, tokens=16)
+    ids = env.stepped.passages.ids
+    prices = 0.2 * env.relative_costs() * env.tokens
+    found = {}
+    for name, factor in (("cheap", 0.0), ("dear", 20.0)):
+        settings = AdaKSettings(steps=40, batch_size=8, start_steps=5, learning_rate=1e-2)
+        found[name] = AdaK(model).learn(ids, factor * prices, settings)
+    experts = {}
+    for name, policy in found.items():
+        frame = evaluate(policy, ID, 16, tokens=16)
+        experts[name] = frame["layertopk/experts_used"].mean()
+        assert model.loss(ids[:2], k=policy).isfinite().all()
+    assert experts["dear"] < 0.3 * experts["cheap"]
 
 
 def test_a_policy_in_a_model_of_transformers() -> None:

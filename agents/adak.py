@@ -1,0 +1,146 @@
+"""Ada-K: a linear allocator in each layer decides how many experts a token gets (Yue et al. 2024, arXiv 2410.10456).
+
+As in the paper: the reward of a token is its log-likelihood after the last layer, the advantage is taken against the
+default number of experts and discounted from the last layer down, PPO makes two epochs a batch, and the allocators
+start from the counts of a top-p rule. Instead of a weight on the expected number of experts, their price is charged.
+
+Shape legend: N tokens, D width, K the most experts of a token, L layers, B passages, T tokens of a passage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cost.timing import torch_threads
+from experts.language import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaKSettings:
+    """`gamma` discounts the advantage by layers from the last one; `start_p` is the sum of probabilities at which the
+    top-p rule of the start stops."""
+
+    steps: int = 300
+    batch_size: int = 16
+    epochs: int = 2
+    start_steps: int = 50
+    start_p: float = 0.6
+    learning_rate: float = 1e-3
+    clip_range: float = 0.2
+    gamma: float = 0.99
+    seed: int = 0
+
+
+class AdaK:
+    """Allocators of a model, to be given to it as `k`: `model.generate(text, k=allocators)`.
+
+    In MoELayerTopK-v0 `predict` decides by the layer's inputs in the watched environment.
+    """
+
+    kind = "learner"
+    env_kwargs = {"granularity": "layer"}
+
+    def __init__(self, model: LanguageModel) -> None:
+        settings = model.settings
+        self.model, self.k = model, settings.k
+        self.allocators = nn.ModuleList(nn.Linear(settings.d_model, settings.k + 1) for _ in range(settings.layers))
+
+    def __call__(self, layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
+        """The most likely numbers of experts `[N]`."""
+        with torch.no_grad():
+            found: torch.Tensor = self.allocators[layer](inputs_ND).argmax(-1)
+        return found
+
+    def watch(self, env: Any) -> None:
+        """Attach to a vector environment."""
+        self.env = env
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Actions `[n]`."""
+        layer, inputs = self.env.places()[1], torch.from_numpy(self.env.inputs())
+        with torch.no_grad():
+            each = torch.stack([allocator(inputs).argmax(-1) for allocator in self.allocators], 1)
+        return each.numpy()[np.arange(len(layer)), layer], state
+
+    def learn(
+        self, ids: np.ndarray, prices: np.ndarray, settings: AdaKSettings | None = None,
+        report: Callable[[float], object] = lambda share: None,
+    ) -> AdaK:  # fmt: skip
+        """Train on passages `[B, T + 1]`; `prices [L, K + 1]` are what a number of experts costs a token, in nats."""
+        own = settings or AdaKSettings()
+        random, draw = np.random.default_rng(own.seed), torch.Generator().manual_seed(own.seed)
+        optimizer = torch.optim.Adam(self.allocators.parameters(), lr=own.learning_rate)
+        charged = torch.from_numpy(prices).float()
+        with torch_threads(1):
+            for step in range(own.start_steps + own.steps):
+                batch = ids[random.integers(len(ids), size=own.batch_size)]
+                if step < own.start_steps:
+                    self._imitate(batch, own, optimizer)
+                else:
+                    self._improve(batch, own, optimizer, charged, draw)
+                report((step + 1) / (own.start_steps + own.steps))
+        return self
+
+    def _imitate(self, ids: np.ndarray, own: AdaKSettings, optimizer: torch.optim.Optimizer) -> None:
+        """A step towards the numbers of the top-p rule."""
+        losses = []
+
+        def watched(layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
+            odds = logits_NE.softmax(-1).sort(-1, descending=True).values[:, : self.k]
+            wanted = (odds.cumsum(-1) - odds < own.start_p).sum(-1)
+            with torch.enable_grad():
+                losses.append(F.cross_entropy(self.allocators[layer](inputs_ND.clone()), wanted.clone()))
+            return torch.full((len(logits_NE),), self.k)
+
+        with torch.no_grad():
+            self.model.network(torch.from_numpy(ids[:, :-1]), watched)
+        _descend(torch.stack(losses).mean(), optimizer)
+
+    def _improve(
+        self, ids: np.ndarray, own: AdaKSettings, optimizer: torch.optim.Optimizer, prices: torch.Tensor,
+        draw: torch.Generator,
+    ) -> None:  # fmt: skip
+        """PPO on numbers drawn for each token and layer of the passages."""
+        inputs, taken, before = [], [], []
+
+        def drawn(layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
+            logs = self.allocators[layer](inputs_ND).log_softmax(-1)
+            k = torch.multinomial(logs.exp(), 1, generator=draw)
+            inputs.append(inputs_ND)
+            taken.append(k)
+            before.append(logs.gather(-1, k)[:, 0])
+            return k[:, 0]
+
+        with torch.no_grad():
+            gained_N = (self._losses(ids, None) - self._losses(ids, drawn)).flatten()
+        for _ in range(own.epochs):
+            loss = torch.zeros(())
+            for layer, allocator in enumerate(self.allocators):
+                logs = allocator(inputs[layer]).log_softmax(-1)
+                ratio = (logs.gather(-1, taken[layer])[:, 0] - before[layer]).exp()
+                advantage = gained_N * own.gamma ** (len(inputs) - 1 - layer)
+                clipped = ratio.clip(1 - own.clip_range, 1 + own.clip_range)
+                loss = loss - torch.minimum(ratio * advantage, clipped * advantage).mean()
+                loss = loss + (logs.exp() * prices[layer]).sum(-1).mean()
+            _descend(loss, optimizer)
+
+    def _losses(self, ids: np.ndarray, k: Any) -> torch.Tensor:
+        """Losses `[B, T]` in nats."""
+        given = torch.from_numpy(ids)
+        logits = self.model.network(given[:, :-1], k).logits
+        return F.cross_entropy(logits.flatten(0, 1), given[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+
+
+def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()

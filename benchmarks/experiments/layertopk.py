@@ -1,0 +1,193 @@
+"""Does deciding the experts of each token pay in wall time? Loss and time of the language model by rules and by PPO.
+
+Each decision maker runs inside the model, its own time included: decoding a token for 1 and for 64 rows, and reading
+prompts of 512 and 2,048 tokens (4 rows). Rules are tuned, and PPO is trained, for a cost weight at costs of this
+machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from agents import runs
+from agents.baselines import layertopk as rules
+from agents.baselines.layertopk import GRIDS, Rule
+from agents.deploy.layertopk import AdaptiveK
+from benchmarks.results.statistics import mean_interval
+from benchmarks.runner.setup import Arguments
+from cost.files import locked
+from cost.timing import torch_threads
+from experts.language import LanguageModel, load
+from moe_envs.layertopk import MoELayerTopKVectorEnv
+
+SEEDS = (0, 1, 2)
+SETTINGS: dict[str, dict[str, Any]] = {
+    f"cost weight {weight:g}": {"cost_weight": weight} for weight in (0.03, 0.1, 0.3)
+}
+QUICK = {
+    "seeds": [0],
+    "setups": {"short": {"timesteps": 2048, "passages": 1, "texts": 8, "repeats": 3, "tokens": 8}},
+}
+MODES = {"decode, 1 row": (1, 1), "decode, 64 rows": (64, 1), "prompt of 512": (1, 512), "prompts of 2,048": (4, 512)}
+SEEN = 32  # tokens in the cache when a token is decoded
+FULL, PPO = "k = 4", "PPO"
+MILD = 0.01  # nats
+
+
+class LayerTopKSetup(Arguments):
+    """Rules are tuned on `passages` of each domain, losses are of `texts` test passages of each, times are medians of
+    `repeats` turns."""
+
+    model: str = "language"
+    cost_weight: float = 0.1
+    tokens: int = 64
+    timesteps: int | None = None
+    passages: int = rules.PASSAGES
+    texts: int = 64
+    repeats: int = 50
+
+
+Setup = LayerTopKSetup
+
+
+def measure(setup: LayerTopKSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loss and experts of each decision maker on test passages, and seconds a token in each mode."""
+    kwargs: dict[str, Any] = {"model": setup.model, "cost_weight": setup.cost_weight, "tokens": setup.tokens}
+    kwargs["costs"] = "machine"
+    model = load(setup.model)
+    found = rules.baselines(rules.ID, passages=setup.passages, **kwargs)
+    kept = [f"k = {k}" for k in range(1, model.settings.k + 1)] + ["static per layer"]
+    kept += [f"{kind} per layer" for kind in GRIDS]
+    makers: dict[str, Any] = {name: found[name] for name in kept if isinstance(found[name], Rule)}
+    makers[PPO] = _trained(setup, seed, folder, kwargs)
+    env = MoELayerTopKVectorEnv(1, split="test", **kwargs)
+    texts = env.stepped.passages
+    chosen = [np.flatnonzero(texts.domain == each)[: setup.texts] for each in np.unique(texts.domain)]
+    ids = texts.ids[np.concatenate(chosen)]
+    with torch_threads(1):
+        decided = {name: _decider(model, maker, ids) for name, maker in makers.items()}
+        losses = {name: _loss(model, each, ids) for name, each in decided.items()}
+        times = {mode: _times(model, texts.ids, decided, sizes, setup.repeats) for mode, sizes in MODES.items()}
+    return {"losses": losses}, {"times": times}
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """A table for each mode, and who is fastest within 0.01 nats of all experts."""
+    tables = {mode: _table(frame, mode) for mode in MODES}
+    notes = [
+        "nats: change of the loss of a token to all experts; speed: tokens per second over those with all experts, the "
+        "decision maker's time included. Means over seeds, medians of a seed; one thread.",
+        *(f"{mode}: fastest within {MILD} nats is {_fastest(table)}." for mode, table in tables.items()),
+    ]
+    return {"tables": tables, "notes": notes}
+
+
+def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
+    """Loss against speed in each mode."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(MODES), figsize=(4 * len(MODES), 4), sharey=True, layout="constrained")
+    for axis, (mode, table) in zip(axes, result["tables"].items(), strict=True):
+        for name in dict.fromkeys(row["decided by"] for row in table):
+            points = sorted((row["speed"], row["nats"]) for row in table if row["decided by"] == name)
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=1)
+        axis.set(title=mode, xlabel="tokens per second / all experts")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("loss over all experts, nats a token")
+    axes[-1].legend(fontsize=7)
+    figure.savefig(out / "speed.png", dpi=110)
+    plt.close(figure)
+    return ["speed.png"]
+
+
+def _table(frame: pd.DataFrame, mode: str) -> list[dict[str, Any]]:
+    found = []
+    for setup, rows in frame.groupby("setup", sort=False):
+        for name in rows["losses"].iloc[0]:
+            nats = [each[name][0] - each[FULL][0] for each in rows["losses"]]
+            experts = [each[name][1] for each in rows["losses"]]
+            speeds = [each[mode][FULL] / each[mode][name] for each in rows["times"]]
+            found.append({
+                "setup": setup, "decided by": name, "experts": float(np.mean(experts)),
+                "nats": float(np.mean(nats)), "speed": float(np.mean(speeds)),
+                "95 %": list(mean_interval(np.array(speeds))) if len(speeds) > 1 else None,
+                "us a token": 1e6 * float(np.mean([each[mode][name] for each in rows["times"]])),
+            })  # fmt: skip
+    return found
+
+
+def _fastest(table: list[dict[str, Any]]) -> str:
+    best = max((row for row in table if row["nats"] <= MILD), key=lambda row: row["speed"])
+    return f"{best['decided by']} ({best['setup']}): {best['speed']:.2f} times at {best['nats']:+.4f} nats"
+
+
+def _trained(setup: LayerTopKSetup, seed: int, folder: Path, kwargs: dict[str, Any]) -> Any:
+    place = folder / f"run-{setup.cost_weight:g}-{seed}-{setup.timesteps or 'all'}"
+    with locked(place):
+        if not (place / runs.SETTINGS).exists():
+            more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
+            with torch_threads(1):
+                runs.train(rules.ID, "ppo", seed, place, {**kwargs, "observation": "token"}, more, overwrite=True)
+    return runs.load(place)[0]
+
+
+def _decider(model: LanguageModel, maker: Any, ids: np.ndarray) -> Any:
+    """What a model takes as k: numbers where they are the same for all tokens, else the policy, which is not asked in
+    layers where it is constant."""
+    adaptive = AdaptiveK(model, maker)
+    constant = adaptive.calibrate(ids[:, :-1])
+    return list(constant.values()) if len(constant) == adaptive.layers else adaptive
+
+
+def _loss(model: LanguageModel, decided: Any, ids: np.ndarray) -> tuple[float, float]:
+    """Mean loss in nats, and experts of a token in a layer."""
+    with torch.inference_mode():
+        loss = float(model.loss(ids, k=decided).mean())
+        routing = model.network(torch.from_numpy(ids[:, :-1]), decided).routing
+    return loss, float(np.mean([each.members.sum(-1).float().mean().item() for each in routing]))
+
+
+def _times(
+    model: LanguageModel, texts: np.ndarray, decided: dict[str, Any], sizes: tuple[int, int], repeats: int
+) -> dict[str, float]:
+    """Median seconds a token, measured in turns, on texts `[N, T + 1]` one after the other."""
+    rows, size = sizes
+    stream = torch.from_numpy(texts[:, :-1].reshape(-1))
+    stream = stream.repeat(1 + 2 * rows * (size + SEEN) // len(stream))
+    spent: dict[str, list[float]] = {name: [] for name in decided}
+    for turn in range(repeats):
+        start = turn * rows * (size + SEEN) % (len(stream) - rows * (size + SEEN))
+        ids = stream[start : start + rows * (size + SEEN)].view(rows, -1)
+        for name, k in decided.items():
+            run = _decoding(model, ids, k) if size == 1 else _reading(model, ids[:, :size], k)
+            begun = time.perf_counter()
+            run()
+            spent[name].append((time.perf_counter() - begun) / (rows * size))
+    return {name: float(np.median(each)) for name, each in spent.items()}
+
+
+def _reading(model: LanguageModel, ids: torch.Tensor, k: Any) -> Callable[[], object]:
+    def run() -> None:
+        with torch.inference_mode():
+            model.network(ids, k)
+
+    return run
+
+
+def _decoding(model: LanguageModel, ids: torch.Tensor, k: Any) -> Callable[[], object]:
+    cache = model.network.cache(len(ids), size=SEEN + 1)
+    with torch.inference_mode():
+        model.network(ids[:, :SEEN], k, cache)
+
+    def run() -> None:
+        with torch.inference_mode():
+            model.network(ids[:, SEEN : SEEN + 1], k, cache)
+
+    return run
