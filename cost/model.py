@@ -43,10 +43,12 @@ class CostModel:
         """Costs `[..., 3]` of batches in which operation e runs on `loads[..., e]` inputs."""
         return (loads > 0) @ self.fixed + loads @ self.slope
 
-    def subsets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Fixed and per-input costs `[2^E, 3]` of every subset of the operations; bit e of the row = operation e."""
+    def subsets(self, codes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Fixed and per-input costs `[S, 3]` of subsets of the operations, by default of all 2^E; bit e of a code
+        `[S]` = operation e."""
         count = len(self.fixed)
-        members = (np.arange(2**count)[:, None] >> np.arange(count) & 1).astype(np.float64)
+        codes = np.arange(2**count) if codes is None else codes
+        members = (codes[:, None] >> np.arange(count) & 1).astype(np.float64)
         return members @ self.fixed, members @ self.slope
 
 

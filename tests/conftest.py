@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from experts import data
+from cost.profile import Profile
+from experts import bundle, data
+from experts.bundle import Bundle
+from experts.training import TrainingSettings
 
 torch.set_num_threads(1)
 settings.register_profile("whatever the machine's speed", deadline=None)
@@ -45,6 +49,23 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache is never touched by a test."""
     monkeypatch.setenv("MOE_ENVS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of 12 experts, of digits: more than all subsets are tabulated of. Its costs are those of the 8 shipped
+    experts, and of four of them again."""
+    source, shipped = data.load("digits"), Profile.model_validate(bundle.load("digits").profile)
+    several = [*shipped.operations.values()]
+    operations = {f"expert {number}": each for number, each in enumerate([*several, *several[::2]])}
+    settings = TrainingSettings(widths=(4, 4, 8, 8, 16, 16, 32, 64, 4, 8, 16, 32), epochs=12, batch_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a linear model is better
+        return bundle.build(
+            "twelve", source.inputs, source.labels, splits=source.splits, settings=settings, progress=False,
+            folder=tmp_path_factory.mktemp("bundles"),
+            profile=lambda model, inputs: shipped.model_copy(update={"operations": operations}),
+        )  # fmt: skip
 
 
 class Clock:

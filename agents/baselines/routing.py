@@ -1,10 +1,11 @@
-"""Baselines for MoERouting-v0: simple rules tuned on validation, and the exact bound.
+"""Baselines for MoERouting-v0: simple rules tuned on validation.
 
 All baselines use an observation, like a learner, and know the costs. A scorer rates subsets of experts for an input:
 the gate itself, nearest neighbours, a supervised predictor, or the estimates of `observation="estimates"`. A planner
 weighs scores against costs: greedily given the experts already paid, within a fixed pool of experts, within a pool per
 batch, or, with estimates, within the best pool by the estimates of the whole batch. Subset codes have bit e set for
-expert e.
+expert e. With more than 10 experts, pools have at most 3 experts, and at most two experts answer an input: those of the
+largest gate logits.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from agents.baselines.routing_bound import Oracle, SingleOracle
 from agents.baselines.supervised import Predictor, nearest_neighbours, probabilities, values
 from agents.evaluate import Policy, make_rows, play
+from experts.bundle import subsets
 from moe_envs.routing.env import MoERoutingVectorEnv
+from moe_envs.routing.planning import pool_members
 
 Rule = Callable[[np.ndarray], np.ndarray]  # observations [n, d] -> subset codes [n]
 Family = Callable[[], list[tuple[Rule, bool]]]  # rules of different parameters, and whether they take one expert
@@ -36,14 +40,17 @@ MARGINS = (-0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5)  # in correct answ
 
 
 class Baseline:
-    """Rule with SB3's `predict`; `env_kwargs` requests its observation, and subset actions if the action space cannot
-    express it."""
+    """Rule with SB3's `predict`; `env_kwargs` requests its observation, and other actions if the action space cannot
+    express it: subsets, or top-m actions where not all subsets are tabulated."""
 
     kind = "baseline"
 
     def __init__(self, rule: Rule, problem: RoutingProblem, single: bool) -> None:
         self.rule = rule
-        self.action = problem.action if single and problem.action == "expert" else "subset"
+        if problem.complete:
+            self.action = problem.action if single and problem.action == "expert" else "subset"
+        else:
+            self.action = "expert" if single else "top-m"
         self.env_kwargs = {"observation": problem.observation}
         if self.action != problem.action:
             self.env_kwargs["action"] = self.action
@@ -55,7 +62,10 @@ class Baseline:
         """Actions `[n, ...]` for observations `[n, d]`; one observation `[d]` gives one action."""
         codes = self.rule(np.atleast_2d(observation))
         members = codes[:, None] >> self._experts & 1
-        actions = members.argmax(1) if self.action == "expert" else members.astype(np.int8)
+        if self.action == "subset":
+            actions = members.astype(np.int8)
+        else:
+            actions = members.argmax(1) if self.action == "expert" else members.sum(1) - 1
         return (actions if observation.ndim == 2 else actions[0]), state
 
 
@@ -79,11 +89,28 @@ class RoutingProblem:
             self.train.batch_size,
             self.train.layout,
         )
+        self.complete, self.column = self.train.complete, self.train.column
         self.fixed = self.cost_weight * self.train.fixed[:, 0]
         self.slope = self.cost_weight * self.train.slope[:, 0]
-        self.singles = 1 << np.arange(self.num_experts)
+        self.singles = subsets.singles(self.num_experts)
         pairs = self.singles[:, None] | self.singles
         self.pairs = np.unique(pairs)  # codes of one or two experts
+        self.most = self.num_experts if self.complete else 2  # experts for an input
+
+    @cached_property
+    def pools(self) -> np.ndarray:
+        """Codes of the pools of experts to choose from: all of up to 10 experts, else those of at most 3."""
+        if self.complete:
+            return np.arange(1, 2**self.num_experts)
+        found: np.ndarray = pool_members(self.num_experts) @ self.singles
+        return found
+
+    def fixed_of(self, codes: np.ndarray) -> np.ndarray:
+        """Weighted cost of the first use of subsets of experts."""
+        if self.complete:
+            return self.fixed[codes]
+        found: np.ndarray = subsets.members(codes, self.num_experts) @ self.fixed[self.column(self.singles)]
+        return found
 
     def part(self, observation: np.ndarray, name: str) -> np.ndarray:
         """A named part of observations, `[n, size]`."""
@@ -148,7 +175,7 @@ class Planner:
 
     def worth(self, observation: np.ndarray) -> np.ndarray:
         """Contribution of each candidate to the return without fixed cost, `[n, K]`."""
-        return self.scorer(observation) / self.problem.batch_size - self.problem.slope[self.codes]
+        return self.scorer(observation) / self.problem.batch_size - self.problem.slope[self.problem.column(self.codes)]
 
     def greedy(self, amortisation: float, rising: bool) -> Rule:
         """Candidate with the largest worth minus a share of the unpaid fixed cost; the share is constant, or rises to 1
@@ -157,7 +184,7 @@ class Planner:
         def rule(observation: np.ndarray) -> np.ndarray:
             new = self.codes & ~self.problem.used(observation)[:, None]
             share = amortisation if not rising else np.minimum(1, amortisation / self.problem.remaining(observation))
-            return self.codes[(self.worth(observation) - share * self.problem.fixed[new]).argmax(1)]
+            return self.codes[(self.worth(observation) - share * self.problem.fixed_of(new)).argmax(1)]
 
         return rule
 
@@ -168,7 +195,7 @@ class Planner:
 
     def fixed_pool(self) -> Rule:
         """Fixed pool with the largest mean return on validation batches."""
-        best = self.pool_returns(validation=True).mean(0).argmax() + 1
+        best = self.problem.pools[self.pool_returns(validation=True).mean(0).argmax()]
         return lambda observation: self.in_pool(self.worth(observation), best)
 
     def batch_pool(self) -> Rule:
@@ -178,65 +205,24 @@ class Planner:
         train, validation = ((t.summaries[: len(r)], r) for t, r in zip(tables, returns, strict=True))
         predict = values(train, validation)
         return lambda observation: self.in_pool(
-            self.worth(observation), predict(self.problem.batch(observation)).argmax(1) + 1
+            self.worth(observation), self.problem.pools[predict(self.problem.batch(observation)).argmax(1)]
         )
 
     def pool_returns(self, validation: bool) -> np.ndarray:
-        """True return of each batch (2,000 for validation) with each pool 1..2^E - 1, `[batches, pools]`."""
+        """True return of each batch (2,000 for validation) with each of the problem's pools, `[batches, pools]`."""
         tables, worth = (self.problem.validation, self.gains[1]) if validation else (self.problem.train, self.gains[0])
         count = POOL_BATCHES if validation else len(tables.summaries)
         batches = tables.deck[:-1].reshape(-1, tables.batch_size + 1)[:count, :-1]
         inputs = np.arange(tables.num_inputs)
         correct = tables.outcomes(inputs)
-        result = np.empty((count, 2**tables.num_experts - 1), dtype=np.float32)
-        for pool in range(1, 2**tables.num_experts):
+        result = np.empty((count, len(self.problem.pools)), dtype=np.float32)
+        for place, pool in enumerate(self.problem.pools):
             codes = self.in_pool(worth, pool)
-            gain = correct[inputs, codes] / tables.batch_size - self.problem.slope[codes]
+            columns = self.problem.column(codes)
+            gain = correct[inputs, columns] / tables.batch_size - self.problem.slope[columns]
             used = np.bitwise_or.reduce(codes[batches], axis=1)
-            result[:, pool - 1] = gain[batches].sum(1) - self.problem.fixed[used]
+            result[:, place] = gain[batches].sum(1) - self.problem.fixed_of(used)
         return result
-
-
-class Oracle:
-    """Exact bound: plan of largest return per batch over all subsets of experts, with known labels."""
-
-    kind = "bound"
-    env_kwargs = {"action": "subset"}
-
-    def watch(self, env: MoERoutingVectorEnv) -> None:
-        """Read the batches and labels of the environment."""
-        tables, reward = env.tables, env.reward
-        self._env, self._tables = env, tables
-        self._fixed = reward.cost_weight * tables.fixed[:, 0]
-        self._slope = reward.cost_weight * tables.slope[:, 0]
-        self._plans = np.zeros((env.num_envs, tables.batch_size, tables.num_experts), dtype=np.int8)
-
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
-    ) -> tuple[np.ndarray, Any]:
-        """Planned subsets `[n, E]`; plans are made at the start of a batch."""
-        done = observation[:, self._tables.layout["progress"].slice].ravel()
-        position = np.rint(done * self._tables.batch_size).astype(np.int64)
-        for row in (position == 0).nonzero()[0]:
-            codes = self.plan(self._env.batch_inputs(row))
-            self._plans[row] = codes[:, None] >> np.arange(self._tables.num_experts) & 1
-        return self._plans[np.arange(len(position)), position], state
-
-    def plan(self, inputs: np.ndarray) -> np.ndarray:
-        """Subset code per input `[B]` of a batch.
-
-        For every set P of paid experts, the best subset of P per input is computed by a maximum over subsets, expert by
-        expert. The result uses the P with the largest sum minus its fixed cost.
-        """
-        best = self._tables.outcomes(inputs) / len(inputs) - self._slope
-        codes = np.tile(np.arange(best.shape[1]), (len(inputs), 1))
-        for expert in range(self._tables.num_experts):
-            inside = (np.arange(best.shape[1]) >> expert & 1).nonzero()[0]
-            without = inside ^ (1 << expert)
-            better = best[:, without] > best[:, inside]
-            best[:, inside] = np.where(better, best[:, without], best[:, inside])
-            codes[:, inside] = np.where(better, codes[:, without], codes[:, inside])
-        return codes[:, (best.sum(0) - self._fixed).argmax()]
 
 
 def baselines(
@@ -258,7 +244,7 @@ def baselines(
     fitted = scorers or _fitted(env_id, json.dumps(_of_scorers(env_kwargs), sort_keys=True))
     sizes = range(1, problem.num_experts + 1)
     families: dict[str, tuple[RoutingProblem, Family]] = {"random": (problem, lambda: [(_random(problem), True)])}
-    for m in sizes:
+    for m in range(1, problem.most + 1):
         families[f"gate top-{m}"] = problem, partial(lambda m: [(_top_m(problem, m), m == 1)], m)
     families["top-p"] = problem, lambda: [(_top_p(problem, p), False) for p in TOP_P]
     families["confidence threshold"] = problem, lambda: [(_threshold(problem, c), False) for c in CONFIDENCES]
@@ -297,8 +283,9 @@ def _greedy(planners: list[Planner]) -> list[tuple[Rule, bool]]:
 
 
 def bound(env_id: str, **env_kwargs: Any) -> Policy:
-    """The exact bound."""
-    return Oracle()
+    """The exact bound; with more than 10 experts, of one expert for each input."""
+    env = _vector_env(env_id, {**env_kwargs, "observation": "features"})
+    return Oracle() if env.tables.complete else SingleOracle()
 
 
 def _of_scorers(env_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -318,8 +305,13 @@ def fit_scorers(problem: RoutingProblem) -> Scorers:
     )
     predict = probabilities(train, validation)
     singles = problem.singles
-    neighbours = nearest_neighbours(problem.features(problem.train.seen[:-1]), train[1][:, singles], NEIGHBOURS)
-    predicted = ((partial(_scores, predict=predict, see=problem.input, codes=c), c) for c in (singles, problem.pairs))
+    right = train[1][:, problem.column(singles)]
+    neighbours = nearest_neighbours(problem.features(problem.train.seen[:-1]), right, NEIGHBOURS)
+    candidates = (singles, problem.pairs) if problem.complete else (singles,)
+    predicted = (
+        (partial(_scores, predict=predict, see=problem.input, columns=problem.column(codes)), codes)
+        for codes in candidates
+    )
     return {
         "gate": [(problem.gate, singles)],
         "kNN": [(partial(_scores, predict=near, see=problem.features), singles) for near in neighbours],
@@ -328,9 +320,9 @@ def fit_scorers(problem: RoutingProblem) -> Scorers:
 
 
 def _scores(
-    observation: np.ndarray, predict: Predictor, see: Rule, codes: np.ndarray | slice = slice(None)
+    observation: np.ndarray, predict: Predictor, see: Rule, columns: np.ndarray | slice = slice(None)
 ) -> np.ndarray:
-    return predict(see(observation))[:, codes]
+    return predict(see(observation))[:, columns]
 
 
 def _random(problem: RoutingProblem) -> Rule:
@@ -343,12 +335,12 @@ def _top_m(problem: RoutingProblem, m: int) -> Rule:
 
 
 def _top_p(problem: RoutingProblem, p: float) -> Rule:
-    """Smallest set of experts whose gate probabilities sum to p."""
+    """Smallest set of experts whose gate probabilities sum to p; of at most two, with more than 10 experts."""
 
     def rule(observation: np.ndarray) -> np.ndarray:
         gate = problem.gate(observation)
         before = np.sort(gate, axis=1)[:, ::-1].cumsum(axis=1)
-        return _largest(gate, np.minimum((before < p).sum(1) + 1, problem.num_experts))
+        return _largest(gate, np.minimum((before < p).sum(1) + 1, problem.most))
 
     return rule
 

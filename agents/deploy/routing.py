@@ -24,14 +24,16 @@ from experts.bundle import FEATURE_BOUND, Bundle
 from experts.bundle.estimates import Estimator, centred
 from experts.model import combine, mix, run_chosen
 from experts.routers import mixing_weights
+from moe_envs.routing.moves import edges_of
 from moe_envs.routing.observations import BATCH_SCALE
-from moe_envs.routing.planning import PLAN_BOUND
-from moe_envs.routing.tables import edges_of
+from moe_envs.routing.planning import PLAN_BOUND, pool_experts, pool_members
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
     from moe_envs.routing.env import MoERoutingVectorEnv
+
+POOLED = 2**20  # inputs times pools at once
 
 
 class RoutedMoE(nn.Module):
@@ -74,26 +76,29 @@ class RoutedMoE(nn.Module):
         self.policy = _plan(env) if isinstance(policy, str) else _checked(policy, env)
         mean, projection = (torch.from_numpy(part) for part in loaded.projection)
         self.mean, self.projection = (nn.Parameter(part, requires_grad=False) for part in (mean, projection))
-        costs = [
-            torch.from_numpy(part[1 << np.arange(self.num_experts), 0]) for part in (env.tables.fixed, env.tables.slope)
-        ]
+        singles = env.tables.column(env.tables.codes)
+        costs = [torch.from_numpy(part[singles, 0]) for part in (env.tables.fixed, env.tables.slope)]
         self.estimator = loaded.estimator() if env.tables.by_place else None
         if points is not None:
             if self.estimator is None:
                 raise ValueError(f'points={points}: observation="features" searches no neighbours')
             self.estimator.thin(points)
-        for name in ("first_price", "input_price"):
+        for name in ("pool_price", "first_price", "input_price"):
             self.register_buffer(name, torch.from_numpy(getattr(env.tables, name)).float())
         self.graph = getattr(model, "graph", None)
         self.register_buffer("edges", None if loaded.edges is None else torch.from_numpy(loaded.edges))
-        self.register_buffer("singles", 1 << torch.arange(self.num_experts))
+        small = None if env.tables.complete else (pool_experts(self.num_experts), pool_members(self.num_experts))
+        self.register_buffer("pools", None if small is None else torch.from_numpy(small[0].copy()))
+        self.register_buffer("pool_members", None if small is None else torch.from_numpy(small[1].copy()))
         self.register_buffer("fixed", costs[0])
         self.register_buffer("slope", costs[1])
         self.eval()
 
     edges: torch.Tensor | None
+    pools: torch.Tensor | None
+    pool_members: torch.Tensor
     first_price: torch.Tensor
-    singles: torch.Tensor
+    pool_price: torch.Tensor
     input_price: torch.Tensor
     fixed: torch.Tensor
     slope: torch.Tensor
@@ -179,7 +184,7 @@ class RoutedMoE(nn.Module):
         """Experts chosen, 0 or 1 `[..., E]`, from the parts of observations `[..., *]`."""
         paid = [used] if self.edges is None else [used, edges_of(used, self.edges)]
         if self.estimator is not None:
-            paid.append(self.input_price + (1 - used) * self.first_price[self.singles])
+            paid.append(self.input_price + (1 - used) * self.first_price)
         observations = torch.cat([seen, batch, *paid, cost.float(), progress], dim=-1)
         head = self.policy(observations.flatten(0, -2)).unflatten(0, observations.shape[:-1])
         if self.action == "expert":
@@ -194,12 +199,27 @@ class RoutedMoE(nn.Module):
 
     def _plan(self, worth_GTE: torch.Tensor) -> torch.Tensor:
         """`moe_envs.routing.planning.plan_margins` of groups, `[G, E]`."""
+        if self.pools is not None:
+            return self._plan_small(worth_GTE, self.pools)
         best_GTS = torch.full_like(worth_GTE[..., :1], -100.0)
         for expert in range(self.num_experts):
             best_GTS = torch.cat([best_GTS, torch.maximum(best_GTS, worth_GTE[..., expert, None])], dim=2)
-        returns_GS = best_GTS.sum(1) - self.first_price
+        returns_GS = best_GTS.sum(1) - self.pool_price
         halves = (returns_GS.unflatten(1, (-1, 2, 1 << expert)) for expert in range(self.num_experts))
         margins = [half[:, :, 1].amax((1, 2)) - half[:, :, 0].amax((1, 2)) for half in halves]
+        return torch.stack(margins, dim=1).clip(-PLAN_BOUND, PLAN_BOUND)
+
+    def _plan_small(self, worth_GTE: torch.Tensor, pools_P3: torch.Tensor) -> torch.Tensor:
+        """The same for pools of at most three experts, some of them at once: memory stays bounded."""
+        sums = []
+        for part_p3 in pools_P3.split(max(1, POOLED // worth_GTE[..., 0].numel())):
+            of_first, of_second, of_third = (worth_GTE[..., experts] for experts in part_p3.T)
+            sums.append(torch.maximum(torch.maximum(of_first, of_second), of_third).sum(1))
+        returns_GP = torch.cat(sums, dim=1) - self.pool_price
+        margins = [
+            returns_GP.where(inside_P, -torch.inf).amax(1) - returns_GP.where(~inside_P, -torch.inf).amax(1)
+            for inside_P in self.pool_members.T
+        ]
         return torch.stack(margins, dim=1).clip(-PLAN_BOUND, PLAN_BOUND)
 
     def export_onnx(self, path: str | Path, batch_size: int | None = None) -> None:

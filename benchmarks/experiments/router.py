@@ -189,7 +189,7 @@ def _best_pool(env_id: str, kwargs: dict[str, Any]) -> int:
     arguments = {key: value for key, value in kwargs.items() if key not in ("observation", "split")}
     problem = RoutingProblem(env_id, **arguments)
     returns = Planner(problem, problem.gate, problem.singles).pool_returns(validation=True)
-    return int(returns.mean(0).argmax()) + 1
+    return int(problem.pools[returns.mean(0).argmax()])
 
 
 def _in_pool(code: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

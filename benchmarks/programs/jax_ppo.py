@@ -18,6 +18,7 @@ import numpy as np
 from jax.nn.initializers import orthogonal
 
 from moe_envs.routing.env import MoERoutingVectorEnv
+from moe_envs.routing.moves import TabulatedMoves
 
 GAMMA, DECAY, CLIP, VF_COEF, MAX_NORM, RATE, EPOCHS, WIDTH = 0.99, 0.95, 0.2, 0.5, 0.5, 3e-4, 4, 64
 
@@ -38,10 +39,12 @@ class Environment:
     def __init__(self, num_rows: int) -> None:
         tables = MoERoutingVectorEnv(1, observation="features").tables
         self.rows, self.length, self.width, self.actions = num_rows, tables.batch_size, tables.width, tables.num_experts
-        self.deck, self.correct, self.ledgers = map(jnp.array, (tables.deck, tables.correct, tables.ledger))
-        self.cost_of, self.paid = jnp.array(tables.terms[:, 0], jnp.float32), jnp.array(tables.seen_of_paid)
+        moves = tables.moves
+        assert isinstance(moves, TabulatedMoves)
+        self.deck, self.correct, self.ledgers = map(jnp.array, (tables.deck, tables.correct, moves.ledger))
+        self.cost_of, self.paid = jnp.array(moves.terms[:, 0], jnp.float32), jnp.array(moves.seen_of_paid)
         self.seen, self.summaries = jnp.array(tables.seen), jnp.array(tables.summaries)
-        self.first_ledger = int(tables.ledger_of(-1))
+        self.first_ledger = moves.ledger_of(moves.none_paid)
 
     def begin(self, key: Any) -> Steps:
         batch = jax.random.randint(key, (self.rows,), 0, len(self.summaries))

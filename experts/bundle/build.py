@@ -14,9 +14,9 @@ import numpy as np
 from cost.files import replacing, sha256_of, sums_of, write_bytes
 from cost.machine import source_commit
 from experts import zoo
+from experts.bundle import subsets
 from experts.bundle.read import (
     FORMAT,
-    MAX_EXPERTS,
     METADATA,
     MODEL,
     PROFILE,
@@ -59,6 +59,8 @@ def build(
 ) -> Bundle:
     """Train an MoE on your arrays (or take your trained `model`), tabulate it, save it as a bundle and return it.
 
+    Outcomes are tabulated for all subsets of up to 10 experts, and for single experts and pairs of 11 to 32.
+
     By default, the training ends when the loss on held-out inputs stops falling; a warning says if a linear model is
     better.
 
@@ -90,8 +92,8 @@ def build(
     linear = training.linear_model(x[rows["train"]], y[rows["train"]])
     for split in SPLITS:
         gate, outputs, answer, summed = answers(trained, torch.from_numpy(x[rows[split]]))
-        if gate.shape[1] > MAX_EXPERTS:
-            raise ValueError(f"{gate.shape[1]} experts; a bundle tabulates all subsets of at most {MAX_EXPERTS}")
+        if gate.shape[1] > subsets.MAX_EXPERTS:
+            raise ValueError(f"{gate.shape[1]} experts: a bundle has at most {subsets.MAX_EXPERTS}")
         label = y[rows[split]]
         features = project(x[rows[split]], mean, projection)
         tables[split] = tabulated(features, gate.numpy(), outputs.numpy(), label, None if summed else answer)

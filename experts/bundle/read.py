@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cost.arguments import one_line, short
 from cost.files import healed, read_verified, sha256_of, sums_of
 from experts import zoo
-from experts.bundle import context
+from experts.bundle import context, subsets
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,6 @@ FORMAT = 2  # 1 had no estimates
 SPLITS = ("rl_train", "validation", "test")
 SUMS, METADATA, MODEL, PROFILE = "SHA256SUMS", "bundle.json", "model.safetensors", "profile.json"
 FEATURE_BOUND = 5.0
-MAX_EXPERTS = 10  # the outcomes of all 2^E subsets are tabulated: 128 bytes an input at 10
 Size = Annotated[int, Ge(1), Le(2**20)]
 
 
@@ -58,7 +57,7 @@ class Metadata(BaseModel):
 
     format: Literal[2]
     name: str
-    num_experts: Annotated[int, Ge(1), Le(MAX_EXPERTS)]
+    num_experts: Annotated[int, Ge(1), Le(subsets.MAX_EXPERTS)]
     num_classes: Annotated[int, Ge(2), Le(2**15)]
     architecture: Architecture | None
     training: dict[str, Any] | None
@@ -76,8 +75,9 @@ class BundleError(RuntimeError):
 class Split:
     """Tables of n inputs: features `[n, F]` float16, gate logits `[n, E]` float32, labels `[n]` int16, estimates of
     each expert's P(correct) `[n, E]` float16 (cross-fitted on `rl_train`), the experts' class logits `[n, E, C]` int8
-    in units of `output_scale`, and outcomes `[n, ceil(2^E / 8)]` uint8: bit s of row i says whether the experts of
-    subset s (bit e = expert e), mixed by the gate, classify input i correctly. Outcomes are of the exact logits."""
+    in units of `output_scale`, and outcomes `[n, ceil(S / 8)]` uint8: bit s of row i says whether the experts of the
+    s-th of `experts.bundle.subsets.tabulated`, mixed by the gate, classify input i correctly. Outcomes are of the exact
+    logits."""
 
     features: np.ndarray
     gate_logits: np.ndarray
@@ -91,7 +91,9 @@ class Split:
     def singles(self) -> np.ndarray:
         """Whether each expert alone is correct, `[n, E]` uint8."""
         experts = self.gate_logits.shape[1]
-        return np.unpackbits(self.outcomes, axis=1, count=2**experts, bitorder="little")[:, 1 << np.arange(experts)]
+        codes = subsets.tabulated(experts)
+        outcomes = np.unpackbits(self.outcomes, axis=1, count=len(codes), bitorder="little")
+        return outcomes[:, np.searchsorted(codes, subsets.singles(experts))]
 
     @property
     def logits(self) -> np.ndarray:
@@ -303,7 +305,7 @@ def _check_tables(split: Split, experts: int, classes: int, name: str) -> None:
         "features": ("f2", (n, split.features.shape[1])), "gate_logits": ("f4", (n, experts)), "labels": ("i2", (n,)),
         "estimates": ("f2", (n, experts)),
         "outputs": ("i1", (n, experts, classes)), "output_scale": ("f4", (1,)),
-        "outcomes": ("u1", (n, max(1, 2**experts // 8))),
+        "outcomes": ("u1", (n, -(-len(subsets.tabulated(experts)) // 8))),
     }  # fmt: skip
     for table, (dtype, shape) in wanted.items():
         array = getattr(split, table)

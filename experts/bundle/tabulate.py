@@ -1,4 +1,4 @@
-"""A bundle's tables: features, gate, the experts' answers, and the outcome of every subset of experts.
+"""A bundle's tables: features, gate, the experts' answers, and the outcomes of subsets of experts.
 
 Shape legend: B inputs, E experts, S subsets, C classes, F features.
 """
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experts.bundle import subsets
 from experts.bundle.read import Split
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ def estimated(tables: dict[str, Split]) -> tuple[Estimator, dict[str, Split]]:
 
 
 def pack_outcomes(gate_logits: np.ndarray, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Bits `[n, ceil(2^E / 8)]`, little-endian: is the gate-weighted sum of subset s's logits largest at the label?
+    """Bits `[n, ceil(S / 8)]`, little-endian: is the gate-weighted sum of subset s's logits largest at the label?
 
     The softmax over the subset only divides all classes by one number, so the gate's exponentials serve unnormalised,
     held above e^-80 of the largest so that none vanishes in float32. The empty subset is never correct.
     """
     num_experts = gate_logits.shape[1]
-    member_SE = (np.arange(2**num_experts)[:, None] >> np.arange(num_experts) & 1).astype(np.float32)
+    member_SE = subsets.members(subsets.tabulated(num_experts), num_experts).astype(np.float32)
     weight_BE = np.exp(np.maximum(gate_logits - gate_logits.max(1, keepdims=True), -80)).astype(np.float32)
     packed = []
     for start in range(0, len(labels), 1024):
@@ -74,7 +75,7 @@ def pack_outcomes_by(answer: Answer, num_experts: int, labels: np.ndarray) -> np
     """The same where `answer(rows, members [S, B, E])` gives the class logits `[S, B, C]` of subsets of experts."""
     import torch
 
-    member_SE = torch.arange(2**num_experts)[:, None] >> torch.arange(num_experts) & 1 == 1
+    member_SE = torch.from_numpy(subsets.members(subsets.tabulated(num_experts), num_experts) == 1)
     packed = []
     for start in range(0, len(labels), 64):
         rows = slice(start, min(start + 64, len(labels)))

@@ -59,7 +59,8 @@ class MoERoutingVectorEnv(BatchedEnv):
         )  # fmt: skip
         reward = Reward.of(cost_weight, tables.reference, weights, normalizer)
         experts = tables.num_experts
-        action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(experts)
+        self._num_choices = tables.correct.shape[1]
+        action_space = spaces.MultiBinary(experts) if action == "subset" else spaces.Discrete(self._num_choices)
         super().__init__(num_envs, tables.layout, action_space, reward, **face)
         self.tables, self.action = tables, action
         if tables.by_place and action == "expert":
@@ -68,8 +69,9 @@ class MoERoutingVectorEnv(BatchedEnv):
         self._place = np.zeros((2, num_envs), dtype=np.int64)  # in the deck, and in the batch
         self._cost = np.zeros(num_envs)
         self._summary = np.zeros(num_envs, dtype=tables.summary_blocks.dtype)
-        self._used = np.zeros(num_envs, dtype=tables.used.dtype)
-        self._num_choices = tables.correct.shape[1]
+        none_paid = tables.moves.none_paid
+        self._start = tables.moves.ledger_of(none_paid), tables.moves.block_of(none_paid)
+        self._used = np.zeros(num_envs, dtype=self._start[1].dtype)
         self.live = LiveExperts(loaded, tables) if costs == "live" else None
         self._loads = np.zeros((num_envs, experts if self.live else 0), dtype=np.int64)
         self._seconds = np.zeros(self._loads.shape)
@@ -77,7 +79,8 @@ class MoERoutingVectorEnv(BatchedEnv):
     def _begin(self, rows: np.ndarray) -> None:
         batch = self._draw(rows, len(self.tables.summaries))
         self.batch[rows], self._place[0, rows], self._place[1, rows] = batch, batch * (self.tables.batch_size + 1), 0
-        self._ledger[rows], self._used[rows], self._cost[rows] = self.tables.ledger_of(-1), self.tables.paid[-1], 0.0
+        self._ledger[rows], self._used[rows] = self._start
+        self._cost[rows] = 0.0
         self._summary[rows] = self.tables.summary_blocks[batch]
         self._inputs = self.tables.deck.take(self._place[0])
         if self.live is not None:
@@ -88,16 +91,14 @@ class MoERoutingVectorEnv(BatchedEnv):
         choice: np.ndarray = actions.astype(np.int64) @ tables.codes if self.action == "subset" else actions
         entry = self._inputs * self._num_choices + choice
         option = tables.options.take(entry) if self.action == "top-m" else choice
-        move = self._ledger + option
-        terms = tables.terms.take(move, axis=0)
+        terms, self._ledger, self._used, num_used = tables.moves.pay(self._ledger, option)
         if self.live is not None:
-            self.live.charge(terms, tables.subsets.take(option), self._loads, self._seconds)
+            self.live.charge(terms, tables.moves.options.take(option), self._loads, self._seconds)
         terms[:, 4] = quality = tables.quality.take(tables.correct.take(entry))
-        self._ledger, self._used = tables.ledger.take(move), tables.used.take(move)
         self._cost += terms[:, 0]
         self._place += 1
         self._inputs = tables.deck.take(self._place[0])
-        details = {"routing/experts_used": tables.num_used.take(move)}
+        details = {"routing/experts_used": num_used}
         ended = self._place[1] == tables.batch_size
         return Outcome(quality, terms[:, 1:4], ended, details, (terms[:, 0], terms[:, 4:]))
 
@@ -114,23 +115,24 @@ class MoERoutingVectorEnv(BatchedEnv):
 
     def take_row(self) -> tuple[int, int, int, float]:
         """Batch, position, code of the experts not paid yet, and cost so far, of a vector of one row."""
-        unpaid = self._ledger.item() // len(self.tables.subsets)
+        unpaid = self.tables.moves.unpaid_of(self._ledger.item())
         return self.batch.item(), self._place[1].item(), unpaid, self._cost.item()
 
     def put_row(self, batch: int, position: int, unpaid: int, cost: float) -> None:
         """The inverse of `take_row`."""
         self.batch[0], self._cost[0] = batch, cost
-        self._ledger[0], self._used[0] = self.tables.ledger_of(unpaid), self.tables.paid[unpaid]
+        self._ledger[0], self._used[:] = self.tables.moves.ledger_of(unpaid), self.tables.moves.block_of(unpaid)
         self._place[:, 0] = batch * (self.tables.batch_size + 1) + position, position
         self._done[0] = position == self.tables.batch_size
         self._summary[0] = self.tables.summary_blocks[batch]
         self._inputs = self.tables.deck.take(self._place[0])
 
-    def pay_live(self, move: int, option: int) -> np.ndarray:
-        """The terms `[8]` of a move with live costs, of a vector of one row."""
+    def pay_live(self, new: int, option: int) -> np.ndarray:
+        """The live costs `[8]` of an option, of which the experts `new` are not paid yet, of a vector of one row."""
         assert self.live is not None
-        terms = self.tables.terms[[move]]
-        self.live.charge(terms, self.tables.subsets[[option]], self._loads, self._seconds)
+        moves = self.tables.moves
+        terms = moves.costs(new, option)[None]
+        self.live.charge(terms, moves.options[[option]], self._loads, self._seconds)
         return terms[0]
 
     def begin_live(self) -> None:
@@ -151,8 +153,9 @@ class MoERoutingEnv(SteppedBatch):
     different inputs. Since an expert is nearly free after its first use, the choice for one input affects the best
     choice for the next: the problem is sequential, not a bandit.
 
-    Models, data and costs are real. The outcomes of all 2^E subsets of experts are tabulated in a bundle, and the costs
-    are looked up in a profile measured on a machine (energy is a proxy on machines without an energy counter).
+    Models, data and costs are real. The outcomes of all 2^E subsets of experts are tabulated in a bundle (of more than
+    10 experts, those of single experts and pairs), and the costs are looked up in a profile measured on a machine
+    (energy is a proxy on machines without an energy counter).
 
     With `costs="live"`, the default of `MoERoutingLive-v0` (nondeterministic), the experts are run and timed in each
     step, on as many example inputs as the expert has inputs in the batch so far. The time of an expert in a batch is
@@ -168,7 +171,8 @@ class MoERoutingEnv(SteppedBatch):
     | `"subset"` | `MultiBinary(E)` | run these experts, mixed by the gate's softmax over them |
     | `"top-m"` | `Discrete(E)` | run the m + 1 experts with the largest gate logits |
 
-    The empty subset has no cost and is never correct.
+    The empty subset has no cost and is never correct. With more than 10 experts, at most two can answer an input:
+    `"top-m"` is `Discrete(2)`, and `"subset"` is refused.
 
     ## Observation Space
     A `Box` of float32; `env.unwrapped.observation_layout` maps each name to its slice, its bounds and its meaning.
@@ -190,7 +194,7 @@ class MoERoutingEnv(SteppedBatch):
     Worth, plan and prices are in correct answers: 1 is 1 / batch_size of the return. P(correct) is estimated from the
     input's features, its gate and the rest of the batch, by nearest neighbours and small networks fitted on `rl_train`
     when the bundle is built; estimates of inputs of `rl_train` are cross-fitted. The plan is exact for these estimates
-    if one expert answers each input.
+    if one expert answers each input; with more than 10 experts, it is over pools of at most 3.
 
     With `observation="features"`, the policy sees the input itself instead of `worth`, `gate`, `batch_worth`, `plan`,
     `detour` and `prices`: `features` (F principal components scaled to variance 1, within +-5), `gate_logits` (minus

@@ -47,14 +47,14 @@ class View:
 
     @classmethod
     def of_estimates(
-        cls, split: Split, deck: np.ndarray, chances: np.ndarray, price: np.ndarray, first_price: np.ndarray
+        cls, split: Split, deck: np.ndarray, chances: np.ndarray, price: np.ndarray, pool_price: np.ndarray
     ) -> View:
         """Worth of each expert for the inputs in batches `deck [b, B]`: P(correct) `chances [b, B, E]` less the price
-        `[E]` of an input; and the plan of each batch, with `first_price [2^E]` of the first use of pools."""
+        `[E]` of an input; and the plan of each batch, with `pool_price [P]` of the first use of pools."""
         _, probabilities = gate_parts(split.gate_logits)
         experts, lowest = len(price), -float(price.max()) * 1.001 - 1e-6
         worth = (chances - price).astype(np.float32)
-        plan = plan_margins(worth, first_price)
+        plan = plan_margins(worth, pool_price)
         seen = np.pad(np.concatenate([worth, probabilities[deck]], axis=2), ((0, 0), (0, 1), (0, 0)))
         summaries = [worth.mean(1), _means(probabilities * experts, deck), plan, np.where(plan > 0, 0, plan - 1)]
         return cls(

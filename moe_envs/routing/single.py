@@ -10,8 +10,7 @@ from moe_envs.core import SingleEnv, State
 from moe_envs.core.spaces import check_actions
 from moe_envs.routing.picture import RoutingPicture
 
-# Relative cost, time, memory, energy, vector reward; code of the experts not paid and number of the paid after it.
-Move = tuple[float, float, float, float, np.ndarray, int, int]
+Price = tuple[float, float, float, float, np.ndarray]  # relative cost, time, memory, energy, vector reward
 
 
 class SteppedBatch(SingleEnv):
@@ -23,15 +22,15 @@ class SteppedBatch(SingleEnv):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         tables = self.vector.tables
-        self._moves: dict[int, Move] = {}
-        self._num_options = len(tables.subsets)
-        self._used_columns = list(tables.seen_of_paid)
+        self._prices: dict[int, Price] = {}
+        self._codes, self._num_options = tables.moves.options.tolist(), len(tables.moves.options)
+        self._used_columns = tables.moves.rows()
         self._used = tables.of_paid
         self._num_choices, self._batch_size = tables.correct.shape[1], tables.batch_size
         self._share, self._reward = 1 / tables.batch_size, self.vector.reward
         self._normalizer = self._reward.normalizer
         self._max_live_cost = tables.max_cost if self.vector.live else 0.0
-        self._all = 2**tables.num_experts - 1
+        self._num_experts, self._all = tables.num_experts, tables.moves.none_paid
         self._batch, self._position, self._unpaid, self._cost = 0, self._batch_size, 0, 0.0
         self._choices: list[tuple[int, int]] = []
         self._correct, self._top_m = b"", list[list[int]]()
@@ -54,15 +53,16 @@ class SteppedBatch(SingleEnv):
         choice = self._choice(action)
         option = self._top_m[position][choice] if self._top_m else choice
         correct = self._correct[position * self._num_choices + choice]
-        move = self._unpaid * self._num_options + option
-        cost, time, memory, energy, vector, unpaid, num_used = self._moves.get(move) or self._look_up(move)
+        new = self._unpaid & self._codes[option]
+        key = new * self._num_options + option
+        cost, time, memory, energy, vector = self._prices.get(key) or self._look_up(key)
         if self._max_live_cost:
-            vector = self.vector.pay_live(move, option)
+            vector = self.vector.pay_live(new, option)
             (cost, time), vector = vector[:2].tolist(), vector[4:]
         vector = vector.copy()
         vector[0] = quality = correct * self._share
         self._choices.append((option, correct))
-        self._unpaid = unpaid
+        self._unpaid = unpaid = self._unpaid - new
         self._cost += cost
         self._position = position = position + 1
         observation = self._observations[position]
@@ -75,7 +75,7 @@ class SteppedBatch(SingleEnv):
             "cost/memory": memory,
             "cost/energy": energy,
             "vector_reward": vector,
-            "routing/experts_used": num_used,
+            "routing/experts_used": self._num_experts - unpaid.bit_count(),
         }
         if self._normalizer is not None:
             info["reward/normalized_cost"] = self._reward.normalized(cost)
@@ -101,8 +101,7 @@ class SteppedBatch(SingleEnv):
         return self.vector.tables.batch(self._batch)[:-1]
 
     def _picture(self) -> RoutingPicture:
-        codes = self.vector.tables.subsets.tolist()
-        choices = [(codes[option], correct) for option, correct in self._choices]
+        choices = [(self._codes[option], correct) for option, correct in self._choices]
         return RoutingPicture(self.vector.tables.num_experts, self._batch_size, choices, self._cost)
 
     def _load(self, batch: int, position: int, unpaid: int, cost: float, choices: list[tuple[int, int]]) -> None:
@@ -120,13 +119,12 @@ class SteppedBatch(SingleEnv):
         self._observations[:, -1] = tables.progress[:-1]
         self._observations[position, self._used] = self._used_columns[unpaid]
 
-    def _look_up(self, move: int) -> Move:
-        """Cost and result of a move, cached."""
-        tables = self.vector.tables
-        cost, time, memory, energy = tables.terms[move, :4].tolist()
-        after = tables.ledger.item(move) // self._num_options, tables.num_used.item(move)
-        self._moves[move] = cost, time, memory, energy, tables.terms[move, 4:], *after
-        return self._moves[move]
+    def _look_up(self, key: int) -> Price:
+        """Price of an option by how much of it is new, cached."""
+        terms = self.vector.tables.moves.costs(*divmod(key, self._num_options))
+        cost, time, memory, energy = terms[:4].tolist()
+        self._prices[key] = cost, time, memory, energy, terms[4:]
+        return self._prices[key]
 
     def _choice(self, action: Any) -> int:
         """Index of the choice of an action; raises `InvalidAction` if it is outside the space."""
