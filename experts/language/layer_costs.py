@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from cost.operations import Work
 from experts.language.model import LanguageModel
+from experts.language.transformer import Transformer
 from experts.routers import TopK
 
 SEEN = 32  # tokens in the cache
@@ -18,10 +20,12 @@ SEEN = 32  # tokens in the cache
 
 def operations(model: LanguageModel) -> dict[str, Work]:
     """Attention with the router, the experts for each number of them, and the output layer, each for n rows of one
-    token: the work of the middle layer on streams that the model has for text drawn from itself."""
+    token, on streams that the middle layer has for text drawn from the model.
+
+    Each call is of the next layer, as in a model that writes: weights come from as far as they do there.
+    """
     network = model.network
     streams = _streams(model)
-    block: Any = network.blocks[len(network.blocks) // 2]
 
     def rows(n: int) -> torch.Tensor:
         return streams[torch.linspace(0, len(streams) - 1, n).round().long()]
@@ -31,9 +35,10 @@ def operations(model: LanguageModel) -> dict[str, Work]:
         places = torch.full((n, 1), SEEN)
         angles = places[..., None] * network.frequencies
         turns, kept = (angles.cos()[:, None], angles.sin()[:, None]), (cache.keys[0], cache.values[0])
-        x = rows(n)[:, None]
+        x, blocks = rows(n)[:, None], _in_turn(network)
 
         def run() -> None:
+            block = next(blocks)
             with torch.inference_mode():
                 found = x + block.attention(block.attention_norm(x), turns, places, kept)
                 block.moe.gate(block.expert_norm(found))
@@ -42,12 +47,13 @@ def operations(model: LanguageModel) -> dict[str, Work]:
 
     def experts(k: int) -> Work:
         def work(n: int) -> Callable[[], object]:
-            x = block.expert_norm(rows(n))
+            x, blocks = rows(n), _in_turn(network)
 
             def run() -> None:
+                block = next(blocks)
                 with torch.inference_mode():
                     if k:
-                        block.moe(x, router=TopK(k))
+                        block.moe(block.expert_norm(x), router=TopK(k))
 
             return run
 
@@ -64,6 +70,10 @@ def operations(model: LanguageModel) -> dict[str, Work]:
 
     numbers = {f"experts {k}": experts(k) for k in range(model.settings.k + 1)}
     return {"attention": attention, **numbers, "head": head}
+
+
+def _in_turn(network: Transformer) -> Iterator[Any]:
+    return cycle(network.blocks)
 
 
 def _streams(model: LanguageModel) -> torch.Tensor:
