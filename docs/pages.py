@@ -35,15 +35,15 @@ def leaderboard(name: str) -> str:
     return f"\n## Leaderboard\n\n{lines}\n\n{more}\n"
 
 
-def draw(name: str, path: Path, policy: Any) -> None:
-    """Write an animated picture of one episode of a policy."""
+def draw(name: str, path: Path, policy: Any, **arguments: Any) -> None:
+    """Write an animated picture of one episode of a policy, in the small environment or with these arguments."""
     import gymnasium
     import numpy as np
     from PIL import Image
 
     from moe_envs import SPECS
 
-    env = gymnasium.make(f"moe_envs:{name}", render_mode="rgb_array", **SPECS[name].small)
+    env = gymnasium.make(f"moe_envs:{name}", render_mode="rgb_array", **(arguments or SPECS[name].small))
     observation, _ = env.reset(seed=0)
     frames, ended, state = [env.render()], False, None
     while not ended:
