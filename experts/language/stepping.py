@@ -108,6 +108,15 @@ class Stepper:
             found: np.ndarray = F.cross_entropy(logits, torch.from_numpy(targets), reduction="none").numpy()
         return found
 
+    def divergences(self, stream: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Kullback-Leibler divergence `[m]` in nats of what is predicted from what the last layer's normed streams
+        `wanted [m, D]` predict."""
+        with torch.inference_mode():
+            ours, theirs = self.norm(padded(torch.from_numpy(stream))), padded(torch.from_numpy(wanted))
+            logs, aim = (F.linear(each, self.embedding)[: len(stream)].log_softmax(-1) for each in (ours, theirs))
+            found: np.ndarray = (aim.exp() * (aim - logs)).sum(-1).numpy()
+        return found
+
     @staticmethod
     def _sorted(
         best_mK: torch.Tensor, taken_mK: torch.Tensor

@@ -38,6 +38,7 @@ class SteppedModel:
         self.reference = Cost(*(costs[:, self.k].sum(0) * self.size).tolist())
         self.projection = projection(self.width)
         self._full = np.full((len(passages.ids), self.size), np.nan, dtype=np.float32)
+        self._last = np.zeros((len(passages.ids), self.size, self.width), dtype=np.float32)  # normed streams
 
     @classmethod
     def of(cls, model: str, text: str | None, split: str, tokens: int, costs: str, batch: int) -> SteppedModel:
@@ -70,14 +71,28 @@ class SteppedModel:
 
     def full_losses(self, passage: np.ndarray) -> np.ndarray:
         """Losses `[m, T]` in nats with K experts everywhere."""
-        for number in np.unique(passage[np.isnan(self._full[passage, 0])]):
-            self._full[number] = self.model.loss(self.passages.ids[number]).numpy()
+        self._run_full(passage)
         return np.asarray(self._full[passage])
 
+    def divergences(self, stream: np.ndarray, passage: np.ndarray, token: np.ndarray) -> np.ndarray:
+        """Divergence `[m]` in nats of what follows these tokens from what follows with K experts everywhere."""
+        self._run_full(passage)
+        return self.stepper.divergences(stream, self._last[passage, token])
+
+    def _run_full(self, passage: np.ndarray) -> None:
+        """Run passages with K experts everywhere that were not run before."""
+        new = np.unique(passage[np.isnan(self._full[passage, 0])])
+        kept: list[Any] = []
+        handle = self.model.network.norm.register_forward_hook(lambda module, given, found: kept.append(found))
+        for number in new:
+            self._full[number] = self.model.loss(self.passages.ids[number]).numpy()
+            self._last[number] = kept.pop()[0].numpy()
+        handle.remove()
+
     def pieces(self, passage: int) -> list[str]:
-        """Texts of a passage's tokens, line breaks as a sign."""
+        """Texts of a passage's tokens, with line breaks and tabs as in a string of Python."""
         decoded = [self.model.decode([int(token)]) for token in self.passages.ids[passage, :-1]]
-        return [piece.replace("\n", "¶").replace("\t", " ") for piece in decoded]
+        return [piece.replace("\n", "\\n").replace("\t", "\\t") for piece in decoded]
 
 
 @lru_cache(maxsize=8)

@@ -56,6 +56,18 @@ def test_quality_is_the_change_of_the_models_own_loss_and_costs_are_the_profiles
     assert (np.diff(costs[:-1], axis=1) > 0).all()
 
 
+def test_the_divergence_is_of_the_models_own_predictions() -> None:
+    env = vector(3, quality="divergence")
+    k = np.random.default_rng(1).integers(env.k + 1, size=(3, TOKENS, env.layers))
+    found = played(env, k.transpose(1, 2, 0).reshape(-1, 3), seed=6)
+    ids = torch.from_numpy(env.stepped.passages.ids[env.passage][:, :-1])
+    network = env.stepped.model.network
+    with torch.inference_mode():
+        ours, full = (network(ids, each).logits.log_softmax(-1) for each in (torch.from_numpy(k), None))
+    wanted = -torch.nn.functional.kl_div(ours, full, reduction="none", log_target=True).sum(-1).mean(1)
+    np.testing.assert_allclose(found["reward/quality"], wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"budget": 1.5, "observation": "token"}, {"granularity": "token"}])
 def test_a_row_is_the_same_alone_bit_for_bit(kwargs: dict[str, Any]) -> None:
     env = vector(11, autoreset_mode="SameStep", **kwargs)
