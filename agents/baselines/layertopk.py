@@ -16,7 +16,7 @@ import torch
 
 from agents.baselines.supervised import values
 from agents.evaluate import make_rows, play
-from moe_envs.core.threads import one_thread
+from cost.timing import torch_threads
 from moe_envs.layertopk.env import MoELayerTopKVectorEnv
 from moe_envs.layertopk.model import SteppedModel
 
@@ -170,7 +170,7 @@ class Tuning:
             cost, experts = cost + float(self.relative[layer, k].sum()), experts + int(k.sum())
             return torch.from_numpy(k)
 
-        with one_thread():
+        with torch_threads(1):
             loss = float(self.stepped.model.loss(ids, k=decide).mean())
         return loss, cost / len(ids), experts / (ids[:, 1:].size * layers)
 
@@ -330,7 +330,7 @@ class Oracle(Rule):
         env, stepped, menu = self.env, self.env.stepped, self.menu
         ids = np.repeat(stepped.passages.ids[[passage]], len(menu), 0)
         k = torch.from_numpy(np.repeat(menu[:, None], ids.shape[1], 1))
-        with one_thread():
+        with torch_threads(1):
             losses = stepped.model.loss(ids, k=k).numpy() / env.tokens
         cost = env.reward.cost_weight * env.relative_costs()[np.arange(stepped.layers), menu].sum(1)
         if not env.budgeted:

@@ -8,9 +8,9 @@ from gymnasium import spaces
 
 from cost.arguments import NonNegative, choose
 from cost.model import Cost
+from cost.timing import torch_threads
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
 from moe_envs.core.spaces import layout
-from moe_envs.core.threads import one_thread
 from moe_envs.layertopk.observations import HIDDEN, SURPRISE, budget_parts, passage_parts, seen, token_parts
 from moe_envs.layertopk.picture import TextPicture
 
@@ -91,13 +91,13 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         self._token[rows], self._layer[rows], self._used[rows] = 0, 0, 0
         self._keys[:, rows], self._values[:, rows] = 0, 0
         self._chosen[rows], self._loss[rows] = 0, 0
-        with one_thread():
+        with torch_threads(1):
             self._enter(rows)
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         quality, cost = np.zeros(self.num_envs), np.zeros((self.num_envs, 3))
         taken = np.zeros(self.num_envs, dtype=np.int64)
-        with one_thread():
+        with torch_threads(1):
             for each in actions.T if self.by_token else [actions]:
                 taken += self._decide(each, quality, cost)
         details = {"layertopk/experts": taken, "layertopk/experts_used": self._used.copy()}
@@ -236,8 +236,8 @@ class MoELayerTopKEnv(SingleEnv):
     R = quality - cost_weight * cost. After the last layer of a token, quality is the log probability of the next token
     in nats, minus that of the same model with K experts everywhere, divided by the number of tokens: the quality of an
     episode is the change in nats a token, 0 for K experts. With `quality="divergence"`, it is minus the
-    Kullback-Leibler divergence of the prediction from the one with K experts: about 1.7 times as large in the mean, with
-    a third of the noise, so that a learner needs fewer steps.
+    Kullback-Leibler divergence of the prediction from the one with K experts: about 1.7 times as large in the mean,
+    with a third of the noise, so that a learner needs fewer steps.
 
     Cost is the time of this layer (memory and energy can be weighted in) relative to the time of a whole passage with K
     experts, whose cost is 1. It includes attention, which cannot be saved, and the last layer's includes the output

@@ -22,6 +22,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils.env_checker import check_env
@@ -190,7 +191,8 @@ def test_action_outside_the_space_changes_nothing(
     env, twin = make(env_id, **kwargs), make(env_id, **kwargs)
     for each in (env, twin):
         each.reset(seed=3)
-    limit = int(getattr(env.action_space, "n", 3))  # the least that is too large, of our Discrete and MultiDiscrete
+    space = env.action_space  # the least that is too large, of our Discrete, MultiDiscrete and MultiBinary
+    limit = int(space.nvec.max()) if isinstance(space, spaces.MultiDiscrete) else int(getattr(space, "n", 3))
     for wrong in (-1, limit, 99, 1.5, None, "a", np.full(8, 2), np.zeros(3, dtype=np.int8), np.nan):
         with pytest.raises(InvalidAction):
             env.step(wrong)
@@ -219,7 +221,7 @@ def test_steps_outside_an_episode_are_refused(env_id: str) -> None:
     with pytest.raises(ResetNeeded):
         env.step(zeros(env.action_space))
     vector = gymnasium.make_vec(
-        env_id, 2, vectorization_mode="vector_entry_point", autoreset_mode="Disabled", **SMALL[env_id], **SHORT[env_id]
+        env_id, 2, vectorization_mode="vector_entry_point", autoreset_mode="Disabled", **(SMALL[env_id] | SHORT[env_id])
     )
     with pytest.raises(ResetNeeded):
         vector.step(zeros(vector.action_space))
@@ -311,7 +313,7 @@ def tables(env_id: str, first: str) -> list[list[str]]:
 def test_table_of_parts_is_the_live_observation(env_id: str) -> None:
     env: Any = make(env_id).unwrapped
     rows = {line[0].strip("`"): line[1] for line in tables(env_id, "part")}
-    optional = {"edges"}  # of models with an expert graph
+    optional = {"edges", "budget"} - {*env.observation_layout}  # of models with an expert graph; of a budget
     assert [name for name in rows if name not in optional] == [*env.observation_layout]
     live = {name: part.slice.stop - part.slice.start for name, part in env.observation_layout.items()}
     for name, size in live.items():
