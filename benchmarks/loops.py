@@ -127,7 +127,7 @@ def _text() -> Parts:
     return Parts(*found)
 
 
-class Transformer(nn.Module):
+class SmallTransformer(nn.Module):
     """A small causal transformer on bytes."""
 
     def __init__(self, width: int = 64, layers: int = 2, heads: int = 4) -> None:
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
 def model_of(loop: Loop) -> nn.Module:
     """A fresh model, from torch's generator."""
     if loop.model == "transformer":
-        return Transformer()
+        return SmallTransformer()
     found = parts(loop.data, loop.scale).train
     inputs, classes = found[0].shape[1], int(found[1].max()) + 1
     if loop.model == "moe":

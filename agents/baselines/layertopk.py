@@ -93,7 +93,7 @@ def static(numbers: Sequence[int]) -> Count:
     return lambda seen: np.asarray(by_layer[seen.layer])
 
 
-class Rule:
+class TopKRule:
     """A rule as a policy. Under a budget it keeps `reserve` experts for each later decision."""
 
     kind = "baseline"
@@ -119,7 +119,7 @@ class Rule:
         return k.clip(0, env.k).astype(np.int64), state
 
 
-class Drawn(Rule):
+class Drawn(TopKRule):
     """Numbers drawn at random."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -127,7 +127,7 @@ class Drawn(Rule):
         self.random = np.random.default_rng(seed)
 
 
-class Predicted(Rule):
+class Predicted(TopKRule):
     """The number with the best predicted quality less cost: a perceptron predicts the change of the token's loss from
     the observation and a number of experts; it is trained on random numbers in `rl_train`."""
 
@@ -237,7 +237,7 @@ def baselines(
     predictor, and random numbers; tuned on so many `passages` of each domain."""
     kwargs = {key: value for key, value in env_kwargs.items() if key not in ("split", "granularity", "observation")}
     found = tuned(tuple(sorted(kwargs.items())), passages, report)
-    rules: dict[str, Any] = {name: Rule(count, reserve) for name, (count, reserve) in found.items()}
+    rules: dict[str, Any] = {name: TopKRule(count, reserve) for name, (count, reserve) in found.items()}
     rules["predicted change of the loss"] = predicted(kwargs, 42 * passages)
     rules["random"] = Drawn()
     report(1.0)
@@ -263,7 +263,7 @@ def tuned(
     env = make_rows(ID, len(tuning.ids), **{**dict(arguments), "split": "validation", "granularity": "layer"})
 
     def score(count: Count, reserve: float) -> float:
-        return float(play(Rule(count, reserve), env, env.num_envs, 0)["return"].mean())
+        return float(play(TopKRule(count, reserve), env, env.num_envs, 0)["return"].mean())
 
     possible = [each for each in RESERVES if each <= tuning.budget]
     return {name: (count, max(possible, key=lambda each: score(count, each))) for name, count in found.items()}
@@ -302,7 +302,7 @@ def _with(observation: np.ndarray, k: int, most: int) -> np.ndarray:
     return np.concatenate([observation, numbers], 1)
 
 
-class Oracle(Rule):
+class TokenOracle(TopKRule):
     """For each token, the best of a `menu [M, L]` of numbers by layer, by its loss when all tokens of the passage run
     with them. Tokens affect each other through attention, so this is no exact bound.
     """
@@ -343,9 +343,9 @@ class Oracle(Rule):
         return np.asarray(menu[(losses + (cost + high * menu.sum(1) / env.tokens)[:, None]).argmin(0)])
 
 
-def bound(env_id: str, *, passages: int = PASSAGES, **env_kwargs: Any) -> Oracle:
+def bound(env_id: str, *, passages: int = PASSAGES, **env_kwargs: Any) -> TokenOracle:
     """An oracle that sees the losses of each token; its menu are the best static numbers at any cost weight."""
     dropped = ("split", "granularity", "observation", "cost_weight", "budget")
     every, loss, cost = statics(tuple(sorted((k, v) for k, v in env_kwargs.items() if k not in dropped)), passages)
     best = [int((loss + weight * cost).argmin()) for weight in np.geomspace(1e-3, 30, 400)]
-    return Oracle(every[sorted(set(best))])
+    return TokenOracle(every[sorted(set(best))])

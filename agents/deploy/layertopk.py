@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from agents.baselines.layertopk import Rule, routed
+from agents.baselines.layertopk import TopKRule, routed
 from experts.huggingface import AdaptedModel
 from experts.language import LanguageModel
 from moe_envs.core.spaces import layout
@@ -42,7 +42,7 @@ class AdaptiveK:
         self.constant: dict[int, int] = {}
         self._experts: list[np.ndarray] = []
         self._decide: Callable[[int, torch.Tensor, torch.Tensor], np.ndarray] = self._by_learner
-        if isinstance(policy, Rule):
+        if isinstance(policy, TopKRule):
             self._decide = self._by_rule
         else:
             self._require_fitting(policy)

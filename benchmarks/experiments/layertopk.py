@@ -18,7 +18,7 @@ import torch
 
 from agents import runs
 from agents.baselines import layertopk as rules
-from agents.baselines.layertopk import GRIDS, Rule
+from agents.baselines.layertopk import GRIDS, TopKRule
 from agents.deploy.layertopk import AdaptiveK
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.setup import Arguments
@@ -65,7 +65,7 @@ def measure(setup: LayerTopKSetup, seed: int, split: str, folder: Path) -> tuple
     found = rules.baselines(rules.ID, passages=setup.passages, **kwargs)
     kept = [f"k = {k}" for k in range(1, model.settings.k + 1)] + ["static per layer"]
     kept += [f"{kind} per layer" for kind in GRIDS]
-    makers: dict[str, Any] = {name: found[name] for name in kept if isinstance(found[name], Rule)}
+    makers: dict[str, Any] = {name: found[name] for name in kept if isinstance(found[name], TopKRule)}
     makers[PPO] = _trained(setup, seed, folder, kwargs)
     env = MoELayerTopKVectorEnv(1, split="test", **kwargs)
     texts = env.stepped.passages

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_in
 from safetensors.torch import save as to_bytes
 
+from cost.arguments import one_line
 from cost.files import digest, healed, read_verified, replacing, sums_of, write_bytes
 from experts import zoo
 from experts.compression.quantize import dequantize, quantize, quantized_bytes
@@ -185,9 +186,9 @@ def load(name_or_path: Path | str) -> LanguageModel:
             {name: _unpacked(value, shapes[name]) for name, value in tensors_in(raw[WEIGHTS]).items()}
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
-        raise DataError(f"{path / METADATA} is not that of a language model: {error}") from error
+        raise DataError(f"{path / METADATA} is not that of a language model: {one_line(error)}") from error
     except (RuntimeError, SafetensorError) as error:
-        raise DataError(f"{path / WEIGHTS} does not fit its settings: {error}") from error
+        raise DataError(f"{path / WEIGHTS} does not fit its settings: {one_line(error)}") from error
     if not all(bool(value.isfinite().all()) for value in network.state_dict().values()):
         raise DataError(f"{path / WEIGHTS} has weights that are not finite")
     tokenizer = tokens.load(raw[TOKENIZER].decode("utf-8", errors="replace"))
@@ -197,7 +198,7 @@ def load(name_or_path: Path | str) -> LanguageModel:
 def _packed(weight: torch.Tensor, weights: Weights) -> torch.Tensor:
     if weights == "int8" and weight.ndim == 2:
         return torch.frombuffer(bytearray(quantize(weight.float().numpy(), 8)), dtype=torch.uint8)
-    return weight.to(torch.float32 if weights == "float32" else torch.bfloat16).contiguous()
+    return weight.to(torch.bfloat16 if weights == "bfloat16" else torch.float32).contiguous()
 
 
 def _unpacked(stored: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -133,7 +133,7 @@ def resume(folder: Path | str, report: Report = lambda share, line: None) -> Lan
                 raise DataError(f"{data} has changed since the run began: put the corpus back, or begin a new run")
             return _Pretraining(target, about, text, tokens.load(raw.decode()), report).run()
         except (KeyError, TypeError, ValidationError) as error:
-            raise DataError(f"{target / RUN} is not that of a training: {error}") from error
+            raise DataError(f"{target / RUN} is not that of a training: {one_line(error)}") from error
 
 
 class _Pretraining:
@@ -300,7 +300,7 @@ class _Pretraining:
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise DataError(f"{path} does not fit the run: {error}") from error
+            raise DataError(f"{path} does not fit the run: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from experts.language.transformer import Transformer, turned
 TILE = 8
 
 
-class Step(NamedTuple):
+class LayerInputs(NamedTuple):
     """What is known before the experts of a layer run: their inputs `[m, D]`, and router logits `[m, E]`."""
 
     inputs: np.ndarray
@@ -50,7 +50,7 @@ class Stepper:
 
     def attend(
         self, layer: int, stream: np.ndarray, places: np.ndarray, keys: np.ndarray, values: np.ndarray, rows: np.ndarray
-    ) -> Step:
+    ) -> LayerInputs:
         """Run a layer up to its router for the streams `[m, D]`, which are changed in place.
 
         `keys` and `values [n, H, S, F]` are the layer's; `rows [m]`, which rise, and `places [m]` say where the tokens
@@ -75,9 +75,9 @@ class Stepper:
             stream[:] = x_MD[:count].numpy()
             inputs_MD = block.expert_norm(x_MD)
             logits_mE = F.linear(inputs_MD, block.moe.gate.weight)[:count]
-        return Step(inputs_MD[:count].numpy(), logits_mE.numpy())
+        return LayerInputs(inputs_MD[:count].numpy(), logits_mE.numpy())
 
-    def answer(self, layer: int, stream: np.ndarray, step: Step, k: np.ndarray) -> None:
+    def answer(self, layer: int, stream: np.ndarray, step: LayerInputs, k: np.ndarray) -> None:
         """Add to the streams `[m, D]` what the best `k [m]` experts of each row return."""
         with torch.inference_mode():
             logits_mK, best_mK = torch.from_numpy(step.logits).topk(self.settings.k, dim=-1)

@@ -48,7 +48,7 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         energy_weight: NonNegative = 0.0,
         **face: Unpack[Face],
     ) -> None:
-        from moe_envs.layertopk.model import SteppedModel  # imports torch, as Step does
+        from moe_envs.layertopk.model import SteppedModel  # imports torch, as LayerInputs does
 
         choose("split", split, SPLITS)
         choose("granularity", granularity, GRANULARITIES)
@@ -106,7 +106,7 @@ class MoELayerTopKVectorEnv(BatchedEnv):
     def _decide(self, k: np.ndarray, quality: np.ndarray, cost: np.ndarray) -> np.ndarray:
         """Run the next layer of each row that has not ended, with k experts or what the budget leaves; add to quality
         and cost; returns the experts run."""
-        from experts.language.stepping import Step
+        from experts.language.stepping import LayerInputs
 
         stepped, token, layer = self.stepped, self._token.copy(), self._layer.copy()
         running = token < self.tokens
@@ -114,7 +114,7 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         for each in np.unique(layer[running]):
             rows = (running & (layer == each)).nonzero()[0]
             stream = self._stream[rows]
-            stepped.stepper.answer(each, stream, Step(self._inputs[rows], self._logits[rows]), k[rows])
+            stepped.stepper.answer(each, stream, LayerInputs(self._inputs[rows], self._logits[rows]), k[rows])
             self._stream[rows] = stream
         rows = running.nonzero()[0]
         self._chosen[rows, token[rows], layer[rows]] = k[rows]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from agents.adak import AdaK, AdaKSettings
 from agents.baselines import find, layertopk
-from agents.baselines.layertopk import GRIDS, Routed, Rule, Tuning, adaptive_k, counted, routed, static
+from agents.baselines.adak import AdaK, AdaKSettings
+from agents.baselines.layertopk import GRIDS, Routed, TopKRule, Tuning, adaptive_k, counted, routed, static
 from agents.deploy.layertopk import AdaptiveK
 from agents.evaluate import evaluate
 from agents.ppo import PPO
@@ -49,7 +49,7 @@ def test_a_rule_costs_and_loses_in_whole_passages_what_it_does_step_by_step() ->
     rule = counted("top-p", [0.5, 0.3, 0.6, 0.4], 16)
     loss, cost, experts = tuning.loss(rule)
     env = MoELayerTopKVectorEnv(len(tuning.ids), split="validation", cost_weight=0.2, **SMALL)
-    policy = Rule(rule)
+    policy = TopKRule(rule)
     policy.watch(env)
     domain = env.stepped.passages.domain
     asked = np.concatenate([np.flatnonzero(domain == each)[:2] for each in np.unique(domain)])
@@ -85,7 +85,7 @@ def test_tuned_rules_and_the_oracle(rules: dict[str, Any]) -> None:
 def test_under_a_budget_rules_keep_experts_for_later() -> None:
     env = MoELayerTopKVectorEnv(2, budget=1.0, **SMALL)
     observation, _ = env.reset(seed=0)
-    greedy, thrifty = Rule(static([4] * 4)), Rule(static([4] * 4), reserve=1.0)
+    greedy, thrifty = TopKRule(static([4] * 4)), TopKRule(static([4] * 4), reserve=1.0)
     for rule, wanted in ((greedy, [4] * 4 + [0] * 12), (thrifty, [1] * 16)):
         rule.watch(env)
         observation, _ = env.reset(seed=0)
@@ -109,7 +109,7 @@ def test_a_rule_in_the_model_decides_as_in_whole_passages(rules: dict[str, Any])
 
     torch.testing.assert_close(model.loss(ids, k=adaptive), model.loss(ids, k=decide))
     assert model.generate("The", 8, k=adaptive, temperature=0)
-    numbers = AdaptiveK(model, Rule(static([2, 0, 1, 4])))
+    numbers = AdaptiveK(model, TopKRule(static([2, 0, 1, 4])))
     assert numbers.calibrate(ids) == {0: 2, 1: 0, 2: 1, 3: 4}
     torch.testing.assert_close(model.loss(ids, k=numbers), model.loss(ids, k=[2, 0, 1, 4]))
     with pytest.raises(ValueError, match="takes the policy as k"):
@@ -166,7 +166,7 @@ def test_a_policy_in_a_model_of_transformers() -> None:
     from tests.experts.test_huggingface import tiny
 
     theirs = tiny("Qwen3Moe")
-    adaptive = AdaptiveK(adapt(theirs), Rule(static([1, 2])))
+    adaptive = AdaptiveK(adapt(theirs), TopKRule(static([1, 2])))
     ids = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(1))
     with adaptive.active():
         found = theirs(ids).logits

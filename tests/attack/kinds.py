@@ -438,6 +438,6 @@ KINDS: dict[str, Kind] = {
 REPORTS = {
     "agents.tuning", "benchmarks.cli.benchmark", "benchmarks.cli.bundle", "benchmarks.cli.compare",
     "benchmarks.cli.terminal", "benchmarks.experiments.monitor.report", "cost.logbook", "benchmarks.speed.dacbench",
-    "cost.monitor", "experts.language.debian", "experts.language.huggingface",
+    "cost.monitor", "experts.language.debian",
     "experts.compression.sensitivity",
 }  # fmt: skip

@@ -199,8 +199,8 @@ def look_up(repeats: int = 100_000) -> dict[str, float]:
     env: Any = gymnasium.make("moe_envs:MoERouting-v0").unwrapped
     env.reset(seed=0)
     env.step(0)
-    moves = env._moves
-    (move,) = moves
+    prices = env._prices
+    (key,) = prices
 
     def best(code: Callable[[], object]) -> float:
         return min(timeit.repeat(code, number=repeats, repeat=5)) / repeats
@@ -208,5 +208,5 @@ def look_up(repeats: int = 100_000) -> dict[str, float]:
     empty = best(lambda: None)
     return {
         "profile.cost": best(lambda: profile.cost("expert 0", 7)) - empty,
-        "in a step": best(lambda: moves.get(move)) - empty,
+        "in a step": best(lambda: prices.get(key)) - empty,
     }
