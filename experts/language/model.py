@@ -33,6 +33,7 @@ SHIPPED = zoo.ASSETS / "_language"
 FORMAT, SUMS = 1, "SHA256SUMS"
 METADATA, WEIGHTS, TOKENIZER = "metadata.json", "model.safetensors", "tokenizer.json"
 Weights = Literal["float32", "bfloat16", "int8"]
+MOST = 1e5  # a weight of a model that can be run
 WINDOW = 0.5  # share of the context that a text's windows overlap, so that each token is judged after many others
 
 
@@ -189,8 +190,8 @@ def load(name_or_path: Path | str) -> LanguageModel:
         raise DataError(f"{path / METADATA} is not that of a language model: {one_line(error)}") from error
     except (RuntimeError, SafetensorError) as error:
         raise DataError(f"{path / WEIGHTS} does not fit its settings: {one_line(error)}") from error
-    if not all(bool(value.isfinite().all()) for value in network.state_dict().values()):
-        raise DataError(f"{path / WEIGHTS} has weights that are not finite")
+    if not all(bool((value.abs() < MOST).all()) for value in network.state_dict().values()):  # False for NaN
+        raise DataError(f"{path / WEIGHTS} has weights that are not finite, or above {MOST:g}")
     tokenizer = tokens.load(raw[TOKENIZER].decode("utf-8", errors="replace"))
     return LanguageModel(network.eval().requires_grad_(False), tokenizer, metadata)
 

@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 from safetensors.torch import save as to_bytes
 
+from cost.arguments import one_line
 from cost.files import (
     alone,
     load_json,
