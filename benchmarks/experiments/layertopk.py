@@ -24,7 +24,7 @@ from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.setup import Arguments
 from cost.files import locked
 from cost.timing import torch_threads
-from experts.language import LanguageModel, load
+from experts.language import LanguageModel, find, load, passages
 from moe_envs.layertopk import MoELayerTopKVectorEnv
 
 SEEDS = (0, 1, 2)
@@ -72,7 +72,8 @@ def measure(setup: LayerTopKSetup, seed: int, split: str, folder: Path) -> tuple
     chosen = [np.flatnonzero(texts.domain == each)[: setup.texts] for each in np.unique(texts.domain)]
     ids = texts.ids[np.concatenate(chosen)]
     with torch_threads(1):
-        decided = {name: _decider(model, maker, ids) for name, maker in makers.items()}
+        seen = passages.load(find(setup.model), "validation").ids
+        decided = {name: _decider(model, maker, seen) for name, maker in makers.items()}
         losses = {name: _loss(model, each, ids) for name, each in decided.items()}
         times = {mode: _times(model, texts.ids, decided, sizes, setup.repeats) for mode, sizes in MODES.items()}
     return {"losses": losses}, {"times": times}

@@ -67,7 +67,7 @@ class Stepper:
             all_keys, all_values = torch.from_numpy(keys), torch.from_numpy(values)
             all_keys[row, :, place] = turned(attention.key_norm(key), turns)
             all_values[row, :, place] = value
-            if count < len(keys):  # all rows are in order
+            if count < len(keys):  # else rows are all rows, in order
                 all_keys, all_values = all_keys[row], all_values[row]
             seen_m11S = (torch.arange(self.size) <= place[:, None])[:, None, None]
             found = F.scaled_dot_product_attention(query[:, :, None], all_keys, all_values, attn_mask=seen_m11S)
