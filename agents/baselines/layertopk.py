@@ -93,14 +93,16 @@ def static(numbers: Sequence[int]) -> Count:
     return lambda seen: np.asarray(by_layer[seen.layer])
 
 
-class TopKRule:
-    """A rule as a policy. Under a budget it keeps `reserve` experts for each later decision."""
+class Watching:
+    """A policy that looks at its environment. Under a budget it keeps `reserve` experts for each later decision."""
 
     kind = "baseline"
     env_kwargs = {"granularity": "layer"}
+    reserve = 0.0
 
-    def __init__(self, count: Count, reserve: float = 0.0) -> None:
-        self.count, self.reserve = count, reserve
+    def numbers(self, observation: np.ndarray) -> np.ndarray:
+        """Numbers of experts `[n]`, before the budget."""
+        raise NotImplementedError
 
     def watch(self, env: MoELayerTopKVectorEnv) -> None:
         """Attach to a vector environment."""
@@ -110,13 +112,23 @@ class TopKRule:
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
     ) -> tuple[np.ndarray, Any]:
         """Actions `[n]`."""
-        env, part = self.env, {name: observation[:, each.slice] for name, each in self.env.observation_layout.items()}
-        seen = Routed(part["router"], part["entropy"][:, 0], part["layer"].argmax(1))
-        k = self.count(seen)
+        env, k = self.env, self.numbers(observation)
         if env.budgeted:
             later = env.left_decisions() - 1
             k = np.minimum(k, np.maximum(np.floor(env.left_experts() - self.reserve * later + 1e-9), 0))
         return k.clip(0, env.k).astype(np.int64), state
+
+
+class TopKRule(Watching):
+    """A rule on the router's probabilities."""
+
+    def __init__(self, count: Count, reserve: float = 0.0) -> None:
+        self.count, self.reserve = count, reserve
+
+    def numbers(self, observation: np.ndarray) -> np.ndarray:
+        """Numbers of experts `[n]`, before the budget."""
+        part = {name: observation[:, each.slice] for name, each in self.env.observation_layout.items()}
+        return self.count(Routed(part["router"], part["entropy"][:, 0], part["layer"].argmax(1)))
 
 
 class Drawn(TopKRule):
@@ -127,21 +139,20 @@ class Drawn(TopKRule):
         self.random = np.random.default_rng(seed)
 
 
-class Predicted(TopKRule):
+class Predicted(Watching):
     """The number with the best predicted quality less cost: a perceptron predicts the change of the token's loss from
-    the observation and a number of experts; it is trained on random numbers in `rl_train`."""
+    the observation, less its `budget`, and a number of experts; it is trained on random numbers in `rl_train`."""
 
     def __init__(self, predictor: Callable[[np.ndarray], np.ndarray], prices: np.ndarray) -> None:
-        super().__init__(lambda seen: np.zeros(len(seen.layer)))
         self.predictor, self.prices = predictor, prices
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
-    ) -> tuple[np.ndarray, Any]:
-        """Actions `[n]`."""
-        layer = observation[:, self.env.observation_layout["layer"].slice].argmax(1)
-        worth = np.stack([self.predictor(_with(observation, k, self.env.k))[:, 0] for k in range(self.env.k + 1)], 1)
-        return np.asarray((worth - self.prices[layer]).argmax(1)), state
+    def numbers(self, observation: np.ndarray) -> np.ndarray:
+        """Numbers of experts `[n]`, before the budget."""
+        layout, most = self.env.observation_layout, self.env.k
+        layer = observation[:, layout["layer"].slice].argmax(1)
+        known = observation[:, : layout["budget"].slice.start] if "budget" in layout else observation
+        worth = np.stack([self.predictor(_with(known, k, most))[:, 0] for k in range(most + 1)], 1)
+        return np.asarray((worth - self.prices[layer]).argmax(1))
 
 
 class Tuning:
@@ -302,7 +313,7 @@ def _with(observation: np.ndarray, k: int, most: int) -> np.ndarray:
     return np.concatenate([observation, numbers], 1)
 
 
-class TokenOracle(TopKRule):
+class TokenOracle(Watching):
     """For each token, the best of a `menu [M, L]` of numbers by layer, by its loss when all tokens of the passage run
     with them. Tokens affect each other through attention, so this is no exact bound.
     """
@@ -310,20 +321,17 @@ class TokenOracle(TopKRule):
     kind = "bound"
 
     def __init__(self, menu: np.ndarray) -> None:
-        super().__init__(lambda seen: np.zeros(len(seen.layer)))
         self.menu = menu
         self.plans: dict[int, np.ndarray] = {}
 
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
-    ) -> tuple[np.ndarray, Any]:
-        """Actions `[n]`."""
+    def numbers(self, observation: np.ndarray) -> np.ndarray:
+        """Numbers of experts `[n]`."""
         env = self.env
         for passage in set(env.passage.tolist()) - self.plans.keys():
             self.plans[passage] = self.plan(passage)
         token, layer = env.places()
         plans = np.stack([self.plans[passage] for passage in env.passage.tolist()])
-        return np.asarray(plans[np.arange(len(plans)), np.minimum(token, env.tokens - 1), layer]), state
+        return np.asarray(plans[np.arange(len(plans)), np.minimum(token, env.tokens - 1), layer])
 
     def plan(self, passage: int) -> np.ndarray:
         """Numbers `[T, L]` for a passage."""

@@ -101,6 +101,8 @@ class AdaptiveK:
 
     def _require_fitting(self, policy: Any) -> None:
         of_policy = getattr(policy, "rows", policy)
+        if not hasattr(of_policy, "observation_space"):
+            raise ValueError(f"{type(policy).__name__} decides in its environment only: give a learner or a rule")
         shape, actions = of_policy.observation_space.shape, getattr(of_policy.action_space, "n", None)
         if shape != (self.width,) or actions != self.k + 1:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ LEAST = 257  # tokens: all bytes, and the end
 
 def train(corpus: Corpus, vocabulary: int) -> Tokenizer:
     """A tokenizer of so many tokens, of the corpus's training documents."""
+    _require_library()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocabulary < LEAST:
@@ -36,6 +38,7 @@ def train(corpus: Corpus, vocabulary: int) -> Tokenizer:
 
 def load(text: str) -> Tokenizer:
     """A tokenizer from its JSON; raises `DataError` for anything else."""
+    _require_library()
     from tokenizers import Tokenizer
 
     try:
@@ -54,6 +57,11 @@ def encoded(tokenizer: Tokenizer, documents: tuple[str, ...]) -> np.ndarray:
         for each in tokenizer.encode_batch(list(documents), add_special_tokens=False)
     ]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
+
+
+def _require_library() -> None:
+    if find_spec("tokenizers") is None:
+        raise ImportError("the language model needs tokenizers: pip install 'moe-envs[lm]'")
 
 
 def _texts(corpus: Corpus) -> Iterator[str]:

@@ -94,6 +94,8 @@ def test_under_a_budget_rules_keep_experts_for_later() -> None:
             observation, _, _, _, infos = env.step(rule.predict(observation)[0])
             taken.append(int(infos["layertopk/experts"][0]))
         assert taken == wanted
+    predicted = layertopk.predicted({"budget": 1.0, **SMALL}, 16)
+    assert evaluate(predicted, ID, 8, budget=1.0, **SMALL)["layertopk/experts_used"].max() <= 16
     oracle = layertopk.bound(ID, passages=1, budget=1.0, **SMALL)
     assert evaluate(oracle, ID, 8, budget=1.0, **SMALL)["layertopk/experts_used"].max() <= 16
 
@@ -112,6 +114,8 @@ def test_a_rule_in_the_model_decides_as_in_whole_passages(rules: dict[str, Any])
     numbers = AdaptiveK(model, TopKRule(static([2, 0, 1, 4])))
     assert numbers.calibrate(ids) == {0: 2, 1: 0, 2: 1, 3: 4}
     torch.testing.assert_close(model.loss(ids, k=numbers), model.loss(ids, k=[2, 0, 1, 4]))
+    with pytest.raises(ValueError, match="Predicted decides in its environment only"):
+        AdaptiveK(model, rules["predicted change of the loss"])
     with pytest.raises(ValueError, match="takes the policy as k"):
         numbers.active()
 
