@@ -25,13 +25,12 @@ Count = Callable[["Routed"], np.ndarray]  # numbers of experts [n], by the route
 PASSAGES = 12  # of a domain on which rules are tuned
 SHORTLIST = 24  # static numbers that are judged on all of these passages
 RESERVES = (0.0, 0.5, 0.75, 1.0)  # experts kept for each later decision, under a budget
-SWEEPS = 2
 GRIDS: dict[str, tuple[float, ...]] = {
-    "top-p": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01),
+    "top-p": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01),
     "minimum probability": (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22, 0.3, 0.4, 1.01),
     "minimum weight": (0.0, 0.08, 0.12, 0.16, 0.2, 0.24, 0.28, 0.34, 0.45, 0.6, 1.01),
     "ratio (NAEE)": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01),
-    "entropy": (0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0),
+    "entropy": (0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0, np.inf),
 }
 
 
@@ -212,12 +211,15 @@ class Tuning:
 
         alike = max(([each] * layers for each in grid), key=score)
         best, highest = list(alike), score(alike)
-        for _, layer, step in product(range(SWEEPS), range(layers), (-2, -1, 1, 2)):
-            place = grid.index(best[layer]) + step
-            if 0 <= place < len(grid):
-                trial = [*best[:layer], grid[place], *best[layer + 1 :]]
-                if (found := score(trial)) > highest:
-                    best, highest = trial, found
+        before: list[float] = []
+        while before != best:  # until no step of one layer is better
+            before = list(best)
+            for layer, step in product(range(layers), (-2, -1, 1, 2)):
+                place = grid.index(best[layer]) + step
+                if 0 <= place < len(grid):
+                    trial = [*best[:layer], grid[place], *best[layer + 1 :]]
+                    if (found := score(trial)) > highest:
+                        best, highest = trial, found
         return alike, best
 
 
