@@ -99,7 +99,7 @@ def test_fewer_experts_are_trained_by_a_share_of_the_windows(data: Path, tmp_pat
 
 def test_a_window_is_seen_once_an_epoch() -> None:
     windows = Windows(np.arange(1000, dtype=np.uint16), 16, seed=3)
-    seen = torch.cat([windows.batch(number, 2) for number in range(windows.count // 2)])
+    seen = torch.cat([windows.batch(number, 1) for number in range(windows.count)])
     starts = seen[:, 0].tolist()
     assert len(set(starts)) == len(starts)
     assert torch.equal(seen[:, 1:], seen[:, :-1] + 1)
