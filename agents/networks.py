@@ -196,11 +196,12 @@ def residual_of(env: Any, preprocessor: Preprocessor, outputs: int) -> np.ndarra
 def advice_of(env: Any, inputs: int, outputs: int) -> np.ndarray:
     """The `advice` of an environment as a linear map `[inputs, outputs]` from observations to the head.
 
-    Advice maps parts of the `observation_layout`, of one number for each action, to their weights.
+    Advice maps parts of the `observation_layout` to their weights, if they have one number for each action, or to
+    matrices `[size, outputs]`.
     """
     found = np.zeros((inputs, outputs), dtype=np.float32)
     for name, weight in env.advice.items():
-        found[env.observation_layout[name].slice] += weight * np.eye(outputs, dtype=np.float32)
+        found[env.observation_layout[name].slice] += weight * np.eye(outputs) if np.ndim(weight) == 0 else weight
     return found
 
 

@@ -111,16 +111,15 @@ TUNED["MoECompression-v0"] = {
 }
 TUNED["MoELayerTopK-v0"] = {
     "ppo": {
-        "n_envs": 64,
+        "n_envs": 256,
         "total_timesteps": 1_000_000,
-        "n_steps": 64,
-        "batch_size": 1024,
-        "n_epochs": 4,
-        "learning_rate": "linear 1e-3",
-        "gamma": 0.8,
-        "gae_lambda": 0.9,
-        "ent_coef": 0.0002,
-        "policy_kwargs": {"net_arch": [64, 64]},
+        "n_steps": 32,
+        "batch_size": 4096,
+        "n_epochs": 2,
+        "learning_rate": "linear 3e-4",
+        "gamma": 0.95,
+        "gae_lambda": 0.95,
+        "policy_kwargs": {"net_arch": [32], "residual": True},
     },
 }
 TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]

@@ -24,7 +24,7 @@ class AdaptedModel:
 
     `k` is the number of experts of a token: None for the model's own, a number, one for each layer, `[B, T, L]` for the
     next call, or a function of layer, inputs `[N, D]` and logits `[N, E]` that returns k `[N]`. Only the experts of
-    `allowed`, boolean `[L, E]`, are used. `close` undoes everything.
+    `allowed`, boolean `[L, E]`, are used. `close` removes the hooks; what `compress` and `replace` did stays.
     """
 
     def __init__(self, model: nn.Module, blocks: list[Any]) -> None:
@@ -49,7 +49,7 @@ class AdaptedModel:
         return int(self.blocks[0].gate.weight.shape[1])
 
     @property
-    def k_of_model(self) -> int:
+    def own_k(self) -> int:
         """Experts of a token if nothing is chosen."""
         return int(self.blocks[0].gate.top_k)
 
@@ -57,10 +57,16 @@ class AdaptedModel:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+
+    def _require_hooks(self) -> None:
+        if not self._handles:
+            raise ValueError("the model's blocks were closed or replaced: adapt the model anew, or use the new layers")
 
     @contextmanager
     def choosing(self, k: Experts | None = None, allowed: torch.Tensor | None = None) -> Iterator[None]:
         """Choose experts this way inside the block."""
+        self._require_hooks()
         before, (self.k, self.allowed) = (self.k, self.allowed), (k, allowed)
         try:
             yield
@@ -70,6 +76,7 @@ class AdaptedModel:
     @contextmanager
     def recording(self) -> Iterator[list[RoutingStatistics]]:
         """Collect the routing of each layer of each call, `[N, E]`, inside the block."""
+        self._require_hooks()
         found: list[RoutingStatistics] = []
         self._routing = found
         try:
@@ -78,13 +85,15 @@ class AdaptedModel:
             self._routing = None
 
     def replace(self, **options: Any) -> list[MoELayer]:
-        """Put our layers in the blocks' places, with `options` of `MoELayer`; returns them."""
+        """Put our layers in the blocks' places, with `options` of `MoELayer`, and remove the hooks; returns the layers,
+        whose routers choose from now on."""
         made = []
         for block in self.blocks:
             parent, name = _place(self.model, block)
             layer = MoELayer.from_block(block, **options)
             setattr(parent, name, layer)
             made.append(layer)
+        self.close()
         return made
 
     @torch.no_grad()
@@ -125,7 +134,7 @@ class AdaptedModel:
         elif isinstance(wanted, torch.Tensor):
             k_N = wanted.flatten(0, -2)[:, layer]
         else:
-            number: Any = self.k_of_model if wanted is None else wanted
+            number: Any = self.own_k if wanted is None else wanted
             number = number if isinstance(number, int) else number[layer]
             k_N = torch.full((tokens,), number)
         if k_N.shape != (tokens,):

@@ -2,7 +2,8 @@
 
 As in the paper: the reward of a token is its log-likelihood after the last layer, the advantage is taken against the
 default number of experts and discounted from the last layer down, PPO makes two epochs a batch, and the allocators
-start from the counts of a top-p rule. Instead of a weight on the expected number of experts, their price is charged.
+start from the counts of a top-p rule. Instead of a weight on the expected number of experts, their price is charged,
+and budgets are ours.
 
 Shape legend: N tokens, D width, K the most experts of a token, L layers, B passages, T tokens of a passage.
 """
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from agents.evaluate import make_rows
 from cost.timing import torch_threads
 from experts.language import LanguageModel
 
@@ -35,6 +37,7 @@ class AdaKSettings:
     learning_rate: float = 1e-3
     clip_range: float = 0.2
     gamma: float = 0.99
+    dual_rate: float = 1e-3
     seed: int = 0
 
 
@@ -72,21 +75,27 @@ class AdaK:
         return each.numpy()[np.arange(len(layer)), layer], state
 
     def learn(
-        self, ids: np.ndarray, prices: np.ndarray, settings: AdaKSettings | None = None,
+        self, ids: np.ndarray, prices: np.ndarray, settings: AdaKSettings | None = None, budget: float | None = None,
         report: Callable[[float], object] = lambda share: None,
     ) -> AdaK:  # fmt: skip
-        """Train on passages `[B, T + 1]`; `prices [L, K + 1]` are what a number of experts costs a token, in nats."""
+        """Train on passages `[B, T + 1]`; `prices [L, K + 1]` are what numbers of experts cost a token, in nats.
+
+        Under a `budget` an expert costs more and more while too many run in the mean (dual ascent).
+        """
         own = settings or AdaKSettings()
         random, draw = np.random.default_rng(own.seed), torch.Generator().manual_seed(own.seed)
         optimizer = torch.optim.Adam(self.allocators.parameters(), lr=own.learning_rate)
-        charged = torch.from_numpy(prices).float()
+        charged, price = torch.from_numpy(prices).float(), 0.0
+        each = torch.arange(self.k + 1)
         with torch_threads(1):
             for step in range(own.start_steps + own.steps):
                 batch = ids[random.integers(len(ids), size=own.batch_size)]
                 if step < own.start_steps:
                     self._imitate(batch, own, optimizer)
                 else:
-                    self._improve(batch, own, optimizer, charged, draw)
+                    experts = self._improve(batch, own, optimizer, charged + price * each, draw)
+                    if budget is not None:
+                        price = max(0.0, price + own.dual_rate * (experts - budget))
                 report((step + 1) / (own.start_steps + own.steps))
         return self
 
@@ -108,8 +117,8 @@ class AdaK:
     def _improve(
         self, ids: np.ndarray, own: AdaKSettings, optimizer: torch.optim.Optimizer, prices: torch.Tensor,
         draw: torch.Generator,
-    ) -> None:  # fmt: skip
-        """PPO on numbers drawn for each token and layer of the passages."""
+    ) -> float:  # fmt: skip
+        """PPO on numbers drawn for each token and layer of the passages; returns their mean."""
         inputs, taken, before = [], [], []
 
         def drawn(layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
@@ -132,12 +141,20 @@ class AdaK:
                 loss = loss - torch.minimum(ratio * advantage, clipped * advantage).mean()
                 loss = loss + (logs.exp() * prices[layer]).sum(-1).mean()
             _descend(loss, optimizer)
+        return float(torch.cat(taken).float().mean())
 
     def _losses(self, ids: np.ndarray, k: Any) -> torch.Tensor:
         """Losses `[B, T]` in nats."""
         given = torch.from_numpy(ids)
         logits = self.model.network(given[:, :-1], k).logits
         return F.cross_entropy(logits.flatten(0, 1), given[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+
+
+def trained(env_id: str, seed: int, **env_kwargs: Any) -> AdaK:
+    """Ada-K for MoELayerTopK-v0 with these arguments, trained on `rl_train`."""
+    env: Any = make_rows(env_id, 1, **{**env_kwargs, "split": "rl_train", "granularity": "layer"}).unwrapped
+    ids = env.stepped.passages.ids
+    return AdaK(env.stepped.model).learn(ids, env.prices(), AdaKSettings(seed=seed), env_kwargs.get("budget"))
 
 
 def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:

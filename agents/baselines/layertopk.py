@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,19 +24,35 @@ ID = "moe_envs:MoELayerTopK-v0"
 Count = Callable[["Routed"], np.ndarray]  # numbers of experts [n], by the router
 PASSAGES = 12  # of a domain on which rules are tuned
 SHORTLIST = 24  # static numbers that are judged on all of these passages
+MENU = 1024  # static numbers that are all tried; of more, those on a greedy way are
 RESERVES = (0.0, 0.5, 0.75, 1.0)  # experts kept for each later decision, under a budget
+PRICES = (
+    0.0,
+    0.003,
+    0.006,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.04,
+    0.06,
+    0.08,
+    0.16,
+    0.32,
+)  # of an expert, in nats of its token, under a budget
 GRIDS: dict[str, tuple[float, ...]] = {
     "top-p": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01),
     "minimum probability": (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22, 0.3, 0.4, 1.01),
     "minimum weight": (0.0, 0.08, 0.12, 0.16, 0.2, 0.24, 0.28, 0.34, 0.45, 0.6, 1.01),
     "ratio (NAEE)": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01),
+    "worth": (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.36, 0.6, 1.0),
     "entropy": (0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0, np.inf),
 }
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What a rule sees of n tokens in their layers: log probabilities of the best experts `[n, K + 2]`, entropy in nats
+    """What a rule sees of n tokens in their layers: log probabilities of the best K experts `[n, K]`, entropy in nats
     `[n]`, layer `[n]`."""
 
     best: np.ndarray
@@ -46,20 +62,23 @@ class Routed:
     @property
     def k(self) -> int:
         """The most experts of a token."""
-        return self.best.shape[1] - 2
+        return self.best.shape[1]
 
     @property
     def odds(self) -> np.ndarray:
-        """Probabilities of the best K experts `[n, K]`."""
-        return np.asarray(np.exp(self.best[:, : self.k]))
+        """Probabilities of the best experts `[n, K]`."""
+        return np.asarray(np.exp(self.best))
 
 
-def counted(kind: str, thresholds: Sequence[float], experts: int) -> Count:
-    """A rule of `GRIDS` with a threshold for each layer.
+def counted(kind: str, thresholds: Sequence[float], experts: int, prices: np.ndarray) -> Count:
+    """A rule of `GRIDS` with a threshold for each layer; `prices [L, K + 1]` are what numbers of experts cost a token,
+    in nats.
 
     "top-p" takes the fewest experts whose probabilities sum to p; "minimum probability" and "minimum weight" those of
     at least so much, of all experts or of the best K; "ratio (NAEE)" those of at least a share of the best (Lu et al.
-    2024); "entropy" takes a number that rises with the entropy, K at a share of its maximum.
+    2024); "worth" takes the number with the least price plus loss, which is taken to be the threshold, in nats, times
+    the square of the weight left out; "entropy" takes a number that rises with the entropy, K at a share of its
+    maximum.
     """
     by_layer = np.array(thresholds)
 
@@ -73,12 +92,22 @@ def counted(kind: str, thresholds: Sequence[float], experts: int) -> Count:
             found = (odds / odds.sum(1, keepdims=True) >= limit).sum(1)
         elif kind == "ratio (NAEE)":
             found = (odds >= limit * odds[:, :1]).sum(1)
+        elif kind == "worth":
+            found = worth(seen, limit, prices[seen.layer])
         else:
             share = seen.entropy / (limit[:, 0] * np.log(experts))
             found = np.ceil(share * seen.k).clip(0, seen.k)
         return np.asarray(found, dtype=np.int64)
 
     return count
+
+
+def worth(seen: Routed, steep: np.ndarray, prices: np.ndarray) -> np.ndarray:
+    """Numbers `[n]` with the least price, of `prices [n, K + 1]`, plus `steep [n, 1]` times the square of the weight
+    left out."""
+    weights = seen.odds / seen.odds.sum(1, keepdims=True)
+    left_out = 1 - np.concatenate([np.zeros((len(weights), 1)), weights.cumsum(1)], axis=1)
+    return np.asarray((steep * left_out.clip(0) ** 2 + prices).argmin(1))
 
 
 def adaptive_k(seen: Routed) -> np.ndarray:
@@ -126,8 +155,30 @@ class TopKRule(Watching):
 
     def numbers(self, observation: np.ndarray) -> np.ndarray:
         """Numbers of experts `[n]`, before the budget."""
-        part = {name: observation[:, each.slice] for name, each in self.env.observation_layout.items()}
-        return self.count(Routed(part["router"], part["entropy"][:, 0], part["layer"].argmax(1)))
+        return self.count(observed(self.env, observation))
+
+
+class Paced(Watching):
+    """The rule "worth" under a budget: an expert costs `price` nats more if as much of the budget is left as was
+    planned, more the less is left."""
+
+    price = 0.0
+
+    def __init__(self, thresholds: Sequence[float], prices: np.ndarray, budget: float) -> None:
+        self.by_layer, self.prices, self.budget = np.array(thresholds), prices, budget
+
+    def numbers(self, observation: np.ndarray) -> np.ndarray:
+        """Numbers of experts `[n]`, before the budget."""
+        env, seen = self.env, observed(self.env, observation)
+        left = env.left_experts() / np.maximum(env.left_decisions(), 1) / self.budget
+        scarce = self.price * (2 - left).clip(0)[:, None] * np.arange(env.k + 1)
+        return worth(seen, self.by_layer[seen.layer][:, None], self.prices[seen.layer] + scarce)
+
+
+def observed(env: MoELayerTopKVectorEnv, observation: np.ndarray) -> Routed:
+    """What a rule sees, from the observations `[n, ...]` of an environment."""
+    part = {name: observation[:, each.slice] for name, each in env.observation_layout.items()}
+    return Routed(part["router"], part["entropy"][:, 0], part["layer"].argmax(1))
 
 
 class Drawn(TopKRule):
@@ -140,7 +191,12 @@ class Drawn(TopKRule):
 
 class Predicted(Watching):
     """The number with the best predicted quality less cost: a perceptron predicts the change of the token's loss from
-    the observation, less its `budget`, and a number of experts; it is trained on random numbers in `rl_train`."""
+    the observation, less its `budget`, and a number of experts; it is trained on random numbers in `rl_train`.
+
+    `price` is what an expert costs beside its time, in nats of its token, where a budget makes experts scarce.
+    """
+
+    price = 0.0
 
     def __init__(self, predictor: Callable[[np.ndarray], np.ndarray], prices: np.ndarray) -> None:
         self.predictor, self.prices = predictor, prices
@@ -151,63 +207,75 @@ class Predicted(Watching):
         layer = observation[:, layout["layer"].slice].argmax(1)
         known = observation[:, : layout["budget"].slice.start] if "budget" in layout else observation
         worth = np.stack([self.predictor(_with(known, k, most))[:, 0] for k in range(most + 1)], 1)
-        return np.asarray((worth - self.prices[layer]).argmax(1))
+        return np.asarray((worth - self.prices[layer] - self.price * np.arange(most + 1)).argmax(1))
 
 
 class Tuning:
-    """Passages of the validation split, run whole: what a rule costs and loses there. Those of the same `key` differ in
-    cost weight or budget only."""
+    """Passages of the validation split, run whole: what a rule costs and loses there, `passages` of each domain."""
 
     def __init__(self, env_kwargs: dict[str, Any], passages: int = PASSAGES) -> None:
-        self.key = tuple(sorted((k, v) for k, v in env_kwargs.items() if k not in ("cost_weight", "budget")))
-        self.passages = passages
         env: Any = make_rows(ID, 1, **{**env_kwargs, "split": "validation", "granularity": "layer"}).unwrapped
         self.stepped: SteppedModel = env.stepped
-        self.weight, self.budget = env.reward.cost_weight, env_kwargs.get("budget")
+        self.weight, self.budget, self.by_divergence = (
+            env.reward.cost_weight,
+            env_kwargs.get("budget"),
+            env.by_divergence,
+        )
         self.relative = env.relative_costs()
-        domain = self.stepped.passages.domain
+        self.prices = env.prices()
+        self.unlimited = self.prices - env.scarcity() * np.arange(env.k + 1)  # as if there were no budget
+        domain, self.passages = self.stepped.passages.domain, passages
         chosen = [np.flatnonzero(domain == each)[:passages] for each in np.unique(domain)]
         self.ids = self.stepped.passages.ids[np.concatenate(chosen)]
-        self.full = self.loss(lambda seen: np.full(len(seen.layer), self.stepped.k))[0]
 
     def loss(self, count: Count, part: slice = slice(None)) -> tuple[float, float, float]:
-        """Mean loss in nats, relative cost of a passage and mean number of experts under a rule."""
-        ids, cost, experts, layers = self.ids[part], 0.0, 0, self.stepped.layers
+        """Mean loss in nats, or divergence from all experts, relative cost of a passage and mean number of experts
+        under a rule."""
+        ids, cost, experts, stepped = self.ids[part], 0.0, 0, self.stepped
 
         def decide(layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
             nonlocal cost, experts
-            k = count(routed(logits_NE, layer, self.stepped.k)).clip(0, self.stepped.k)
+            k = count(routed(logits_NE, layer, stepped.k)).clip(0, stepped.k)
             cost, experts = cost + float(self.relative[layer, k].sum()), experts + int(k.sum())
             return torch.from_numpy(k)
 
         with torch_threads(1):
-            loss = float(self.stepped.model.loss(ids, k=decide).mean())
-        return loss, cost / len(ids), experts / (ids[:, 1:].size * layers)
+            lost = (
+                stepped.model.divergence(ids[:, :-1], decide) if self.by_divergence else stepped.model.loss(ids, decide)
+            )
+        return float(lost.mean()), cost / len(ids), experts / (ids[:, 1:].size * stepped.layers)
 
     def score(self, count: Count, part: slice = slice(None)) -> float:
-        """Return of a rule, or under a budget its quality, -inf if it takes more than the budget."""
+        """Return of a rule, less a constant; -inf if it takes more than the budget."""
         loss, cost, experts = self.loss(count, part)
         if self.budget is not None and experts > self.budget:
             return -np.inf
         return -loss - self.weight * cost
 
+    def costs(self, numbers_ML: np.ndarray) -> np.ndarray:
+        """Relative costs `[M]` of a passage with numbers of experts by layer `[M, L]`."""
+        each = self.relative[np.arange(self.stepped.layers), numbers_ML]
+        return np.asarray(each.sum(1) * self.stepped.size)
+
     def best_static(self, report: Callable[[float], object]) -> tuple[int, ...]:
-        """Numbers of experts by layer: all are tried on some passages, the best of them on all."""
-        every, loss, cost = statics(self.key, self.passages)
-        report(1.0)
-        scores = -loss - self.weight * cost
+        """Numbers of experts by layer: all of `statics` are tried on some passages, the best of them on all."""
+        numbers, loss = statics(self, report)
+        scores = -loss - self.weight * self.costs(numbers)
         if self.budget is not None:
-            scores[every.sum(1) > self.budget * self.stepped.layers] = -np.inf
-        short = [tuple(each) for each in every[np.argsort(scores)[-SHORTLIST:]].tolist()]
+            scores[numbers.sum(1) > self.budget * self.stepped.layers] = -np.inf
+        short = [tuple(each) for each in numbers[np.argsort(scores)[-SHORTLIST:]].tolist()]
         return max(short, key=lambda each: self.score(static(each)))
+
+    def counted(self, kind: str, thresholds: Sequence[float]) -> Count:
+        """A rule of `GRIDS` for these thresholds."""
+        return counted(kind, thresholds, self.stepped.experts, self.prices)
 
     def best_thresholds(self, kind: str) -> tuple[list[float], list[float]]:
         """The best single threshold, and the best one for each layer, found one layer after the other."""
-        layers, experts = self.stepped.layers, self.stepped.experts
-        grid = GRIDS[kind]
+        layers, grid = self.stepped.layers, GRIDS[kind]
 
         def score(thresholds: list[float]) -> float:
-            return self.score(counted(kind, thresholds, experts))
+            return self.score(self.counted(kind, thresholds))
 
         alike = max(([each] * layers for each in grid), key=score)
         best, highest = list(alike), score(alike)
@@ -223,21 +291,50 @@ class Tuning:
         return alike, best
 
 
-@lru_cache(maxsize=4)
-def statics(key: tuple[tuple[str, Any], ...], passages: int = PASSAGES) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All numbers of experts by layer `[M, L]` with their loss and cost `[M]` on some of the passages of validation."""
-    tuning = Tuning(dict(key), passages)
-    every = np.array(list(product(range(tuning.stepped.k + 1), repeat=tuning.stepped.layers)))
-    few = slice(None, None, max(1, passages // 2))
-    found = [tuning.loss(static(each), few)[:2] for each in every.tolist()]
-    loss, cost = np.array(found).T
-    return every, loss, cost
+_statics: WeakKeyDictionary[SteppedModel, dict[tuple[bool, int], tuple[np.ndarray, np.ndarray]]] = WeakKeyDictionary()
+
+
+def statics(tuning: Tuning, report: Callable[[float], object]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of experts by layer `[M, L]` with their loss `[M]` on some of the passages, whatever the cost weight or
+    the budget; measured once for a model.
+
+    If there are more than `MENU`, those on the way from K everywhere to 0, on which each step takes an expert where it
+    loses least for the cost that it saves.
+    """
+    stepped, key = tuning.stepped, (tuning.by_divergence, tuning.passages)
+    kept = _statics.setdefault(stepped, {})
+    if key in kept:
+        return kept[key]
+    layers, few = stepped.layers, slice(None, None, max(1, tuning.passages // 2))
+    losses: dict[tuple[int, ...], float] = {}
+
+    def lost(numbers: tuple[int, ...]) -> float:
+        if numbers not in losses:
+            losses[numbers] = tuning.loss(static(numbers), few)[0]
+        return losses[numbers]
+
+    if (stepped.k + 1) ** layers <= MENU:
+        every = list(product(range(stepped.k + 1), repeat=layers))
+        for place, numbers in enumerate(every):
+            lost(numbers)
+            report((place + 1) / len(every))
+    else:
+        now = (stepped.k,) * layers
+        lost(now)
+        while any(now):
+            fewer = [(*now[:layer], k - 1, *now[layer + 1 :]) for layer, k in enumerate(now) if k]
+            saved = tuning.costs(np.array([now])) - tuning.costs(np.array(fewer))
+            rises = np.array([lost(each) for each in fewer]) - losses[now]
+            now = fewer[int((rises / saved.clip(1e-12)).argmin())]
+            report(1 - sum(now) / (stepped.k * layers))
+    kept[key] = np.array(list(losses)), np.array(list(losses.values()))
+    return kept[key]
 
 
 def routed(logits_NE: torch.Tensor, layer: int, k: int) -> Routed:
     """What a rule sees, from a layer's router logits."""
     logs = logits_NE.log_softmax(-1)
-    best = logs.topk(min(k + 2, logs.shape[-1]), dim=-1).values
+    best = logs.topk(k, dim=-1).values
     entropy = -(logs.exp() * logs).sum(-1)
     return Routed(best.numpy(), entropy.numpy(), np.full(len(logs), layer))
 
@@ -249,37 +346,40 @@ def baselines(
     """Fixed and static numbers, rules with one threshold and with one for each layer, adaptive-k's rule, a supervised
     predictor, and random numbers; tuned on so many `passages` of each domain."""
     kwargs = {key: value for key, value in env_kwargs.items() if key not in ("split", "granularity", "observation")}
-    found = tuned(tuple(sorted(kwargs.items())), passages, report)
-    rules: dict[str, Any] = {name: TopKRule(count, reserve) for name, (count, reserve) in found.items()}
-    rules["predicted change of the loss"] = predicted(kwargs, 42 * passages)
+    tuning = Tuning(kwargs, passages)
+    layers, k = tuning.stepped.layers, tuning.stepped.k
+    found: dict[str, Count] = {f"k = {each}": static([each] * layers) for each in range(k + 1)}
+    found["static per layer"] = static(tuning.best_static(lambda share: report(0.5 * share)))
+    thresholds: dict[str, list[float]] = {}
+    for number, kind in enumerate(GRIDS):
+        alike, best = tuning.best_thresholds(kind)
+        thresholds[kind] = best
+        found |= {kind: tuning.counted(kind, alike), f"{kind} per layer": tuning.counted(kind, best)}
+        report(0.5 + 0.3 * (number + 1) / len(GRIDS))
+    found["adaptive-k"] = adaptive_k
+    rules: dict[str, Any] = {name: TopKRule(count) for name, count in found.items()}
+    rules["predicted change of the loss"] = predictor = predicted(kwargs, 42 * passages)
+    report(0.9)
+    if tuning.budget is not None:
+        env = make_rows(ID, len(tuning.ids), **{**kwargs, "split": "validation", "granularity": "layer"})
+        rules["worth per layer, paced"] = paced = Paced(thresholds["worth"], tuning.unlimited, tuning.budget)
+        for each in (predictor, paced):
+            _set_best(each, "price", PRICES, env)
+        for rule in rules.values():
+            _set_best(rule, "reserve", [each for each in RESERVES if each <= tuning.budget], env)
     rules["random"] = Drawn()
     report(1.0)
     return rules
 
 
-@lru_cache(maxsize=16)
-def tuned(
-    arguments: tuple[tuple[str, Any], ...], passages: int, report: Callable[[float], object]
-) -> dict[str, tuple[Count, float]]:
-    """Rules by name, with the reserve that is best under a budget."""
-    tuning = Tuning(dict(arguments), passages)
-    layers, k, experts = tuning.stepped.layers, tuning.stepped.k, tuning.stepped.experts
-    found: dict[str, Count] = {f"k = {each}": static([each] * layers) for each in range(k + 1)}
-    found["static per layer"] = static(tuning.best_static(lambda share: report(0.5 * share)))
-    for number, kind in enumerate(GRIDS):
-        alike, best = tuning.best_thresholds(kind)
-        found |= {kind: counted(kind, alike, experts), f"{kind} per layer": counted(kind, best, experts)}
-        report(0.5 + 0.4 * (number + 1) / len(GRIDS))
-    found["adaptive-k"] = adaptive_k
-    if tuning.budget is None:
-        return {name: (count, 0.0) for name, count in found.items()}
-    env = make_rows(ID, len(tuning.ids), **{**dict(arguments), "split": "validation", "granularity": "layer"})
+def _set_best(rule: Watching, name: str, values: Sequence[float], env: Any) -> None:
+    """Set an attribute of a rule to the value with the best return."""
 
-    def score(count: Count, reserve: float) -> float:
-        return float(play(TopKRule(count, reserve), env, env.num_envs, 0)["return"].mean())
+    def score(value: float) -> float:
+        setattr(rule, name, value)
+        return float(play(rule, env, env.num_envs, 0)["return"].mean())
 
-    possible = [each for each in RESERVES if each <= tuning.budget]
-    return {name: (count, max(possible, key=lambda each: score(count, each))) for name, count in found.items()}
+    setattr(rule, name, max(values, key=score))
 
 
 def predicted(env_kwargs: dict[str, Any], episodes: int) -> Predicted:
@@ -341,7 +441,9 @@ class TokenOracle(Watching):
         ids = np.repeat(stepped.passages.ids[[passage]], len(menu), 0)
         k = torch.from_numpy(np.repeat(menu[:, None], ids.shape[1], 1))
         with torch_threads(1):
-            losses = stepped.model.loss(ids, k=k).numpy() / env.tokens
+            model, divergence = stepped.model, env.by_divergence
+            lost = model.divergence(ids[:, :-1], k[:, :-1]) if divergence else model.loss(ids, k)
+        losses = lost.numpy() / env.tokens
         cost = env.reward.cost_weight * env.relative_costs()[np.arange(stepped.layers), menu].sum(1)
         if not env.budgeted:
             return np.asarray(menu[(losses + cost[:, None]).argmin(0)])
@@ -355,7 +457,8 @@ class TokenOracle(Watching):
 
 def bound(env_id: str, *, passages: int = PASSAGES, **env_kwargs: Any) -> TokenOracle:
     """An oracle that sees the losses of each token; its menu are the best static numbers at any cost weight."""
-    dropped = ("split", "granularity", "observation", "cost_weight", "budget")
-    every, loss, cost = statics(tuple(sorted((k, v) for k, v in env_kwargs.items() if k not in dropped)), passages)
+    tuning = Tuning({k: v for k, v in env_kwargs.items() if k not in ("split", "observation")}, passages)
+    numbers, loss = statics(tuning, lambda share: None)
+    cost = tuning.costs(numbers)
     best = [int((loss + weight * cost).argmin()) for weight in np.geomspace(1e-3, 30, 400)]
-    return TokenOracle(every[sorted(set(best))])
+    return TokenOracle(numbers[sorted(set(best))])

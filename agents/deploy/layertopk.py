@@ -24,8 +24,9 @@ from moe_envs.layertopk.observations import projection, seen, token_parts
 class AdaptiveK:
     """Numbers of experts by a policy; give it to the model wherever it takes `k`, e.g. `model.generate(text, k=...)`.
 
-    `policy` is a learner of MoELayerTopK-v0 with `observation="token"` and `granularity="layer"`, ours or SB3's, or a
-    rule of `agents.baselines.layertopk` without budget. `model` is a `LanguageModel`, or an `AdaptedModel` of
+    `policy` is a learner of MoELayerTopK-v0 with `observation="token"` and `granularity="layer"`, ours or SB3's, a rule
+    of `agents.baselines.layertopk` without budget, or a function of layer, inputs `[N, D]` and logits `[N, E]`, as
+    `AdaK` is one. `model` is a `LanguageModel`, or an `AdaptedModel` of
     transformers, whose calls are routed inside `with adaptive.active(): ...`. Raises `ValueError` for another policy.
     """
 
@@ -35,15 +36,19 @@ class AdaptiveK:
             settings = model.settings
             self.k, self.layers, width = settings.k, settings.layers, settings.d_model
         else:
-            self.k, self.layers, width = model.k_of_model, model.layers, model.d_model
+            self.k, self.layers, width = model.own_k, model.layers, model.d_model
         self.parts = layout(token_parts(self.k, self.layers))
         self.width = max(part.slice.stop for part in self.parts.values())
         self.projection = torch.from_numpy(projection(width))
         self.constant: dict[int, int] = {}
         self._experts: list[np.ndarray] = []
-        self._decide: Callable[[int, torch.Tensor, torch.Tensor], np.ndarray] = self._by_learner
+        self._decide: Callable[[int, torch.Tensor, torch.Tensor], Any] = self._by_learner
         if isinstance(policy, TopKRule):
+            if policy.reserve:
+                raise ValueError("this rule keeps experts for later under a budget, which a model has not")
             self._decide = self._by_rule
+        elif callable(policy):
+            self._decide = policy
         else:
             self._require_fitting(policy)
 
@@ -54,7 +59,7 @@ class AdaptiveK:
         if layer in self.constant:
             k = np.full(len(logits_NE), self.constant[layer])
         else:
-            k = self._decide(layer, inputs_ND, logits_NE.float()).clip(0, self.k)
+            k = np.asarray(self._decide(layer, inputs_ND, logits_NE.float())).clip(0, self.k)
         self._experts.append(k)
         return torch.from_numpy(k).to(logits_NE.device)
 

@@ -1,14 +1,15 @@
-"""Does deciding the experts of each token pay in wall time? Loss and time of the language model by rules and by PPO.
+"""Does deciding the experts of each token pay in wall time? Loss and time of the language model by rules and learners.
 
 Each decision maker runs inside the model, its own time included: decoding a token for 1 and for 64 rows, and reading
-prompts of 512 and 2,048 tokens (4 rows). Rules are tuned, and PPO is trained, for a cost weight at costs of this
-machine.
+prompts of 512 and 2,048 tokens (4 rows). Rules are tuned, and PPO and Ada-K trained, for a cost weight at costs of
+this machine.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pandas as pd
 import torch
 
 from agents import runs
+from agents.baselines import adak
 from agents.baselines import layertopk as rules
-from agents.baselines.layertopk import GRIDS, TopKRule
+from agents.baselines.layertopk import GRIDS
 from agents.deploy.layertopk import AdaptiveK
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.setup import Arguments
@@ -37,7 +39,7 @@ QUICK = {
 }
 MODES = {"decode, 1 row": (1, 1), "decode, 64 rows": (64, 1), "prompt of 512": (1, 512), "prompts of 2,048": (4, 512)}
 SEEN = 32  # tokens in the cache when a token is decoded
-FULL, PPO = "k = 4", "PPO"
+FULL = "all experts"
 MILD = 0.01  # nats
 
 
@@ -62,11 +64,11 @@ def measure(setup: LayerTopKSetup, seed: int, split: str, folder: Path) -> tuple
     kwargs: dict[str, Any] = {"model": setup.model, "cost_weight": setup.cost_weight, "tokens": setup.tokens}
     kwargs["costs"] = "machine"
     model = load(setup.model)
-    found = rules.baselines(rules.ID, passages=setup.passages, **kwargs)
-    kept = [f"k = {k}" for k in range(1, model.settings.k + 1)] + ["static per layer"]
+    found = _tuned(setup.passages, **kwargs)
+    kept = [f"k = {k}" for k in range(1, model.settings.k)] + ["static per layer"]
     kept += [f"{kind} per layer" for kind in GRIDS]
-    makers: dict[str, Any] = {name: found[name] for name in kept if isinstance(found[name], TopKRule)}
-    makers[PPO] = _trained(setup, seed, folder, kwargs)
+    makers: dict[str, Any] = {FULL: found[f"k = {model.settings.k}"]} | {name: found[name] for name in kept}
+    makers |= {"Ada-K": adak.trained(rules.ID, seed, **kwargs), "PPO": _trained(setup, seed, folder, kwargs)}
     env = MoELayerTopKVectorEnv(1, split="test", **kwargs)
     texts = env.stepped.passages
     chosen = [np.flatnonzero(texts.domain == each)[: setup.texts] for each in np.unique(texts.domain)]
@@ -127,6 +129,12 @@ def _table(frame: pd.DataFrame, mode: str) -> list[dict[str, Any]]:
 def _fastest(table: list[dict[str, Any]]) -> str:
     best = max((row for row in table if row["nats"] <= MILD), key=lambda row: row["speed"])
     return f"{best['decided by']} ({best['setup']}): {best['speed']:.2f} times at {best['nats']:+.4f} nats"
+
+
+@lru_cache(maxsize=1)
+def _tuned(passages: int, **kwargs: Any) -> dict[str, Any]:
+    """The rules, which do not depend on the seed."""
+    return rules.baselines(rules.ID, passages=passages, **kwargs)
 
 
 def _trained(setup: LayerTopKSetup, seed: int, folder: Path, kwargs: dict[str, Any]) -> Any:

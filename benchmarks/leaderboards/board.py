@@ -35,6 +35,7 @@ class Problem:
 
     learners: Mapping[str, tuple[str, str]] = LEARNERS  # algorithm and backend
     extras: Mapping[str, tuple[str, str]] = {}  # run only if a matrix names them
+    own: Mapping[str, str] = {}  # more learners of the package, as "module:attribute", see `own_policy`
     looks = 20  # evaluations per training
     episodes: Mapping[str, int] = {"validation": 1000, "test": 2000}
     first_seed = 10_000
@@ -122,7 +123,8 @@ class Leaderboard:
     def __init__(self, problem: Problem) -> None:
         self.problem, self.SPLITS = problem, tuple(problem.splits)
         self.SETTINGS = {
-            name: {"policy": name} for name in (BASELINES, BOUND, *problem.learners)
+            name: {"policy": problem.own.get(name, name)}
+            for name in (BASELINES, BOUND, *problem.learners, *problem.own)
         }  # the longest runs first
         self.QUICK: dict[str, Any] = {"seeds": list(SEEDS[:3]), "splits": [self.SPLITS[0]]}
         self.__doc__ = f"The leaderboard of {problem.env_id}."

@@ -79,6 +79,19 @@ class LanguageModel:
         found = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
         return found.view(len(rows), -1) if given.ndim == 2 else found
 
+    @torch.inference_mode()
+    def streams(self, ids: Any) -> torch.Tensor:
+        """What the last norm returns after each token of ids `[T]`, `[T, D]`; the embedding makes logits of it."""
+        return self.network(torch.as_tensor(np.asarray(ids), dtype=torch.int64)[None]).streams[0]
+
+    @torch.inference_mode()
+    def divergence(self, ids: Any, k: Experts) -> torch.Tensor:
+        """Kullback-Leibler divergence in nats `[B, T]` of what k experts predict after each token of ids `[B, T]` from
+        what the model's own number predicts."""
+        given = torch.as_tensor(np.asarray(ids), dtype=torch.int64, device=self.network.embedding.weight.device)
+        aim, found = (self.network(given, each).logits.float().log_softmax(-1) for each in (None, k))
+        return F.kl_div(found, aim, reduction="none", log_target=True).sum(-1)
+
     def bits_per_byte(self, text: str, k: Experts | None = None) -> float:
         """Bits that the model needs for a byte of a text, beginning with nothing known."""
         if not text:

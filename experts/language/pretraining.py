@@ -11,9 +11,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -165,16 +165,18 @@ class _Pretraining:
 
     def run(self) -> LanguageModel:
         settings, began = self.settings, time.perf_counter() - self.seconds
+        # a resumed run's monitor begins anew, in a folder of its own
+        logs = self.folder / (f"monitor-{self.step}" if self.step else "monitor")
+        monitored = Monitor(self.network, self.optimizers[-1], every=20, path=logs, overwrite=True)
         workers = ThreadPoolExecutor(settings.threads)
-        with torch_threads(1), workers as self.pool, self._monitored() as monitor:
+        with torch_threads(1), workers as self.pool, monitored as monitor:
             while self.step < settings.steps:
                 loss = self._learn(monitor)
                 self.step += 1
                 self.seconds = time.perf_counter() - began
                 if self.step % self.validate_every == 0 or self.step == settings.steps:
                     self._validate(loss)
-                    if monitor:
-                        monitor.end_epoch(validation_loss=self.curve[-1]["validation"])
+                    monitor.end_epoch(validation_loss=self.curve[-1]["validation"])
                 if self.step % self.save_every == 0 or self.step == settings.steps:
                     self._save()
                 self.report(self.step / settings.steps, f"loss {loss:.3f}")
@@ -184,7 +186,7 @@ class _Pretraining:
         found.save(self.folder / MODEL)
         return found
 
-    def _learn(self, monitor: Monitor | None) -> float:
+    def _learn(self, monitor: Monitor) -> float:
         """One step; returns its loss."""
         settings = self.settings
         for group in (group for each in self.optimizers for group in each.param_groups):
@@ -197,8 +199,7 @@ class _Pretraining:
                 if part.grad is not None:
                     whole.grad = part.grad if whole.grad is None else whole.grad.add_(part.grad)
                     part.grad = None
-        if monitor:
-            monitor.record(loss=loss)
+        monitor.record(loss=loss)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
         for _ in self.pool.map(lambda optimizer: optimizer.step(), self.optimizers):
             pass
@@ -258,26 +259,20 @@ class _Pretraining:
         logits = self.network(ids_BT[:, :-1], k).logits.float()
         return float(F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten()))
 
-    @contextmanager
-    def _monitored(self) -> Iterator[Monitor | None]:
-        """A monitor on the training; on a resumed one its logs begin anew, in a folder of their own."""
-        name = f"monitor-{self.step}" if self.step else "monitor"
-        with Monitor(self.network, self.optimizers[-1], every=20, path=self.folder / name, overwrite=True) as monitor:
-            yield monitor
-
     def _save(self) -> None:
         arrays = {f"model/{name}": value for name, value in self.network.state_dict().items()}
         for place, optimizer in enumerate(self.optimizers):
             for number, state in optimizer.state_dict()["state"].items():
                 arrays |= {f"{place}/{number}/{name}": torch.as_tensor(value) for name, value in state.items()}
         arrays = {name: value.detach().cpu().contiguous() for name, value in arrays.items()}
-        said = json.dumps({"run": self._run(), "step": self.step, "seconds": self.seconds, "curve": self.curve})
+        said = json.dumps({"run": self._digest(), "step": self.step, "seconds": self.seconds, "curve": self.curve})
         write_bytes(self.folder / CHECKPOINT, to_bytes(arrays, sealed(arrays, said)))
         if self.curve:
             lines = [",".join(self.curve[0]), *(",".join(f"{value:g}" for value in row.values()) for row in self.curve)]
             write_text(self.folder / CURVE, "\n".join(lines) + "\n")
 
-    def _run(self) -> str:
+    def _digest(self) -> str:
+        """SHA-256 of what the run was begun with."""
         return sha256_of(json.dumps(self.about, sort_keys=True).encode())
 
     def _restore(self) -> None:
@@ -287,7 +282,7 @@ class _Pretraining:
         metadata, arrays = read_arrays(path, DataError, "begin a new run")
         try:
             said = json.loads(metadata["settings"])
-            if said["run"] != self._run():
+            if said["run"] != self._digest():
                 raise ValueError(f"it was made with another {RUN}")
             self.step, self.seconds, self.curve = said["step"], said["seconds"], said["curve"]
             values = {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-from cost.files import save_json
+from cost.files import load_json, save_json
 from experts import profiles, zoo
 from experts.bundle import PROFILE
+from experts.data import DataError
 from experts.language import corpus, debian, passages, pretraining
 from experts.language.model import SHIPPED, LanguageModel, load
 from experts.language.pretraining import PretrainingSettings
@@ -19,24 +22,30 @@ SETTINGS = PretrainingSettings(steps=3200, learning_rate=6e-3)
 
 
 def build(
-    folder: Path | None = None, data: Path | None = None,
-    report: Callable[[float, str], object] = lambda share, line: None,
+    folder: Path | None = None, data: Path | None = None, model: ModelSettings = MODEL,
+    settings: PretrainingSettings = SETTINGS, report: Callable[[float, str], object] = lambda share, line: None,
 ) -> LanguageModel:  # fmt: skip
     """Train the reference model, an hour on two cores, and write it with its passages and its profile to `folder`
     (default: into the package).
 
-    The corpus `data` is made if it is not given. Corpus and run lie in the user's cache, so that an interrupted
-    training goes on.
+    The corpus `data` is made if it is not given. Corpus and run lie in the user's cache until the model is written, so
+    that an interrupted training goes on. Raises `ValueError` where the run there has other settings.
     """
     place = zoo.cache_folder() / "language-training"
     text = data or place / "corpus"
     if data is None and not text.exists():
         debian.write(text, report=lambda line: report(0.0, line))
-    if (place / "run" / pretraining.RUN).exists():
-        model = pretraining.resume(place / "run", report)
+    run = place / "run"
+    if (run / pretraining.RUN).exists():
+        about = load_json(run / pretraining.RUN, DataError, f"delete {run}")
+        if (about["model"], about["settings"]) != (asdict(model), asdict(settings)):
+            raise ValueError(f"{run} holds a run with other settings: delete it")
+        trained = pretraining.resume(run, report)
     else:
-        model = pretraining.train(text, place / "run", MODEL, SETTINGS, report=report)
-    return ship(model, text, folder or SHIPPED / NAME)
+        trained = pretraining.train(text, run, model, settings, report=report)
+    found = ship(trained, text, folder or SHIPPED / NAME)
+    shutil.rmtree(run)
+    return found
 
 
 def ship(model: LanguageModel, data: Path, folder: Path) -> LanguageModel:

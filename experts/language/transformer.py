@@ -48,10 +48,12 @@ class ModelSettings:
 
 
 class Output(NamedTuple):
-    """Logits `[B, T, V]` of the next token, and the routing of each layer, whose inputs are the B * T tokens."""
+    """Logits `[B, T, V]` of the next token, the routing of each layer, whose inputs are the B * T tokens, and what the
+    last norm returns, `[B, T, D]`, of which the logits are made."""
 
     logits: torch.Tensor
     routing: list[RoutingStatistics]
+    streams: torch.Tensor
 
 
 @dataclass
@@ -200,7 +202,8 @@ class Transformer(nn.Module):
             statistics.append(routing)
         if cache is not None:
             cache.lengths = start_B + tokens
-        return Output(F.linear(self.norm(x_BTD), self.embedding.weight), statistics)
+        streams_BTD = self.norm(x_BTD)
+        return Output(F.linear(streams_BTD, self.embedding.weight), statistics, streams_BTD)
 
     def _routers(
         self, ids_BT: torch.Tensor, k: Experts | None, allowed_LE: torch.Tensor | None

@@ -58,7 +58,8 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
-    advice: Mapping[str, float] = {}  # parts of the observation, one number an action, whose weighted sum rates actions
+    # rates actions by parts of the observation: of one number an action times a weight, or by a map [size, actions]
+    advice: Mapping[str, float | np.ndarray] = {}
     STATE: ClassVar[tuple[str, ...]] = ()  # names of the state attributes, one array [n, ...] each
 
     def __init_subclass__(cls, **arguments: Any) -> None:

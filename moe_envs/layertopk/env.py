@@ -18,6 +18,10 @@ SPLITS = ("rl_train", "validation", "test")
 COSTS = ("reference", "machine")
 GRANULARITIES, OBSERVATIONS = ("layer", "token"), ("passage", "token")
 QUALITIES = ("log-likelihood", "divergence")
+# The advice is the least price plus STEEP nats times the square of the weight left out; times SURE these are logits.
+# Under a budget an expert costs SCARCE * exp(-budget) nats more, twice that when the budget has run out, nothing when
+# twice as much as planned is left. STEEP and SCARCE were measured on the shipped model.
+STEEP, SCARCE, SURE = 0.12, 0.08, 500.0
 
 
 class MoELayerTopKVectorEnv(BatchedEnv):
@@ -66,7 +70,12 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         self.by_token, self.by_divergence = granularity == "token", quality == "divergence"
         decisions = self.tokens * self.layers
         self.total = decisions * self.k if budget is None else int(budget * decisions + 1e-9)
-        self.asked: np.ndarray | None = None  # passages of the next reset
+        if granularity == "layer":
+            scarce = self.scarcity() * np.arange(self.k + 1)
+            self.advice = {"left_out": -SURE * STEEP, "layer": -SURE * (self.prices() + scarce)}
+            if budget:
+                self.advice["budget"] = SURE * scarce[None] * self.k / budget
+        self._asked: np.ndarray | None = None  # passages of the next reset
         self.passage, self._token, self._layer, self._used = np.zeros((4, num_envs), dtype=np.int64)
         self._keys, self._values = stepped.empty_cache(num_envs), stepped.empty_cache(num_envs)
         self._stream, self._inputs = np.zeros((2, num_envs, stepped.width), dtype=np.float32)
@@ -79,15 +88,15 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         """Start episodes, on the passages `options["passage"]`, a number or one for each row, if they are given."""
         asked = (options or {}).get("passage")
         if asked is not None:
-            self.asked = self.stepped.check_passages(asked, self.num_envs)
+            self._asked = self.stepped.check_passages(asked, self.num_envs)
         try:
             return super().reset(seed=seed, options=options)
         finally:
-            self.asked = None
+            self._asked = None
 
     def _begin(self, rows: np.ndarray) -> None:
         drawn = self._draw(rows, len(self.stepped.passages.ids))
-        self.passage[rows] = drawn if self.asked is None else self.asked[rows]
+        self.passage[rows] = drawn if self._asked is None else self._asked[rows]
         self._token[rows], self._layer[rows], self._used[rows] = 0, 0, 0
         self._keys[:, rows], self._values[:, rows] = 0, 0
         self._chosen[rows], self._loss[rows] = 0, 0
@@ -179,6 +188,15 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         costs = self.stepped.costs
         return np.asarray(self.reward.price(costs.reshape(-1, 3))[0].reshape(costs.shape[:2]))
 
+    def prices(self) -> np.ndarray:
+        """What numbers of experts cost a token in nats, for each layer, `[L, K + 1]`, with their `scarcity`."""
+        priced = self.reward.cost_weight * self.relative_costs() * self.tokens
+        return np.asarray(priced + self.scarcity() * np.arange(self.k + 1))
+
+    def scarcity(self) -> float:
+        """What an expert costs a token in nats because of the budget, if as much of it is left as was planned."""
+        return SCARCE * float(np.exp(-self.total / (self.tokens * self.layers))) * self.budgeted
+
     def inputs(self) -> np.ndarray:
         """Inputs `[n, D]` of the experts in the layers that are decided next."""
         return self._inputs.copy()
@@ -190,10 +208,6 @@ class MoELayerTopKVectorEnv(BatchedEnv):
     def left_decisions(self) -> np.ndarray:
         """Decisions `[n]`, one for each token and layer, that are left."""
         return np.asarray((self.tokens - self._token) * self.layers - self._layer)
-
-    def losses(self) -> np.ndarray:
-        """Losses `[n, T]` in nats of the tokens so far, 0 for the others."""
-        return self._loss.copy()
 
 
 class MoELayerTopKEnv(SingleEnv):
@@ -217,8 +231,9 @@ class MoELayerTopKEnv(SingleEnv):
 
     | part | size | range | meaning |
     |---|---|---|---|
-    | `router` | K + 2 | -16..0 | log probabilities of the best experts in this layer |
+    | `router` | K | -16..0 | log probabilities of the best experts in this layer |
     | `weights` | K | 0..1 | weights of the best experts if all of them run |
+    | `left_out` | K + 1 | 0..1 | squared sum of the weights that 0 to K experts leave out |
     | `entropy` | 1 | 0..16 | entropy of the router in nats |
     | `layer` | L | 0..1 | one-hot layer |
     | `hidden` | 16 | -10..10 | projection of the layer's inputs |

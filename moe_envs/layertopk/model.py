@@ -38,7 +38,7 @@ class SteppedModel:
         self.reference = Cost(*(costs[:, self.k].sum(0) * self.size).tolist())
         self.projection = projection(self.width)
         self._full = np.full((len(passages.ids), self.size), np.nan, dtype=np.float32)
-        self._last = np.zeros((len(passages.ids), self.size, self.width), dtype=np.float32)  # normed streams
+        self._last: np.ndarray | None = None  # normed streams [N, T, D] with K experts, once they are needed
 
     @classmethod
     def of(cls, model: str, text: str | None, split: str, tokens: int, costs: str, batch: int) -> SteppedModel:
@@ -71,23 +71,17 @@ class SteppedModel:
 
     def full_losses(self, passage: np.ndarray) -> np.ndarray:
         """Losses `[m, T]` in nats with K experts everywhere."""
-        self._run_full(passage)
+        for number in np.unique(passage[np.isnan(self._full[passage, 0])]):
+            self._full[number] = self.model.loss(self.passages.ids[number]).numpy()
         return np.asarray(self._full[passage])
 
     def divergences(self, stream: np.ndarray, passage: np.ndarray, token: np.ndarray) -> np.ndarray:
         """Divergence `[m]` in nats of what follows these tokens from what follows with K experts everywhere."""
-        self._run_full(passage)
+        if self._last is None:
+            self._last = np.full((*self._full.shape, self.width), np.nan, dtype=np.float32)
+        for number in np.unique(passage[np.isnan(self._last[passage, 0, 0])]):
+            self._last[number] = self.model.streams(self.passages.ids[number, :-1]).numpy()
         return self.stepper.divergences(stream, self._last[passage, token])
-
-    def _run_full(self, passage: np.ndarray) -> None:
-        """Run passages with K experts everywhere that were not run before."""
-        new = np.unique(passage[np.isnan(self._full[passage, 0])])
-        kept: list[Any] = []
-        handle = self.model.network.norm.register_forward_hook(lambda module, given, found: kept.append(found))
-        for number in new:
-            self._full[number] = self.model.loss(self.passages.ids[number]).numpy()
-            self._last[number] = kept.pop()[0].numpy()
-        handle.remove()
 
     def pieces(self, passage: int) -> list[str]:
         """Texts of a passage's tokens, with line breaks and tabs as in a string of Python."""

@@ -15,8 +15,9 @@ Described = list[tuple[str, int, float, float, str]]
 def token_parts(k: int, layers: int) -> Described:
     """Parts about the token itself."""
     return [
-        ("router", k + 2, -RARE, 0, "log probabilities of the best experts"),
+        ("router", k, -RARE, 0, "log probabilities of the best experts"),
         ("weights", k, 0, 1, "weights of the best experts if all of them run"),
+        ("left_out", k + 1, 0, 1, "squared sum of the weights that 0 to K experts leave out"),
         ("entropy", 1, 0, RARE, "entropy of the router in nats"),
         ("layer", layers, 0, 1, "one-hot layer"),
         ("hidden", HIDDEN, -10, 10, "projection of the layer's inputs"),
@@ -51,11 +52,14 @@ def seen(
     `[n, HIDDEN]`, the layer `[n]` and the numbers of experts in the layers before `[n, L]`."""
     logs = logits - logits.max(1, keepdims=True)
     logs -= np.log(np.exp(logs).sum(1, keepdims=True))
-    best = -np.sort(-logs, axis=1)[:, : k + 2]
-    odds = np.exp(best[:, :k])
+    best = -np.sort(-logs, axis=1)[:, :k]
+    odds = np.exp(best)
+    weights = odds / odds.sum(1, keepdims=True)
+    left_out = 1 - np.concatenate([np.zeros_like(weights[:, :1]), weights.cumsum(1)], axis=1)
     return {
         "router": best.clip(-RARE, 0),
-        "weights": odds / odds.sum(1, keepdims=True),
+        "weights": weights,
+        "left_out": left_out.clip(0) ** 2,
         "entropy": -(np.exp(logs) * logs).sum(1, keepdims=True).clip(-RARE, 0),
         "layer": (layer[:, None] == np.arange(experts.shape[1])).astype(np.float32),
         "hidden": hidden.clip(-10, 10),

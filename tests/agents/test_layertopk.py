@@ -1,5 +1,6 @@
 """Rules for the number of experts, the oracle, and policies in the model."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from moe_envs.layertopk import MoELayerTopKVectorEnv
 ID = "moe_envs:MoELayerTopK-v0"
 SMALL = {"tokens": 4}
 SEEN = Routed(
-    np.log(np.array([[0.6, 0.2, 0.1, 0.05, 0.02, 0.01], [0.2, 0.19, 0.18, 0.17, 0.1, 0.05]])),
+    np.log(np.array([[0.6, 0.2, 0.1, 0.05], [0.2, 0.19, 0.18, 0.17]])),
     np.array([0.5, 1.8]), np.array([0, 1]),
 )  # fmt: skip
+PRICES = np.array([[0.0, 0.01, 0.02, 0.03, 0.04], [0.0, 0.1, 0.2, 0.4, 0.6]])
 
 
 @pytest.mark.parametrize(
@@ -31,12 +33,12 @@ SEEN = Routed(
         ("minimum probability", [0.1, 0.18], [3, 3]),
         ("minimum weight", [0.2, 0.25], [2, 2]),
         ("ratio (NAEE)", [0.3, 0.9], [2, 3]),
+        ("worth", [0.05, 1.0], [1, 2]),
         ("entropy", [0.5, 1.0], [2, 3]),
     ],
 )
 def test_rules_by_hand(kind: str, thresholds: list[float], wanted: list[int]) -> None:
-    seen = Routed(SEEN.best, SEEN.entropy, SEEN.layer)
-    assert counted(kind, thresholds, 16)(seen).tolist() == wanted
+    assert counted(kind, thresholds, 16, PRICES)(SEEN).tolist() == wanted
 
 
 def test_fixed_rules_by_hand() -> None:
@@ -46,7 +48,7 @@ def test_fixed_rules_by_hand() -> None:
 
 def test_a_rule_costs_and_loses_in_whole_passages_what_it_does_step_by_step() -> None:
     tuning = Tuning({**SMALL, "cost_weight": 0.2}, passages=2)
-    rule = counted("top-p", [0.5, 0.3, 0.6, 0.4], 16)
+    rule = tuning.counted("top-p", [0.5, 0.3, 0.6, 0.4])
     loss, cost, experts = tuning.loss(rule)
     env = MoELayerTopKVectorEnv(len(tuning.ids), split="validation", cost_weight=0.2, **SMALL)
     policy = TopKRule(rule)
@@ -58,7 +60,7 @@ def test_a_rule_costs_and_loses_in_whole_passages_what_it_does_step_by_step() ->
     for _ in range(4 * env.layers):
         observation, _, _, _, infos = env.step(policy.predict(observation)[0])
         quality, charged = quality + infos["reward/quality"], charged + infos["reward/cost"]
-    assert np.mean(quality) == pytest.approx(tuning.full - loss, abs=1e-4)
+    assert np.mean(quality) == pytest.approx(float(env.stepped.model.loss(tuning.ids).mean()) - loss, abs=1e-4)
     assert np.mean(charged) == pytest.approx(cost)
     assert infos["layertopk/experts_used"].mean() == pytest.approx(experts * 4 * env.layers)
 
@@ -82,7 +84,8 @@ def test_tuned_rules_and_the_oracle(rules: dict[str, Any]) -> None:
     assert max(returns, key=returns.__getitem__) != "random"
 
 
-def test_under_a_budget_rules_keep_experts_for_later() -> None:
+def test_under_a_budget_rules_keep_experts_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layertopk, "MENU", 10)  # of more numbers those on a greedy way are tried
     env = MoELayerTopKVectorEnv(2, budget=1.0, **SMALL)
     observation, _ = env.reset(seed=0)
     greedy, thrifty = TopKRule(static([4] * 4)), TopKRule(static([4] * 4), reserve=1.0)
@@ -94,9 +97,17 @@ def test_under_a_budget_rules_keep_experts_for_later() -> None:
             observation, _, _, _, infos = env.step(rule.predict(observation)[0])
             taken.append(int(infos["layertopk/experts"][0]))
         assert taken == wanted
-    predicted = layertopk.predicted({"budget": 1.0, **SMALL}, 16)
-    assert evaluate(predicted, ID, 8, budget=1.0, **SMALL)["layertopk/experts_used"].max() <= 16
-    oracle = layertopk.bound(ID, passages=1, budget=1.0, **SMALL)
+    budget: Any = {"budget": 1.0, "cost_weight": 0.0, **SMALL}
+    rules = find(ID).baselines(ID, report=lambda share: None, passages=2, **budget)
+    found = {name: evaluate(rule, ID, 32, split="validation", **budget) for name, rule in rules.items()}
+    assert all(frame["layertopk/experts_used"].max() <= 16 for frame in found.values())
+    returns = {name: frame["return"].mean() for name, frame in found.items()}
+    assert returns["worth per layer, paced"] >= returns["k = 4"] > returns["random"]
+    assert returns["predicted change of the loss"] > returns["random"]
+    with pytest.raises(ValueError, match="keeps experts for later"):
+        AdaptiveK(env.stepped.model, thrifty)
+    oracle = layertopk.bound(ID, passages=2, **budget)
+    assert 3 < len(oracle.menu) <= 1 + 16 * 4
     assert evaluate(oracle, ID, 8, budget=1.0, **SMALL)["layertopk/experts_used"].max() <= 16
 
 
@@ -113,6 +124,8 @@ def test_a_rule_in_the_model_decides_as_in_whole_passages(rules: dict[str, Any])
     assert model.generate("The", 8, k=adaptive, temperature=0)
     numbers = AdaptiveK(model, TopKRule(static([2, 0, 1, 4])))
     assert numbers.calibrate(ids) == {0: 2, 1: 0, 2: 1, 3: 4}
+    one = AdaptiveK(model, lambda layer, inputs, logits: torch.ones(len(logits), dtype=torch.int64))
+    torch.testing.assert_close(model.loss(ids, k=one), model.loss(ids, k=1))
     torch.testing.assert_close(model.loss(ids, k=numbers), model.loss(ids, k=[2, 0, 1, 4]))
     with pytest.raises(ValueError, match="Predicted decides in its environment only"):
         AdaptiveK(model, rules["predicted change of the loss"])
@@ -162,6 +175,8 @@ def test_ada_k_learns_what_experts_are_worth() -> None:
         experts[name] = frame["layertopk/experts_used"].mean()
         assert model.loss(ids[:2], k=policy).isfinite().all()
     assert experts["dear"] < 0.3 * experts["cheap"]
+    tight = AdaK(model).learn(ids, 0 * prices, replace(settings, steps=60, dual_rate=0.02), budget=1.0)
+    assert 0.5 < evaluate(tight, ID, 16, tokens=16)["layertopk/experts_used"].mean() / (16 * env.layers) < 1.5
 
 
 def test_a_policy_in_a_model_of_transformers() -> None:

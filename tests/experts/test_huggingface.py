@@ -101,9 +101,12 @@ def test_our_layer_takes_the_place_of_theirs(model: Any, ids: torch.Tensor) -> N
     model.model.layers[0].mlp = MoELayer.from_block(block)
     torch.testing.assert_close(model(ids).logits, wanted, atol=1e-4, rtol=1e-4)
     model.model.layers[0].mlp = block
-    layers = adapt(model).replace()
+    adapted = adapt(model)
+    layers = adapted.replace()
     assert [type(layer) for layer in layers] == [MoELayer] * 2
     torch.testing.assert_close(model(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="use the new layers"), adapted.choosing(1):
+        model(ids)
 
 
 def test_experts_are_compressed(model: Any, ids: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from cost.files import load_json
 from experts import language
 from experts.data import DataError
-from experts.language import pretraining
+from experts.language import pretraining, reference
 from experts.language.evaluation import evaluate
 from experts.language.pretraining import PretrainingSettings, Windows, rate_at
 from experts.language.transformer import ModelSettings
+from moe_envs.layertopk import MoELayerTopKVectorEnv
 from tests.experts.test_corpus import folder_of
 
 SIZE = ModelSettings(vocabulary=300, d_model=32, layers=2, heads=2, num_experts=4, d_ff=16, k=2, context=32)
@@ -95,6 +97,34 @@ def test_fewer_experts_are_trained_by_a_share_of_the_windows(data: Path, tmp_pat
         assert [row["domain"] for row in rows] == ["one", "two", "mean"]
         assert rows[-1]["xz"] > 0
     assert trained[0.5] < trained[0.0]
+
+
+def test_threads_do_not_change_the_bits(data: Path, tmp_path: Path) -> None:
+    one, two = (run(data, tmp_path / str(n), replace(SETTINGS, threads=n, steps=4)) for n in (1, 2))
+    assert one.sha256 == two.sha256
+
+
+def test_an_interrupted_rebuild_goes_on_and_a_finished_one_begins_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_ENVS_CACHE", str(tmp_path / "cache"))
+    settings = replace(SETTINGS, steps=3)
+    sizes: dict[str, Any] = {"data": data, "model": SIZE, "settings": settings}
+
+    def stop(share: float, line: str) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        reference.build(tmp_path / "model", **sizes, report=stop)
+    with pytest.raises(ValueError, match="run with other settings"):
+        reference.build(tmp_path / "model", data, SIZE, SETTINGS)
+    shares: list[float] = []
+    built = reference.build(tmp_path / "model", **sizes, report=lambda share, line: shares.append(share))
+    assert shares[-1] == 1
+    assert language.load(tmp_path / "model").sha256 == built.sha256
+    env = MoELayerTopKVectorEnv(2, model=str(tmp_path / "model"), tokens=8)
+    assert env.stepped.layers == SIZE.layers
+    assert not list((tmp_path / "cache").rglob(pretraining.RUN))
 
 
 def test_a_window_is_seen_once_an_epoch() -> None:
