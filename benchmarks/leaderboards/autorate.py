@@ -1,0 +1,16 @@
+"""The leaderboard of MoEAutoRate-v0."""
+
+from __future__ import annotations
+
+from agents.baselines.autorate import ID
+from benchmarks.leaderboards.board import Leaderboard, Problem
+
+
+class AutoRate(Problem):
+    """Fewer episodes and looks than elsewhere, as each episode is a whole training."""
+
+    looks = 5
+    episodes = {"validation": 128, "test": 512}
+
+
+BOARD = Leaderboard(AutoRate(ID))
