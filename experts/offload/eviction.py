@@ -1,0 +1,315 @@
+"""What leaves a full cache of experts: rules, which know the past only, and Belady's, which is told the future.
+
+A rule keeps its own notes. Its cache calls, for each key of an event, `hit` or `miss`, for each that must leave
+`victim` and `removed`, and for each that comes `inserted`. Keys are (layer, expert).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+import numpy as np
+
+Key = tuple[int, int]  # layer, expert
+
+
+class Eviction:
+    """A rule for a cache of `capacity` keys."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.now = capacity, 0
+
+    def begin(self) -> None:
+        """An event begins."""
+        self.now += 1
+
+    def hit(self, key: Key) -> None:
+        """A key that is there was asked for."""
+
+    def miss(self, key: Key) -> None:
+        """A key that is not there was asked for."""
+
+    def inserted(self, key: Key) -> None:
+        """A key came."""
+        raise NotImplementedError
+
+    def victim(self, incoming: Key, kept: Container[Key]) -> Key:
+        """The key that leaves for another one; none of those that must be kept. `LookupError` if all must be."""
+        raise NotImplementedError
+
+    def removed(self, key: Key) -> None:
+        """A key left."""
+        raise NotImplementedError
+
+
+class LRU(Eviction):
+    """The least recently used."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.order: OrderedDict[Key, None] = OrderedDict()
+
+    def hit(self, key: Key) -> None:
+        self.order.move_to_end(key)
+
+    def inserted(self, key: Key) -> None:
+        self.order[key] = None
+
+    def victim(self, incoming: Key, kept: Container[Key]) -> Key:
+        return _first(self.order, kept)
+
+    def removed(self, key: Key) -> None:
+        del self.order[key]
+
+
+class _Scored(Eviction):
+    """The lowest score leaves; of equal ones the least recently used."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.there: set[Key] = set()
+        self.last: dict[Key, int] = {}
+
+    def score(self, key: Key) -> float:
+        raise NotImplementedError
+
+    def used(self, key: Key) -> None:
+        """A key was asked for."""
+        self.last[key] = self.now
+
+    def hit(self, key: Key) -> None:
+        self.used(key)
+
+    def miss(self, key: Key) -> None:
+        self.used(key)
+
+    def inserted(self, key: Key) -> None:
+        self.there.add(key)
+        self.last.setdefault(key, self.now)
+
+    def victim(self, incoming: Key, kept: Container[Key]) -> Key:
+        free = [key for key in self.there if key not in kept]
+        if not free:
+            raise LookupError("all keys must be kept")
+        return min(free, key=lambda key: (self.score(key), self.last[key], key))
+
+    def removed(self, key: Key) -> None:
+        self.there.remove(key)
+
+
+class LFU(_Scored):
+    """The least often used, counted since the beginning."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.count: Counter[Key] = Counter()
+
+    def used(self, key: Key) -> None:
+        super().used(key)
+        self.count[key] += 1
+
+    def score(self, key: Key) -> float:
+        return self.count[key]
+
+
+class LRFU(_Scored):
+    """Between the two: each use counts half after `half_life` events (Lee et al. 2001)."""
+
+    def __init__(self, capacity: int, half_life: float = 32.0) -> None:
+        super().__init__(capacity)
+        self.half_life, self.weight = half_life, defaultdict[Key, float](float)
+
+    def used(self, key: Key) -> None:
+        self.weight[key] = self.score(key) + 1
+        super().used(key)
+
+    def score(self, key: Key) -> float:
+        age = self.now - self.last.get(key, self.now)
+        return self.weight[key] * float(0.5 ** (age / self.half_life))
+
+
+class ARC(Eviction):
+    """Two queues, of keys used once and used again, whose sizes follow what was missed lately (Megiddo, Modha 2003)."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.once, self.again, self.left_once, self.left_again = (OrderedDict[Key, None]() for _ in range(4))
+        self.aim = 0.0  # size of the first queue
+
+    def hit(self, key: Key) -> None:
+        (self.once if key in self.once else self.again).pop(key)
+        self.again[key] = None
+
+    def miss(self, key: Key) -> None:
+        once, again = len(self.left_once), len(self.left_again)
+        if key in self.left_once:
+            self.aim = min(self.capacity, self.aim + max(1, again / once))
+        elif key in self.left_again:
+            self.aim = max(0, self.aim - max(1, once / again))
+
+    def inserted(self, key: Key) -> None:
+        known = key in self.left_once or key in self.left_again
+        self.left_once.pop(key, None)
+        self.left_again.pop(key, None)
+        (self.again if known else self.once)[key] = None
+        while len(self.once) + len(self.left_once) > self.capacity and self.left_once:
+            self.left_once.popitem(last=False)
+        queues = self.once, self.again, self.left_once, self.left_again
+        while sum(map(len, queues)) > 2 * self.capacity and self.left_again:
+            self.left_again.popitem(last=False)
+
+    def victim(self, incoming: Key, kept: Container[Key]) -> Key:
+        size = len(self.once)
+        first = size and (size > self.aim or (incoming in self.left_again and size == self.aim))
+        queues = (self.once, self.again) if first else (self.again, self.once)
+        for queue in queues:
+            for key in queue:
+                if key not in kept:
+                    return key
+        raise LookupError("all keys must be kept")
+
+    def removed(self, key: Key) -> None:
+        if key in self.once:
+            del self.once[key]
+            self.left_once[key] = None
+        else:
+            del self.again[key]
+            self.left_again[key] = None
+
+
+class SIEVE(Eviction):
+    """A queue and a hand that goes from the oldest to the newest, sparing once what was used since (Zhang et al.
+    2024)."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.queue: list[Key] = []  # the oldest first
+        self.visited: set[Key] = set()
+        self.hand = 0
+
+    def hit(self, key: Key) -> None:
+        self.visited.add(key)
+
+    def inserted(self, key: Key) -> None:
+        self.queue.append(key)
+
+    def victim(self, incoming: Key, kept: Container[Key]) -> Key:
+        for _ in range(2 * len(self.queue)):
+            self.hand %= len(self.queue)
+            key = self.queue[self.hand]
+            if key not in kept and key not in self.visited:
+                return key
+            if key not in kept:
+                self.visited.remove(key)
+            self.hand += 1
+        raise LookupError("all keys must be kept")
+
+    def removed(self, key: Key) -> None:
+        place = self.queue.index(key)
+        del self.queue[place]
+        self.hand -= place < self.hand
+        if self.hand == len(self.queue):
+            self.hand = 0
+        self.visited.discard(key)
+
+
+class LeastStale(Eviction):
+    """For a cache of all layers: first experts that neither this pass through the layers nor the one before used, and
+    of these the one whose layer comes again latest (after the idea of Hoang et al. 2026)."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.order: OrderedDict[Key, int] = OrderedDict()  # key to pass
+        self.passed, self.layer = 0, -1
+
+    def miss(self, key: Key) -> None:
+        if key[0] < self.layer:
+            self.passed += 1
+        self.layer = key[0]
+
+    def hit(self, key: Key) -> None:
+        self.miss(key)
+        self.order[key] = self.passed
+        self.order.move_to_end(key)
+
+    def inserted(self, key: Key) -> None:
+        self.order[key] = self.passed
+
+    def victim(self, incoming: Key, kept: Container[Key]) -> Key:
+        free = [key for key in self.order if key not in kept]
+        if not free:
+            raise LookupError("all keys must be kept")
+        return max(free, key=lambda key: (self.order[key] < self.passed - 1, (key[0] - self.layer - 1) % 10**6))
+
+    def removed(self, key: Key) -> None:
+        del self.order[key]
+
+
+class Static(_Scored):
+    """Scores that do not change, e.g. how often each key was asked for in another trace."""
+
+    def __init__(self, capacity: int, scores: Mapping[Key, float]) -> None:
+        super().__init__(capacity)
+        self.scores = scores
+
+    def score(self, key: Key) -> float:
+        return self.scores.get(key, 0.0)
+
+
+class Random(Eviction):
+    """Any key."""
+
+    def __init__(self, capacity: int, seed: int = 0) -> None:
+        super().__init__(capacity)
+        self.there: dict[Key, None] = {}
+        self.random = np.random.default_rng(seed)
+
+    def inserted(self, key: Key) -> None:
+        self.there[key] = None
+
+    def victim(self, incoming: Key, kept: Container[Key]) -> Key:
+        free = [key for key in self.there if key not in kept]
+        if not free:
+            raise LookupError("all keys must be kept")
+        return free[int(self.random.integers(len(free)))]
+
+    def removed(self, key: Key) -> None:
+        del self.there[key]
+
+
+class Belady(_Scored):
+    """What is needed again latest (Belady 1966); it is given all `events` beforehand."""
+
+    def __init__(self, capacity: int, events: Sequence[Iterable[Key]]) -> None:
+        super().__init__(capacity)
+        self.future: dict[Key, list[int]] = defaultdict(list)
+        for number in range(len(events) - 1, -1, -1):
+            for key in events[number]:
+                self.future[key].append(number + 1)
+
+    def score(self, key: Key) -> float:
+        """Minus the event in which it is needed next."""
+        places = self.future.get(key, [])
+        while places and places[-1] <= self.now:
+            places.pop()
+        return -float(places[-1]) if places else -np.inf
+
+
+RULES: dict[str, type[Eviction]] = {
+    "lru": LRU, "lfu": LFU, "lrfu": LRFU, "arc": ARC, "sieve": SIEVE, "least-stale": LeastStale, "random": Random,
+}  # fmt: skip
+
+
+def make(name: str, capacity: int) -> Eviction:
+    """A rule by name; raises `ValueError` for another one."""
+    if name not in RULES:
+        raise ValueError(f"policy={name!r} is not one of {', '.join(RULES)}")
+    return RULES[name](capacity)
+
+
+def _first(order: Iterable[Key], kept: Container[Key]) -> Key:
+    for key in order:
+        if key not in kept:
+            return key
+    raise LookupError("all keys must be kept")

@@ -1,0 +1,131 @@
+"""A language model whose experts stay on the disk, but for those that a budget of memory holds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from experts.huggingface import AdaptedModel
+from experts.language.model import LanguageModel
+from experts.layers import MoELayer
+from experts.offload.eviction import Eviction
+from experts.offload.pool import ExpertPool
+from experts.offload.store import ExpertFile, OffloadError, Weights, source_of, write
+from experts.routers import Router, Routing
+
+PREFETCH = (None, "last")
+
+
+class OffloadedModel:
+    """A model that answers as before while at most `memory` bytes of its experts are in memory.
+
+    `model` is a `LanguageModel`, or an `AdaptedModel` of transformers; its experts are written to `file` (default: a
+    temporary file) in the precision `weights`, unless the file is there, and leave the model for good: use
+    `offloaded.model` as before. `policy` is an eviction rule by name, or a function of the number of experts that fit
+    that makes one. `prefetch="last"` loads ahead the experts that the token before used in the next layer. Close it, or
+    use it in a `with` block.
+
+    Raises `ValueError` for experts that are not SwiGLUs of one size, and `OffloadError` for a file of other experts and
+    where an expert cannot be read.
+    """
+
+    def __init__(
+        self, model: LanguageModel | AdaptedModel, memory: int, policy: str | Callable[[int], Eviction] = "lru", *,
+        file: Path | str | None = None, weights: Weights = "float32", prefetch: str | None = None, direct: bool = True,
+    ) -> None:  # fmt: skip
+        if prefetch not in PREFETCH:
+            raise ValueError(f"prefetch={prefetch!r} is not one of {', '.join(map(repr, PREFETCH))}")
+        self.model, self.prefetch = model, prefetch
+        self.layers = _layers(model)
+        with ExitStack() as opening:
+            if file is None:
+                file = Path(opening.enter_context(tempfile.TemporaryDirectory(prefix="moe-experts-"))) / "experts.bin"
+            if not Path(file).exists():
+                write(file, self.layers, weights)
+            opened = opening.enter_context(ExpertFile(file, direct))
+            _require_fitting(opened, self.layers, weights)
+            self.pool = ExpertPool(opened, memory, policy)
+            opening.callback(self.pool.close)
+            self._open = opening.pop_all()
+        self.direct = opened.direct
+        self._last: dict[int, list[int]] = {}
+        for number, layer in enumerate(self.layers):
+            layer.experts = nn.ModuleList(_Offloaded(self.pool.file) for _ in layer.experts)
+            layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
+
+    def __enter__(self) -> OffloadedModel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; the model has no experts any more."""
+        self._open.close()
+
+    def statistics(self) -> dict[str, float]:
+        """Requests, hits, loads, bytes and seconds of waiting, in all and a token."""
+        return self.pool.statistics().summary()
+
+    def _hook(self, number: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
+        """Before a layer's call: its router asks the pool for what it chose."""
+
+        def hook(layer: Any, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            inner: Router = options.get("router") or layer.router
+
+            def router(logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
+                routing = inner(logits_TE, generator)
+                self._provide(number, layer, routing)
+                return routing
+
+            return given, {**options, "router": router}
+
+        return hook
+
+    def _provide(self, number: int, layer: MoELayer, routing: Routing) -> None:
+        asked_E = routing.members.any(0)
+        weight_E = (routing.weights.detach() * routing.members).sum(0)
+        order = weight_E.masked_fill(~asked_E, -1.0).argsort(descending=True)[: int(asked_E.sum())].tolist()
+        found = self.pool.take(number, order, tokens=len(routing.members) if number == 0 else 0)
+        experts: Any = layer.experts
+        for expert, raw in found.items():
+            experts[expert].raw = raw
+        if self.prefetch and number + 1 < len(self.layers):
+            self.pool.prefetch(number + 1, self._last.get(number + 1, []))
+        self._last[number] = order
+
+
+class _Offloaded(nn.Module):
+    """An expert that was provided for one call."""
+
+    def __init__(self, file: ExpertFile) -> None:
+        super().__init__()
+        self.file = file
+        self.raw: torch.Tensor | None = None
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """`[N, D]` to `[N, D]`."""
+        assert self.raw is not None, "a router chooses before experts run"
+        w_in, w_out = self.file.weights(self.raw)
+        self.raw = None
+        gate, up = F.linear(x_ND, w_in.to(x_ND)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, w_out.to(x_ND))
+
+
+def _layers(model: LanguageModel | AdaptedModel) -> list[MoELayer]:
+    if isinstance(model, AdaptedModel):
+        return model.replace()
+    blocks: Any = model.network.blocks
+    return [block.moe for block in blocks]
+
+
+def _require_fitting(file: ExpertFile, layers: list[MoELayer], weights: Weights) -> None:
+    if (file.header.source, file.header.weights) != (source_of(layers), weights):
+        raise OffloadError(f"{file.path} holds other experts, or not in {weights}: delete it, or name another file")

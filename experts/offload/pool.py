@@ -1,0 +1,161 @@
+"""Experts in memory within a budget of bytes; the others are read when they are asked for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from experts.offload.eviction import Eviction, Key, make
+from experts.offload.store import ExpertFile
+
+READERS = 2
+
+
+@dataclass
+class Statistics:
+    """What a pool did: events (a layer of a call), tokens, requests and those found in memory or on their way there
+    (`hits`), experts loaded, those loaded ahead and used later, bytes read, and seconds that were waited for."""
+
+    events: int = 0
+    tokens: int = 0
+    requests: int = 0
+    hits: int = 0
+    loads: int = 0
+    prefetched: int = 0
+    prefetched_used: int = 0
+    bytes: int = 0
+    wait_s: float = 0.0
+
+    def summary(self) -> dict[str, float]:
+        """The counts, with hit rate, prefetch accuracy, and bytes and seconds a token."""
+        tokens = max(1, self.tokens)
+        return asdict(self) | {
+            "hit_rate": self.hits / max(1, self.requests),
+            "prefetch_accuracy": self.prefetched_used / max(1, self.prefetched),
+            "bytes_per_token": self.bytes / tokens,
+            "wait_s_per_token": self.wait_s / tokens,
+        }
+
+
+class ExpertPool:
+    """At most `memory` bytes of experts of a file, by an eviction rule. Threads may share it.
+
+    Raises `ValueError` where not even one expert fits.
+    """
+
+    def __init__(self, file: ExpertFile, memory: int, rule: str | Callable[[int], Eviction] = "lru") -> None:
+        own = file.header
+        self.file, self.memory, self.each = file, memory, file.size(0, 0)
+        capacity = min(memory // self.each, own.layers * own.num_experts)
+        if capacity < 1:
+            raise ValueError(f"memory={memory}: not even one expert of {self.each} bytes fits")
+        self.rule = make(rule, capacity) if isinstance(rule, str) else rule(capacity)
+        self.capacity, self.counts = capacity, Statistics()
+        self._there: dict[Key, Future[torch.Tensor]] = {}
+        self._ahead: set[Key] = set()  # loaded before they were asked for, and not asked for yet
+        self._lock, self._readers = threading.Lock(), ThreadPoolExecutor(READERS, "experts")
+
+    def close(self) -> None:
+        """Stop the readers; the file is the caller's."""
+        self._readers.shutdown(cancel_futures=True)
+
+    @property
+    def resident(self) -> set[Key]:
+        """Experts in memory, or on their way there."""
+        with self._lock:
+            return set(self._there)
+
+    def statistics(self) -> Statistics:
+        """Counts so far."""
+        with self._lock:
+            return replace(self.counts)
+
+    def take(self, layer: int, experts: Iterable[int], tokens: int = 0) -> dict[int, torch.Tensor]:
+        """The bytes of experts of a layer, which are needed at once; the most important first.
+
+        Those that do not fit beside each other are read and given back without being kept.
+        """
+        keys = [(layer, expert) for expert in experts]
+        begun = time.perf_counter()
+        with self._lock:
+            found = self._request(keys, tokens)
+        try:
+            answer = {expert: future.result() for (_, expert), future in found.items()}
+        except BaseException:
+            self._forget_failed()
+            raise
+        with self._lock:
+            self.counts.wait_s += time.perf_counter() - begun
+        return answer
+
+    def prefetch(self, layer: int, experts: Iterable[int]) -> None:
+        """Begin to load experts that are expected, in the place of others, without waiting."""
+        with self._lock:
+            keys = [(layer, expert) for expert in experts]
+            kept = set(keys) | self._ahead
+            for key in keys:
+                if key not in self._there and self._make_room(key, kept):
+                    self.rule.inserted(key)
+                    self._load(key)
+                    self._ahead.add(key)
+                    self.counts.prefetched += 1
+
+    def _request(self, keys: list[Key], tokens: int) -> dict[Key, Future[torch.Tensor]]:
+        counts, kept, found = self.counts, set(keys), dict[Key, Future[torch.Tensor]]()
+        counts.events, counts.tokens = counts.events + 1, counts.tokens + tokens
+        counts.requests += len(keys)
+        self.rule.begin()
+        missing = [key for key in keys if key not in self._there]
+        for key in reversed(keys):
+            if key in self._there:
+                self.rule.hit(key)
+                found[key] = self._there[key]
+                counts.hits += 1
+                counts.prefetched_used += key in self._ahead
+                self._ahead.discard(key)
+        for key in reversed(missing):
+            self.rule.miss(key)
+            if self._make_room(key, kept):
+                self.rule.inserted(key)
+                found[key] = self._load(key)
+            else:  # more experts than fit
+                found[key] = self._readers.submit(self._read, key)
+        return {key: found[key] for key in keys}
+
+    def _make_room(self, key: Key, kept: set[Key]) -> bool:
+        """Whether there is room for one more, after something may have left."""
+        while len(self._there) >= self.capacity:
+            try:
+                leaves = self.rule.victim(key, kept)
+            except LookupError:
+                return False
+            self._drop(leaves)
+        return True
+
+    def _drop(self, key: Key) -> None:
+        self.rule.removed(key)
+        self._ahead.discard(key)
+        del self._there[key]
+
+    def _load(self, key: Key) -> Future[torch.Tensor]:
+        self._there[key] = future = self._readers.submit(self._read, key)
+        return future
+
+    def _read(self, key: Key) -> torch.Tensor:
+        raw = self.file.read(*key)
+        with self._lock:
+            self.counts.loads += 1
+            self.counts.bytes += len(raw)
+        return raw
+
+    def _forget_failed(self) -> None:
+        """After an error: what could not be read is not there, so that it is tried anew."""
+        with self._lock:
+            for key, future in list(self._there.items()):
+                if future.done() and (future.cancelled() or future.exception()):
+                    self._drop(key)
