@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.table import Table
 
 from benchmarks.cli.terminal import Json, bar, console_of, errors, group, pairs, require_writable, write
+
+if TYPE_CHECKING:
+    from experts.offload import OffloadedModel
 
 app = group("Make a corpus, train a language model on it, evaluate it, let it write.")
 Model = Annotated[str, typer.Argument(help="Shipped model (language), folder of a model, or run folder.")]
@@ -121,10 +125,30 @@ def _generate(
     ] = 0.95,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     k: Experts = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Hold experts of so many bytes, e.g. 2MB; read the others from the disk."),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="What leaves the memory: lru, lfu, lrfu, arc, sieve, least-stale or random.")
+    ] = "lru",
+    weights: Annotated[
+        str, typer.Option(help="Experts on the disk and in memory: float32, bfloat16, int8 or int4.")
+    ] = "float32",
+    prefetch: Annotated[bool, typer.Option(help="Read ahead what the token before used in the next layer.")] = False,
 ) -> None:
     """Write text after a prompt."""
-    text = loaded(model).generate(prompt, tokens, _experts(k), temperature=temperature, top_p=top_p, seed=seed)
-    typer.echo(prompt + text)
+    language_model = loaded(model)
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    if memory is None:
+        typer.echo(prompt + language_model.generate(prompt, tokens, _experts(k), **options))
+        return
+    from experts.offload import OffloadedModel
+
+    ahead = "last" if prefetch else None
+    with OffloadedModel(language_model, _size(memory), policy, weights=weights, prefetch=ahead) as offloaded:  # type: ignore[arg-type]
+        typer.echo(prompt + language_model.generate(prompt, tokens, _experts(k), **options))
+        typer.echo(_of_disk(offloaded), err=True)
 
 
 def loaded(name: str) -> Any:
@@ -133,6 +157,23 @@ def loaded(name: str) -> Any:
     from experts.language.pretraining import MODEL, RUN
 
     return language.load(Path(name) / MODEL if (Path(name) / RUN).exists() else name)
+
+
+def _size(text: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise ValueError(f"--memory {text!r}: must be a number of bytes, as 2000000, 500kB or 2MB") from None
+
+
+def _of_disk(offloaded: OffloadedModel) -> str:
+    found, pool = offloaded.statistics(), offloaded.pool
+    source = "the disk" if offloaded.direct else "the disk or the page cache"
+    return (
+        f"{pool.capacity} experts of {pool.each:,} bytes fit; {found['hit_rate']:.1%} of {found['requests']:,} "
+        f"requests were in memory; {found['loads']:,} were read from {source}, {found['bytes'] / 1e6:.1f} MB; "
+        f"waited {1e3 * found['wait_s_per_token']:.2f} ms a token"
+    )
 
 
 def _experts(text: str | None) -> int | list[int] | None:

@@ -6,11 +6,11 @@ from agents.baselines.autorate import ID
 from benchmarks.leaderboards.board import Leaderboard, Problem
 
 
-class AutoRate(Problem):
+class AutoRateProblem(Problem):
     """Fewer episodes and looks than elsewhere, as each episode is a whole training."""
 
     looks = 5
     episodes = {"validation": 128, "test": 512}
 
 
-BOARD = Leaderboard(AutoRate(ID))
+BOARD = Leaderboard(AutoRateProblem(ID))

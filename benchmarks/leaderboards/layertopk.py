@@ -6,7 +6,7 @@ from agents.baselines.layertopk import ID
 from benchmarks.leaderboards.board import Leaderboard, Problem
 
 
-class LayerTopK(Problem):
+class LayerTopKProblem(Problem):
     """Fewer episodes and looks than elsewhere, as the model is really run: 256 decisions an episode."""
 
     learners = {"PPO": ("ppo", "own"), "SB3 PPO": ("ppo", "sb3")}
@@ -16,4 +16,4 @@ class LayerTopK(Problem):
     bound_is = "an oracle that sees the loss of each token"
 
 
-BOARD = Leaderboard(LayerTopK(ID))
+BOARD = Leaderboard(LayerTopKProblem(ID))

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,8 @@ class OffloadedModel:
         self, model: LanguageModel | AdaptedModel, memory: int, policy: str | Callable[[int], Eviction] = "lru", *,
         file: Path | str | None = None, weights: Weights = "float32", prefetch: str | None = None, direct: bool = True,
     ) -> None:  # fmt: skip
+        if weights not in get_args(Weights):
+            raise ValueError(f"weights={weights!r} is not one of {', '.join(get_args(Weights))}")
         if prefetch not in PREFETCH:
             raise ValueError(f"prefetch={prefetch!r} is not one of {', '.join(map(repr, PREFETCH))}")
         self.model, self.prefetch = model, prefetch

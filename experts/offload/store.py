@@ -15,32 +15,35 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cost.arguments import one_line
 from cost.files import digest, sha256_of, write_bytes
 from experts.compression.quantize import dequantize, quantize, quantized_bytes
+from experts.data import DataError
 from experts.layers import MoELayer, SwiGLU
 
 MAGIC, ALIGNED = b"moe-experts-1\n", 4096
 LARGEST = 2**26  # bytes of a header
 Weights = Literal["float32", "bfloat16", "int8", "int4"]
+Whole = Annotated[int, Interval(ge=0, lt=2**48)]
 BITS = {"int8": 8, "int4": 4}
 
 
-class OffloadError(RuntimeError):
+class OffloadError(DataError):
     """An expert cannot be had: its file is damaged, cut off, or foreign."""
 
 
 class _Expert(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    start: int
-    size: int
-    crc32: int
+    start: Whole
+    size: Whole
+    crc32: Whole
     sha256: str
 
 
@@ -48,10 +51,10 @@ class _Header(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     weights: Weights
     source: str  # SHA-256 of the experts that were written
-    d_model: int
-    d_ff: int
-    layers: int
-    num_experts: int
+    d_model: Whole
+    d_ff: Whole
+    layers: Whole
+    num_experts: Whole
     experts: list[_Expert]
 
 

@@ -24,7 +24,7 @@ from agents.rollouts import NotFiniteError
 from agents.runs import RunError
 from benchmarks.runner import kept, matrix, rows
 from benchmarks.runner.experiments import RunnerError
-from cost.files import save_json, sealed, sums_of
+from cost.files import save_json, sealed, sha256_of, sums_of
 from cost.normalize import CostNormalizer, NormalizerError
 from cost.profile import Profile, ProfileError, parse
 from experts import bundle, language, reference_models, tasks
@@ -35,7 +35,9 @@ from experts.compression.plan import Plan, PlanError, load_compressed
 from experts.data import DataError
 from experts.language import corpus, passages, pretraining
 from experts.language.transformer import ModelSettings
+from experts.layers import MoELayer
 from experts.network import MoENetwork
+from experts.offload import store
 from experts.training import TrainingSettings
 from moe_envs.autorate import estimator, references
 
@@ -269,6 +271,29 @@ def _use_core(folder: Path) -> Any:
     return found.tolist()
 
 
+def _experts(folder: Path) -> None:
+    torch.manual_seed(0)
+    store.write(folder / "experts.bin", [MoELayer(4, 3, 2) for _ in range(2)], "bfloat16")
+
+
+def _use_experts(folder: Path) -> Any:
+    with store.ExpertFile(folder / "experts.bin") as opened:
+        opened.check()
+        own = opened.header
+        places = [(layer, expert) for layer in range(own.layers) for expert in range(own.num_experts)]
+        return [[weight.tolist() for weight in opened.weights(opened.read(*place))] for place in places]
+
+
+def with_header(raw: bytes, content: Any = None) -> tuple[Any, bytes]:
+    """The header of a file of experts, and the file with another one under a right seal."""
+    magic, numbers, rest = raw.split(b"\n", 2)
+    length, begin = int(numbers.split()[0]), len(magic) + len(numbers) + 2
+    said = rest[:length] if content is None else json.dumps(content).encode()
+    head = magic + b"\n%d %s\n" % (len(said), sha256_of(said).encode()) + said
+    body = raw[-(-(begin + length) // store.ALIGNED) * store.ALIGNED :]
+    return json.loads(rest[:length]), head + bytes(-len(head) % store.ALIGNED) + body
+
+
 def _use_task(folder: Path) -> Any:
     before, tasks.FOLDER = tasks.FOLDER, folder
     try:
@@ -432,6 +457,7 @@ KINDS: dict[str, Kind] = {
         lambda path: _seal_json(path) if path.suffix == ".json" else _seal_arrays(path),
         skipped=("corpus", "monitor", "curve.csv", "model/", ".lock"), slow=True,
     ),
+    "file of experts": Kind(("experts.offload.store",), _experts, _use_experts, (DataError,)),
     "estimator": Kind(("moe_envs.autorate.estimator",), _estimator, _use_estimator, (DataError,), _seal_json),
 }  # fmt: skip
 # Modules whose files are for people, or are made anew where they are damaged: no number of ours is read from them.

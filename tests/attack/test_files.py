@@ -13,7 +13,7 @@ from safetensors.numpy import load as arrays_in
 from safetensors.numpy import save as to_bytes
 
 from tests.attack.conftest import SCALE, Outcomes
-from tests.attack.kinds import KINDS, REPORTS, Kind
+from tests.attack.kinds import KINDS, REPORTS, Kind, with_header
 
 PACKAGES = "agents", "benchmarks", "cost", "experts", "moe_envs"
 WRITES = {"write_bytes", "write_text", "save_json", "to_csv"}
@@ -172,14 +172,17 @@ def test_senseless_content_under_a_new_seal(
             text = raw.splitlines()[0] if path.name in ("raw.jsonl", "manifest.json") else raw
             content = json.loads(text)
             content.pop("sha256", None)
-            places = list(leaves(content))
-            for number in draw.permutation(len(places))[: 12 * SCALE]:
-                for value in [..., *(WRONG[each] for each in draw.permutation(len(WRONG))[:2])]:
-                    altered = json.dumps(with_leaf(content, places[number], value)).encode()
-                    target = attacked.fresh(name)
-                    target.write_bytes(raw.replace(text, altered) if path.name == "raw.jsonl" else altered)
-                    case = f"{name} {places[number]} = {value!r:.20}"
-                    reseal(attack, case, attacked, target)
+            for case, wrong in wrongly(content, draw):
+                altered = json.dumps(wrong).encode()
+                target = attacked.fresh(name)
+                target.write_bytes(raw.replace(text, altered) if path.name == "raw.jsonl" else altered)
+                reseal(attack, f"{name} {case}", attacked, target)
+        elif path.suffix == ".bin":
+            raw = path.read_bytes()
+            for case, wrong in wrongly(with_header(raw)[0], draw):
+                target = attacked.fresh(name)
+                target.write_bytes(with_header(raw, wrong)[1])
+                reseal(attack, f"{name} {case}", attacked, target)
         elif path.suffix == ".safetensors":
             raw = path.read_bytes()
             metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", None)
@@ -192,6 +195,14 @@ def test_senseless_content_under_a_new_seal(
                 target = attacked.fresh(name)
                 target.write_bytes(to_bytes({each: arrays[each] for each in arrays if each != key}, metadata))
                 reseal(attack, f"{name} without {key}", attacked, target)
+
+
+def wrongly(content: Any, draw: np.random.Generator) -> Iterator[tuple[str, Any]]:
+    """JSON with one value that is absent or wrong, and what is wrong."""
+    places = list(leaves(content))
+    for number in draw.permutation(len(places))[: 12 * SCALE]:
+        for value in [..., *(WRONG[each] for each in draw.permutation(len(WRONG))[:2])]:
+            yield f"{places[number]} = {value!r:.20}", with_leaf(content, places[number], value)
 
 
 def senseless(array: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """The command moe-lm, from a corpus to text."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -50,7 +51,12 @@ def test_a_run_is_evaluated_by_domain_beside_compressors(made: tuple[Path, Path]
 def test_a_run_writes_text(made: tuple[Path, Path]) -> None:
     done = runner.invoke(app, ["generate", str(made[1]), "one 1:", "--tokens", "5", "--temperature", "0"])
     model = language.load(made[1] / "model")
-    assert done.output == "one 1:" + model.generate("one 1:", 5, temperature=0) + "\n"
+    written = "one 1:" + model.generate("one 1:", 5, temperature=0) + "\n"
+    assert done.output == written
+    less = ["--memory", "20kB", "--policy", "lfu", "--prefetch"]
+    done = runner.invoke(app, ["generate", str(made[1]), "one 1:", "--tokens", "5", "--temperature", "0", *less])
+    assert done.stdout == written
+    assert re.search(r"\d experts of [\d,]+ bytes fit; [\d.]+% of [\d,]+ requests were in memory", done.stderr)
 
 
 def test_a_finished_run_resumes_to_the_same(made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -66,6 +72,10 @@ def test_a_finished_run_resumes_to_the_same(made: tuple[Path, Path], tmp_path: P
         (["train"], "give --data and --out"),
         (["train", "--resume", "x", "-s", "steps=3"], "keeps its settings"),
         (["generate", "language", "--k", "a"], "one for each layer as"),
+        (["generate", "language", "--memory", "2QB"], "must be a number of bytes"),
+        (["generate", "language", "--memory", "2MB", "--policy", "x"], "is not one of lru"),
+        (["generate", "language", "--memory", "2MB", "--weights", "x"], "is not one of float32"),
+        (["generate", "language", "--memory", "2kB"], "not even one expert"),
         (["eval", "language", "--data", "nothing"], "has no folder of text files"),
     ],
 )
