@@ -50,10 +50,12 @@ class AdaK:
     kind = "learner"
     env_kwargs = {"granularity": "layer"}
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, seed: int = 0) -> None:
         settings = model.settings
         self.model, self.k = model, settings.k
-        self.allocators = nn.ModuleList(nn.Linear(settings.d_model, settings.k + 1) for _ in range(settings.layers))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.allocators = nn.ModuleList(nn.Linear(settings.d_model, settings.k + 1) for _ in range(settings.layers))
 
     def __call__(self, layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
         """The most likely numbers of experts `[N]`."""
@@ -154,7 +156,7 @@ def trained(env_id: str, seed: int, **env_kwargs: Any) -> AdaK:
     """Ada-K for MoELayerTopK-v0 with these arguments, trained on `rl_train`."""
     env: Any = make_rows(env_id, 1, **{**env_kwargs, "split": "rl_train", "granularity": "layer"}).unwrapped
     ids = env.stepped.passages.ids
-    return AdaK(env.stepped.model).learn(ids, env.prices(), AdaKSettings(seed=seed), env_kwargs.get("budget"))
+    return AdaK(env.stepped.model, seed).learn(ids, env.prices(), AdaKSettings(seed=seed), env_kwargs.get("budget"))
 
 
 def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
