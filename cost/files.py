@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 
-def write_bytes(path: Path, raw: bytes) -> None:
-    """Write a file atomically, readable by all; devices such as /dev/stdout are written directly."""
+def write_bytes(path: Path, raw: bytes | Iterable[bytes]) -> None:
+    """Write a file atomically, whole or in parts, readable by all; devices such as /dev/stdout are written directly."""
+    parts = [raw] if isinstance(raw, bytes) else raw
     if path.exists() and not path.is_file():
-        path.write_bytes(raw)
+        path.write_bytes(b"".join(parts))
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +27,8 @@ def write_bytes(path: Path, raw: bytes) -> None:
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}-")
     try:
         with open(descriptor, "wb") as file:
-            file.write(raw)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(descriptor)
         os.chmod(partial, 0o644)  # temporary files are readable by their owner only

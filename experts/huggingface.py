@@ -24,12 +24,15 @@ class AdaptedModel:
 
     `k` is the number of experts of a token: None for the model's own, a number, one for each layer, `[B, T, L]` for the
     next call, or a function of layer, inputs `[N, D]` and logits `[N, E]` that returns k `[N]`. Only the experts of
-    `allowed`, boolean `[L, E]`, are used. `close` removes the hooks; what `compress` and `replace` did stays.
+    `allowed`, boolean `[L, E]`, are used. `own_k` is the model's own number. `close` removes the hooks; what `compress`
+    and `replace` did stays.
     """
 
     def __init__(self, model: nn.Module, blocks: list[Any]) -> None:
-        self.model, self.blocks = model, blocks
-        self.num_experts = int(blocks[0].gate.weight.shape[0])
+        self.model, self.blocks, self.replaced = model, blocks, list[MoELayer]()
+        gate = blocks[0].gate
+        self.layers, self.own_k = len(blocks), int(gate.top_k)
+        self.num_experts, self.d_model = map(int, gate.weight.shape)
         self.k: Experts | None = None
         self.allowed: torch.Tensor | None = None
         self._routing: list[RoutingStatistics] | None = None
@@ -37,21 +40,6 @@ class AdaptedModel:
             block.gate.register_forward_hook(self._hook(number), with_kwargs=False)
             for number, block in enumerate(blocks)
         ]
-
-    @property
-    def layers(self) -> int:
-        """Layers with experts."""
-        return len(self.blocks)
-
-    @property
-    def d_model(self) -> int:
-        """Width of the layers' inputs."""
-        return int(self.blocks[0].gate.weight.shape[1])
-
-    @property
-    def own_k(self) -> int:
-        """Experts of a token if nothing is chosen."""
-        return int(self.blocks[0].gate.top_k)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -85,20 +73,22 @@ class AdaptedModel:
             self._routing = None
 
     def replace(self, **options: Any) -> list[MoELayer]:
-        """Put our layers in the blocks' places, with `options` of `MoELayer`, and remove the hooks; returns the layers,
-        whose routers choose from now on."""
-        made = []
+        """Put our layers in the blocks' places, with `options` of `MoELayer`, and let the blocks go; returns the
+        layers, whose routers choose from now on."""
+        self._require_hooks()
         for block in self.blocks:
             parent, name = _place(self.model, block)
             layer = MoELayer.from_block(block, **options)
             setattr(parent, name, layer)
-            made.append(layer)
+            self.replaced.append(layer)
         self.close()
-        return made
+        self.blocks = []
+        return self.replaced
 
     @torch.no_grad()
     def compress(self, bits: int) -> int:
         """Round the experts' weights to integers of 8, 4 or 2 bits with scales; returns their bytes when packed."""
+        self._require_hooks()
         size = 0
         for block in self.blocks:
             for weights_EOI in (block.experts.gate_up_proj, block.experts.down_proj):

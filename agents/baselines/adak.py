@@ -156,7 +156,8 @@ def trained(env_id: str, seed: int, **env_kwargs: Any) -> AdaK:
     """Ada-K for MoELayerTopK-v0 with these arguments, trained on `rl_train`."""
     env: Any = make_rows(env_id, 1, **{**env_kwargs, "split": "rl_train", "granularity": "layer"}).unwrapped
     ids = env.stepped.passages.ids
-    return AdaK(env.stepped.model, seed).learn(ids, env.prices(), AdaKSettings(seed=seed), env_kwargs.get("budget"))
+    prices = env.prices() - env.scarcity() * np.arange(env.k + 1)  # learned instead
+    return AdaK(env.stepped.model, seed).learn(ids, prices, AdaKSettings(seed=seed), env_kwargs.get("budget"))
 
 
 def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:

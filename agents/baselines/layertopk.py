@@ -296,7 +296,7 @@ _statics: WeakKeyDictionary[SteppedModel, dict[tuple[bool, int], tuple[np.ndarra
 
 def statics(tuning: Tuning, report: Callable[[float], object]) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of experts by layer `[M, L]` with their loss `[M]` on some of the passages, whatever the cost weight or
-    the budget; measured once for a model.
+    the budget; measured once for a model and the passages.
 
     If there are more than `MENU`, those on the way from K everywhere to 0, on which each step takes an expert where it
     loses least for the cost that it saves.
@@ -424,7 +424,12 @@ class TokenOracle(Watching):
 
     def __init__(self, menu: np.ndarray) -> None:
         self.menu = menu
-        self.plans: dict[int, np.ndarray] = {}
+        self.plans: dict[int, np.ndarray] = {}  # of the watched environment's passages
+
+    def watch(self, env: MoELayerTopKVectorEnv) -> None:
+        """Attach to a vector environment."""
+        super().watch(env)
+        self.plans = {}
 
     def numbers(self, observation: np.ndarray) -> np.ndarray:
         """Numbers of experts `[n]`."""

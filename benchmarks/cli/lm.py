@@ -130,14 +130,19 @@ def _generate(
         typer.Option(help="Hold experts of so many bytes, e.g. 2MB; read the others from the disk."),
     ] = None,
     policy: Annotated[
-        str, typer.Option(help="What leaves the memory: lru, lfu, lrfu, arc, sieve, least-stale or random.")
-    ] = "lru",
+        str | None,
+        typer.Option(help="What leaves the memory: lru (default), lfu, lrfu, arc, sieve, least-stale or random."),
+    ] = None,
     weights: Annotated[
-        str, typer.Option(help="Experts on the disk and in memory: float32, bfloat16, int8 or int4.")
-    ] = "float32",
+        str | None, typer.Option(help="Experts on the disk and in memory: float32 (default), bfloat16, int8 or int4.")
+    ] = None,
     prefetch: Annotated[bool, typer.Option(help="Read ahead what the token before used in the next layer.")] = False,
 ) -> None:
     """Write text after a prompt."""
+    of_memory = {"policy": policy, "weights": weights, "prefetch": "last" if prefetch else None}
+    given: dict[str, Any] = {name: value for name, value in of_memory.items() if value is not None}
+    if given and memory is None:
+        raise ValueError(f"--{next(iter(given))} needs --memory")
     language_model = loaded(model)
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     if memory is None:
@@ -145,8 +150,7 @@ def _generate(
         return
     from experts.offload import OffloadedModel
 
-    ahead = "last" if prefetch else None
-    with OffloadedModel(language_model, _size(memory), policy, weights=weights, prefetch=ahead) as offloaded:  # type: ignore[arg-type]
+    with OffloadedModel(language_model, _size(memory), **given) as offloaded:
         typer.echo(prompt + language_model.generate(prompt, tokens, _experts(k), **options))
         typer.echo(_of_disk(offloaded), err=True)
 

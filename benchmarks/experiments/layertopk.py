@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,15 @@ def _fastest(table: list[dict[str, Any]]) -> str:
     return f"{best['decided by']} ({best['setup']}): {best['speed']:.2f} times at {best['nats']:+.4f} nats"
 
 
-@lru_cache(maxsize=1)
+@cache
 def _tuned(passages: int, **kwargs: Any) -> dict[str, Any]:
     """The rules, which do not depend on the seed."""
     return rules.baselines(rules.ID, passages=passages, **kwargs)
 
 
 def _trained(setup: LayerTopKSetup, seed: int, folder: Path, kwargs: dict[str, Any]) -> Any:
-    place = folder / f"run-{setup.cost_weight:g}-{seed}-{setup.timesteps or 'all'}"
+    of_setup = f"{Path(setup.model).name}-{setup.tokens}-{setup.cost_weight:g}-{setup.timesteps or 'all'}"
+    place = folder / f"run-{of_setup}-{seed}"
     with locked(place):
         if not (place / runs.SETTINGS).exists():
             more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}

@@ -130,9 +130,15 @@ def require_trusted(name: str, setups: Iterable[Mapping[str, Any]], where: Path,
         if not is_known(name):
             require_import(name, where, trust)
         experiment = find(name)
+
+        def imports(arguments: Mapping[str, Any]) -> Iterable[str]:
+            return getattr(experiment.setup(arguments), "imports", ())
+
+        offered = {each for arguments in experiment.settings.values() for each in imports(arguments)}
+        ours = offered if is_known(name) else set()
         for arguments in setups:
-            for reference in getattr(experiment.setup(arguments), "imports", ()):
-                if trust is not True and reference not in trust:
+            for reference in imports(arguments):
+                if trust is not True and reference not in trust and reference not in ours:
                     raise ValueError(
                         f"{where} names {reference!r}, whose code would be run. If it is yours: --trust {reference}"
                     )

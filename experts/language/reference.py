@@ -29,7 +29,7 @@ def build(
     (default: into the package).
 
     The corpus `data` is made if it is not given. Corpus and run lie in the user's cache until the model is written, so
-    that an interrupted training goes on. Raises `ValueError` where the run there has other settings.
+    that an interrupted training goes on. Raises `ValueError` where the run there is another one.
     """
     place = zoo.cache_folder() / "language-training"
     text = data or place / "corpus"
@@ -38,8 +38,9 @@ def build(
     run = place / "run"
     if (run / pretraining.RUN).exists():
         about = load_json(run / pretraining.RUN, DataError, f"delete {run}")
-        if (about["model"], about["settings"]) != (asdict(model), asdict(settings)):
-            raise ValueError(f"{run} holds a run with other settings: delete it")
+        wanted = {"model": asdict(model), "settings": asdict(settings), "corpus": corpus.read(text).sha256}
+        if {name: about.get(name) for name in wanted} != wanted:
+            raise ValueError(f"{run} holds a run with other settings or of another corpus: delete it")
         trained = pretraining.resume(run, report)
     else:
         trained = pretraining.train(text, run, model, settings, report=report)

@@ -19,10 +19,12 @@ class Eviction:
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.now = capacity, 0
+        self.passed, self.layer = 0, -1  # passes through the layers, and the present layer
 
-    def begin(self) -> None:
-        """An event begins."""
-        self.now += 1
+    def begin(self, layer: int) -> None:
+        """An event of a layer begins."""
+        self.passed += layer <= self.layer
+        self.now, self.layer = self.now + 1, layer
 
     def hit(self, key: Key) -> None:
         """A key that is there was asked for."""
@@ -114,18 +116,19 @@ class LFU(_Scored):
 
 
 class LRFU(_Scored):
-    """Between the two: each use counts half after `half_life` events (Lee et al. 2001)."""
+    """Between the two: each use counts half after `half_life` tokens, passes through the layers (Lee et al. 2001)."""
 
     def __init__(self, capacity: int, half_life: float = 32.0) -> None:
         super().__init__(capacity)
-        self.half_life, self.weight = half_life, defaultdict[Key, float](float)
+        self.half_life, self.weight, self.used_in = half_life, defaultdict[Key, float](float), dict[Key, int]()
 
     def used(self, key: Key) -> None:
         self.weight[key] = self.score(key) + 1
+        self.used_in[key] = self.passed
         super().used(key)
 
     def score(self, key: Key) -> float:
-        age = self.now - self.last.get(key, self.now)
+        age = self.passed - self.used_in.get(key, self.passed)
         return self.weight[key] * float(0.5 ** (age / self.half_life))
 
 
@@ -215,21 +218,14 @@ class SIEVE(Eviction):
 
 
 class LeastStale(Eviction):
-    """For a cache of all layers: first experts that neither this pass through the layers nor the one before used, and
-    of these the one whose layer comes again latest (after the idea of Hoang et al. 2026)."""
+    """For a cache of all layers: an expert that was not used since the pass before the present one leaves first; of
+    several, the one whose layer comes again latest (after the idea of Hoang et al. 2026)."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self.order: OrderedDict[Key, int] = OrderedDict()  # key to pass
-        self.passed, self.layer = 0, -1
-
-    def miss(self, key: Key) -> None:
-        if key[0] < self.layer:
-            self.passed += 1
-        self.layer = key[0]
+        self.order: OrderedDict[Key, int] = OrderedDict()  # the pass of the last use
 
     def hit(self, key: Key) -> None:
-        self.miss(key)
         self.order[key] = self.passed
         self.order.move_to_end(key)
 

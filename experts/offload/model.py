@@ -15,16 +15,17 @@ from torch import nn
 from experts.huggingface import AdaptedModel
 from experts.language.model import LanguageModel
 from experts.layers import MoELayer
-from experts.offload.eviction import Eviction
-from experts.offload.pool import ExpertPool
-from experts.offload.store import ExpertFile, OffloadError, Weights, source_of, write
+from experts.offload.eviction import Eviction, make
+from experts.offload.pool import ExpertPool, fitting
+from experts.offload.store import ExpertFile, OffloadError, Weights, expert_bytes, source_of, write
 from experts.routers import Router, Routing
 
 PREFETCH = (None, "last")
 
 
 class OffloadedModel:
-    """A model that answers as before while at most `memory` bytes of its experts are in memory.
+    """A model that answers as before while at most `memory` bytes of its experts are in memory, and beside them one
+    that runs and those that are being read.
 
     `model` is a `LanguageModel`, or an `AdaptedModel` of transformers; its experts are written to `file` (default: a
     temporary file) in the precision `weights`, unless the file is there, and leave the model for good: use
@@ -44,6 +45,9 @@ class OffloadedModel:
             raise ValueError(f"weights={weights!r} is not one of {', '.join(get_args(Weights))}")
         if prefetch not in PREFETCH:
             raise ValueError(f"prefetch={prefetch!r} is not one of {', '.join(map(repr, PREFETCH))}")
+        if isinstance(policy, str):
+            make(policy, 1)
+        fitting(memory, _expert_size(model, weights))  # checked before the model is changed
         self.model, self.prefetch = model, prefetch
         self.layers = _layers(model)
         with ExitStack() as opening:
@@ -59,7 +63,7 @@ class OffloadedModel:
         self.direct = opened.direct
         self._last: dict[int, list[int]] = {}
         for number, layer in enumerate(self.layers):
-            layer.experts = nn.ModuleList(_Offloaded(self.pool.file) for _ in layer.experts)
+            layer.experts = nn.ModuleList(_Offloaded(self.pool, number, each) for each in range(len(layer.experts)))
             layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
 
     def __enter__(self) -> OffloadedModel:
@@ -69,7 +73,7 @@ class OffloadedModel:
         self.close()
 
     def close(self) -> None:
-        """Close the file; the model has no experts any more."""
+        """Close the file; the model cannot be called any more."""
         self._open.close()
 
     def statistics(self) -> dict[str, float]:
@@ -101,31 +105,39 @@ class OffloadedModel:
             experts[expert].raw = raw
         if self.prefetch and number + 1 < len(self.layers):
             self.pool.prefetch(number + 1, self._last.get(number + 1, []))
-        self._last[number] = order
+        self._last[number] = routing.members[-1].nonzero()[:, 0].tolist() if len(routing.members) else []
 
 
 class _Offloaded(nn.Module):
-    """An expert that was provided for one call."""
+    """An expert whose bytes were provided for one call, or are read in it."""
 
-    def __init__(self, file: ExpertFile) -> None:
+    def __init__(self, pool: ExpertPool, layer: int, number: int) -> None:
         super().__init__()
-        self.file = file
+        self.pool, self.layer, self.number = pool, layer, number
         self.raw: torch.Tensor | None = None
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         """`[N, D]` to `[N, D]`."""
-        assert self.raw is not None, "a router chooses before experts run"
-        w_in, w_out = self.file.weights(self.raw)
-        self.raw = None
+        raw, self.raw = self.raw, None
+        w_in, w_out = self.pool.file.weights(self.pool.once(self.layer, self.number) if raw is None else raw)
         gate, up = F.linear(x_ND, w_in.to(x_ND)).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, w_out.to(x_ND))
 
 
 def _layers(model: LanguageModel | AdaptedModel) -> list[MoELayer]:
     if isinstance(model, AdaptedModel):
-        return model.replace()
+        return model.replaced or model.replace()
     blocks: Any = model.network.blocks
     return [block.moe for block in blocks]
+
+
+def _expert_size(model: LanguageModel | AdaptedModel, weights: Weights) -> int:
+    if isinstance(model, LanguageModel):
+        return expert_bytes(model.settings.d_model, model.settings.d_ff, weights)
+    if model.replaced:
+        expert: Any = model.replaced[0].experts[0]
+        return expert_bytes(model.d_model, expert.w_out.shape[1], weights)
+    return expert_bytes(model.d_model, int(model.blocks[0].experts.down_proj.shape[2]), weights)
 
 
 def _require_fitting(file: ExpertFile, layers: list[MoELayer], weights: Weights) -> None:

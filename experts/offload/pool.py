@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from experts.offload.eviction import Eviction, Key, make
-from experts.offload.store import ExpertFile
+from experts.offload.store import ExpertFile, OffloadError
 
 READERS = 2
 
@@ -19,7 +19,7 @@ READERS = 2
 @dataclass
 class Statistics:
     """What a pool did: events (a layer of a call), tokens, requests and those found in memory or on their way there
-    (`hits`), experts loaded, those loaded ahead and used later, bytes read, and seconds that were waited for."""
+    (`hits`), experts loaded, those loaded ahead and of these used, bytes read, and seconds that were waited for."""
 
     events: int = 0
     tokens: int = 0
@@ -43,7 +43,8 @@ class Statistics:
 
 
 class ExpertPool:
-    """At most `memory` bytes of experts of a file, by an eviction rule. Threads may share it.
+    """At most `memory` bytes of experts of a file, by an eviction rule; beside them, what is being read. Threads may
+    share it.
 
     Raises `ValueError` where not even one expert fits.
     """
@@ -51,17 +52,18 @@ class ExpertPool:
     def __init__(self, file: ExpertFile, memory: int, rule: str | Callable[[int], Eviction] = "lru") -> None:
         own = file.header
         self.file, self.memory, self.each = file, memory, file.size(0, 0)
-        capacity = min(memory // self.each, own.layers * own.num_experts)
-        if capacity < 1:
-            raise ValueError(f"memory={memory}: not even one expert of {self.each} bytes fits")
-        self.rule = make(rule, capacity) if isinstance(rule, str) else rule(capacity)
-        self.capacity, self.counts = capacity, Statistics()
+        self.capacity = min(fitting(memory, self.each), own.layers * own.num_experts)
+        self.rule = make(rule, self.capacity) if isinstance(rule, str) else rule(self.capacity)
+        self.counts, self.closed = Statistics(), False
         self._there: dict[Key, Future[torch.Tensor]] = {}
         self._ahead: set[Key] = set()  # loaded before they were asked for, and not asked for yet
         self._lock, self._readers = threading.Lock(), ThreadPoolExecutor(READERS, "experts")
 
     def close(self) -> None:
-        """Stop the readers; the file is the caller's."""
+        """Stop the readers and let the experts go; the file is the caller's."""
+        with self._lock:
+            self.closed = True
+            self._there.clear()
         self._readers.shutdown(cancel_futures=True)
 
     @property
@@ -78,54 +80,62 @@ class ExpertPool:
     def take(self, layer: int, experts: Iterable[int], tokens: int = 0) -> dict[int, torch.Tensor]:
         """The bytes of experts of a layer, which are needed at once; the most important first.
 
-        Those that do not fit beside each other are read and given back without being kept.
+        Those that do not fit beside the others, the least important, are not among them: `once` reads them.
         """
-        keys = [(layer, expert) for expert in experts]
-        begun = time.perf_counter()
+        keys, begun = [(layer, expert) for expert in experts], time.perf_counter()
         with self._lock:
+            self._require_open()
             found = self._request(keys, tokens)
-        try:
-            answer = {expert: future.result() for (_, expert), future in found.items()}
-        except BaseException:
-            self._forget_failed()
-            raise
+        wait(found.values())
         with self._lock:
             self.counts.wait_s += time.perf_counter() - begun
-        return answer
+            self._forget_failed(keys)
+        return {expert: future.result() for (_, expert), future in found.items()}
+
+    def once(self, layer: int, expert: int) -> torch.Tensor:
+        """Read an expert that did not fit, and do not keep it."""
+        begun = time.perf_counter()
+        with self._lock:
+            self._require_open()
+        raw = self._read((layer, expert))
+        with self._lock:
+            self.counts.wait_s += time.perf_counter() - begun
+        return raw
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Begin to load experts that are expected, in the place of others, without waiting."""
         with self._lock:
+            self._require_open()
             keys = [(layer, expert) for expert in experts]
+            self._forget_failed(keys)
             kept = set(keys) | self._ahead
             for key in keys:
                 if key not in self._there and self._make_room(key, kept):
-                    self.rule.inserted(key)
                     self._load(key)
                     self._ahead.add(key)
                     self.counts.prefetched += 1
 
     def _request(self, keys: list[Key], tokens: int) -> dict[Key, Future[torch.Tensor]]:
-        counts, kept, found = self.counts, set(keys), dict[Key, Future[torch.Tensor]]()
+        """Loads begun or found, of those that fit."""
+        counts = self.counts
+        self._forget_failed(keys)
         counts.events, counts.tokens = counts.events + 1, counts.tokens + tokens
         counts.requests += len(keys)
-        self.rule.begin()
+        self.rule.begin(keys[0][0] if keys else 0)
+        there = [key for key in keys if key in self._there]
         missing = [key for key in keys if key not in self._there]
-        for key in reversed(keys):
-            if key in self._there:
-                self.rule.hit(key)
-                found[key] = self._there[key]
-                counts.hits += 1
-                counts.prefetched_used += key in self._ahead
-                self._ahead.discard(key)
+        for key in reversed(there):
+            self.rule.hit(key)
+            counts.hits += 1
+            counts.prefetched_used += key in self._ahead
+            self._ahead.discard(key)
+        fit = missing[: self.capacity - len(there)]
+        kept = {*there, *fit}
         for key in reversed(missing):
             self.rule.miss(key)
-            if self._make_room(key, kept):
-                self.rule.inserted(key)
-                found[key] = self._load(key)
-            else:  # more experts than fit
-                found[key] = self._readers.submit(self._read, key)
-        return {key: found[key] for key in keys}
+            if key in kept and self._make_room(key, kept):
+                self._load(key)
+        return {key: self._there[key] for key in keys if key in kept}
 
     def _make_room(self, key: Key, kept: set[Key]) -> bool:
         """Whether there is room for one more, after something may have left."""
@@ -142,9 +152,9 @@ class ExpertPool:
         self._ahead.discard(key)
         del self._there[key]
 
-    def _load(self, key: Key) -> Future[torch.Tensor]:
-        self._there[key] = future = self._readers.submit(self._read, key)
-        return future
+    def _load(self, key: Key) -> None:
+        self.rule.inserted(key)
+        self._there[key] = self._readers.submit(self._read, key)
 
     def _read(self, key: Key) -> torch.Tensor:
         raw = self.file.read(*key)
@@ -153,9 +163,20 @@ class ExpertPool:
             self.counts.bytes += len(raw)
         return raw
 
-    def _forget_failed(self) -> None:
-        """After an error: what could not be read is not there, so that it is tried anew."""
-        with self._lock:
-            for key, future in list(self._there.items()):
-                if future.done() and (future.cancelled() or future.exception()):
-                    self._drop(key)
+    def _forget_failed(self, keys: Iterable[Key]) -> None:
+        """What could not be read is not there, so that it is tried anew."""
+        for key in keys:
+            future = self._there.get(key)
+            if future is not None and future.done() and (future.cancelled() or future.exception()):
+                self._drop(key)
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise OffloadError(f"{self.file.path} was closed")
+
+
+def fitting(memory: int, each: int) -> int:
+    """Experts of `each` bytes that fit; raises `ValueError` where not even one does."""
+    if memory < each:
+        raise ValueError(f"memory={memory}: not even one expert of {each} bytes fits")
+    return memory // each

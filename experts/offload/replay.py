@@ -51,37 +51,36 @@ def replay(trace: Trace, policy: Rule, capacity: float, *, scope: str = "layer",
         there: set[Key] = set()
         for place in places:
             missing = _request(rule, there, events[place], size, bypass)
-            if place >= trace.warm:
+            if trace.counted[place]:
                 hits, loads = hits + len(events[place]) - len(missing), loads + len(missing)
                 loaded += sum(int(trace.expert_bytes[key[0]]) for key in missing)
     return Hits(trace.requests, hits, loads, loaded)
 
 
 def _request(rule: Eviction, there: set[Key], event: tuple[Key, ...], size: int, bypass: bool) -> list[Key]:
-    """One event; returns the keys that were not there."""
-    rule.begin()
-    missing = [key for key in event if key not in there]
-    for key in reversed(event):  # the most important last
-        if key in there:
-            rule.hit(key)
-    kept = set() if bypass else set(event)
+    """One event, the most important expert first; returns the keys that were not there."""
+    rule.begin(event[0][0])
+    hits, missing = [key for key in event if key in there], [key for key in event if key not in there]
+    for key in reversed(hits):
+        rule.hit(key)
+    fit = missing if bypass else missing[: size - len(hits)]  # the least important are not kept
+    kept = {*hits, *fit}
     for key in reversed(missing):
         rule.miss(key)
-        while len(there) >= size and not bypass:
-            try:
-                leaves = rule.victim(key, kept)
-            except LookupError:
-                break
-            rule.removed(leaves)
-            there.remove(leaves)
-        if bypass or len(there) < size:
-            rule.inserted(key)
-            there.add(key)
+        if key not in kept:
+            continue
+        if len(there) >= size and not bypass:
+            _leave(rule, there, rule.victim(key, kept))
+        rule.inserted(key)
+        there.add(key)
     while len(there) > size:  # a key that came may leave
-        leaves = rule.victim(missing[-1], ())
-        rule.removed(leaves)
-        there.remove(leaves)
+        _leave(rule, there, rule.victim(missing[-1], ()))
     return missing
+
+
+def _leave(rule: Eviction, there: set[Key], key: Key) -> None:
+    rule.removed(key)
+    there.remove(key)
 
 
 def _events(trace: Trace) -> list[tuple[Key, ...]]:

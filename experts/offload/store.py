@@ -6,7 +6,6 @@ The header is under SHA-256, every expert under CRC-32, compared at each read, a
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
@@ -14,10 +13,10 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import numpy as np
 import torch
 from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -66,13 +65,11 @@ def write(path: Path | str, layers: Sequence[MoELayer], weights: Weights = "floa
     shapes = {tuple(each.w_in.shape) if type(each) is SwiGLU else type(each).__name__ for each in every}
     if len(shapes) != 1 or isinstance((shape := next(iter(shapes))), str):
         raise ValueError(f"experts must be SwiGLUs of one size, here are {', '.join(map(str, shapes))}")
-    raws = [_packed(each.w_in, weights) + _packed(each.w_out, weights) for each in every]
-    sizes = [-(-len(raw) // ALIGNED) * ALIGNED for raw in raws]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    experts = [
-        _Expert(start=int(start), size=len(raw), crc32=zlib.crc32(raw), sha256=sha256_of(raw))
-        for start, raw in zip(starts, raws, strict=False)
-    ]
+    experts, start = list[_Expert](), 0
+    for each in every:  # packed twice, so that one of them at a time is held
+        raw = _packed(each, weights)
+        experts.append(_Expert(start=start, size=len(raw), crc32=zlib.crc32(raw), sha256=sha256_of(raw)))
+        start += -(-len(raw) // ALIGNED) * ALIGNED
     header = _Header(
         weights=weights, source=source_of(layers), d_model=shape[1], d_ff=shape[0] // 2, layers=len(layers),
         num_experts=len(layers[0].experts), experts=experts,
@@ -80,16 +77,22 @@ def write(path: Path | str, layers: Sequence[MoELayer], weights: Weights = "floa
     said = header.model_dump_json().encode()
     head = MAGIC + b"%d %s\n" % (len(said), sha256_of(said).encode()) + said
     head += bytes(-len(head) % ALIGNED)
-    body = b"".join(raw + bytes(size - len(raw)) for raw, size in zip(raws, sizes, strict=True))
-    write_bytes(Path(path), head + body)
+    body = (raw + bytes(-len(raw) % ALIGNED) for raw in (_packed(each, weights) for each in every))
+    write_bytes(Path(path), chain([head], body))
+
+
+def expert_bytes(d_model: int, d_ff: int, weights: Weights) -> int:
+    """Bytes of an expert."""
+    return _bytes((2 * d_ff, d_model), weights) + _bytes((d_model, d_ff), weights)
 
 
 def source_of(layers: Sequence[MoELayer]) -> str:
     """SHA-256 of the weights of all experts."""
-    return digest({
-        f"{number}/{name}": value.detach().cpu().float()
-        for number, layer in enumerate(layers) for name, value in layer.experts.named_parameters()
-    })  # fmt: skip
+    each = [
+        digest({name: value.detach().cpu().float() for name, value in expert.named_parameters()})
+        for layer in layers for expert in layer.experts
+    ]  # fmt: skip
+    return sha256_of("\n".join(each).encode())
 
 
 class ExpertFile:
@@ -105,10 +108,10 @@ class ExpertFile:
             self._file = os.open(self.path, os.O_RDONLY)
         try:
             self.header, self._body = self._read_header()
+            self.direct = direct and self._open_direct()
         except BaseException:
             os.close(self._file)
             raise
-        self.direct = direct and self._open_direct()
         self._buffers = threading.local()
 
     def __enter__(self) -> ExpertFile:
@@ -175,27 +178,30 @@ class ExpertFile:
             if magic + b"\n" != MAGIC or not 0 < length < LARGEST:
                 raise ValueError("it begins otherwise")
             begin = len(magic) + len(numbers) + 2
-            said = os.pread(self._file, length, begin)
+            with self._named("it cannot be read"):
+                said = os.pread(self._file, length, begin)
             if sha256_of(said) != sha256:
                 raise ValueError("its header is damaged")
             header = _Header.model_validate_json(said)
             if len(header.experts) != header.layers * header.num_experts:
                 raise ValueError(f"it lists {len(header.experts)} experts")
-            shapes = (2 * header.d_ff, header.d_model), (header.d_model, header.d_ff)
-            if {each.size for each in header.experts} != {sum(_bytes(shape, header.weights) for shape in shapes)}:
+            wanted = expert_bytes(header.d_model, header.d_ff, header.weights)
+            if {each.size for each in header.experts} != {wanted}:
                 raise ValueError("its experts are of other sizes than its settings say")
         except (ValueError, IndexError, UnicodeDecodeError, ValidationError, json.JSONDecodeError) as error:
             raise OffloadError(f"{self.path} is no file of experts: {one_line(error)}") from error
         return header, -(-(begin + length) // ALIGNED) * ALIGNED
 
     def _open_direct(self) -> bool:
-        try:
-            direct = os.open(self.path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                return False
-            raise OffloadError(f"{self.path}: it cannot be opened: {error.strerror}") from error
         if not hasattr(os, "O_DIRECT"):
+            return False
+        try:
+            direct = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+        except OSError:
+            return False
+        try:
+            os.preadv(direct, [mmap.mmap(-1, ALIGNED)], 0)
+        except OSError:
             os.close(direct)
             return False
         os.close(self._file)
@@ -217,7 +223,11 @@ class ExpertFile:
             raise OffloadError(f"{self.path}: {what}: {error.strerror}") from error
 
 
-def _packed(weight: torch.Tensor, weights: Weights) -> bytes:
+def _packed(expert: Any, weights: Weights) -> bytes:
+    return _matrix(expert.w_in, weights) + _matrix(expert.w_out, weights)
+
+
+def _matrix(weight: torch.Tensor, weights: Weights) -> bytes:
     plain = weight.detach().float().cpu().contiguous()
     if weights in BITS:
         return quantize(plain.numpy(), BITS[weights])

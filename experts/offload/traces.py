@@ -28,13 +28,14 @@ COLUMNS = {name: np.int64 for name in ("turn", "phase", "step", "layer", "slot",
 @dataclass(frozen=True)
 class Trace:
     """Events in the order in which they happened: `layer [N]`, and `experts [N, K]`, -1 for none, that a token needs at
-    once. `expert_bytes [L]` is the size of an expert. The first `warm` events are of a prompt; they are not counted."""
+    once, the most important first. `expert_bytes [L]` is the size of an expert. Events of prompts are not
+    `counted [N]`."""
 
     layer: np.ndarray
     experts: np.ndarray
     num_experts: int
     expert_bytes: np.ndarray
-    warm: int = 0
+    counted: np.ndarray
 
     @property
     def layers(self) -> int:
@@ -44,7 +45,7 @@ class Trace:
     @property
     def requests(self) -> int:
         """Experts that are asked for and counted."""
-        return int((self.experts[self.warm :] >= 0).sum())
+        return int((self.experts[self.counted] >= 0).sum())
 
 
 def read(path: Path | str) -> Trace:
@@ -76,8 +77,8 @@ def read(path: Path | str) -> Trace:
     found = np.full((int(event[-1]) + 1, int(place.max()) + 1), -1)
     found[event, place] = frame["expert"]
     first = np.searchsorted(event, np.arange(len(found)))
-    warm = int((keys[first, 1] == PROMPT).sum())
-    return Trace(keys[first, 3], found, experts, np.array([sizes[layer] for layer in range(layers)]), warm)
+    counted = keys[first, 1] != PROMPT
+    return Trace(keys[first, 3], found, experts, np.array([sizes[layer] for layer in range(layers)]), counted)
 
 
 def record(model: LanguageModel, texts: Sequence[Sequence[int]], k: Experts | None = None) -> Trace:
@@ -87,11 +88,12 @@ def record(model: LanguageModel, texts: Sequence[Sequence[int]], k: Experts | No
     for ids in texts:
         with torch.inference_mode():
             routing = model.network(torch.tensor([list(ids)]), k).routing
-        members_TLE = torch.stack([each.members for each in routing], 1)
-        order = members_TLE.float().topk(settings.k, dim=-1)
-        parts.append(order.indices.masked_fill(order.values == 0, -1).flatten(0, 1).numpy())
+        chosen = [each.logits.masked_fill(~each.members, -torch.inf) for each in routing]
+        order = torch.stack(chosen, 1).sort(dim=-1, descending=True)
+        parts.append(order.indices.masked_fill(order.values.isneginf(), -1).flatten(0, 1).numpy())
     found = np.concatenate(parts)
+    found = found[:, : max(1, int((found >= 0).sum(1).max()))]
     block: Any = model.network.blocks[0]
     size = sum(weight.nbytes for weight in block.moe.experts[0].parameters())
     layer = np.tile(np.arange(settings.layers), len(found) // settings.layers)
-    return Trace(layer, found, settings.num_experts, np.full(settings.layers, size))
+    return Trace(layer, found, settings.num_experts, np.full(settings.layers, size), np.ones(len(found), dtype=bool))

@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+import moe_envs
 from benchmarks.cli.benchmark import app
 from benchmarks.leaderboards import board_of, report
 from benchmarks.leaderboards.board import SEEDS
 from benchmarks.results.scores import score
 from benchmarks.runner import runner
-from benchmarks.runner.experiments import RunnerError
+from benchmarks.runner.experiments import RunnerError, require_trusted
 from benchmarks.runner.matrix import Matrix, jobs_of
 from benchmarks.runner.rows import Row, read
 from tests.processes import Here
@@ -232,3 +233,10 @@ def test_unknown_policies_are_told_before_anything_runs() -> None:
         jobs_of(Matrix(experiment="MoEMetaOpt-v0", setups={"mine": {"policy": "DQN"}}))
     with pytest.raises(RunnerError, match="episodes=5: nothing is judged by episodes here"):
         jobs_of(Matrix(experiment="MoECompression-v0", settings={"episodes": 5}))
+
+
+@pytest.mark.parametrize("name", sorted(moe_envs.SPECS))
+def test_a_board_trusts_what_it_offers_and_nothing_else(name: str, tmp_path: Path) -> None:
+    require_trusted(name, board_of(name).SETTINGS.values(), tmp_path, ())
+    with pytest.raises(RunnerError, match="--trust os:getcwd"):
+        require_trusted(name, [{"policy": "os:getcwd"}], tmp_path, ())

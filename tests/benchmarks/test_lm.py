@@ -72,6 +72,7 @@ def test_a_finished_run_resumes_to_the_same(made: tuple[Path, Path], tmp_path: P
         (["train"], "give --data and --out"),
         (["train", "--resume", "x", "-s", "steps=3"], "keeps its settings"),
         (["generate", "language", "--k", "a"], "one for each layer as"),
+        (["generate", "language", "--weights", "int8"], "--weights needs --memory"),
         (["generate", "language", "--memory", "2QB"], "must be a number of bytes"),
         (["generate", "language", "--memory", "2MB", "--policy", "x"], "is not one of lru"),
         (["generate", "language", "--memory", "2MB", "--weights", "x"], "is not one of float32"),

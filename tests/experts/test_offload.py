@@ -1,9 +1,12 @@
 """Experts on the disk: the file, the pool, the model over them, and replays of recorded routing."""
 
+import gc
 import itertools
 import os
 import threading
+import weakref
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,7 @@ def drawn(events: int, layers: int = 1, experts: int = 8, k: int = 2, seed: int 
     for event in range(events):
         odds = np.exp(-np.abs((np.arange(experts) - event * drift) % experts - 3))
         rows.append(random.choice(experts, k, replace=False, p=odds / odds.sum()))
-    return Trace(np.arange(events) % layers, np.array(rows), experts, np.full(layers, 10))
+    return Trace(np.arange(events) % layers, np.array(rows), experts, np.full(layers, 10), np.ones(events, dtype=bool))
 
 
 def plain_lru(events: list[tuple[int, ...]], size: int) -> int:
@@ -193,9 +196,9 @@ def test_no_rule_is_above_belady_and_sums_are_right() -> None:
 
 def test_a_prompt_warms_and_is_not_counted() -> None:
     trace = drawn(100)
-    warmed = Trace(trace.layer, trace.experts, 8, trace.expert_bytes, warm=50)
+    warmed = replace(trace, counted=np.arange(100) >= 50)
     whole, half = replay(trace, "lru", 0.5), replay(warmed, "lru", 0.5)
-    first = replay(Trace(trace.layer[:50], trace.experts[:50], 8, trace.expert_bytes), "lru", 0.5)
+    first = replay(replace(trace, counted=np.arange(100) < 50), "lru", 0.5)
     assert half.requests == 100
     assert half.hits == whole.hits - first.hits
 
@@ -219,7 +222,8 @@ def test_recorded_traces_are_read(tmp_path: Path) -> None:
     found = traces.read(path)
     assert found.layer.tolist() == [0, 0, 1, 0]
     assert found.experts.tolist() == [[7, -1], [3, 1], [2, -1], [3, -1]]
-    assert (found.warm, found.requests, found.layers, found.num_experts) == (1, 4, 2, 8)
+    assert found.counted.tolist() == [False, True, True, True]
+    assert (found.requests, found.layers, found.num_experts) == (4, 2, 8)
     assert replay(found, "lru", 0.5).bytes == 100 + 100 + 200
     for wrong in (
         TRACE[10:],
@@ -256,7 +260,11 @@ def test_the_models_own_routing_is_recorded(model: LanguageModel, ids: torch.Ten
     for layer, each in enumerate(routing):
         taken = trace.experts[trace.layer == layer][20:]
         assert [set(row) for row in taken.tolist()] == [set(row.nonzero()[:, 0].tolist()) for row in each.members]
+    logits = routing[0].logits
+    first = trace.experts[trace.layer == 0][20:]
+    assert first[:, 0].tolist() == logits.argmax(-1).tolist()  # the most important first
     assert traces.record(model, ids.tolist(), k=[2, 1, 0]).requests == 40 * 3
+    assert traces.record(model, ids.tolist(), k=4).requests == 40 * 3 * 4
     assert trace.expert_bytes.tolist() == [EACH] * 3
 
 
@@ -274,9 +282,45 @@ def test_an_offloaded_model_answers_as_before(model: LanguageModel, ids: torch.T
         torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-4, rtol=1e-4)
         found = offloaded.statistics()
         assert found["tokens"] == 3 * 40
-        assert found["hits"] + found["loads"] - found["prefetched"] + found["prefetched_used"] >= found["requests"] > 0
+        assert 0 < found["requests"] - found["hits"] <= found["loads"]
         assert found["bytes"] == found["loads"] * EACH
         assert 0 < found["prefetch_accuracy"] <= 1
+    with pytest.raises(OffloadError, match="was closed"):
+        model.network(ids)
+
+
+def test_without_prefetch_each_miss_is_a_load_and_memory_is_bounded(model: LanguageModel, ids: torch.Tensor) -> None:
+    wanted = model.network(ids).logits
+    with OffloadedModel(model, memory=2 * EACH + 5) as offloaded:
+        held = []
+
+        def count(module: Any, given: Any) -> None:
+            experts = [each for layer in offloaded.layers for each in layer.experts]
+            mine = {each.raw.data_ptr() for each in experts if each.raw is not None}  # type: ignore[union-attr]
+            there = {future.result().data_ptr() for future in offloaded.pool._there.values()}
+            held.append(len(mine | there))
+
+        for layer in offloaded.layers:
+            for expert in layer.experts:
+                expert.register_forward_pre_hook(count)
+        torch.testing.assert_close(model.network(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+        assert max(held) == 2
+        found = offloaded.statistics()
+        assert found["hits"] + found["loads"] == found["requests"]
+
+
+def test_the_most_important_stay(file: Path) -> None:
+    with ExpertFile(file) as opened:
+        pool = ExpertPool(opened, 2 * EACH)
+        assert sorted(pool.take(0, [3, 1, 0, 2])) == [1, 3]
+        assert pool.resident == {(0, 3), (0, 1)}
+        assert torch.equal(pool.once(0, 2), opened.read(0, 2))
+        assert pool.resident == {(0, 3), (0, 1)}
+        pool.close()
+    many = Trace(
+        np.zeros(2, dtype=int), np.array([[3, 1, 0, 2], [3, 1, -1, -1]]), 8, np.full(1, 10), np.ones(2, dtype=bool)
+    )
+    assert replay(many, "lru", 0.25).hits == 2
 
 
 def test_with_room_for_all_each_expert_is_read_once(model: LanguageModel, ids: torch.Tensor) -> None:
@@ -406,7 +450,7 @@ def test_threads_share_a_pool(file: Path) -> None:
 def test_a_rule_says_when_all_must_be_kept(rule: type[Eviction]) -> None:
     made = rule(2)
     for key in ((0, 1), (0, 2)):
-        made.begin()
+        made.begin(0)
         made.miss(key)
         made.inserted(key)
     with pytest.raises(LookupError):
@@ -421,8 +465,15 @@ def test_a_model_of_transformers_is_offloaded() -> None:
     from tests.experts.test_huggingface import tiny
 
     theirs = tiny("Qwen3Moe")
+    stacked = weakref.ref(theirs.model.layers[0].mlp.experts.gate_up_proj)
     ids = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(1))
     wanted = theirs(ids).logits
-    with OffloadedModel(adapt(theirs), memory=3 * 4 * 3 * 24 * 32) as offloaded:
+    adapted = adapt(theirs)
+    with pytest.raises(ValueError, match="not even one expert"):
+        OffloadedModel(adapted, memory=10)
+    torch.testing.assert_close(theirs(ids).logits, wanted)
+    with OffloadedModel(adapted, memory=3 * 4 * 3 * 24 * 32) as offloaded:
+        gc.collect()
+        assert stacked() is None
         torch.testing.assert_close(theirs(ids).logits, wanted, atol=1e-4, rtol=1e-4)
         assert offloaded.statistics()["loads"] > 3

@@ -116,7 +116,7 @@ def test_an_interrupted_rebuild_goes_on_and_a_finished_one_begins_anew(
 
     with pytest.raises(Stop):
         reference.build(tmp_path / "model", **sizes, report=stop)
-    with pytest.raises(ValueError, match="run with other settings"):
+    with pytest.raises(ValueError, match="run with other settings or of another corpus"):
         reference.build(tmp_path / "model", data, SIZE, SETTINGS)
     shares: list[float] = []
     built = reference.build(tmp_path / "model", **sizes, report=lambda share, line: shares.append(share))
