@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+import moe_envs
 from agents import tuned
 from agents.baselines import on_split
 from agents.checkpoints import CheckpointError
@@ -141,7 +142,7 @@ def train(
 ) -> Trained:
     """Train an algorithm on the training split of an environment, with tuned settings by default.
 
-    The agent is validated `looks` times, by `judge`, or by default by the mean return of 1,000 validation episodes.
+    The agent is validated `looks` times, by `judge`, or by default by the mean return of validation episodes.
     `prepare` may modify the agent and returns the callback after each update; `report` receives the finished share.
     Uses one torch thread, which is fastest for such small networks.
     """
@@ -203,9 +204,10 @@ def parting(curve: list[Look]) -> str | None:
     )
 
 
-def by_return(env_id: str, env_kwargs: dict[str, Any], episodes: int = EPISODES) -> Judge:
-    """Scores an agent by its mean return on validation."""
-    rows: list[Any] = []
+def by_return(env_id: str, env_kwargs: dict[str, Any], episodes: int | None = None) -> Judge:
+    """Scores an agent by its mean return in validation episodes, by default as many as the environment's spec says."""
+    spec, rows = moe_envs.SPECS.get(env_id.rpartition(":")[2]), list[Any]()
+    episodes = episodes or (spec.validation_episodes if spec else EPISODES)
 
     def judge(agent: Any) -> float:
         if not rows:

@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 QUICK = {
     "seeds": [0],
-    "setups": {"short": {"timesteps": 2048, "passages": 1, "texts": 8, "repeats": 3, "tokens": 8}},
+    "setups": {"short": {"timesteps": 2048, "passages": 1, "texts": 8, "repeats": 1, "tokens": 8}},
 }
 MODES = {"decode, 1 row": (1, 1), "decode, 64 rows": (64, 1), "prompt of 512": (1, 512), "prompts of 2,048": (4, 512)}
 SEEN = 32  # tokens in the cache when a token is decoded

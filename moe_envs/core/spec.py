@@ -31,6 +31,7 @@ class Spec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     nondeterministic: bool = False
     splits: tuple[str, ...] = ("validation", "test")  # for selection and reports; () without argument `split`
+    validation_episodes: int = 1000  # on which a training is validated, each time
     boards: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {"default": {}}
     )  # arguments of the leaderboard splits

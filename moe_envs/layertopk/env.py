@@ -316,6 +316,7 @@ SPEC = Spec(
     entry_point="moe_envs.layertopk:MoELayerTopKEnv",
     baselines="agents.baselines.layertopk",
     reference_point=(1.0, -1.0),
+    validation_episodes=200,
     boards={
         **{f"cost weight {weight:g}": {"cost_weight": weight} for weight in (0.05, 0.1, 0.2)},
         **{f"budget {budget:g}": {"cost_weight": 0.0, "budget": budget} for budget in (0.75, 1.5)},
