@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-import moe_envs
 from agents import tuned
-from agents.baselines import on_split
+from agents.baselines import on_split, validation_episodes
 from agents.checkpoints import CheckpointError
 from agents.evaluate import MAX_ROWS, make_rows, play
 from cost.files import load_json, save_json
@@ -21,7 +20,7 @@ from cost.files import load_json, save_json
 if TYPE_CHECKING:
     from agents.learner import Learner
 
-LOOKS, EPISODES = 10, 1000
+LOOKS = 10
 MEMORISED = 0.01  # share of the return that training must gain and validation lose
 BEST, CURVE = "best", "validation.json"
 Judge = Callable[[Any], float]  # validation score of an agent, higher is better
@@ -206,8 +205,7 @@ def parting(curve: list[Look]) -> str | None:
 
 def by_return(env_id: str, env_kwargs: dict[str, Any], episodes: int | None = None) -> Judge:
     """Scores an agent by its mean return in validation episodes, by default as many as the environment's spec says."""
-    spec, rows = moe_envs.SPECS.get(env_id.rpartition(":")[2]), list[Any]()
-    episodes = episodes or (spec.validation_episodes if spec else EPISODES)
+    rows, episodes = list[Any](), episodes or validation_episodes(env_id)
 
     def judge(agent: Any) -> float:
         if not rows:

@@ -30,6 +30,12 @@ def find(env_id: str) -> Baselines:
     return baselines
 
 
+def validation_episodes(env_id: str) -> int:
+    """Episodes on which a training in an environment is validated, each time."""
+    spec = moe_envs.SPECS.get(env_id.rpartition(":")[2])
+    return spec.validation_episodes if spec else 1000
+
+
 def on_split(env_id: str, env_kwargs: dict[str, Any], split: str) -> dict[str, Any]:
     """Add `split` to the arguments if the environment has it; other environments differ by seed only."""
     spec = moe_envs.SPECS.get(env_id.rpartition(":")[2])

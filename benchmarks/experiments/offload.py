@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,14 @@ from experts.offload import ExpertFile, OffloadedModel
 from experts.offload.store import write
 
 LOADS, DECODE = "loads", "decode"
-SIZES = {"100 kB": (96, 88), "600 kB": (192, 256), "3 MB": (512, 512), "13 MB": (1024, 1024), "40 MB": (2048, 1664)}
+Size = Literal["100 kB", "600 kB", "3 MB", "13 MB", "40 MB"]
+SIZES: dict[Size, tuple[int, int]] = {
+    "100 kB": (96, 88),
+    "600 kB": (192, 256),
+    "3 MB": (512, 512),
+    "13 MB": (1024, 1024),
+    "40 MB": (2048, 1664),
+}
 ROWS = (1, 4, 16, 64)
 ALL = "all in memory"
 POLICIES = ("lru", "sieve", "lrfu", "least-stale")
@@ -44,8 +51,8 @@ QUICK = {
 class OffloadSetup(Arguments):
     """`repeats` loads of each of `sizes`; `texts` of `tokens` tokens decoded, a `share` of the experts in memory."""
 
-    what: str = LOADS
-    sizes: list[str] = list(SIZES)
+    what: Literal["loads", "decode"] = "loads"
+    sizes: list[Size] = list(SIZES)
     repeats: int = 100
     model: str = "language"
     share: float = 0.375
