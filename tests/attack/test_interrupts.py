@@ -93,7 +93,7 @@ def _bundle(count: int) -> Callable[[Path], object]:
 
 
 def _train(folder: Path) -> object:
-    training.EPISODES, before = 10, training.EPISODES
+    before, training.validation_episodes = training.validation_episodes, lambda env_id: 10
     try:
         if (folder / "run" / runs.STARTED).exists() and not (folder / "run" / runs.SETTINGS).exists():
             return runs.resume(folder / "run")
@@ -101,7 +101,7 @@ def _train(folder: Path) -> object:
             return None
         return runs.train(ENV, "ppo", 3, folder / "run", {"bundle": "digits"}, SHORT)
     finally:
-        training.EPISODES = before
+        training.validation_episodes = before
 
 
 def _run_of(folder: Path) -> object:
