@@ -26,20 +26,8 @@ PASSAGES = 12  # of a domain on which rules are tuned
 SHORTLIST = 24  # static numbers that are judged on all of these passages
 MENU = 1024  # static numbers that are all tried; of more, those on a greedy way are
 RESERVES = (0.0, 0.5, 0.75, 1.0)  # experts kept for each later decision, under a budget
-PRICES = (
-    0.0,
-    0.003,
-    0.006,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.04,
-    0.06,
-    0.08,
-    0.16,
-    0.32,
-)  # of an expert, in nats of its token, under a budget
+# Prices of an expert that are tried under a budget, in nats of its token
+PRICES = (0.0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.16, 0.32)
 GRIDS: dict[str, tuple[float, ...]] = {
     "top-p": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01),
     "minimum probability": (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22, 0.3, 0.4, 1.01),
@@ -216,11 +204,8 @@ class Tuning:
     def __init__(self, env_kwargs: dict[str, Any], passages: int = PASSAGES) -> None:
         env: Any = make_rows(ID, 1, **{**env_kwargs, "split": "validation", "granularity": "layer"}).unwrapped
         self.stepped: SteppedModel = env.stepped
-        self.weight, self.budget, self.by_divergence = (
-            env.reward.cost_weight,
-            env_kwargs.get("budget"),
-            env.by_divergence,
-        )
+        self.weight, self.budget = env.reward.cost_weight, env_kwargs.get("budget")
+        self.by_divergence = env.by_divergence
         self.relative = env.relative_costs()
         self.prices = env.prices()
         self.unlimited = self.prices - env.scarcity() * np.arange(env.k + 1)  # as if there were no budget

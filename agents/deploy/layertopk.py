@@ -26,8 +26,8 @@ class AdaptiveK:
 
     `policy` is a learner of MoELayerTopK-v0 with `observation="token"` and `granularity="layer"`, ours or SB3's, a rule
     of `agents.baselines.layertopk` without budget, or a function of layer, inputs `[N, D]` and logits `[N, E]`, as
-    `AdaK` is one. `model` is a `LanguageModel`, or an `AdaptedModel` of
-    transformers, whose calls are routed inside `with adaptive.active(): ...`. Raises `ValueError` for another policy.
+    `AdaK` is one. `model` is a `LanguageModel`, or an `AdaptedModel` of transformers, whose calls are routed inside
+    `with adaptive.active(): ...`. Raises `ValueError` for another policy.
     """
 
     def __init__(self, model: LanguageModel | AdaptedModel, policy: Any) -> None:
