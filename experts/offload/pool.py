@@ -51,7 +51,7 @@ class ExpertPool:
 
     def __init__(self, file: ExpertFile, memory: int, rule: str | Callable[[int], Eviction] = "lru") -> None:
         own = file.header
-        self.file, self.memory, self.each = file, memory, file.size(0, 0)
+        self.file, self.each = file, file.size(0, 0)
         self.capacity = min(fitting(memory, self.each), own.layers * own.num_experts)
         self.rule = make(rule, self.capacity) if isinstance(rule, str) else rule(self.capacity)
         self.counts, self.closed = Statistics(), False

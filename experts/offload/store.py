@@ -160,10 +160,6 @@ class ExpertFile:
             if sha256_of(self.read(layer, expert).numpy().tobytes()) != about.sha256:
                 raise OffloadError(f"{self.path} is damaged in expert {expert} of layer {layer}: write it anew")
 
-    def forget(self) -> None:
-        """Ask the system to drop the file from the page cache, for measurements where reads are not direct."""
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
-
     def _expert(self, layer: int, expert: int) -> _Expert:
         if not (0 <= layer < self.header.layers and 0 <= expert < self.header.num_experts):
             raise OffloadError(f"{self.path} has no expert {expert} in layer {layer}")
