@@ -112,7 +112,7 @@ TUNED["MoECompression-v0"] = {
 TUNED["MoELayerTopK-v0"] = {
     "ppo": {
         "n_envs": 256,
-        "total_timesteps": 1_000_000,
+        "total_timesteps": 400_000,
         "n_steps": 32,
         "batch_size": 4096,
         "n_epochs": 2,

@@ -206,7 +206,11 @@ def _measure(cases: list[Case], repeats: int, progress: bool) -> Profile:
     if not cases or len({case.name for case in cases}) < len(cases):
         raise ValueError(f"operations must be there and be different, got {[case.name for case in cases]}")
     timed = [Timed(run, case.threads, case.device) for case in cases for run in case.runs]
-    seconds, noise = time_steadily(timed, repeats, progress)
+    sizes = np.array([size for case in cases for size in case.sizes])
+    order = np.argsort(-sizes, kind="stable")  # a small one after a large one of another operation would be slow
+    measured, noise = time_steadily([timed[place] for place in order], repeats, progress)
+    seconds = np.empty_like(measured)
+    seconds[order] = measured
     counters = {device: open_counter(device) for device in {case.device for case in cases}}
     parts = np.split(seconds, np.cumsum([len(case.runs) for case in cases])[:-1])
     operations = {}

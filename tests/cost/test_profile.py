@@ -114,6 +114,12 @@ def test_a_module_over_a_grid() -> None:
         measure_module(module, torch.ones(3, 16), dtypes=("int8",))
 
 
+def test_large_batches_run_before_small_ones() -> None:
+    seen: list[tuple[str, int]] = []
+    measure({name: lambda n, name=name: lambda: seen.append((name, n)) for name in "ab"}, sizes=(1, 8), repeats=50)
+    assert [("a", 8), ("b", 8), ("a", 1), ("b", 1)] == seen[4:8]
+
+
 def test_measuring_leaves_threads_alone_and_needs_repeats_sizes_and_operations() -> None:
     with torch_threads(2):
         measure_experts(Model(), np.ones((64, 32), dtype=np.float32), repeats=50)
