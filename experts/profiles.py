@@ -22,8 +22,10 @@ from experts.tasks import Task
 if TYPE_CHECKING:
     from experts.compression.execution import Product
     from experts.language import LanguageModel
+    from experts.offload.store import Weights
 
 ROWS = (1, 4, 16, 64, 256, 512)  # of a language model's batch
+LOADS = "loads.json"  # in a language model's folder
 TRAINED_WIDTHS = (8, 16, 32, 64, 128)
 log = logging.getLogger("moe_envs")
 
@@ -137,6 +139,17 @@ def of_language(model: LanguageModel, folder: Path, costs: str, rows: int) -> np
     found = np.tile(attention + np.stack(experts), (model.settings.layers, 1, 1))
     found[-1] += head
     return found
+
+
+def of_loads(model: LanguageModel, folder: Path, costs: str, weights: Weights, size: int) -> np.ndarray:
+    """What loading 0 to k experts of `size` bytes at once costs, `[k + 1, 3]` in s, B and J."""
+    from experts.offload.loads import SLOW, load_costs, measure_loads
+
+    most, name = model.settings.k, f"loads-{model.sha256[:12]}"
+    if costs in SLOW:
+        return load_costs(SLOW[costs], size, most)
+    profile = _shipped_or_measured(name, "loads", folder / LOADS, costs, lambda: measure_loads(model, most))
+    return load_costs(profile.operations[f"load {weights}"], size, most)
 
 
 def _share(operation: Operation, rows: int) -> np.ndarray:

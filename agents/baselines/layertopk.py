@@ -18,7 +18,7 @@ from agents.baselines.supervised import values
 from agents.evaluate import make_rows, play
 from cost.timing import torch_threads
 from moe_envs.layertopk.env import MoELayerTopKVectorEnv
-from moe_envs.layertopk.model import SteppedModel
+from moe_envs.layertopk.model import PricedModel
 
 ID = "moe_envs:MoELayerTopK-v0"
 Count = Callable[["Routed"], np.ndarray]  # numbers of experts [n], by the router
@@ -203,7 +203,7 @@ class Tuning:
 
     def __init__(self, env_kwargs: dict[str, Any], passages: int = PASSAGES) -> None:
         env: Any = make_rows(ID, 1, **{**env_kwargs, "split": "validation", "granularity": "layer"}).unwrapped
-        self.stepped: SteppedModel = env.stepped
+        self.stepped: PricedModel = env.stepped
         self.weight, self.budget = env.reward.cost_weight, env_kwargs.get("budget")
         self.by_divergence = env.by_divergence
         self.relative = env.relative_costs()
@@ -276,7 +276,7 @@ class Tuning:
         return alike, best
 
 
-_statics: WeakKeyDictionary[SteppedModel, dict[tuple[bool, int], tuple[np.ndarray, np.ndarray]]] = WeakKeyDictionary()
+_statics: WeakKeyDictionary[PricedModel, dict[tuple[bool, int], tuple[np.ndarray, np.ndarray]]] = WeakKeyDictionary()
 
 
 def statics(tuning: Tuning, report: Callable[[float], object]) -> tuple[np.ndarray, np.ndarray]:

@@ -83,16 +83,29 @@ class Stepper:
             logits_mK, best_mK = torch.from_numpy(step.logits).topk(self.settings.k, dim=-1)
             taken_mK = torch.arange(self.settings.k) < torch.from_numpy(k)[:, None]
             weights_mK = logits_mK.masked_fill(~taken_mK, -torch.inf).softmax(-1).nan_to_num(0.0)
-            order, places_mK = self._sorted(best_mK, taken_mK)
-            inputs_mD = torch.from_numpy(step.inputs)
-            rows_ND = torch.cat([inputs_mD, inputs_mD.new_zeros(1, inputs_mD.shape[1])])[order[0]]
-            answers = [rows_ND.new_zeros(1, rows_ND.shape[1])]
-            experts = self.blocks[layer].moe.experts
-            for expert, part in zip(order[1], rows_ND.split(order[2]), strict=True):
-                gate, up = F.linear(part, experts[expert].w_in).chunk(2, dim=-1)
-                answers.append(F.linear(F.silu(gate) * up, experts[expert].w_out))
-            found_mKD = torch.cat(answers)[places_mK] * weights_mK[..., None]
-            stream += found_mKD.sum(1).numpy()
+            self._mix(layer, stream, step.inputs, best_mK, weights_mK, taken_mK)
+
+    def mix(self, layer: int, stream: np.ndarray, inputs: np.ndarray, experts: np.ndarray, weights: np.ndarray) -> None:
+        """Add to the streams `[m, D]` what `experts [m, K]` return for the inputs `[m, D]`, times their weights; those
+        of weight 0 do not run."""
+        with torch.inference_mode():
+            weights_mK = torch.from_numpy(weights)
+            self._mix(layer, stream, inputs, torch.from_numpy(experts), weights_mK, weights_mK > 0)
+
+    def _mix(
+        self, layer: int, stream: np.ndarray, inputs: np.ndarray, experts_mK: torch.Tensor, weights_mK: torch.Tensor,
+        taken_mK: torch.Tensor,
+    ) -> None:  # fmt: skip
+        order, places_mK = self._sorted(experts_mK, taken_mK)
+        inputs_mD = torch.from_numpy(inputs)
+        rows_ND = torch.cat([inputs_mD, inputs_mD.new_zeros(1, inputs_mD.shape[1])])[order[0]]
+        answers = [rows_ND.new_zeros(1, rows_ND.shape[1])]
+        for expert, part in zip(order[1], rows_ND.split(order[2]), strict=True):
+            own: Any = self.blocks[layer].moe.experts[expert]
+            gate, up = F.linear(part, own.w_in).chunk(2, dim=-1)
+            answers.append(F.linear(F.silu(gate) * up, own.w_out))
+        found_mKD = torch.cat(answers)[places_mK] * weights_mK[..., None]
+        stream += found_mKD.sum(1).numpy()
 
     @staticmethod
     def projected(inputs: np.ndarray, projection: np.ndarray) -> np.ndarray:

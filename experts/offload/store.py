@@ -86,6 +86,15 @@ def expert_bytes(d_model: int, d_ff: int, weights: Weights) -> int:
     return _bytes((2 * d_ff, d_model), weights) + _bytes((d_model, d_ff), weights)
 
 
+def rounded(expert: Any, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """`w_in` and `w_out` of a SwiGLU as they are read from a file of this precision."""
+    first, second = (
+        _unpacked(torch.frombuffer(bytearray(_matrix(each, weights)), dtype=torch.uint8), tuple(each.shape), weights)
+        for each in (expert.w_in, expert.w_out)
+    )
+    return first, second
+
+
 def source_of(layers: Sequence[MoELayer]) -> str:
     """SHA-256 of the weights of all experts."""
     each = [

@@ -52,14 +52,14 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         energy_weight: NonNegative = 0.0,
         **face: Unpack[Face],
     ) -> None:
-        from moe_envs.layertopk.model import SteppedModel  # imports torch, as LayerInputs does
+        from moe_envs.layertopk.model import PricedModel  # imports torch, as LayerInputs does
 
         choose("split", split, SPLITS)
         choose("granularity", granularity, GRANULARITIES)
         choose("observation", observation, OBSERVATIONS)
         choose("quality", quality, QUALITIES)
         choose("costs", costs, COSTS)
-        self.stepped = stepped = SteppedModel.of(model, text, split, tokens, costs, width)
+        self.stepped = stepped = PricedModel.of(model, text, split, tokens, costs, width)
         self.layers, self.k, self.tokens = stepped.layers, stepped.k, stepped.size
         reward = Reward.of(cost_weight, stepped.reference, Cost(time_weight, memory_weight, energy_weight))
         single = spaces.Discrete(self.k + 1) if granularity == "layer" else None
@@ -88,7 +88,9 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         """Start episodes, on the passages `options["passage"]`, a number or one for each row, if they are given."""
         asked = (options or {}).get("passage")
         if asked is not None:
-            self._asked = self.stepped.check_passages(asked, self.num_envs)
+            from moe_envs.core.stepped import check_numbers
+
+            self._asked = check_numbers("passage", asked, len(self.stepped.passages.ids), self.num_envs)
         try:
             return super().reset(seed=seed, options=options)
         finally:

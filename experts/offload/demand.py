@@ -1,0 +1,121 @@
+"""How much an expert will be asked for soon, from what was asked for: what decides which experts stay in memory.
+
+Shape legend: n rows (texts side by side), m rows that are in some layer now, T tokens, L layers, E experts, K the
+experts of a token, H half-lives, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+HALF_LIVES = (4.0, 16.0, 64.0, np.inf)  # tokens
+DECAYS = np.array([0.5 ** (1 / each) for each in HALF_LIVES], dtype=np.float32)
+FORGET = 8.0  # tokens in which the feature "age" halves
+GAMMA = 0.9  # a request counts less by this factor for each token that it is later
+RIDGE = 1.0
+FEATURES = 9
+
+
+@dataclass
+class Requests:
+    """What n texts asked for so far: `uses [n, L, E, H]`, sums of requests that count half after each half-life,
+    `last [n, L, E]`, the token of the last request, higher by a fraction the more important it was, and `tokens
+    [n, L]` seen."""
+
+    uses: np.ndarray
+    last: np.ndarray
+    tokens: np.ndarray
+
+    @classmethod
+    def empty(cls, rows: int, layers: int, experts: int) -> Requests:
+        """Nothing asked for yet."""
+        uses = np.zeros((rows, layers, experts, len(HALF_LIVES)), dtype=np.float32)
+        last = np.full((rows, layers, experts), -1000.0, dtype=np.float32)
+        return cls(uses, last, np.zeros((rows, layers), dtype=np.int64))
+
+    def forget(self, rows: np.ndarray) -> None:
+        """New texts begin in these rows."""
+        self.uses[rows], self.last[rows], self.tokens[rows] = 0, -1000.0, 0
+
+    def add(self, rows: np.ndarray, layer: np.ndarray, wanted_mK: np.ndarray) -> None:
+        """The next token's request in a layer of these rows, the most important expert first."""
+        each, k = np.arange(len(rows))[:, None], wanted_mK.shape[1]
+        now = self.tokens[rows, layer][:, None]
+        uses, last = self.uses[rows, layer] * DECAYS, self.last[rows, layer]
+        uses[each, wanted_mK] += 1
+        last[each, wanted_mK] = now + (1 - np.arange(k) / k) / 2
+        self.uses[rows, layer], self.last[rows, layer] = uses, last
+        self.tokens[rows, layer] += 1
+
+    def features(
+        self, rows: np.ndarray, layer: np.ndarray, odds_mE: np.ndarray, frequency_LE: np.ndarray
+    ) -> np.ndarray:
+        """`[m, E, F]` after `add`: the router's probability, its place among the best as 1 or 0, requests by half-life,
+        age, how often the expert is asked for in other texts, 1."""
+        uses, last = self.uses[rows, layer], self.last[rows, layer]
+        seen = self.tokens[rows, layer][:, None]
+        found = np.empty((*odds_mE.shape, FEATURES), dtype=np.float32)
+        found[..., 0] = odds_mE
+        found[..., 1] = last >= seen - 1
+        found[..., 2:5] = uses[..., :3] * (1 - DECAYS[:3])
+        found[..., 5] = uses[..., 3] / seen
+        found[..., 6] = 0.5 ** ((seen - 1 - np.floor(last)) / FORGET)
+        found[..., 7] = frequency_LE[layer]
+        found[..., 8] = 1.0
+        return found
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A linear prediction, for each layer, of the discounted number of requests for an expert in the tokens to come,
+    over that of an expert that all of them ask for. `weights [L, F]`; `frequency [L, E]` is the share of tokens that
+    asked for each expert in the texts it was fitted to."""
+
+    weights: np.ndarray
+    frequency: np.ndarray
+
+    def predict(self, requests: Requests, rows: np.ndarray, layer: np.ndarray, odds_mE: np.ndarray) -> np.ndarray:
+        """Predicted demand `[m, E]`, after `Requests.add` of the present token."""
+        features, weights = requests.features(rows, layer, odds_mE, self.frequency), self.weights[layer]
+        found = features[..., 0] * weights[:, :1]
+        for place in range(1, FEATURES):  # in this order, so that a row's sum does not depend on the rows beside it
+            found += features[..., place] * weights[:, place, None]
+        return np.asarray(found)
+
+    @classmethod
+    def fit(cls, logits_nTLE: np.ndarray, k: int) -> Demand:
+        """By ridge regression, on router logits of n texts."""
+        rows, tokens, layers, experts = logits_nTLE.shape
+        wanted = best(logits_nTLE, k)
+        asked = np.zeros(logits_nTLE.shape, dtype=np.float32)
+        np.put_along_axis(asked, wanted, 1.0, axis=-1)
+        frequency = asked.mean((0, 1))
+        future, target = np.zeros_like(asked[:, 0]), np.zeros_like(asked)
+        for token in range(tokens - 1, -1, -1):
+            target[:, token] = future * (1 - GAMMA)
+            future = asked[:, token] + GAMMA * future
+        requests, every = Requests.empty(rows, layers, experts), np.arange(rows)
+        square, mixed = np.zeros((layers, FEATURES, FEATURES)), np.zeros((layers, FEATURES))
+        for token in range(tokens):
+            for layer in range(layers):
+                here = np.full(rows, layer)
+                requests.add(every, here, wanted[:, token, layer])
+                features = requests.features(every, here, odds(logits_nTLE[:, token, layer]), frequency)
+                flat = features.reshape(-1, FEATURES).astype(np.float64)
+                square[layer] += flat.T @ flat
+                mixed[layer] += flat.T @ target[:, token, layer].ravel()
+        square += RIDGE * np.eye(FEATURES)
+        return cls(np.linalg.solve(square, mixed[..., None])[..., 0].astype(np.float32), frequency)
+
+
+def odds(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    found = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(found / found.sum(-1, keepdims=True))
+
+
+def best(logits: np.ndarray, k: int) -> np.ndarray:
+    """The k largest along the last axis, the largest first; of equal ones the first."""
+    return np.argsort(-logits, axis=-1, kind="stable")[..., :k]

@@ -1,0 +1,420 @@
+"""MoEExpertCache-v0: which experts of a language model are loaded into a memory that does not hold them all."""
+
+from typing import Annotated, Any, Unpack
+
+import numpy as np
+from annotated_types import Ge
+from gymnasium import spaces
+
+from cost.arguments import NonNegative, choose
+from cost.model import Cost
+from cost.timing import torch_threads
+from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
+from moe_envs.core.spaces import layout
+from moe_envs.expertcache.picture import ABSENT, LOADED, RESIDENT, USED, CachePicture
+from moe_envs.layertopk.observations import HIDDEN
+
+SPLITS = ("rl_train", "validation", "test")
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+COSTS = ("reference", "machine", "simulated hard disk", "simulated memory card", "simulated network")
+EVICTIONS = ("predicted", "lru", "lfu", "ema", "static", "belady", "learned")
+CHOICES = ("predicted", "lru", "ema")  # of eviction="learned"
+FALLBACKS, QUALITIES = ("substitute", "skip"), ("divergence", "log-likelihood")
+# Advice: what loading an expert saves, STEEP nats times the square of its weight, and FUTURE nats times its gain in
+# demand, less its price; times SURE these are logits. Measured on the shipped model.
+STEEP, FUTURE, SURE = 0.15, 0.02, 100.0
+
+
+class MoEExpertCacheVectorEnv(BatchedEnv):
+    """MoEExpertCache-v0 over `num_envs` streams at once; see `MoEExpertCacheEnv` for the problem and its arguments."""
+
+    STATE = (
+        "stream", "_token", "_layer", "_keys", "_values", "_hidden", "_inputs", "_logits", "_seen", "_resident",
+        "_uses", "_last", "_asked", "_demand", "_lately", "_lost", "_loaded", "_requested", "_history",
+    )  # fmt: skip
+    common_parts = ("layer",)  # one-hot, though it may have as many numbers as there are actions
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        model: str = "language",
+        text: Annotated[str | None, "the folder of a corpus"] = None,
+        split: str = "rl_train",
+        cost_weight: NonNegative = 0.2,
+        capacity: Annotated[int, Ge(1)] = 6,
+        weights: str = "int4",
+        eviction: str = "predicted",
+        fallback: str = "substitute",
+        quality: str = "divergence",
+        tokens: Annotated[int, Ge(1)] = 64,
+        passages: Annotated[int, Ge(1)] = 4,
+        costs: str = "reference",
+        time_weight: NonNegative = 1.0,
+        memory_weight: NonNegative = 0.0,
+        energy_weight: NonNegative = 0.0,
+        **face: Unpack[Face],
+    ) -> None:
+        from experts.offload.demand import Requests
+        from moe_envs.expertcache.model import CachedModel  # imports torch, as LayerInputs does
+        from moe_envs.expertcache.observations import request_parts
+
+        choose("split", split, SPLITS)
+        choose("weights", weights, PRECISIONS)
+        choose("eviction", eviction, EVICTIONS)
+        choose("fallback", fallback, FALLBACKS)
+        choose("quality", quality, QUALITIES)
+        choose("costs", costs, COSTS)
+        self.stepped = stepped = CachedModel.of(model, text, split, tokens, passages, weights, costs)
+        self.layers, self.k, self.experts = stepped.layers, stepped.k, stepped.experts
+        if capacity > self.experts:
+            raise ValueError(f"capacity={capacity}: a layer has {self.experts} experts")
+        self.capacity, self.eviction, self.tokens = capacity, eviction, tokens * passages
+        self.substitute, self.by_divergence = fallback == "substitute", quality == "divergence"
+        everything = Cost(*(stepped.loads[self.k] * self.layers * self.tokens).tolist())
+        reward = Reward.of(cost_weight, everything, Cost(time_weight, memory_weight, energy_weight))
+        learned = eviction == "learned"
+        actions = spaces.MultiDiscrete([2] * self.k + [len(CHOICES)]) if learned else spaces.MultiBinary(self.k)
+        super().__init__(num_envs, layout(request_parts(self.k, self.layers)), actions, reward, **face)
+        if not learned:
+            price = np.full((self.layers, self.k), -SURE * self.price())
+            self.advice = {"squared": SURE * STEEP, "gain": SURE * FUTURE, "layer": price}
+        self._next: np.ndarray | None = None  # streams of the next reset
+        n, of_layers = num_envs, (num_envs, self.layers, self.experts)
+        self.stream, self._token, self._layer, self._loaded, self._requested = np.zeros((5, n), dtype=np.int64)
+        self._keys, self._values = stepped.empty_cache(n), stepped.empty_cache(n)
+        self._hidden, self._inputs = np.zeros((2, n, stepped.width), dtype=np.float32)
+        self._logits, self._demand = np.zeros((2, n, self.experts), dtype=np.float32)
+        self._seen = np.zeros((n, HIDDEN), dtype=np.float32)
+        self._resident = np.zeros(of_layers, dtype=np.bool_)
+        empty = Requests.empty(n, self.layers, self.experts)
+        self._uses, self._last, self._asked = empty.uses, empty.last, empty.tokens
+        self._lately, self._lost = np.zeros((2, n), dtype=np.float32)
+        self._history = np.zeros((n, self.tokens, self.layers, self.experts), dtype=np.uint8)
+        often = np.argsort(-stepped.demand.frequency, axis=1, kind="stable")[:, :capacity]
+        self._first = np.zeros(of_layers[1:], dtype=np.bool_)  # in memory at the start
+        np.put_along_axis(self._first, often, True, axis=1)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of experts that are held."""
+        return self.capacity * self.layers * self.stepped.expert_size
+
+    def price(self) -> float:
+        """What loading one expert costs, in nats of its token."""
+        relative, _ = self.reward.price(self.stepped.loads[1:2])
+        return float(self.reward.cost_weight * relative[0] * self.tokens)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start episodes, on the streams `options["stream"]`, a number or one for each row, if they are given."""
+        asked = (options or {}).get("stream")
+        if asked is not None:
+            from moe_envs.core.stepped import check_numbers
+
+            self._next = check_numbers("stream", asked, len(self.stepped.streams), self.num_envs)
+        try:
+            return super().reset(seed=seed, options=options)
+        finally:
+            self._next = None
+
+    def _begin(self, rows: np.ndarray) -> None:
+        drawn = self._draw(rows, len(self.stepped.streams))
+        self.stream[rows] = drawn if self._next is None else self._next[rows]
+        for counts in (self._token, self._layer, self._loaded, self._requested, self._lately, self._lost):
+            counts[rows] = 0
+        self._keys[:, rows], self._values[:, rows], self._history[rows] = 0, 0, 0
+        self._resident[rows] = self._first
+        self._requests.forget(rows)
+        with torch_threads(1):
+            self._enter(rows)
+
+    def _advance(self, actions: np.ndarray) -> Outcome:
+        from moe_envs.expertcache.observations import LATELY, answering
+
+        stepped, running = self.stepped, self._token < self.tokens
+        rows = running.nonzero()[0]
+        layer, token = self._layer[rows], self._token[rows]
+        logits, resident = self._logits[rows], self._resident[rows, layer]
+        wanted = self.wanted()[rows]
+        missing = ~np.take_along_axis(resident, wanted, 1)
+        load = (actions[rows, : self.k] > 0) & missing
+        available, each = resident.copy(), np.arange(len(rows))[:, None]
+        available[each, wanted] |= load
+        experts, weights = answering(logits, wanted, available, self.substitute)
+        stream = self._hidden[rows]
+        with torch_threads(1):
+            for number in np.unique(layer):
+                here = layer == number
+                part = stream[here]
+                stepped.stepper.mix(number, part, self._inputs[rows[here]], experts[here], weights[here])
+                stream[here] = part
+        self._hidden[rows] = stream
+        self._history[rows, token, layer] = self._pictured(resident, experts, weights, wanted, load)
+        self._resident[rows, layer] = self._kept(rows, available, actions[rows])
+        loads, requests = np.zeros((2, self.num_envs), dtype=np.int64)
+        loads[rows], requests[rows] = load.sum(1), missing.sum(1)
+        self._loaded, self._requested = self._loaded + loads, self._requested + requests
+        self._lately = (LATELY * self._lately + (1 - LATELY) * loads / self.k).astype(np.float32)
+        quality = np.zeros(self.num_envs)
+        self._layer[rows] += 1
+        if (last := rows[self._layer[rows] == self.layers]).size:
+            quality[last] = self._end_token(last)
+        with torch_threads(1):
+            self._enter(rows[self._token[rows] < self.tokens])
+        asked = self.k * np.maximum(self._token * self.layers + self._layer, 1)
+        details = {
+            "expertcache/loads": loads,
+            "expertcache/loads_per_token": self._loaded / np.maximum(self._token, 1),
+            "expertcache/hit_rate": 1 - self._requested / asked,
+        }
+        return Outcome(quality, stepped.loads[loads], self._token == self.tokens, details)
+
+    def _end_token(self, rows: np.ndarray) -> np.ndarray:
+        """The quality of a token in these rows, whose last layer has run."""
+        passage, token = self._places(rows)
+        with torch_threads(1):
+            lost = self.stepped.divergences(self._hidden[rows], passage, token)
+            if self.by_divergence:
+                change = -lost
+            else:
+                full = self.stepped.full_losses(passage)[np.arange(len(rows)), token]
+                change = full - self.stepped.losses(self._hidden[rows], passage, token)
+        self._lost[rows] = lost
+        self._layer[rows] = 0
+        self._token[rows] += 1
+        return np.asarray(change / self.tokens)
+
+    def _enter(self, rows: np.ndarray) -> None:
+        """Run the tokens of these rows up to the router of their layers, and note what it asks for."""
+        from experts.offload.demand import best, odds
+
+        stepped, layer = self.stepped, self._layer[rows]
+        passage, token = self._places(rows)
+        if (first := layer == 0).any():
+            begun = rows[first & (token == 0)]
+            self._keys[:, begun], self._values[:, begun] = 0, 0
+            self._hidden[rows[first]] = stepped.embed(passage[first], token[first])
+        for number in np.unique(layer):
+            at = layer == number
+            here, stream = rows[at], self._hidden[rows[at]]
+            step = stepped.stepper.attend(number, stream, token[at], self._keys[number], self._values[number], here)
+            self._hidden[here], self._inputs[here], self._logits[here] = stream, step.inputs, step.logits
+            self._seen[here] = stepped.stepper.projected(step.inputs, stepped.projection)
+        logits, requests = self._logits[rows], self._requests
+        requests.add(rows, layer, best(logits, self.k))
+        self._demand[rows] = stepped.demand.predict(requests, rows, layer, odds(logits))
+
+    def _kept(self, rows: np.ndarray, available: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Experts `[m, E]` that stay in the layers that have just run, of those available."""
+        from moe_envs.expertcache.observations import staying
+
+        if self.eviction != "learned":
+            return staying(available, self._scores(self.eviction, rows), self.capacity)
+        every = np.stack([self._scores(name, rows) for name in CHOICES], 1)
+        return staying(available, every[np.arange(len(rows)), actions[:, self.k]], self.capacity)
+
+    def _scores(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Scores `[m, E]` of a rule; the lowest leaves."""
+        layer = self._layer[rows]
+        if name == "predicted":
+            return self._demand[rows]
+        if name == "lru":
+            return self._last[rows, layer]
+        if name == "static":
+            return self.stepped.demand.frequency[layer]
+        if name == "belady":
+            return np.stack(
+                [self.stepped.needed_next(int(self.stream[row]))[self._token[row], self._layer[row]] for row in rows]
+            )
+        return self._uses[rows, layer][..., 3 if name == "lfu" else 0]
+
+    def _pictured(
+        self, resident: np.ndarray, experts: np.ndarray, weights: np.ndarray, wanted: np.ndarray, load: np.ndarray
+    ) -> np.ndarray:
+        found, each = np.where(resident, RESIDENT, ABSENT).astype(np.uint8), np.arange(len(resident))[:, None]
+        ran = np.zeros_like(resident)
+        ran[each, experts] = weights > 0
+        found[ran] = USED
+        loaded = np.zeros_like(resident)
+        loaded[each, wanted] = load
+        found[loaded] = LOADED
+        return found
+
+    def _observe(self) -> np.ndarray:
+        from moe_envs.expertcache.observations import WORST, request_values
+
+        running, layer = self._token < self.tokens, self._layer
+        _, values = request_values(self._logits, self._resident[self._rows, layer], self._demand, self.k)
+        values |= {
+            "layer": layer[:, None] == np.arange(self.layers),
+            "loads": self._lately,
+            "lost": self._lost.clip(0, WORST),
+            "hidden": self._seen.clip(-10, 10),
+        }
+        observation = np.zeros((self.num_envs, self.single_observation_space.shape[0]), dtype=np.float32)  # type: ignore[index]
+        for name, part in self.observation_layout.items():
+            observation[:, part.slice] = values[name].reshape(self.num_envs, -1)
+        observation[~running] = 0
+        return observation
+
+    @property
+    def _requests(self) -> Any:
+        """What the rows asked for so far, in the arrays of the state."""
+        from experts.offload.demand import Requests
+
+        return Requests(self._uses, self._last, self._asked)
+
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Passage and token in it `[m]`, where these rows stand."""
+        size = self.stepped.size
+        token = np.minimum(self._token[rows], self.tokens - 1)
+        return self.stepped.streams[self.stream[rows], token // size], token % size
+
+    def wanted(self) -> np.ndarray:
+        """The experts asked for, `[n, K]`, the best first."""
+        from experts.offload.demand import best
+
+        return best(self._logits, self.k)
+
+    def residents(self) -> np.ndarray:
+        """Which experts of the present layers are in memory, boolean `[n, E]`."""
+        return np.asarray(self._resident[self._rows, self._layer])
+
+    def logits(self) -> np.ndarray:
+        """Router logits `[n, E]` of the present layers."""
+        return self._logits.copy()
+
+    def action_masks(self) -> np.ndarray:
+        """Mask `[n, K]` of the bits that do something, those of missing experts; with learned eviction
+        `[n, 2 * K + 3]` of all choices."""
+        missing = ~np.take_along_axis(self.residents(), self.wanted(), 1)
+        if self.eviction != "learned":
+            return missing
+        pairs = np.stack([np.ones_like(missing), missing], 2).reshape(self.num_envs, -1)
+        return np.concatenate([pairs, np.ones((self.num_envs, len(CHOICES)), dtype=np.bool_)], 1)
+
+
+class MoEExpertCacheEnv(SingleEnv):
+    """
+    ## Description
+    A Mixture-of-Experts language model reads a stream of text, and its memory holds only some experts of each layer;
+    the others lie on a disk. Whenever the router asks for experts that are missing, the agent decides which of them are
+    loaded. In place of the others the best experts in memory run: that costs no time, but makes the prediction worse.
+    The stream's passages come from different domains, each of which uses other experts.
+
+    The model is really run on what the memory gives it, batched over the rows and with a KV cache. Text is real, and
+    load times are looked up in a profile measured on a machine.
+
+    ## Action Space
+    `MultiBinary(K)`: for each of the K experts that the router asks for, the best first, whether it is loaded if it is
+    missing. Bits of experts that are in memory do nothing; `action_masks()` tells which are missing.
+
+    What leaves a full memory is decided by `eviction`, after the token's experts have run; an expert that was just
+    loaded may leave at once. With `eviction="learned"` the space is `MultiDiscrete([2] * K + [3])`, whose last number
+    chooses the rule: 0 "predicted", 1 "lru", 2 "ema".
+
+    ## Observation Space
+    A `Box` of float32; `env.unwrapped.observation_layout` maps each name to its slice, its bounds and its meaning. For
+    the shipped model K = 4 and L = 4.
+
+    | part | size | range | meaning |
+    |---|---|---|---|
+    | `weights` | K | 0..1 | weights of the best experts |
+    | `squared` | K | 0..1 | their squares |
+    | `missing` | K | 0..1 | 1 for the experts that are not in memory |
+    | `demand` | K | -1..1 | predicted demand for the best experts |
+    | `gain` | K | -1..1 | that less the least demand for an expert in memory that is not asked for; 0 if not missing |
+    | `substitute` | K | 0..1 | probability of the best expert in memory that is not asked for, over theirs |
+    | `layer` | L | 0..1 | one-hot layer |
+    | `count` | 1 | 0..1 | missing experts, over K |
+    | `mass` | 1 | 0..1 | probability of the best experts together |
+    | `entropy` | 1 | 0..16 | entropy of the router in nats |
+    | `loads` | 1 | 0..1 | experts loaded lately in a layer, over K |
+    | `lost` | 1 | 0..5 | divergence of the token before in nats |
+    | `hidden` | 16 | -10..10 | projection of the layer's inputs |
+
+    Demand is the discounted number of requests for an expert in the next tokens (0.9 a token, 1 if all ask for it),
+    predicted by a ridge regression on the router's probability and past requests, fitted to texts of `rl_train`. After
+    the last token, all parts are 0.
+
+    ## Rewards
+    R = quality - cost_weight * cost. After the last layer of a token, quality is minus the Kullback-Leibler divergence
+    in nats of the prediction from that of the same model with all experts in memory, divided by the number of tokens.
+    With `quality="log-likelihood"` it is the change of the log probability of the next token; its noise is much larger.
+
+    Cost is the time of the loads (bytes and energy can be weighted in) relative to loading all K experts of every token
+    and layer, whose cost is 1. Loads of one layer are measured together.
+
+    `info` has `reward/quality`, `reward/cost`, `cost/time` [s], `cost/memory` [B], the bytes loaded, `cost/energy` [J],
+    a proxy, `vector_reward` (quality, -time, -memory, -energy, relative), `expertcache/loads` of this step, and of the
+    episode `expertcache/loads_per_token` and `expertcache/hit_rate`, the share of requests that were in memory.
+
+    ## Starting State
+    A stream of the split, drawn at random; its first token stands before the router of the first layer. In memory are
+    the experts that texts of `rl_train` ask for most often. `reset(options={"stream": number})` starts a certain
+    stream.
+
+    ## Episode End
+    Terminated after the last token of the stream; never truncated by itself.
+
+    ## Arguments
+    | argument | default | meaning |
+    |---|---|---|
+    | `model` | `"language"` | name or folder of a language model |
+    | `text` | None | folder of a corpus to take passages from, instead of those that come with the model |
+    | `split` | `"rl_train"` | passages of `"rl_train"`, `"validation"` or `"test"` |
+    | `cost_weight` | 0.2 | lambda of the reward |
+    | `capacity` | 6 | experts of each layer that fit into memory; `env.unwrapped.vector.memory` is their bytes |
+    | `weights` | `"int4"` | precision of the experts: `"float32"`, `"bfloat16"`, `"int8"` or `"int4"` |
+    | `eviction` | `"predicted"` | what leaves: `"predicted"` demand, `"lru"`, `"lfu"`, `"ema"` (half-life 4 tokens), \
+`"static"`, `"learned"`, or `"belady"`, which sees the future |
+    | `fallback` | `"substitute"` | what runs in place of missing experts; with `"skip"`, nothing |
+    | `quality` | `"divergence"` | or `"log-likelihood"`, see Rewards |
+    | `tokens`, `passages` | 64, 4 | tokens of a passage, passages of a stream |
+    | `costs` | `"reference"` | the shipped profile of loads, this `"machine"`'s, or `"simulated hard disk"`, \
+`"simulated memory card"`, `"simulated network"` |
+    | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |
+    | `render_mode` | None | `"rgb_array"` or `"ansi"` |
+
+    ## Version History
+    * v0: initial version.
+    """
+
+    vector_class = MoEExpertCacheVectorEnv
+    vector: MoEExpertCacheVectorEnv
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode, on the stream `options["stream"]` if it is given."""
+        self._seed(seed)
+        observation, _ = self.vector.reset(options=options)
+        return observation[0], {}
+
+    def action_masks(self) -> np.ndarray:
+        """Mask of the bits that do something."""
+        return np.asarray(self.vector.action_masks()[0])
+
+    def _picture(self) -> CachePicture:
+        return CachePicture(self.vector._history[0], int(self.vector._token[0]))
+
+
+SPEC = Spec(
+    id="MoEExpertCache-v0",
+    entry_point="moe_envs.expertcache:MoEExpertCacheEnv",
+    baselines="agents.baselines.expertcache",
+    reference_point=(1.0, -1.0),
+    validation_episodes=128,
+    boards={
+        **{f"capacity {capacity}, cost weight 0.2": {"capacity": capacity} for capacity in (4, 6, 8)},
+        "capacity 6, cost weight 0.8": {"cost_weight": 0.8},
+    },
+    small={"tokens": 8, "passages": 2},
+    short={"tokens": 1, "passages": 1},
+    variants=(
+        {},
+        {"eviction": "learned", "capacity": 3},
+        {"eviction": "belady", "quality": "log-likelihood"},
+        {"fallback": "skip", "weights": "int8", "eviction": "ema"},
+    ),
+)

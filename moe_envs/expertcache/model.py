@@ -1,0 +1,103 @@
+"""The language model, its streams of text and the demand for its experts in MoEExpertCache-v0."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from cost.timing import torch_threads
+from experts import library, profiles
+from experts.data import DataError
+from experts.language import LanguageModel
+from experts.language.passages import Passages
+from experts.offload.demand import Demand, best
+from experts.offload.store import Weights, expert_bytes, rounded
+from moe_envs.core.stepped import SteppedModel, located, read
+from moe_envs.layertopk.observations import projection
+
+FITTED = 24  # streams of rl_train from which demand is learned
+SHUFFLES = {"rl_train": 8}  # how often each passage stands in a stream
+PRECISIONS: tuple[str, ...] = get_args(Weights)
+
+
+class CachedModel(SteppedModel):
+    """A model over streams `[M, S]` of S passages, whose experts have the precision `weights` and cost
+    `loads [K + 1, 3]` in s, B and J to be loaded, 0 to K at once."""
+
+    def __init__(
+        self, model: LanguageModel, passages: Passages, streams: np.ndarray, expert_size: int, loads: np.ndarray
+    ) -> None:
+        super().__init__(model, passages)
+        self.streams, self.expert_size, self.loads = streams, expert_size, loads
+        self.projection = projection(self.width)
+        self._needed: dict[int, np.ndarray] = {}
+        self.demand: Demand
+
+    @classmethod
+    def of(
+        cls, model: str, text: str | None, split: str, tokens: int, passages: int, weights: str, costs: str
+    ) -> CachedModel:
+        """The same for the same arguments, as long as the files are the same."""
+        return _made(*located(model), text, split, tokens, passages, weights, costs)
+
+    def logits(self, stream: np.ndarray) -> np.ndarray:
+        """Router logits `[m, T, L, E]` of streams in the model as it is; T counts all tokens."""
+        with torch_threads(1):
+            found = self.asked(self.streams[stream].ravel())
+        return found.reshape(len(stream), -1, self.layers, self.experts)
+
+    def needed_next(self, stream: int) -> np.ndarray:
+        """Minus the number of the token that asks for each expert next, after each token, `[T, L, E]`, in the model as
+        it is."""
+        if stream not in self._needed:
+            wanted = best(self.logits(np.array([stream]))[0], self.k)
+            found = np.empty((*wanted.shape[:2], self.experts), dtype=np.float32)
+            later = np.full(found.shape[1:], np.inf, dtype=np.float32)
+            for token in range(len(wanted) - 1, -1, -1):
+                found[token] = -later
+                np.put_along_axis(later, wanted[token], token, axis=1)
+            self._needed[stream] = found
+        return self._needed[stream]
+
+
+@lru_cache(maxsize=8)
+def _made(
+    path: str, stamp: int, text: str | None, split: str, tokens: int, passages: int, weights: str, costs: str
+) -> CachedModel:
+    model, found = read(path, stamp, text, split, tokens)
+    kind: Any = weights
+    size = expert_bytes(model.settings.d_model, model.settings.d_ff, kind)
+    loads = profiles.of_loads(model, Path(path), costs, kind, size)
+    made = CachedModel(quantised(path, stamp, weights), found, _streams(len(found.ids), passages, split), size, loads)
+    if split == "rl_train":
+        made.demand = Demand.fit(made.logits(np.arange(min(FITTED, len(made.streams)))), made.k)
+    else:
+        made.demand = _made(path, stamp, text, "rl_train", tokens, passages, weights, costs).demand
+    return made
+
+
+@lru_cache(maxsize=4)
+def quantised(path: str, stamp: int, weights: str) -> LanguageModel:
+    """The model with its experts rounded to a precision."""
+    model, kind = library.load("language", path), weights
+    network = deepcopy(model.network)
+    with torch.no_grad():
+        for block in network.blocks:
+            for expert in block.moe.experts:  # type: ignore[union-attr]
+                for old, new in zip((expert.w_in, expert.w_out), rounded(expert, kind), strict=True):  # type: ignore[arg-type]
+                    old.copy_(new)
+    return LanguageModel(network, model.tokenizer, model.metadata)
+
+
+def _streams(count: int, passages: int, split: str) -> np.ndarray:
+    """Numbers of passages `[M, S]` that follow each other; within a shuffle no passage stands twice."""
+    if count < passages:
+        raise DataError(f"passages={passages}: split {split!r} has {count} passages only")
+    random = np.random.default_rng(0)
+    found = [random.permutation(count)[: count // passages * passages] for _ in range(SHUFFLES.get(split, 1))]
+    return np.concatenate(found).reshape(-1, passages)

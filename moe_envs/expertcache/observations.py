@@ -1,0 +1,87 @@
+"""What a policy sees of a token's request; the environment and the deployed policy use the same code.
+
+Shape legend: m rows, E experts, K the experts of a token, L layers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experts.offload.demand import best, odds
+from moe_envs.layertopk.observations import HIDDEN, RARE
+
+WORST = 5.0  # nats, largest divergence that is shown
+LATELY = 0.95  # share of "lately" that stays, a layer
+Described = list[tuple[str, int, float, float, str]]
+
+
+def request_parts(k: int, layers: int) -> Described:
+    """Parts of the observation."""
+    return [
+        ("weights", k, 0, 1, "weights of the best experts"),
+        ("squared", k, 0, 1, "their squares"),
+        ("missing", k, 0, 1, "1 for the experts that are not in memory"),
+        ("demand", k, -1, 1, "predicted demand for the best experts"),
+        (
+            "gain",
+            k,
+            -1,
+            1,
+            "that less the least demand for an expert in memory that is not asked for; 0 if not missing",
+        ),
+        ("substitute", k, 0, 1, "probability of the best expert in memory that is not asked for, over theirs"),
+        ("layer", layers, 0, 1, "one-hot layer"),
+        ("count", 1, 0, 1, "missing experts, over K"),
+        ("mass", 1, 0, 1, "probability of the best experts together"),
+        ("entropy", 1, 0, RARE, "entropy of the router in nats"),
+        ("loads", 1, 0, 1, "experts loaded lately in a layer, over K"),
+        ("lost", 1, 0, WORST, "divergence of the token before in nats"),
+        ("hidden", HIDDEN, -10, 10, "projection of the layer's inputs"),
+    ]
+
+
+def request_values(
+    logits_mE: np.ndarray, resident_mE: np.ndarray, demand_mE: np.ndarray, k: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The experts asked for, `[m, K]`, the best first, and the parts that follow from them and the memory."""
+    wanted_mK, odds_mE = best(logits_mE, k), odds(logits_mE)
+    chosen, demand = (np.take_along_axis(each, wanted_mK, 1) for each in (odds_mE, demand_mE))
+    missing = ~np.take_along_axis(resident_mE, wanted_mK, 1)
+    others = resident_mE.copy()
+    np.put_along_axis(others, wanted_mK, False, axis=1)
+    least = np.where(others, demand_mE, np.inf).min(1, keepdims=True)
+    mass = chosen.sum(1, keepdims=True)
+    weights = chosen / mass
+    return wanted_mK, {
+        "weights": weights,
+        "squared": weights**2,
+        "missing": missing,
+        "demand": demand.clip(-1, 1),
+        "gain": (missing * (demand - np.where(np.isinf(least), 0, least))).clip(-1, 1),
+        "substitute": (np.where(others, odds_mE, 0).max(1, keepdims=True) / chosen).clip(0, 1),
+        "count": missing.mean(1, keepdims=True),
+        "mass": mass.clip(0, 1),
+        "entropy": -(odds_mE * np.log(odds_mE.clip(1e-12))).sum(1, keepdims=True).clip(-RARE, 0),
+    }
+
+
+def answering(
+    logits_mE: np.ndarray, wanted_mK: np.ndarray, available_mE: np.ndarray, substitute: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Experts that run in place of those asked for, `[m, K]`, and their weights, 0 for those that do not: the best ones
+    available, or of those asked for the ones available. Weights are probabilities over those of the experts asked for,
+    so that all of them have the weights of the model's router."""
+    k = wanted_mK.shape[1]
+    experts = best(np.where(available_mE, logits_mE, -np.inf), k) if substitute else wanted_mK
+    logs = logits_mE - logits_mE.max(1, keepdims=True)
+    mass = np.exp(np.take_along_axis(logs, wanted_mK, 1)).sum(1, keepdims=True)
+    there = np.take_along_axis(available_mE, experts, 1)
+    return experts, np.where(there, np.exp(np.take_along_axis(logs, experts, 1)) / mass, 0).astype(np.float32)
+
+
+def staying(available_mE: np.ndarray, scores_mE: np.ndarray, capacity: int) -> np.ndarray:
+    """Which experts stay in memory, boolean `[m, E]`: those with the highest scores."""
+    scores = np.where(available_mE, scores_mE, -np.inf)
+    kept = np.zeros_like(available_mE)
+    np.put_along_axis(kept, best(scores, capacity), True, axis=1)
+    return np.asarray(kept & available_mE)
