@@ -70,11 +70,16 @@ class SetNetwork(Parameters):
 
 
 def set_network(env: Any, actions: int, **arguments: Any) -> SetNetwork:
-    """A `SetNetwork` for an environment with an `observation_layout`; raises `ValueError` without one."""
-    layout: Any = getattr(env, "observation_layout", None)
-    parts = [part.slice for part in layout.values()] if layout else []
-    columns = [np.arange(part.start, part.stop) for part in parts if part.stop - part.start == actions > 1]
-    common = [np.arange(part.start, part.stop) for part in parts if part.stop - part.start != actions]
+    """A `SetNetwork` for an environment with an `observation_layout`; raises `ValueError` without one.
+
+    Parts with one number for each action are columns, unless the environment names them among its `common_parts`.
+    """
+    layout: Any = getattr(env, "observation_layout", None) or {}
+    shared = getattr(env, "common_parts", ())
+    columns, common = list[np.ndarray](), list[np.ndarray]()
+    for name, part in layout.items():
+        places = np.arange(part.slice.start, part.slice.stop)
+        (columns if name not in shared and len(places) == actions > 1 else common).append(places)
     if not columns:
         raise ValueError("policy_kwargs equivariant=True: no part of the observation has one number for each action")
     return SetNetwork(np.stack(columns), np.concatenate([*common, np.zeros(0, dtype=np.int64)]), **arguments)

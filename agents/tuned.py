@@ -122,6 +122,19 @@ TUNED["MoELayerTopK-v0"] = {
         "policy_kwargs": {"net_arch": [32], "residual": True},
     },
 }
+TUNED["MoEExpertCache-v0"] = {
+    "ppo": {
+        "n_envs": 256,
+        "total_timesteps": 1_000_000,
+        "n_steps": 32,
+        "batch_size": 2048,
+        "n_epochs": 4,
+        "learning_rate": "linear 1e-3",
+        "gamma": 0.987,
+        "gae_lambda": 0.95,
+        "policy_kwargs": {"net_arch": [64, 64], "residual": True, "equivariant": True},
+    },
+}
 TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 
 

@@ -1,0 +1,202 @@
+"""Baselines for MoEExpertCache-v0: which missing experts are loaded by rules on their weights, with each eviction.
+
+Rules are tuned on validation streams for the cost weight and the capacity, several candidates side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from agents.evaluate import make_rows
+from moe_envs.expertcache.env import MoEExpertCacheVectorEnv
+
+ID = "moe_envs:MoEExpertCache-v0"
+STREAMS = 44  # of validation, on which rules are tuned
+TOGETHER = 8  # candidates side by side
+WEIGHTS = (0.0, 0.04, 0.07, 0.1, 0.13, 0.16, 0.19, 0.22, 0.25, 0.28, 0.32, 0.36, 0.4, 0.46, 0.55, 0.7, 1.01)
+FUTURES = (0.0, 0.1, 0.2, 0.4)  # what gain in demand is worth, in weight
+BIASES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+EVICTIONS = ("lru", "lfu", "ema", "static", "predicted")
+Report = Callable[[float], object]
+
+
+class LoadRule:
+    """Which of the missing experts are loaded, by `bits`; `env_kwargs` say what leaves the memory."""
+
+    kind = "baseline"
+
+    def __init__(self, **env_kwargs: str) -> None:
+        self.env_kwargs = env_kwargs
+
+    def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
+        """Whether each of the best experts is loaded if it is missing, `[m, K]`, for these rows of the environment."""
+        raise NotImplementedError
+
+    def watch(self, env: MoEExpertCacheVectorEnv) -> None:
+        """Attach to a vector environment."""
+        self.env = env
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Actions `[n, K]`."""
+        return self.bits(observation, slice(None)).astype(np.int8), state
+
+
+class Always(LoadRule):
+    """The same for all: everything is loaded, or nothing."""
+
+    def __init__(self, load: bool, **env_kwargs: str) -> None:
+        super().__init__(**env_kwargs)
+        self.load = load
+
+    def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
+        return np.full((len(observation), self.env.k), self.load)
+
+
+class MinimumWeight(LoadRule):
+    """Load experts of at least a weight, one for each layer; `future` times the gain in demand is added to theirs."""
+
+    def __init__(self, thresholds: Sequence[float] | np.ndarray, future: float = 0.0, **env_kwargs: str) -> None:
+        super().__init__(**env_kwargs)
+        self.thresholds, self.future = np.array(thresholds), future
+
+    def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
+        weights, gain, layer = (observation[:, self.env.observation_layout[name].slice] for name in PARTS)
+        return np.asarray(weights + self.future * gain >= self.thresholds[layer.argmax(1)][:, None])
+
+
+PARTS = ("weights", "gain", "layer")
+
+
+class Biased(LoadRule):
+    """The router prefers experts in memory: their logits are raised by `bias`, and what is missing of the best ones
+    then is loaded (Skliar et al. 2024, arXiv 2412.00099)."""
+
+    def __init__(self, bias: float, **env_kwargs: str) -> None:
+        super().__init__(**env_kwargs)
+        self.bias = bias
+
+    def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
+        env = self.env
+        raised = env.logits()[rows] + self.bias * env.residents()[rows]
+        least = np.sort(raised, axis=1)[:, -env.k, None]
+        return np.asarray(np.take_along_axis(raised, env.wanted()[rows], 1) >= least)
+
+
+class Coin(LoadRule):
+    """Each missing expert is loaded with probability one half."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.random = np.random.default_rng(seed)
+
+    def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
+        return self.random.random((len(observation), self.env.k)) < 0.5
+
+
+class RuleTuning:
+    """Validation streams on which rules are compared."""
+
+    def __init__(self, env_kwargs: dict[str, Any], streams: int = STREAMS) -> None:
+        self.env_kwargs, self.most = {**env_kwargs, "split": "validation"}, streams
+        self.layers = int(self._env(1, {}).layers)
+
+    def scores(self, rules: Sequence[LoadRule]) -> np.ndarray:
+        """Mean returns of rules with the same `env_kwargs`."""
+        found = [self._played(rules[start : start + TOGETHER]) for start in range(0, len(rules), TOGETHER)]
+        return np.concatenate(found)
+
+    def best(self, rules: Sequence[LoadRule]) -> LoadRule:
+        """The rule with the best return."""
+        return rules[int(self.scores(rules).argmax())]
+
+    def per_layer(self, start: Sequence[float] | np.ndarray, future: float = 0.0, **env_kwargs: str) -> MinimumWeight:
+        """The best thresholds: from those at the `start`, one layer after the other goes to a better value near it
+        until no layer does."""
+        best = MinimumWeight(start, future, **env_kwargs)
+        before, highest = None, self.scores([best])[0]
+        while before is not best:
+            before = best
+            for layer in range(self.layers):
+                here = int(np.abs(np.array(WEIGHTS) - best.thresholds[layer]).argmin())
+                trials = []
+                for step in (-2, -1, 1, 2):
+                    if 0 <= here + step < len(WEIGHTS):
+                        changed = best.thresholds.copy()
+                        changed[layer] = WEIGHTS[here + step]
+                        trials.append(MinimumWeight(changed, future, **env_kwargs))
+                found = self.scores(trials)
+                if found.max() > highest:
+                    best, highest = trials[int(found.argmax())], found.max()
+        return best
+
+    def _env(self, rows: int, env_kwargs: dict[str, str]) -> MoEExpertCacheVectorEnv:
+        env: Any = make_rows(ID, rows, **{**self.env_kwargs, **env_kwargs}).unwrapped
+        made: MoEExpertCacheVectorEnv = env
+        return made
+
+    def _played(self, rules: Sequence[LoadRule]) -> np.ndarray:
+        count = len(self._env(1, rules[0].env_kwargs).stepped.streams)
+        streams = np.unique(np.linspace(0, count - 1, min(self.most, count)).round().astype(np.int64))
+        size = len(streams)
+        env = self._env(size * len(rules), rules[0].env_kwargs)
+        parts = [slice(place * size, (place + 1) * size) for place in range(len(rules))]
+        for rule in rules:
+            rule.watch(env)
+        observation, _ = env.reset(seed=0, options={"stream": np.tile(streams, len(rules))})
+        total = np.zeros(env.num_envs)
+        for _ in range(env.tokens * env.layers):
+            bits = [rule.bits(observation[part], part) for rule, part in zip(rules, parts, strict=True)]
+            observation, reward, _, _, _ = env.step(np.concatenate(bits).astype(np.int8))
+            total += reward
+        return total.reshape(len(rules), size).mean(1)
+
+
+def baselines(
+    env_id: str, *, report: Report = lambda share: None, streams: int = STREAMS, **env_kwargs: Any
+) -> dict[str, Any]:
+    """Rules that load by weight, each with its eviction, tuned on `streams` of validation; those without a parameter:
+    all, nothing, at random."""
+    kwargs = {name: value for name, value in env_kwargs.items() if name not in ("split", "eviction", "fallback")}
+    tuning = RuleTuning(kwargs, streams)
+    rules: dict[str, Any] = {f"all loaded, {eviction}": Always(True, eviction=eviction) for eviction in EVICTIONS}
+    rules["nothing loaded"] = Always(False)
+    rules["nothing loaded or substituted"] = Always(False, fallback="skip")
+    for number, eviction in enumerate(("lru", "ema", "predicted")):
+        alike: Any = tuning.best(_alike(tuning.layers, eviction=eviction))
+        rules[f"minimum weight, {eviction}"] = alike
+        rules[f"minimum weight per layer, {eviction}"] = tuning.per_layer(alike.thresholds, eviction=eviction)
+        report(0.2 * (number + 1))
+    per_layer = rules["minimum weight per layer, predicted"]
+    with_future = [tuning.per_layer(per_layer.thresholds, future) for future in FUTURES[1:]]
+    rules["minimum weight and demand per layer, predicted"] = tuning.best([per_layer, *with_future])
+    report(0.85)
+    rules["minimum weight, skipped"] = tuning.best(_alike(tuning.layers, fallback="skip"))
+    rules["bias towards memory"] = tuning.best([Biased(bias) for bias in BIASES])
+    rules["at random"] = Coin()
+    report(1.0)
+    return rules
+
+
+def _alike(layers: int, **env_kwargs: Any) -> list[MinimumWeight]:
+    return [MinimumWeight([weight] * layers, **env_kwargs) for weight in WEIGHTS]
+
+
+class Clairvoyant(MinimumWeight):
+    """The best thresholds for a memory that sees the future."""
+
+    kind = "bound"
+
+
+def bound(env_id: str, *, streams: int = STREAMS, **env_kwargs: Any) -> Clairvoyant:
+    """Thresholds per layer, with an eviction that sees what the model with all experts will ask for. It is no exact
+    bound: other loads may be better still."""
+    kwargs = {name: value for name, value in env_kwargs.items() if name not in ("split", "eviction", "fallback")}
+    tuning = RuleTuning(kwargs, streams)
+    alike: Any = tuning.best(_alike(tuning.layers, eviction="belady"))
+    found = tuning.per_layer(alike.thresholds, eviction="belady")
+    return Clairvoyant(found.thresholds, eviction="belady")
