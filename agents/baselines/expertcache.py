@@ -14,7 +14,7 @@ from agents.evaluate import make_rows
 from moe_envs.expertcache.env import MoEExpertCacheVectorEnv
 
 ID = "moe_envs:MoEExpertCache-v0"
-STREAMS = 44  # of validation, on which rules are tuned
+STREAMS = 22  # of validation, on which rules are tuned
 TOGETHER = 8  # candidates side by side
 WEIGHTS = (0.0, 0.04, 0.07, 0.1, 0.13, 0.16, 0.19, 0.22, 0.25, 0.28, 0.32, 0.36, 0.4, 0.46, 0.55, 0.7, 1.01)
 FUTURES = (0.0, 0.1, 0.2, 0.4)  # what gain in demand is worth, in weight
@@ -124,7 +124,7 @@ class RuleTuning:
             for layer in range(self.layers):
                 here = int(np.abs(np.array(WEIGHTS) - best.thresholds[layer]).argmin())
                 trials = []
-                for step in (-2, -1, 1, 2):
+                for step in (-1, 1):
                     if 0 <= here + step < len(WEIGHTS):
                         changed = best.thresholds.copy()
                         changed[layer] = WEIGHTS[here + step]

@@ -124,14 +124,14 @@ def _decode(setup: OffloadSetup, seed: int) -> tuple[dict[str, Any], dict[str, A
     for name in (ALL, *POLICIES, "lrfu, prefetch"):
         model = load(setup.model)
         if name == ALL:
-            times[name], losses[name] = _decoded(model, ids)
+            times[name], losses[name] = decoded(model, ids)
             continue
         own, block = model.settings, model.network.blocks[0]
         each = sum(weight.nbytes for weight in block.moe.experts[0].parameters())  # type: ignore[union-attr, index]
         memory = round(setup.share * own.layers * own.num_experts) * each
         policy, _, ahead = name.partition(", ")
         with OffloadedModel(model, memory, policy, prefetch="last" if ahead else None) as offloaded:
-            times[name], losses[name] = _decoded(model, ids)
+            times[name], losses[name] = decoded(model, ids)
             counts[name] = offloaded.statistics()
             del counts[name]["wait_s"], counts[name]["wait_s_per_token"]
     whole = {name: found for name, found in counts.items() if "prefetch" not in name}  # the others depend on timing
@@ -139,8 +139,9 @@ def _decode(setup: OffloadSetup, seed: int) -> tuple[dict[str, Any], dict[str, A
     return {"losses": losses, "counts": whole}, {"times": times, "prefetched": rest}
 
 
-def _decoded(model: Any, ids: torch.Tensor) -> tuple[float, float]:
-    """Mean seconds a token, and mean loss in nats."""
+def decoded(model: Any, ids: torch.Tensor) -> tuple[float, float]:
+    """Mean seconds a token, and mean loss in nats, of a model that reads texts `[n, T]` one after the other, token by
+    token."""
     seconds, losses = [], []
     for row in ids:
         cache = model.network.cache(1, size=len(row))

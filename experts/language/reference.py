@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from cost.files import load_json, save_json
+from cost.files import load_json
 from experts import profiles, zoo
 from experts.bundle import PROFILE
 from experts.data import DataError
@@ -15,6 +15,7 @@ from experts.language import corpus, debian, passages, pretraining
 from experts.language.model import SHIPPED, LanguageModel, load
 from experts.language.pretraining import PretrainingSettings
 from experts.language.transformer import ModelSettings
+from experts.offload import loads
 
 NAME = "language"
 MODEL = ModelSettings(d_model=192, heads=6)
@@ -50,11 +51,12 @@ def build(
 
 
 def ship(model: LanguageModel, data: Path, folder: Path) -> LanguageModel:
-    """Write a model, its weights in int8, passages of the corpus in the folder `data`, and a profile of this machine;
+    """Write a model, its weights in int8, passages of the corpus in the folder `data`, and profiles of this machine;
     returns the model as it is read again."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     model.save(folder, "int8")
     passages.save(folder, corpus.read(data), model.tokenizer)
     found = load(folder)
-    save_json(folder / PROFILE, profiles.measure_language(found).model_dump(mode="json"))
+    profiles.measure_language(found).save(folder / PROFILE)
+    loads.measure_loads(found, found.settings.k).save(folder / profiles.LOADS)
     return found

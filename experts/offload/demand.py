@@ -110,6 +110,24 @@ class Demand:
         return cls(np.linalg.solve(square, mixed[..., None])[..., 0].astype(np.float32), frequency)
 
 
+EVICTIONS = ("predicted", "lru", "lfu", "ema", "static")
+
+
+def eviction_scores(
+    name: str, requests: Requests, rows: np.ndarray, layer: np.ndarray, predicted_mE: np.ndarray,
+    frequency_LE: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Scores `[m, E]` by which experts stay in memory after `Requests.add`: predicted demand, the last request, the
+    number of requests, the same with a half-life of 4 tokens, or the share of requests in other texts."""
+    if name == "predicted":
+        return predicted_mE
+    if name == "lru":
+        return np.asarray(requests.last[rows, layer])
+    if name == "static":
+        return np.asarray(frequency_LE[layer])
+    return np.asarray(requests.uses[rows, layer][..., {"lfu": 3, "ema": 0}[name]])
+
+
 def odds(logits: np.ndarray) -> np.ndarray:
     """Softmax over the last axis."""
     found = np.exp(logits - logits.max(-1, keepdims=True))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,29 @@ from experts.language.model import LanguageModel
 from experts.layers import MoELayer
 from experts.offload.eviction import Eviction, make
 from experts.offload.pool import ExpertPool, fitting
-from experts.offload.store import ExpertFile, OffloadError, Weights, expert_bytes, source_of, write
-from experts.routers import Router, Routing
+from experts.offload.store import ExpertFile, OffloadError, Weights, expert_bytes, rounded, source_of, write
+from experts.routers import Router, Routing, RoutingStatistics
 
 PREFETCH = (None, "last")
+
+
+class Decision(NamedTuple):
+    """What runs in a layer, and what stays in memory: weights `[T, E]`, 0 for experts that do not run, and the numbers
+    of those that stay."""
+
+    weights: torch.Tensor
+    stay: set[int]
+
+
+@runtime_checkable
+class Control(Protocol):
+    """Decides for each token which experts run and which stay in memory; not more than `memory` holds."""
+
+    def start(self) -> list[set[int]]:
+        """Experts in memory at first, for each layer."""
+
+    def decide(self, layer: int, inputs_TD: torch.Tensor, logits_TE: torch.Tensor, resident: set[int]) -> Decision:
+        """For the inputs of a layer's call and what its gate returns for them."""
 
 
 class OffloadedModel:
@@ -29,16 +50,17 @@ class OffloadedModel:
 
     `model` is a `LanguageModel`, or an `AdaptedModel` of transformers; its experts are written to `file` (default: a
     temporary file) in the precision `weights`, unless the file is there, and leave the model for good: use
-    `offloaded.model` as before. `policy` is an eviction rule by name, or a function of the number of experts that fit
-    that makes one. `prefetch="last"` loads ahead the experts that the token before used in the next layer. Close it, or
-    use it in a `with` block.
+    `offloaded.model` as before. `policy` is an eviction rule by name, a function of the number of experts that fit that
+    makes one, or a `Control` that also decides what runs. `prefetch="last"` loads ahead the experts that the token
+    before used in the next layer. Close it, or use it in a `with` block.
 
     Raises `ValueError` for experts that are not SwiGLUs of one size, and `OffloadError` for a file of other experts and
     where an expert cannot be read.
     """
 
     def __init__(
-        self, model: LanguageModel | AdaptedModel, memory: int, policy: str | Callable[[int], Eviction] = "lru", *,
+        self, model: LanguageModel | AdaptedModel, memory: int,
+        policy: str | Control | Callable[[int], Eviction] = "lru", *,
         file: Path | str | None = None, weights: Weights = "float32", prefetch: str | None = None, direct: bool = True,
     ) -> None:  # fmt: skip
         if weights not in get_args(Weights):
@@ -57,7 +79,8 @@ class OffloadedModel:
                 write(file, self.layers, weights)
             opened = opening.enter_context(ExpertFile(file, direct))
             _require_fitting(opened, self.layers, weights)
-            self.pool = ExpertPool(opened, memory, policy)
+            self.control: Control | None = policy if isinstance(policy, Control) else None
+            self.pool = ExpertPool(opened, memory, "lru" if isinstance(policy, Control) else policy)
             opening.callback(self.pool.close)
             self._open = opening.pop_all()
         self.direct = opened.direct
@@ -65,6 +88,9 @@ class OffloadedModel:
         for number, layer in enumerate(self.layers):
             layer.experts = nn.ModuleList(_Offloaded(self.pool, number, each) for each in range(len(layer.experts)))
             layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
+        if self.control:
+            for number, first in enumerate(self.control.start()):
+                self.pool.exchange(number, sorted(first), first)
 
     def __enter__(self) -> OffloadedModel:
         return self
@@ -85,6 +111,9 @@ class OffloadedModel:
 
         def hook(layer: Any, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             inner: Router = options.get("router") or layer.router
+            if self.control:
+                inner = partial(self._controlled, self.control, number, layer, given[0])
+                return given, {**options, "router": inner}
 
             def router(logits_TE: torch.Tensor, generator: torch.Generator | None = None) -> Routing:
                 routing = inner(logits_TE, generator)
@@ -95,14 +124,32 @@ class OffloadedModel:
 
         return hook
 
+    def _controlled(
+        self, control: Control, number: int, layer: MoELayer, x: torch.Tensor, logits_TE: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Routing:  # fmt: skip
+        """Routes by the control, which sees the layer's inputs."""
+        there = self.pool.residents_of(number)
+        weights_TE, stay = control.decide(number, x.reshape(len(logits_TE), -1), logits_TE, there)
+        members_TE = weights_TE > 0
+        asked = members_TE.any(0).nonzero()[:, 0].tolist()
+        kept = [expert for expert in asked if len(logits_TE) == 1 or expert in there | stay]
+        self._hand(layer, self.pool.exchange(number, kept, stay, tokens=len(logits_TE) if number == 0 else 0))
+        return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, members_TE, members_TE))
+
+    @staticmethod
+    def _hand(layer: MoELayer, found: dict[int, torch.Tensor]) -> None:
+        """Give experts their bytes for the call."""
+        experts: Any = layer.experts
+        for expert, raw in found.items():
+            experts[expert].raw = raw
+
     def _provide(self, number: int, layer: MoELayer, routing: Routing) -> None:
         asked_E = routing.members.any(0)
         weight_E = (routing.weights.detach() * routing.members).sum(0)
         order = weight_E.masked_fill(~asked_E, -1.0).argsort(descending=True)[: int(asked_E.sum())].tolist()
         found = self.pool.take(number, order, tokens=len(routing.members) if number == 0 else 0)
-        experts: Any = layer.experts
-        for expert, raw in found.items():
-            experts[expert].raw = raw
+        self._hand(layer, found)
         if self.prefetch and number + 1 < len(self.layers):
             self.pool.prefetch(number + 1, self._last.get(number + 1, []))
         self._last[number] = routing.members[-1].nonzero()[:, 0].tolist() if len(routing.members) else []
@@ -122,6 +169,17 @@ class _Offloaded(nn.Module):
         w_in, w_out = self.pool.file.weights(self.pool.once(self.layer, self.number) if raw is None else raw)
         gate, up = F.linear(x_ND, w_in.to(x_ND)).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, w_out.to(x_ND))
+
+
+def rounded_copy(model: LanguageModel, weights: Weights) -> LanguageModel:
+    """A copy whose experts are as they are read from a file of this precision, all in memory."""
+    network = deepcopy(model.network)
+    blocks: Any = network.blocks
+    with torch.no_grad():
+        for expert in [each for block in blocks for each in block.moe.experts]:
+            for old, new in zip((expert.w_in, expert.w_out), rounded(expert, weights), strict=True):
+                old.copy_(new)
+    return LanguageModel(network, model.tokenizer, model.metadata)
 
 
 def _layers(model: LanguageModel | AdaptedModel) -> list[MoELayer]:

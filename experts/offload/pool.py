@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 
@@ -72,6 +72,11 @@ class ExpertPool:
         with self._lock:
             return set(self._there)
 
+    def residents_of(self, layer: int) -> set[int]:
+        """Experts of a layer in memory, or on their way there."""
+        with self._lock:
+            return {expert for where, expert in self._there if where == layer}
+
     def statistics(self) -> Statistics:
         """Counts so far."""
         with self._lock:
@@ -91,6 +96,42 @@ class ExpertPool:
             self.counts.wait_s += time.perf_counter() - begun
             self._forget_failed(keys)
         return {expert: future.result() for (_, expert), future in found.items()}
+
+    def exchange(
+        self, layer: int, experts: Iterable[int], stay: Container[int], tokens: int = 0
+    ) -> dict[int, torch.Tensor]:
+        """The bytes of experts of a layer, and from now on only those that `stay` are in memory, whatever the rule.
+
+        Raises `ValueError` where more stay than fit.
+        """
+        keys, begun = [(layer, expert) for expert in experts], time.perf_counter()
+        with self._lock:
+            self._require_open()
+            self._forget_failed(keys)
+            counts = self.counts
+            counts.events, counts.tokens, counts.requests = (
+                counts.events + 1,
+                counts.tokens + tokens,
+                counts.requests + len(keys),
+            )
+            self.rule.begin(layer)
+            for key in keys:
+                if key in self._there:
+                    self.rule.hit(key)
+                    counts.hits += 1
+                else:
+                    self.rule.miss(key)
+                    self._load(key)
+            found = {expert: self._there[layer, expert] for _, expert in keys}
+            for key in [key for key in self._there if key[0] == layer and key[1] not in stay]:
+                self._drop(key)
+            if len(self._there) > self.capacity:
+                raise ValueError(f"{len(self._there)} experts are to stay, {self.capacity} fit")
+        wait(found.values())
+        with self._lock:
+            self.counts.wait_s += time.perf_counter() - begun
+            self._forget_failed(keys)
+        return {expert: future.result() for expert, future in found.items()}
 
     def once(self, layer: int, expert: int) -> torch.Tensor:
         """Read an expert that did not fit, and do not keep it."""

@@ -17,7 +17,7 @@ from moe_envs.layertopk.observations import HIDDEN
 SPLITS = ("rl_train", "validation", "test")
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 COSTS = ("reference", "machine", "simulated hard disk", "simulated memory card", "simulated network")
-EVICTIONS = ("predicted", "lru", "lfu", "ema", "static", "belady", "learned")
+EVICTIONS = ("predicted", "lru", "lfu", "ema", "static", "learned", "belady")
 CHOICES = ("predicted", "lru", "ema")  # of eviction="learned"
 FALLBACKS, QUALITIES = ("substitute", "skip"), ("divergence", "log-likelihood")
 # Advice: what loading an expert saves, STEEP nats times the square of its weight, and FUTURE nats times its gain in
@@ -30,7 +30,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
 
     STATE = (
         "stream", "_token", "_layer", "_keys", "_values", "_hidden", "_inputs", "_logits", "_seen", "_resident",
-        "_uses", "_last", "_asked", "_demand", "_lately", "_lost", "_loaded", "_requested", "_history",
+        "_uses", "_last", "_asked", "_demand", "_lately", "_loaded", "_requested", "_history",
     )  # fmt: skip
     common_parts = ("layer",)  # one-hot, though it may have as many numbers as there are actions
 
@@ -89,7 +89,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         self._resident = np.zeros(of_layers, dtype=np.bool_)
         empty = Requests.empty(n, self.layers, self.experts)
         self._uses, self._last, self._asked = empty.uses, empty.last, empty.tokens
-        self._lately, self._lost = np.zeros((2, n), dtype=np.float32)
+        self._lately = np.zeros(n, dtype=np.float32)
         self._history = np.zeros((n, self.tokens, self.layers, self.experts), dtype=np.uint8)
         often = np.argsort(-stepped.demand.frequency, axis=1, kind="stable")[:, :capacity]
         self._first = np.zeros(of_layers[1:], dtype=np.bool_)  # in memory at the start
@@ -120,7 +120,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
     def _begin(self, rows: np.ndarray) -> None:
         drawn = self._draw(rows, len(self.stepped.streams))
         self.stream[rows] = drawn if self._next is None else self._next[rows]
-        for counts in (self._token, self._layer, self._loaded, self._requested, self._lately, self._lost):
+        for counts in (self._token, self._layer, self._loaded, self._requested, self._lately):
             counts[rows] = 0
         self._keys[:, rows], self._values[:, rows], self._history[rows] = 0, 0, 0
         self._resident[rows] = self._first
@@ -173,13 +173,11 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         """The quality of a token in these rows, whose last layer has run."""
         passage, token = self._places(rows)
         with torch_threads(1):
-            lost = self.stepped.divergences(self._hidden[rows], passage, token)
             if self.by_divergence:
-                change = -lost
+                change = -self.stepped.divergences(self._hidden[rows], passage, token)
             else:
                 full = self.stepped.full_losses(passage)[np.arange(len(rows)), token]
                 change = full - self.stepped.losses(self._hidden[rows], passage, token)
-        self._lost[rows] = lost
         self._layer[rows] = 0
         self._token[rows] += 1
         return np.asarray(change / self.tokens)
@@ -215,18 +213,13 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
 
     def _scores(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Scores `[m, E]` of a rule; the lowest leaves."""
-        layer = self._layer[rows]
-        if name == "predicted":
-            return self._demand[rows]
-        if name == "lru":
-            return self._last[rows, layer]
-        if name == "static":
-            return self.stepped.demand.frequency[layer]
+        from experts.offload.demand import eviction_scores
+
+        layer, stepped = self._layer[rows], self.stepped
         if name == "belady":
-            return np.stack(
-                [self.stepped.needed_next(int(self.stream[row]))[self._token[row], self._layer[row]] for row in rows]
-            )
-        return self._uses[rows, layer][..., 3 if name == "lfu" else 0]
+            places = zip(self.stream[rows].tolist(), self._token[rows], layer, strict=True)
+            return np.stack([stepped.needed_next(stream)[token, each] for stream, token, each in places])
+        return eviction_scores(name, self._requests, rows, layer, self._demand[rows], stepped.demand.frequency)
 
     def _pictured(
         self, resident: np.ndarray, experts: np.ndarray, weights: np.ndarray, wanted: np.ndarray, load: np.ndarray
@@ -241,14 +234,13 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         return found
 
     def _observe(self) -> np.ndarray:
-        from moe_envs.expertcache.observations import WORST, request_values
+        from moe_envs.expertcache.observations import request_values
 
         running, layer = self._token < self.tokens, self._layer
         _, values = request_values(self._logits, self._resident[self._rows, layer], self._demand, self.k)
         values |= {
             "layer": layer[:, None] == np.arange(self.layers),
             "loads": self._lately,
-            "lost": self._lost.clip(0, WORST),
             "hidden": self._seen.clip(-10, 10),
         }
         observation = np.zeros((self.num_envs, self.single_observation_space.shape[0]), dtype=np.float32)  # type: ignore[index]
@@ -330,7 +322,6 @@ class MoEExpertCacheEnv(SingleEnv):
     | `mass` | 1 | 0..1 | probability of the best experts together |
     | `entropy` | 1 | 0..16 | entropy of the router in nats |
     | `loads` | 1 | 0..1 | experts loaded lately in a layer, over K |
-    | `lost` | 1 | 0..5 | divergence of the token before in nats |
     | `hidden` | 16 | -10..10 | projection of the layer's inputs |
 
     Demand is the discounted number of requests for an expert in the next tokens (0.9 a token, 1 if all ask for it),

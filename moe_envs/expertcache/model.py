@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from cost.timing import torch_threads
 from experts import library, profiles
@@ -16,7 +14,8 @@ from experts.data import DataError
 from experts.language import LanguageModel
 from experts.language.passages import Passages
 from experts.offload.demand import Demand, best
-from experts.offload.store import Weights, expert_bytes, rounded
+from experts.offload.model import rounded_copy
+from experts.offload.store import Weights, expert_bytes
 from moe_envs.core.stepped import SteppedModel, located, read
 from moe_envs.layertopk.observations import projection
 
@@ -73,7 +72,7 @@ def _made(
     kind: Any = weights
     size = expert_bytes(model.settings.d_model, model.settings.d_ff, kind)
     loads = profiles.of_loads(model, Path(path), costs, kind, size)
-    made = CachedModel(quantised(path, stamp, weights), found, _streams(len(found.ids), passages, split), size, loads)
+    made = CachedModel(_rounded(path, stamp, weights), found, _streams(len(found.ids), passages, split), size, loads)
     if split == "rl_train":
         made.demand = Demand.fit(made.logits(np.arange(min(FITTED, len(made.streams)))), made.k)
     else:
@@ -82,16 +81,8 @@ def _made(
 
 
 @lru_cache(maxsize=4)
-def quantised(path: str, stamp: int, weights: str) -> LanguageModel:
-    """The model with its experts rounded to a precision."""
-    model, kind = library.load("language", path), weights
-    network = deepcopy(model.network)
-    with torch.no_grad():
-        for block in network.blocks:
-            for expert in block.moe.experts:  # type: ignore[union-attr]
-                for old, new in zip((expert.w_in, expert.w_out), rounded(expert, kind), strict=True):  # type: ignore[arg-type]
-                    old.copy_(new)
-    return LanguageModel(network, model.tokenizer, model.metadata)
+def _rounded(path: str, stamp: int, weights: Any) -> LanguageModel:
+    return rounded_copy(library.load("language", path), weights)
 
 
 def _streams(count: int, passages: int, split: str) -> np.ndarray:

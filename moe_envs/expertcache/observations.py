@@ -10,7 +10,6 @@ import numpy as np
 from experts.offload.demand import best, odds
 from moe_envs.layertopk.observations import HIDDEN, RARE
 
-WORST = 5.0  # nats, largest divergence that is shown
 LATELY = 0.95  # share of "lately" that stays, a layer
 Described = list[tuple[str, int, float, float, str]]
 
@@ -35,7 +34,6 @@ def request_parts(k: int, layers: int) -> Described:
         ("mass", 1, 0, 1, "probability of the best experts together"),
         ("entropy", 1, 0, RARE, "entropy of the router in nats"),
         ("loads", 1, 0, 1, "experts loaded lately in a layer, over K"),
-        ("lost", 1, 0, WORST, "divergence of the token before in nats"),
         ("hidden", HIDDEN, -10, 10, "projection of the layer's inputs"),
     ]
 

@@ -117,7 +117,7 @@ def test_a_module_over_a_grid() -> None:
 def test_large_batches_run_before_small_ones() -> None:
     seen: list[tuple[str, int]] = []
     measure({name: lambda n, name=name: lambda: seen.append((name, n)) for name in "ab"}, sizes=(1, 8), repeats=50)
-    assert [("a", 8), ("b", 8), ("a", 1), ("b", 1)] == seen[4:8]
+    assert seen[4:8] == [("a", 8), ("b", 8), ("a", 1), ("b", 1)]
 
 
 def test_measuring_leaves_threads_alone_and_needs_repeats_sizes_and_operations() -> None:

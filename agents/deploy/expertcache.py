@@ -1,0 +1,141 @@
+"""Use a policy of MoEExpertCache-v0 in the offloading runtime: it decides which missing experts are loaded while a
+model writes.
+
+Shape legend: T tokens of a call, D width, E experts, K experts of a token, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from agents.baselines.expertcache import LoadRule
+from cost.timing import torch_threads
+from experts.language import LanguageModel
+from experts.offload.demand import EVICTIONS, Demand, Requests, best, eviction_scores, odds
+from experts.offload.model import Decision
+from moe_envs.core.spaces import layout
+from moe_envs.expertcache.observations import LATELY, answering, request_parts, request_values, staying
+from moe_envs.layertopk.observations import projection
+
+
+class CacheControl:
+    """Decides for an `OffloadedModel`, given to it as `policy`: `OffloadedModel(model, memory, CacheControl(...))`.
+
+    `policy` is a learner of MoEExpertCache-v0, ours or SB3's, with the same K and number of layers, or a rule of
+    `agents.baselines.expertcache`; what leaves and what runs instead are a rule's `env_kwargs`. A call of one token is
+    decided by it; the tokens of a prompt get all experts that they ask for, each read once. `capacity` is the number of
+    experts of a layer that stay in memory, `demand` what `fit_demand` returns.
+
+    Raises `ValueError` for a policy of another problem, or an eviction that needs the future.
+    """
+
+    def __init__(
+        self, policy: Any, model: LanguageModel, capacity: int, demand: Demand, *, eviction: str = "predicted",
+        fallback: str = "substitute",
+    ) -> None:  # fmt: skip
+        settings = model.settings
+        self.k, self.layers, self.experts = settings.k, settings.layers, settings.num_experts
+        if not 1 <= capacity <= self.experts:
+            raise ValueError(f"capacity={capacity}: must be from 1 to {self.experts} experts of a layer")
+        own = getattr(policy, "env_kwargs", {})
+        self.eviction, fallback = own.get("eviction", eviction), own.get("fallback", fallback)
+        if self.eviction not in EVICTIONS:
+            raise ValueError(f"eviction={self.eviction!r} is not one of {', '.join(EVICTIONS)}")
+        self.policy, self.capacity, self.demand, self.substitute = policy, capacity, demand, fallback == "substitute"
+        self.observation_layout = layout(request_parts(self.k, self.layers))
+        self.width = max(part.slice.stop for part in self.observation_layout.values())
+        if isinstance(policy, LoadRule):
+            policy.watch(self)  # type: ignore[arg-type]
+        else:
+            self._require_fitting(policy)
+        self.projection = torch.from_numpy(projection(settings.d_model))
+        self.requests = Requests.empty(1, self.layers, self.experts)
+        self.lately = 0.0
+        self._logits, self._resident = np.zeros((1, self.experts)), np.zeros((1, self.experts), dtype=np.bool_)
+
+    def start(self) -> list[set[int]]:
+        """In memory at first: the experts most often asked for in other texts."""
+        often = np.argsort(-self.demand.frequency, axis=1, kind="stable")[:, : self.capacity]
+        return [set(each) for each in often.tolist()]
+
+    def decide(self, layer: int, inputs_TD: torch.Tensor, logits_TE: torch.Tensor, resident: set[int]) -> Decision:
+        """Weights of the experts that run, and who stays."""
+        logits = logits_TE.detach().float().cpu().numpy()
+        row, where = np.zeros(1, dtype=np.int64), np.array([layer])
+        there = np.zeros((1, self.experts), dtype=np.bool_)
+        there[0, list(resident)] = True
+        wanted = best(logits, self.k)
+        for each in wanted:
+            self.requests.add(row, where, each[None])
+        predicted = self.demand.predict(self.requests, row, where, odds(logits[-1:]))
+        weights = np.zeros_like(logits)
+        if len(logits) > 1:
+            available = there.copy()
+            available[0, wanted.ravel()] = True
+            np.put_along_axis(weights, wanted, odds(np.take_along_axis(logits, wanted, 1)), axis=1)
+        else:
+            load = self._loads(layer, inputs_TD, logits, there, predicted)
+            available = there.copy()
+            available[0, wanted[0]] |= load
+            experts, each = answering(logits, wanted, available, self.substitute)
+            np.put_along_axis(weights, experts, each, axis=1)
+            self.lately = LATELY * self.lately + (1 - LATELY) * float(load.sum()) / self.k
+        scores = eviction_scores(self.eviction, self.requests, row, where, predicted, self.demand.frequency)
+        stay = staying(available, scores, self.capacity)[0].nonzero()[0]
+        return Decision(torch.from_numpy(weights).to(logits_TE), set(stay.tolist()))
+
+    def wanted(self) -> np.ndarray:
+        """The experts asked for, `[1, K]`, for rules."""
+        return best(self._logits, self.k)
+
+    def residents(self) -> np.ndarray:
+        """Which experts of the layer are in memory, `[1, E]`, for rules."""
+        return self._resident
+
+    def logits(self) -> np.ndarray:
+        """Router logits `[1, E]`, for rules."""
+        return self._logits
+
+    def _loads(
+        self, layer: int, inputs_TD: torch.Tensor, logits: np.ndarray, resident: np.ndarray, predicted: np.ndarray
+    ) -> np.ndarray:
+        """Which of the missing experts are loaded, `[K]`."""
+        self._logits, self._resident = logits, resident
+        _, values = request_values(logits, resident, predicted, self.k)
+        missing = values["missing"][0]
+        if not missing.any():
+            return np.zeros(self.k, dtype=np.bool_)
+        values |= {
+            "layer": np.arange(self.layers)[None] == layer,
+            "loads": np.array([self.lately]),
+            "hidden": F.linear(inputs_TD.float(), self.projection.to(inputs_TD.device)).cpu().numpy().clip(-10, 10),
+        }
+        observation = np.zeros((1, self.width), dtype=np.float32)
+        for name, part in self.observation_layout.items():
+            observation[:, part.slice] = values[name].reshape(1, -1)
+        bits = self.policy.predict(observation, deterministic=True)[0][0]
+        return np.asarray((bits > 0) & missing)
+
+    def _require_fitting(self, policy: Any) -> None:
+        of_policy = getattr(policy, "rows", policy)
+        shape = getattr(getattr(of_policy, "observation_space", None), "shape", None)
+        actions = getattr(getattr(of_policy, "action_space", None), "shape", None)
+        if shape != (self.width,) or actions != (self.k,):
+            raise ValueError(
+                f"the policy observes {shape} and has actions {actions}; for this model it must be trained in "
+                f"MoEExpertCache-v0 without learned eviction: {(self.width,)} and {(self.k,)}"
+            )
+
+
+def fit_demand(model: LanguageModel, texts: Any) -> Demand:
+    """Demand for a model's experts, fitted to its own routing on texts (ids `[n, T]`)."""
+    given = torch.as_tensor(np.asarray(texts), dtype=torch.int64)
+    with torch_threads(1), torch.inference_mode():
+        routing = model.network(given).routing
+    logits: np.ndarray = torch.stack([each.logits for each in routing], 1).numpy()
+    shape = (*given.shape, model.settings.layers, model.settings.num_experts)
+    return Demand.fit(logits.reshape(shape), model.settings.k)

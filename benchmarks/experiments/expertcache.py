@@ -1,0 +1,155 @@
+"""Does choosing what is loaded pay in the runtime? Seconds a token and loss of a language model in a small memory.
+
+Each decision maker runs in the offloading runtime, its own time included: test streams are decoded token by token, one
+row, experts are read from the disk. Rules are tuned, and PPO trained, for load times of this machine. Run it on an
+otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from agents import runs
+from agents.baselines import expertcache as rules
+from agents.deploy.expertcache import CacheControl
+from benchmarks.experiments.offload import ALL, decoded
+from benchmarks.results.statistics import mean_interval
+from benchmarks.runner.setup import Arguments
+from cost.files import locked
+from cost.timing import torch_threads
+from experts.language import load
+from experts.offload import OffloadedModel
+from moe_envs.expertcache import MoEExpertCacheVectorEnv
+
+LRU = "all loaded, lru for all layers"
+KEPT = (
+    "all loaded, lru", "all loaded, predicted", "bias towards memory", "minimum weight, lru",
+    "minimum weight per layer, predicted", "minimum weight and demand per layer, predicted",
+)  # fmt: skip
+SEEDS = (0, 1, 2)
+Precision = Literal["float32", "int4"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    f"{weights}, capacity {capacity}": {"weights": weights, "capacity": capacity}
+    for weights in ("int4", "float32") for capacity in (4, 6, 8)
+}  # fmt: skip
+QUICK = {
+    "seeds": [0],
+    "setups": {"short": {"timesteps": 512, "tune": 1, "streams": 1, "tokens": 4, "passages": 2}},
+}
+
+
+class ExpertCacheSetup(Arguments):
+    """Rules are tuned on `tune` streams; `streams` of the test split, of `passages` of `tokens` tokens, are decoded."""
+
+    model: str = "language"
+    weights: Precision = "int4"
+    capacity: int = 6
+    cost_weight: float = 0.2
+    tokens: int = 64
+    passages: int = 4
+    timesteps: int | None = None
+    tune: int = rules.STREAMS
+    streams: int = 8
+
+
+Setup = ExpertCacheSetup
+
+
+def measure(setup: ExpertCacheSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loss, loads and seconds of each decision maker on the same test streams."""
+    fields = ("model", "weights", "capacity", "cost_weight", "tokens", "passages")
+    kwargs = {name: getattr(setup, name) for name in fields} | {"costs": "machine"}
+    found = _tuned(setup.tune, **kwargs)
+    makers: dict[str, Any] = {ALL: None, LRU: None} | {name: found[name] for name in KEPT}
+    makers["PPO"] = _trained(setup, seed, folder, kwargs)
+    env = MoEExpertCacheVectorEnv(1, split="test", **kwargs)
+    stepped = env.stepped
+    chosen = np.random.default_rng(seed).permutation(len(stepped.streams))[: setup.streams]
+    texts = [torch.from_numpy(stepped.passages.ids[stepped.streams[each]]) for each in chosen]
+    losses, counts, times = dict[str, float](), dict[str, Any](), dict[str, list[float]]()
+    with torch_threads(1):
+        for ids in texts:  # in turns
+            for name, maker in makers.items():
+                seconds, loss, read = _decoded(env, setup, name, maker, ids, folder)
+                times.setdefault(name, []).append(seconds)
+                losses[name] = losses.get(name, 0.0) + loss / len(texts)
+                counts.setdefault(name, []).append(read)
+    loads = {name: float(np.mean([each["loads"] for each in found])) for name, found in counts.items()}
+    return {"losses": losses, "loads": loads}, {"times": {name: float(np.median(each)) for name, each in times.items()}}
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """A table for each setting."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for setup, rows in frame.groupby("setup", sort=False):
+        table = tables[str(setup)] = []
+        for name in rows["losses"].iloc[0]:
+            nats = np.array([each[name] - each[ALL] for each in rows["losses"]])
+            speeds = np.array([each[LRU] / each[name] for each in rows["times"]])
+            table.append({
+                "decided by": name, "ms a token": 1e3 * float(np.mean([each[name] for each in rows["times"]])),
+                "speed": float(speeds.mean()),
+                "95 %": list(mean_interval(speeds)) if len(speeds) > 1 else None,
+                "nats": float(nats.mean()), "loads a token": float(np.mean([each[name] for each in rows["loads"]])),
+            })  # fmt: skip
+    return {"tables": tables, "notes": [
+        f"speed: tokens per second over those of {LRU!r}, which loads whatever is asked for. nats: change of the loss "
+        "of a token to that with all experts in memory. The decision maker's own time is included; one thread, one "
+        "row; medians over streams, means over seeds.",
+    ]}  # fmt: skip
+
+
+def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
+    """Loss against time in each setting."""
+    import matplotlib.pyplot as plt
+
+    tables = result["tables"]
+    figure, axes = plt.subplots(1, len(tables), figsize=(4 * len(tables), 4), layout="constrained", squeeze=False)
+    for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
+        for row in table:
+            axis.plot(row["ms a token"], row["nats"], "o", label=row["decided by"])
+        axis.set(title=name, xlabel="ms a token", ylabel="change of the loss, nats a token")
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(out / "time.png", dpi=110)
+    plt.close(figure)
+    return ["time.png"]
+
+
+@cache
+def _tuned(streams: int, **kwargs: Any) -> dict[str, Any]:
+    """The rules, which do not depend on the seed."""
+    return rules.baselines(rules.ID, streams=streams, **kwargs)
+
+
+def _trained(setup: ExpertCacheSetup, seed: int, folder: Path, kwargs: dict[str, Any]) -> Any:
+    sizes = f"{setup.weights}-{setup.capacity}-{setup.cost_weight:g}-{setup.tokens}-{setup.passages}"
+    place = folder / f"run-{Path(setup.model).name}-{sizes}-{setup.timesteps or 'all'}-{seed}"
+    with locked(place):
+        if not (place / runs.SETTINGS).exists():
+            more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
+            with torch_threads(1):
+                runs.train(rules.ID, "ppo", seed, place, kwargs, more, overwrite=True)
+    return runs.load(place)[0]
+
+
+def _decoded(
+    env: MoEExpertCacheVectorEnv, setup: ExpertCacheSetup, name: str, maker: Any, ids: torch.Tensor, folder: Path
+) -> tuple[float, float, dict[str, float]]:
+    """Seconds a token, loss, and loads a token of a decision maker on the passages `[S, T + 1]`."""
+    if name == ALL:
+        return *decoded(env.stepped.model, ids), {"loads": 0.0}
+    model = load(setup.model)
+    policy = "lru" if maker is None else CacheControl(maker, model, setup.capacity, env.stepped.demand)
+    file = folder / f"experts-{setup.weights}.bin"
+    with OffloadedModel(model, env.memory, policy, file=file, weights=setup.weights) as offloaded:
+        before = offloaded.statistics()["loads"]
+        seconds, loss = decoded(model, ids)
+        loads = (offloaded.statistics()["loads"] - before) / (len(ids) * (ids.shape[1] - 1))
+    return seconds, loss, {"loads": loads}

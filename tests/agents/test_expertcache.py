@@ -1,0 +1,108 @@
+"""Rules for MoEExpertCache-v0, and policies in the offloading runtime."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agents.baselines import find
+from agents.baselines.expertcache import Always, MinimumWeight, bound
+from agents.deploy.expertcache import CacheControl, fit_demand
+from agents.evaluate import evaluate
+from agents.ppo import PPO
+from experts.language import load
+from experts.offload import OffloadedModel
+from moe_envs.expertcache import MoEExpertCacheVectorEnv
+
+ID = "moe_envs:MoEExpertCache-v0"
+SMALL: dict[str, Any] = {"tokens": 4, "passages": 2}
+
+
+@pytest.fixture(scope="module")
+def rules() -> dict[str, Any]:
+    return find(ID).baselines(ID, report=lambda share: None, streams=4, **SMALL)
+
+
+def test_tuned_rules_and_the_bound(rules: dict[str, Any]) -> None:
+    assert len(rules) == 5 + 2 + 6 + 4
+    returns = {
+        name: evaluate(rule, ID, 32, split="validation", **SMALL)["return"].mean() for name, rule in rules.items()
+    }
+    best = evaluate(bound(ID, streams=4, **SMALL), ID, 32, split="validation", **SMALL)["return"].mean()
+    assert best > max(returns.values())
+    assert returns["minimum weight per layer, predicted"] > returns["all loaded, predicted"]
+    assert returns["all loaded, predicted"] > returns["nothing loaded"] > returns["nothing loaded or substituted"]
+    assert max(returns, key=returns.__getitem__) not in ("at random", "all loaded, static")
+
+
+def test_rules_by_hand() -> None:
+    env = MoEExpertCacheVectorEnv(6, **SMALL)
+    observation, _ = env.reset(seed=0)
+    layout = env.observation_layout
+    rule = MinimumWeight([0.3] * 4)
+    rule.watch(env)
+    assert rule.predict(observation)[0].tolist() == (observation[:, layout["weights"].slice] >= 0.3).tolist()
+    rule = MinimumWeight([0.3] * 4, future=0.5)
+    rule.watch(env)
+    worth = observation[:, layout["weights"].slice] + 0.5 * observation[:, layout["gain"].slice]
+    assert rule.predict(observation)[0].tolist() == (worth >= 0.3).tolist()
+
+
+def test_a_policy_in_the_runtime_does_what_it_does_in_the_environment(rules: dict[str, Any]) -> None:
+    kwargs = {**SMALL, "passages": 1, "weights": "int8", "split": "test"}
+    learner = PPO("MlpPolicy", ID, env_kwargs=SMALL, n_envs=2, seed=1, n_steps=4, batch_size=8)
+    makers = {
+        "rule": rules["minimum weight per layer, predicted"],
+        "bias": rules["bias towards memory"],
+        "PPO": learner,
+    }
+    for maker in makers.values():
+        env = MoEExpertCacheVectorEnv(1, **kwargs, quality="log-likelihood")
+        if hasattr(maker, "watch"):
+            maker.watch(env)
+        observation, _ = env.reset(seed=0, options={"stream": 3})
+        quality = 0.0
+        for _ in range(env.tokens * env.layers):
+            observation, _, _, _, infos = env.step(maker.predict(observation, deterministic=True)[0])
+            quality += float(infos["reward/quality"][0])
+        loads = float(infos["expertcache/loads_per_token"][0]) * env.tokens
+        ids = torch.from_numpy(env.stepped.passages.ids[env.stepped.streams[3]])
+        full = float(env.stepped.model.loss(ids).mean())
+        model = load("language")
+        control = CacheControl(maker, model, env.capacity, env.stepped.demand)
+        with OffloadedModel(model, env.memory, control, weights="int8") as offloaded:
+            before = offloaded.statistics()["loads"]
+            assert before == env.capacity * env.layers
+            cache, losses = model.network.cache(1, size=env.tokens), []
+            for place in range(env.tokens):
+                with torch.inference_mode():
+                    logits = model.network(ids[:, place : place + 1], None, cache).logits[:, 0]
+                losses.append(float(torch.nn.functional.cross_entropy(logits, ids[:, place + 1])))
+                assert len(offloaded.pool.resident) <= env.capacity * env.layers
+            assert offloaded.statistics()["loads"] - before == loads
+        assert full - np.mean(losses) == pytest.approx(quality, abs=2e-4)
+
+
+def test_a_prompt_gets_all_that_it_asks_for() -> None:
+    model, ids = load("language"), torch.arange(40)[None] + 100
+    with torch.inference_mode():
+        wanted = model.network(ids).logits
+        demand = fit_demand(model, ids)
+        control = CacheControl(Always(False), model, 2, demand)
+        with OffloadedModel(model, 8 * 600_000, control) as offloaded:
+            found = model.network(ids).logits
+            assert len(offloaded.pool.resident) <= 8
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_another_policy_is_told() -> None:
+    model = load("language")
+    demand = fit_demand(model, torch.arange(40)[None] + 100)
+    with pytest.raises(ValueError, match="capacity=0: must be from 1 to 16"):
+        CacheControl(Always(True), model, 0, demand)
+    with pytest.raises(ValueError, match="eviction='belady' is not one of predicted, lru"):
+        CacheControl(Always(True, eviction="belady"), model, 4, demand)
+    other = PPO("MlpPolicy", ID, env_kwargs={**SMALL, "eviction": "learned"}, n_envs=1, n_steps=4, batch_size=4)
+    with pytest.raises(ValueError, match="must be trained in MoEExpertCache-v0 without learned eviction"):
+        CacheControl(other, model, 4, demand)
