@@ -6,17 +6,20 @@ Shape legend: T tokens of a call, D width, E experts, K experts of a token, L la
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from agents import runs
 from agents.baselines.expertcache import LoadRule
 from cost.timing import torch_threads
 from experts.language import LanguageModel
 from experts.offload.demand import EVICTIONS, Demand, Requests, best, eviction_scores, odds
 from experts.offload.model import Decision
+from experts.offload.store import Weights, expert_bytes
 from moe_envs.core.spaces import layout
 from moe_envs.expertcache.observations import LATELY, answering, request_parts, request_values, staying
 from moe_envs.layertopk.observations import projection
@@ -129,6 +132,21 @@ class CacheControl:
                 f"the policy observes {shape} and has actions {actions}; for this model it must be trained in "
                 f"MoEExpertCache-v0 without learned eviction: {(self.width,)} and {(self.k,)}"
             )
+
+
+def control_of_run(folder: Path, model: LanguageModel, memory: int, weights: Weights, texts: Any) -> CacheControl:
+    """The policy of a run folder, in a memory of so many bytes for experts of this precision; demand is fitted to the
+    texts (ids `[n, T]`). Raises `ValueError` for a run of another environment, or if no expert of each layer fits."""
+    policy, config = runs.load(folder)
+    kwargs, settings = config["env_kwargs"], model.settings
+    if not config["env"].endswith("MoEExpertCache-v0"):
+        raise ValueError(f"{folder} is a run of {config['env']}, not of MoEExpertCache-v0")
+    of_layers = expert_bytes(settings.d_model, settings.d_ff, weights) * settings.layers
+    if memory < of_layers:
+        raise ValueError(f"memory={memory}: not even one expert of each layer fits, {of_layers} bytes")
+    chosen = {name: kwargs[name] for name in ("eviction", "fallback") if name in kwargs}
+    capacity = min(memory // of_layers, settings.num_experts)
+    return CacheControl(policy, model, capacity, fit_demand(model, texts), **chosen)
 
 
 def fit_demand(model: LanguageModel, texts: Any) -> Demand:

@@ -131,7 +131,10 @@ def _generate(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help="What leaves the memory: lru (default), lfu, lrfu, arc, sieve, least-stale or random."),
+        typer.Option(
+            help="What leaves the memory: lru (default), lfu, lrfu, arc, sieve, least-stale or random; policy:RUN_DIR, "
+            "a run of MoEExpertCache-v0, also decides what is loaded."
+        ),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Experts on the disk and in memory: float32 (default), bfloat16, int8 or int4.")
@@ -150,6 +153,8 @@ def _generate(
         return
     from experts.offload import OffloadedModel
 
+    if policy is not None and policy.startswith("policy:"):
+        given["policy"] = _control(policy.removeprefix("policy:"), model, language_model, _size(memory), weights)
     with OffloadedModel(language_model, _size(memory), **given) as offloaded:
         typer.echo(prompt + language_model.generate(prompt, tokens, _experts(k), **options))
         typer.echo(_of_disk(offloaded), err=True)
@@ -161,6 +166,15 @@ def loaded(name: str) -> Any:
     from experts.language.pretraining import MODEL, RUN
 
     return language.load(Path(name) / MODEL if (Path(name) / RUN).exists() else name)
+
+
+def _control(folder: str, name: str, model: Any, memory: int, weights: Any) -> Any:
+    """A policy of MoEExpertCache-v0 for a model, with the demand in passages that come with it."""
+    from agents.deploy.expertcache import control_of_run
+    from experts.language import find, passages
+
+    texts = passages.load(find(name), "rl_train").ids[:, :-1]
+    return control_of_run(Path(folder), model, memory, weights or "float32", texts[:: max(1, len(texts) // 96)])
 
 
 def _size(text: str) -> int:

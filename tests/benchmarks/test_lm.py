@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from agents import runs
 from benchmarks.cli.lm import app
 from experts import language
 from experts.language import debian
@@ -57,6 +58,23 @@ def test_a_run_writes_text(made: tuple[Path, Path]) -> None:
     done = runner.invoke(app, ["generate", str(made[1]), "one 1:", "--tokens", "5", "--temperature", "0", *less])
     assert done.stdout == written
     assert re.search(r"\d experts of [\d,]+ bytes fit; [\d.]+% of [\d,]+ requests were in memory", done.stderr)
+
+
+def test_a_trained_policy_decides_what_is_loaded(tmp_path: Path) -> None:
+    settings = {"n_envs": 2, "n_steps": 4, "batch_size": 8, "total_timesteps": 8}
+    for env, kwargs in (
+        ("MoEExpertCache-v0", {"tokens": 2, "passages": 1, "fallback": "skip"}),
+        ("MoELayerTopK-v0", {"tokens": 2}),
+    ):
+        runs.train(f"moe_envs:{env}", "ppo", 0, tmp_path / env, kwargs, settings)
+    words = ["generate", "language", "In the", "--tokens", "4", "--weights", "int4", "--memory"]
+    done = runner.invoke(app, [*words, "2MB", "--policy", f"policy:{tmp_path / 'MoEExpertCache-v0'}"])
+    assert done.exit_code == 0, done.output
+    assert "requests were in memory" in done.stderr
+    for memory, env, message in (("2MB", "MoELayerTopK-v0", "is a run of moe_envs:MoELayerTopK-v0, not of"),
+                                 ("200kB", "MoEExpertCache-v0", "not even one expert of each layer")):  # fmt: skip
+        done = runner.invoke(app, [*words, memory, "--policy", f"policy:{tmp_path / env}"])
+        assert message in str(done.exception)
 
 
 def test_a_finished_run_resumes_to_the_same(made: tuple[Path, Path], tmp_path: Path) -> None:
