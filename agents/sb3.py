@@ -16,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 
 from agents.evaluate import spec_of
 
@@ -38,6 +38,8 @@ def make_algorithm(algo: str, env: VecEnv, seed: int, values: dict[str, Any], lo
     rate = str(keywords.get("learning_rate", ""))
     if rate.startswith("linear "):
         keywords["learning_rate"] = LinearSchedule(float(rate.removeprefix("linear ")), 0.0, 1.0)
+    if keywords.pop("normalize_rewards", False):
+        env = VecNormalize(env, norm_obs=False, gamma=keywords.get("gamma", 0.99))
     _, policy = ALGORITHMS[algo]
     if algo == "ppo_mask" and not env.has_attr("action_masks"):
         raise ValueError("algo='ppo_mask': this environment has no action_masks(), each action is valid; take ppo")
@@ -156,7 +158,8 @@ class CostLogger(BaseCallback):
 
     def _on_step(self) -> bool:
         infos: Sequence[dict[str, Any]] = self.locals["infos"]
-        rewards, dones = self.locals["rewards"].tolist(), self.locals["dones"].tolist()
+        env, dones = self.training_env, self.locals["dones"].tolist()
+        rewards = (env.get_original_reward() if isinstance(env, VecNormalize) else self.locals["rewards"]).tolist()
         for sums, info, reward, done in zip(self._sums, infos, rewards, dones, strict=True):
             sums["return"] += reward
             for key, value in info.items():

@@ -119,19 +119,21 @@ TUNED["MoELayerTopK-v0"] = {
         "learning_rate": "linear 3e-4",
         "gamma": 0.95,
         "gae_lambda": 0.95,
+        "normalize_rewards": True,
         "policy_kwargs": {"net_arch": [32], "residual": True},
     },
 }
 TUNED["MoEExpertCache-v0"] = {
     "ppo": {
-        "n_envs": 256,
+        "n_envs": 128,
         "total_timesteps": 1_000_000,
-        "n_steps": 32,
-        "batch_size": 2048,
+        "n_steps": 128,
+        "batch_size": 4096,
         "n_epochs": 4,
         "learning_rate": "linear 1e-3",
         "gamma": 0.987,
-        "gae_lambda": 0.95,
+        "gae_lambda": 0.99,
+        "normalize_rewards": True,
         "policy_kwargs": {"net_arch": [64, 64], "residual": True, "equivariant": True},
     },
 }
@@ -145,7 +147,8 @@ def settings(algo: str, env_id: str, backend: str = "own", **overrides: Any) -> 
         raise ValueError(f"algo={algo!r} of backend={backend!r} is not one of {known}")
     tuned = copy.deepcopy(TUNED.get(env_id.split(":")[-1], {}).get(algo, {"n_envs": 8, "total_timesteps": 100_000}))
     if backend == "sb3":
-        tuned.get("policy_kwargs", {}).pop("residual", None)  # of our networks only
+        for name in ("residual", "equivariant"):  # of our networks only
+            tuned.get("policy_kwargs", {}).pop(name, None)
     return tuned | overrides
 
 
@@ -162,9 +165,11 @@ def rl_zoo(algo: str) -> str:
         for name, value in settings(algo, env_id, "sb3").items():
             if name == "policy_kwargs":
                 value = '"dict(' + ", ".join(f"{key}={each}" for key, each in value.items()) + ')"'
+            elif name == "normalize_rewards":
+                name, value = "normalize", '"dict(norm_obs=False, norm_reward=True)"'
             elif isinstance(value, str):
                 value = value.replace("linear ", "lin_")
             lines.append(
-                f"  {'n_timesteps' if name == 'total_timesteps' else name}: {str(value).replace('True', 'true')}"
+                f"  {'n_timesteps' if name == 'total_timesteps' else name}: {'true' if value is True else value}"
             )
     return "\n".join(lines) + "\n"

@@ -175,7 +175,8 @@ def baselines(
     with_future = [tuning.per_layer(per_layer.thresholds, future) for future in FUTURES[1:]]
     rules["minimum weight and demand per layer, predicted"] = tuning.best([per_layer, *with_future])
     report(0.85)
-    rules["minimum weight, skipped"] = tuning.best(_alike(tuning.layers, fallback="skip"))
+    skipping = tuning.per_layer(per_layer.thresholds, fallback="skip")
+    rules["minimum weight per layer, nothing instead"] = skipping
     rules["bias towards memory"] = tuning.best([Biased(bias) for bias in BIASES])
     rules["at random"] = Coin()
     report(1.0)

@@ -20,9 +20,9 @@ COSTS = ("reference", "machine", "simulated hard disk", "simulated memory card",
 EVICTIONS = ("predicted", "lru", "lfu", "ema", "static", "learned", "belady")
 CHOICES = ("predicted", "lru", "ema")  # of eviction="learned"
 FALLBACKS, QUALITIES = ("substitute", "skip"), ("divergence", "log-likelihood")
-# Advice: what loading an expert saves, STEEP nats times the square of its weight, and FUTURE nats times its gain in
-# demand, less its price; times SURE these are logits. Measured on the shipped model.
-STEEP, FUTURE, SURE = 0.15, 0.02, 100.0
+# Advice: load an expert if the square of its weight times STEEP, in nats, is above its price; SURE times the difference
+# of the squares is a logit. STEEP, from the first layer to the last, was measured on the shipped model.
+STEEP, SURE = (0.26, 0.16, 0.35, 0.74), 100.0
 
 
 class MoEExpertCacheVectorEnv(BatchedEnv):
@@ -77,8 +77,9 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         actions = spaces.MultiDiscrete([2] * self.k + [len(CHOICES)]) if learned else spaces.MultiBinary(self.k)
         super().__init__(num_envs, layout(request_parts(self.k, self.layers)), actions, reward, **face)
         if not learned:
-            price = np.full((self.layers, self.k), -SURE * self.price())
-            self.advice = {"squared": SURE * STEEP, "gain": SURE * FUTURE, "layer": price}
+            steep = np.interp(np.linspace(0, len(STEEP) - 1, self.layers), np.arange(len(STEEP)), STEEP)
+            limit = np.tile(self.price() / steep[:, None], self.k)
+            self.advice = {"squared": SURE, "layer": -SURE * limit}
         self._next: np.ndarray | None = None  # streams of the next reset
         n, of_layers = num_envs, (num_envs, self.layers, self.experts)
         self.stream, self._token, self._layer, self._loaded, self._requested = np.zeros((5, n), dtype=np.int64)
@@ -291,8 +292,8 @@ class MoEExpertCacheEnv(SingleEnv):
     ## Description
     A Mixture-of-Experts language model reads a stream of text, and its memory holds only some experts of each layer;
     the others lie on a disk. Whenever the router asks for experts that are missing, the agent decides which of them are
-    loaded. In place of the others the best experts in memory run: that costs no time, but makes the prediction worse.
-    The stream's passages come from different domains, each of which uses other experts.
+    loaded. In place of the others the best experts in memory run, at a quarter of their weight: that costs no load, but
+    makes the prediction worse. The stream's passages come from different domains, each of which uses other experts.
 
     The model is really run on what the memory gives it, batched over the rows and with a KV cache. Text is real, and
     load times are looked up in a profile measured on a machine.

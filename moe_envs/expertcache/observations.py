@@ -10,6 +10,7 @@ import numpy as np
 from experts.offload.demand import best, odds
 from moe_envs.layertopk.observations import HIDDEN, RARE
 
+SHARE = 0.25  # of a substitute's weight that counts, measured: better than all of it, and than no substitutes
 LATELY = 0.95  # share of "lately" that stays, a layer
 Described = list[tuple[str, int, float, float, str]]
 
@@ -67,14 +68,20 @@ def answering(
     logits_mE: np.ndarray, wanted_mK: np.ndarray, available_mE: np.ndarray, substitute: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Experts that run in place of those asked for, `[m, K]`, and their weights, 0 for those that do not: the best ones
-    available, or of those asked for the ones available. Weights are probabilities over those of the experts asked for,
-    so that all of them have the weights of the model's router."""
+    available, or of those asked for the ones available.
+
+    Weights are probabilities over the sum of those asked for, so that these have the weights of the model's router;
+    others count `SHARE` of theirs.
+    """
     k = wanted_mK.shape[1]
     experts = best(np.where(available_mE, logits_mE, -np.inf), k) if substitute else wanted_mK
     logs = logits_mE - logits_mE.max(1, keepdims=True)
     mass = np.exp(np.take_along_axis(logs, wanted_mK, 1)).sum(1, keepdims=True)
-    there = np.take_along_axis(available_mE, experts, 1)
-    return experts, np.where(there, np.exp(np.take_along_axis(logs, experts, 1)) / mass, 0).astype(np.float32)
+    asked = np.zeros_like(available_mE)
+    np.put_along_axis(asked, wanted_mK, True, axis=1)
+    there, own = (np.take_along_axis(each, experts, 1) for each in (available_mE, asked))
+    weights = np.exp(np.take_along_axis(logs, experts, 1)) / mass
+    return experts, np.where(there, np.where(own, weights, SHARE * weights), 0).astype(np.float32)
 
 
 def staying(available_mE: np.ndarray, scores_mE: np.ndarray, capacity: int) -> np.ndarray:

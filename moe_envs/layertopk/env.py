@@ -20,8 +20,9 @@ GRANULARITIES, OBSERVATIONS = ("layer", "token"), ("passage", "token")
 QUALITIES = ("log-likelihood", "divergence")
 # The advice is the least price plus STEEP nats times the square of the weight left out; times SURE these are logits.
 # Under a budget an expert costs SCARCE * exp(-budget) nats more, twice that when the budget has run out, nothing when
-# twice as much as planned is left. STEEP and SCARCE were measured on the shipped model.
-STEEP, SCARCE, SURE = 0.12, 0.08, 500.0
+# twice as much as planned is left. STEEP, from the first layer to the last, and SCARCE were measured on the shipped
+# model.
+STEEP, SCARCE, SURE = (0.08, 0.04, 0.1, 0.2), 0.08, 500.0
 
 
 class MoELayerTopKVectorEnv(BatchedEnv):
@@ -72,7 +73,12 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         self.total = decisions * self.k if budget is None else int(budget * decisions + 1e-9)
         if granularity == "layer":
             scarce = self.scarcity() * np.arange(self.k + 1)
-            self.advice = {"left_out": -SURE * STEEP, "layer": -SURE * (self.prices() + scarce)}
+            depth = np.linspace(0, len(STEEP) - 1, self.layers)
+            steep = np.interp(depth, np.arange(len(STEEP)), STEEP)
+            self.advice = {
+                "left_out": -SURE * np.kron(steep[:, None], np.eye(self.k + 1)),
+                "layer": -SURE * (self.prices() + scarce),
+            }
             if budget:
                 self.advice["budget"] = SURE * scarce[None] * self.k / budget
         self._asked: np.ndarray | None = None  # passages of the next reset
@@ -235,7 +241,7 @@ class MoELayerTopKEnv(SingleEnv):
     |---|---|---|---|
     | `router` | K | -16..0 | log probabilities of the best experts in this layer |
     | `weights` | K | 0..1 | weights of the best experts if all of them run |
-    | `left_out` | K + 1 | 0..1 | squared sum of the weights that 0 to K experts leave out |
+    | `left_out` | L (K + 1) | 0..1 | squared sum of the weights that 0 to K experts leave out, 0 for other layers |
     | `entropy` | 1 | 0..16 | entropy of the router in nats |
     | `layer` | L | 0..1 | one-hot layer |
     | `hidden` | 16 | -10..10 | projection of the layer's inputs |

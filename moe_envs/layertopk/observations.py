@@ -17,7 +17,7 @@ def token_parts(k: int, layers: int) -> Described:
     return [
         ("router", k, -RARE, 0, "log probabilities of the best experts"),
         ("weights", k, 0, 1, "weights of the best experts if all of them run"),
-        ("left_out", k + 1, 0, 1, "squared sum of the weights that 0 to K experts leave out"),
+        ("left_out", layers * (k + 1), 0, 1, "squared sum of the weights that 0 to K experts leave out, 0 elsewhere"),
         ("entropy", 1, 0, RARE, "entropy of the router in nats"),
         ("layer", layers, 0, 1, "one-hot layer"),
         ("hidden", HIDDEN, -10, 10, "projection of the layer's inputs"),
@@ -56,12 +56,13 @@ def seen(
     odds = np.exp(best)
     weights = odds / odds.sum(1, keepdims=True)
     left_out = 1 - np.concatenate([np.zeros_like(weights[:, :1]), weights.cumsum(1)], axis=1)
+    here = (layer[:, None] == np.arange(experts.shape[1])).astype(np.float32)
     return {
         "router": best.clip(-RARE, 0),
         "weights": weights,
-        "left_out": left_out.clip(0) ** 2,
+        "left_out": (here[:, :, None] * left_out[:, None].clip(0) ** 2).reshape(len(here), -1),
         "entropy": -(np.exp(logs) * logs).sum(1, keepdims=True).clip(-RARE, 0),
-        "layer": (layer[:, None] == np.arange(experts.shape[1])).astype(np.float32),
+        "layer": here,
         "hidden": hidden.clip(-10, 10),
         "experts": experts / k,
     }
