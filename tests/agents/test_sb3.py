@@ -69,6 +69,18 @@ def test_costs_and_rewards_reach_tensorboard(tmp_path: Path) -> None:
     assert logged == pytest.approx(np.mean([record["cost/time"] for record in logger.records[8:]]), rel=1e-5)
 
 
+def test_rewards_are_normalised_and_recorded_as_they_are() -> None:
+    values = {"n_steps": 12, "batch_size": 48, "normalize_rewards": True}
+    algorithm, logger = (
+        sb3.make_algorithm("ppo", sb3.make_sb3_vec(ID, 4, **DIGITS, cost_weight=0.3), 0, values),
+        sb3.CostLogger(),
+    )
+    algorithm.learn(96, logger)
+    assert algorithm.get_env().ret_rms.var != 1  # type: ignore[union-attr]
+    for record in logger.records:
+        assert record["return"] == pytest.approx(record["reward/quality"] - 0.3 * record["reward/cost"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("algo", "small"),
     [
