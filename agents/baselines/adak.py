@@ -152,12 +152,14 @@ class AdaK:
         return F.cross_entropy(logits.flatten(0, 1), given[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
 
-def trained(env_id: str, seed: int, **env_kwargs: Any) -> AdaK:
+def trained(env_id: str, seed: int, steps: int = AdaKSettings.steps, **env_kwargs: Any) -> AdaK:
     """Ada-K for MoELayerTopK-v0 with these arguments, trained on `rl_train`."""
     env: Any = make_rows(env_id, 1, **{**env_kwargs, "split": "rl_train", "granularity": "layer"}).unwrapped
     ids = env.stepped.passages.ids
     prices = env.prices() - env.scarcity() * np.arange(env.k + 1)  # learned instead
-    return AdaK(env.stepped.model, seed).learn(ids, prices, AdaKSettings(seed=seed), env_kwargs.get("budget"))
+    return AdaK(env.stepped.model, seed).learn(
+        ids, prices, AdaKSettings(seed=seed, steps=steps), env_kwargs.get("budget")
+    )
 
 
 def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 QUICK = {
     "seeds": [0],
-    "setups": {"short": {"timesteps": 2048, "passages": 1, "texts": 8, "repeats": 1, "tokens": 8}},
+    "setups": {"short": {"timesteps": 2048, "adak": 2, "passages": 1, "texts": 2, "repeats": 1, "tokens": 8}},
 }
 MODES = {"decode, 1 row": (1, 1), "decode, 64 rows": (64, 1), "prompt of 512": (1, 512), "prompts of 2,048": (4, 512)}
 SEEN = 32  # tokens in the cache when a token is decoded
@@ -45,13 +45,14 @@ MILD = 0.01  # nats
 
 
 class LayerTopKSetup(Arguments):
-    """Rules are tuned on `passages` of each domain, losses are of `texts` test passages of each, times are medians of
-    `repeats` turns."""
+    """Rules are tuned on `passages` of each domain, Ada-K makes `adak` steps, losses are of `texts` test passages of
+    each, times are medians of `repeats` turns."""
 
     model: str = "language"
     cost_weight: float = 0.1
     tokens: int = 64
     timesteps: int | None = None
+    adak: int = adak.AdaKSettings.steps
     passages: int = rules.PASSAGES
     texts: int = 64
     repeats: int = 20
@@ -69,13 +70,15 @@ def measure(setup: LayerTopKSetup, seed: int, split: str, folder: Path) -> tuple
     kept = [f"k = {k}" for k in range(1, model.settings.k)] + ["static per layer"]
     kept += [f"{kind} per layer" for kind in GRIDS]
     makers: dict[str, Any] = {FULL: found[f"k = {model.settings.k}"]} | {name: found[name] for name in kept}
-    makers |= {"Ada-K": adak.trained(rules.ID, seed, **kwargs), "PPO": _trained(setup, seed, folder, kwargs)}
+    makers |= {
+        "Ada-K": adak.trained(rules.ID, seed, setup.adak, **kwargs),
+        "PPO": _trained(setup, seed, folder, kwargs),
+    }
     env = MoELayerTopKVectorEnv(1, split="test", **kwargs)
     texts = env.stepped.passages
-    chosen = [np.flatnonzero(texts.domain == each)[: setup.texts] for each in np.unique(texts.domain)]
-    ids = texts.ids[np.concatenate(chosen)]
+    ids = _some(texts, setup.texts)
     with torch_threads(1):
-        seen = passages.load(find(setup.model), "validation").ids
+        seen = _some(passages.load(find(setup.model), "validation"), setup.texts)
         decided = {name: _decider(model, maker, seen) for name, maker in makers.items()}
         losses = {name: _loss(model, each, ids) for name, each in decided.items()}
         times = {mode: _times(model, texts.ids, decided, sizes, setup.repeats) for mode, sizes in MODES.items()}
@@ -130,6 +133,12 @@ def _table(frame: pd.DataFrame, mode: str) -> list[dict[str, Any]]:
 def _fastest(table: list[dict[str, Any]]) -> str:
     best = max((row for row in table if row["nats"] <= MILD), key=lambda row: row["speed"])
     return f"{best['decided by']} ({best['setup']}): {best['speed']:.2f} times at {best['nats']:+.4f} nats"
+
+
+def _some(texts: passages.Passages, count: int) -> np.ndarray:
+    """Ids of the first passages of each domain."""
+    chosen = [np.flatnonzero(texts.domain == each)[:count] for each in np.unique(texts.domain)]
+    return texts.ids[np.concatenate(chosen)]
 
 
 @cache
