@@ -22,7 +22,7 @@ CHOICES = ("predicted", "lru", "ema")  # of eviction="learned"
 FALLBACKS, QUALITIES = ("substitute", "skip"), ("divergence", "log-likelihood")
 # Advice: load an expert if the square of its weight times STEEP, in nats, is above its price; SURE times the difference
 # of the squares is a logit. STEEP, from the first layer to the last, was measured on the shipped model.
-STEEP, SURE = (0.26, 0.16, 0.35, 0.74), 100.0
+STEEP, SURE = (0.26, 0.16, 0.35, 0.74), 300.0
 
 
 class MoEExpertCacheVectorEnv(BatchedEnv):
