@@ -6,6 +6,7 @@ A rule keeps its own notes. Its cache calls, for each key of an event, `hit` or 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 
@@ -66,19 +67,19 @@ class LRU(Eviction):
 
 
 class _Scored(Eviction):
-    """The lowest score leaves; of equal ones the least recently used."""
+    """The lowest score leaves; of equal ones the least recently used. The order of scores changes by use only."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self.there: set[Key] = set()
-        self.last: dict[Key, int] = {}
+        self.rank: dict[Key, tuple[float, int, Key]] = {}
 
     def score(self, key: Key) -> float:
         raise NotImplementedError
 
     def used(self, key: Key) -> None:
         """A key was asked for."""
-        self.last[key] = self.now
+        self.rank[key] = self.score(key), self.now, key
 
     def hit(self, key: Key) -> None:
         self.used(key)
@@ -88,13 +89,14 @@ class _Scored(Eviction):
 
     def inserted(self, key: Key) -> None:
         self.there.add(key)
-        self.last.setdefault(key, self.now)
+        if key not in self.rank:
+            self.rank[key] = self.score(key), self.now, key
 
     def victim(self, incoming: Key, kept: Container[Key]) -> Key:
-        free = [key for key in self.there if key not in kept]
+        free = [self.rank[key] for key in self.there if key not in kept]
         if not free:
             raise LookupError("all keys must be kept")
-        return min(free, key=lambda key: (self.score(key), self.last[key], key))
+        return min(free)[2]
 
     def removed(self, key: Key) -> None:
         self.there.remove(key)
@@ -108,8 +110,8 @@ class LFU(_Scored):
         self.count: Counter[Key] = Counter()
 
     def used(self, key: Key) -> None:
-        super().used(key)
         self.count[key] += 1
+        super().used(key)
 
     def score(self, key: Key) -> float:
         return self.count[key]
@@ -123,13 +125,15 @@ class LRFU(_Scored):
         self.half_life, self.weight, self.used_in = half_life, defaultdict[Key, float](float), dict[Key, int]()
 
     def used(self, key: Key) -> None:
-        self.weight[key] = self.score(key) + 1
+        age = self.passed - self.used_in.get(key, self.passed)
+        self.weight[key] = self.weight[key] * float(0.5 ** (age / self.half_life)) + 1
         self.used_in[key] = self.passed
         super().used(key)
 
     def score(self, key: Key) -> float:
-        age = self.passed - self.used_in.get(key, self.passed)
-        return self.weight[key] * float(0.5 ** (age / self.half_life))
+        """The logarithm of the weight at a common time, so that the order holds as time goes on."""
+        weight = self.weight[key]
+        return math.log2(weight) + self.used_in[key] / self.half_life if weight else -math.inf
 
 
 class ARC(Eviction):
