@@ -1,8 +1,10 @@
-"""What do experts on the disk cost? Times of loads, and of a language model that decodes within a budget of memory.
+"""What do experts on the disk cost? Times of loads and of decoding within a budget of memory, and hit rates.
 
 Loads are of single experts in random order, past the page cache where the file system allows it, and from it, beside
 the time in which an expert of that size runs. The model decodes test text token by token, one row, always the same,
-with all experts in memory and with a share of them, by several eviction rules. Run it on an otherwise idle machine.
+with all experts in memory and with a share of them, by several eviction rules. Hit rates are counted in a replay of
+routing: the model's on test text, or that in a file of the format route_trace v1 (--set data=FILE). Run it on an
+otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from benchmarks.runner.setup import Arguments
 from cost.timing import torch_threads
 from experts.language import find, load, passages
 from experts.layers import MoELayer, SwiGLU
-from experts.offload import ExpertFile, OffloadedModel
+from experts.offload import ExpertFile, OffloadedModel, replay, traces
+from experts.offload.eviction import Random
 from experts.offload.store import write
 
-LOADS, DECODE = "loads", "decode"
+LOADS, DECODE, HITS = "loads", "decode", "hits"
 Size = Literal["100 kB", "600 kB", "3 MB", "13 MB", "40 MB"]
 SIZES: dict[Size, tuple[int, int]] = {
     "100 kB": (96, 88),
@@ -38,26 +41,33 @@ POLICIES = ("lru", "sieve", "lrfu", "least-stale")
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, dict[str, Any]] = {LOADS: {"what": LOADS}} | {
     f"decode, {share:.0%} in memory": {"what": DECODE, "share": share} for share in (0.25, 0.375, 0.5)
-}
+} | {"hit rates": {"what": HITS}}  # fmt: skip
+RULES_OF = {"layer": ("random", "lru", "sieve", "arc", "lfu", "lrfu", "belady"),
+            "global": ("random", "lru", "sieve", "lfu", "lrfu", "least-stale", "belady")}  # fmt: skip
+BYPASS = "belady, bypass"
 QUICK = {
     "seeds": [0],
     "setups": {
         LOADS: {"what": LOADS, "sizes": ["100 kB"], "repeats": 5},
         DECODE: {"what": DECODE, "share": 0.5, "texts": 1, "tokens": 8},
+        HITS: {"what": HITS, "texts": 1, "tokens": 8},
     },
 }
 
 
 class OffloadSetup(Arguments):
-    """`repeats` loads of each of `sizes`; `texts` of `tokens` tokens decoded, a `share` of the experts in memory."""
+    """`repeats` loads of each of `sizes`; `texts` of `tokens` tokens decoded, a `share` of the experts in memory; hit
+    rates for the model's routing of `texts` of each domain, or for that in the file `data`, by `shares` in memory."""
 
-    what: Literal["loads", "decode"] = "loads"
+    what: Literal["loads", "decode", "hits"] = "loads"
     sizes: list[Size] = list(SIZES)
     repeats: int = 100
     model: str = "language"
     share: float = 0.375
     texts: int = 12
     tokens: int = 64
+    data: str = "language"
+    shares: list[float] = [0.1, 0.2, 0.25, 0.375, 0.4, 0.5]
 
 
 Setup = OffloadSetup
@@ -66,22 +76,28 @@ Setup = OffloadSetup
 def measure(setup: OffloadSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Times of loads, or of decoding."""
     with torch_threads(1):
+        if setup.what == HITS:
+            return {"hits": _hits(setup, seed)}, {}
         return _loads(setup, seed, folder) if setup.what == LOADS else _decode(setup, seed)
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
     """A table of loads, and one of decoding."""
-    loads, decode = [], []
+    loads, decode, hits = [], [], list[dict[str, Any]]()
     for setup, rows in frame.groupby("setup", sort=False):
         if rows["what"].iloc[0] == LOADS:
             loads += _load_rows(rows)
-        else:
+        elif rows["what"].iloc[0] == DECODE:
             decode += _decode_rows(str(setup), rows)
-    tables = {"Loads of one expert": loads, "Decoding one row": decode}
+        else:
+            hits += _hit_rows(rows)
+    tables = {"Loads of one expert": loads, "Decoding one row": decode, "Hit rates": hits}
     return {"tables": {name: table for name, table in tables.items() if table}, "notes": [
         "Loads: medians of a seed, means over seeds, in ms; a run is that of an expert of this size in "
         "float32 on one thread, by rows. disk: past the page cache, where the file system allows it.",
         "Decoding: ms a token, times those with all experts in memory, share of the requests found in memory, MB read.",
+        "Hit rates: means over seeds, which differ in what random draws. belady knows the future; with bypass it need "
+        "not keep what it loads, which is the most that is possible.",
     ]}  # fmt: skip
 
 
@@ -114,6 +130,35 @@ def _running(expert: SwiGLU, rows: int, repeats: int) -> float:
 
     run()
     return _median([_timed(run) for _ in range(repeats)])
+
+
+def _hits(setup: OffloadSetup, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Hit rates by scope, share in memory and rule."""
+    if setup.data == "language":
+        texts = passages.load(find(setup.model), "test")
+        chosen = [np.flatnonzero(texts.domain == each)[: setup.texts] for each in np.unique(texts.domain)]
+        trace = traces.record(load(setup.model), texts.ids[np.concatenate(chosen), : setup.tokens].tolist())
+    else:
+        trace = traces.read(setup.data)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for scope, names in RULES_OF.items():
+        rules: dict[str, Any] = {name: name for name in names} | {"random": lambda size, events: Random(size, seed)}
+        for share in setup.shares:
+            rates = {name: replay(trace, rule, share, scope=scope).rate for name, rule in rules.items()}
+            rates[BYPASS] = replay(trace, "belady", share, scope=scope, bypass=True).rate
+            found.setdefault(scope, {})[f"{share:g}"] = rates
+    return found
+
+
+def _hit_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    every = [*dict.fromkeys(name for names in RULES_OF.values() for name in names), BYPASS]
+    return [
+        {"trace": Path(rows["data"].iloc[0]).name, "cache": "of each layer" if scope == "layer" else "of all layers",
+         "in memory": float(share)}
+        | {name: float(np.mean([each[scope][share][name] for each in rows["hits"]])) if name in rates else None
+           for name in every}
+        for scope, of_share in rows["hits"].iloc[0].items() for share, rates in of_share.items()
+    ]  # fmt: skip
 
 
 def _decode(setup: OffloadSetup, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
