@@ -362,7 +362,8 @@ class MoEExpertCacheEnv(SingleEnv):
 `"static"`, `"learned"`, or `"belady"`, which sees the future |
     | `fallback` | `"substitute"` | what runs in place of missing experts; with `"skip"`, nothing |
     | `quality` | `"divergence"` | or `"log-likelihood"`, see Rewards |
-    | `tokens`, `passages` | 64, 4 | tokens of a passage, passages of a stream |
+    | `tokens` | 64 | tokens of a passage, at most the context of the model |
+    | `passages` | 4 | passages of a stream |
     | `costs` | `"reference"` | the shipped profile of loads, this `"machine"`'s, or `"simulated hard disk"`, \
 `"simulated memory card"`, `"simulated network"` |
     | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |
@@ -401,7 +402,7 @@ SPEC = Spec(
         **{f"capacity {capacity}, cost weight 0.2": {"capacity": capacity} for capacity in (4, 6, 8)},
         "capacity 6, cost weight 0.8": {"cost_weight": 0.8},
     },
-    small={"tokens": 8, "passages": 2},
+    small={"tokens": 4, "passages": 2},
     short={"tokens": 1, "passages": 1},
     variants=(
         {},
