@@ -307,7 +307,7 @@ def top_k(gate_logits_TE: torch.Tensor, k: int) -> torch.Tensor:
     if not min(1, gate_logits_TE.shape[-1]) <= k <= gate_logits_TE.shape[-1]:
         raise ValueError(f"k={k}: must be from 1 to {gate_logits_TE.shape[-1]}")
     experts_Tk = gate_logits_TE.topk(k, dim=-1).indices
-    return torch.zeros_like(gate_logits_TE, dtype=torch.bool).scatter_(-1, experts_Tk, True)
+    return torch.zeros_like(gate_logits_TE, dtype=torch.bool).scatter_(-1, experts_Tk, 1)
 
 
 def random_subsets(gate_logits_TE: torch.Tensor, max_size: int, generator: torch.Generator) -> torch.Tensor:

@@ -232,12 +232,12 @@ class RoutedMoE(nn.Module):
         size = batch_size or self.batch_size
         example = torch.zeros(size, self.mean.shape[0])
         torch.onnx.export(
-            _Dense(self).eval(), (example,), str(path), input_names=["input"], output_names=["logits"], dynamo=True,
-            external_data=False, verbose=False,
+            DenseRouted(self).eval(), (example,), str(path), input_names=["input"], output_names=["logits"],
+            dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
 
 
-class _Dense(nn.Module):
+class DenseRouted(nn.Module):
     """Runs all experts on all inputs and mixes them by the choice of the policy."""
 
     def __init__(self, routed: RoutedMoE) -> None:

@@ -46,6 +46,11 @@ def compress() -> None:
     _run("compress")
 
 
+def export() -> None:
+    """Entry point of `moe-export`."""
+    _run("export")
+
+
 def language_model() -> None:
     """Entry point of `moe-lm`."""
     _run("lm")

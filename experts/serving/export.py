@@ -1,0 +1,271 @@
+"""Models as files that other runtimes run: ONNX, ONNX in int8, TorchScript, torch.export, Hugging Face's format.
+
+An exported folder has the model and a manifest: version, inputs and outputs, SHA-256 of every file, and how far its
+answers are from PyTorch's. Graphs are static: all experts run, and those that were not chosen count nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from cost.files import load_json, read_verified, replacing, save_json, sha256_of
+from cost.machine import provenance
+from cost.timing import torch_threads
+from experts.data import DataError
+from experts.language import LanguageModel
+
+Format = Literal["onnx", "onnx-int8", "torchscript", "torch-export", "huggingface"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+MANIFEST, SCHEMA = "manifest.json", 1
+FILES: dict[str, str] = {
+    "onnx": "model.onnx", "onnx-int8": "model.onnx", "torchscript": "model.pt", "torch-export": "model.pt2",
+    "huggingface": "model.safetensors",
+}  # fmt: skip
+SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
+DIFFERENCE = 1e-4  # of a prediction's logits, relative to the largest of all
+# Share of predictions that must be so close, as a router's ties can fall the other way; share with the same best class.
+CLOSE, AGREEMENT = 0.99, 0.999
+BATCHES = (1, 7, 32)
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+class ExportError(DataError):
+    """A model cannot be exported so, or an exported folder is damaged; the message says why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to be exported. `module` maps inputs `[N, ...]` like `examples` to logits `[N, ..., C]`, for any N or for
+    batches of `batch` only; `about` goes into the manifest. `language` is the model behind it, if it is one."""
+
+    module: nn.Module
+    examples: np.ndarray
+    about: dict[str, Any]
+    batch: int | None = None
+    language: LanguageModel | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported ONNX model: `run` maps inputs to logits."""
+
+    manifest: dict[str, Any]
+    run: Run
+
+
+def export(source: Source, folder: Path | str, form: Format, version: str = "0.1.0") -> dict[str, Any]:
+    """Write a model into a new folder, or in the place of an exported one; returns the manifest.
+
+    What was written is run and compared with PyTorch: raises `ExportError`, and writes nothing, where logits or
+    predictions differ, except in int8, whose differences are only said.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"format={form!r} is not one of {', '.join(FORMATS)}")
+    if not SEMVER.fullmatch(version):
+        raise ValueError(f"version={version!r} is not a semantic version, as 1.0.2")
+    if form == "huggingface" and source.language is None:
+        raise ExportError("Hugging Face's format is for language models")
+    target = Path(folder)
+    if target.exists() and not (target / MANIFEST).exists() and any(target.iterdir()):
+        raise ExportError(f"{target} holds something else than an exported model; name another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as new, torch_threads(1), _quiet():
+        run = _WRITERS[form](source, new)
+        parity = _parity(source, run)
+        _require_alike(parity, form)
+        files = {str(path.relative_to(new)): sha256_of(path.read_bytes()) for path in _files(new)}
+        manifest = {
+            "schema": SCHEMA, "version": version, "format": form, "model": FILES[form], "files": files,
+            "input": _schema("input", source.examples, source.batch),
+            "output": _schema("logits", _answers(source.module, _batch(source, 0)), source.batch),
+            "source": source.about, "parity": parity,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **provenance(),
+        }  # fmt: skip
+        save_json(new / MANIFEST, manifest)
+    return manifest
+
+
+def load_exported(folder: Path | str, threads: int = 1) -> Exported:
+    """An exported ONNX model, once every file's SHA-256 is that of the manifest; raises `ExportError` otherwise."""
+    place = Path(folder)
+    manifest = load_json(place / MANIFEST, ExportError, "export it anew with moe-export")
+    if manifest.get("schema") != SCHEMA or not isinstance(manifest.get("files"), dict):
+        raise ExportError(f"{place / MANIFEST} is not of this version: export it anew with moe-export")
+    raw = {name: read_verified(place / name, sum_, ExportError, "export it anew") for name, sum_ in _listed(manifest)}
+    if manifest["model"] not in raw or manifest["format"] not in ("onnx", "onnx-int8"):
+        raise ExportError(f"{place} is of the format {manifest['format']!r}, which another runtime loads")
+    return Exported(manifest, _onnx_runner(raw[manifest["model"]], threads))
+
+
+def _listed(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, sum_ in manifest["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ExportError(f"the manifest names a file outside its folder: {name!r}")
+        yield name, sum_
+
+
+def _program(source: Source) -> torch.export.ExportedProgram:
+    """The module as a graph, for any number of rows unless the source says which."""
+    example = torch.from_numpy(_batch(source, 0))
+    free = None if source.batch else ({0: torch.export.Dim("batch")},)
+    if source.language is not None:
+        free = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
+    return torch.export.export(source.module, (example,), dynamic_shapes=free)
+
+
+def _write_onnx(source: Source, folder: Path) -> Run:
+    if importlib.util.find_spec("onnxscript") is None:
+        raise ImportError("an export to ONNX needs onnx and onnxscript: pip install 'moe-envs[export]'")
+    path = folder / FILES["onnx"]
+    torch.onnx.export(
+        _program(source), (), str(path), input_names=["input"], output_names=["logits"], dynamo=True,
+        external_data=False, verbose=False,
+    )  # fmt: skip
+    return _onnx_runner(path.read_bytes())
+
+
+def _write_int8(source: Source, folder: Path) -> Run:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    _write_onnx(source, folder)
+    path = folder / FILES["onnx"]
+    model = onnx.load(str(path))
+    del model.graph.value_info[:]  # shapes of the export's example, which the quantiser would hold against it
+    quantize_dynamic(model, str(path), weight_type=QuantType.QInt8)
+    return _onnx_runner(path.read_bytes())
+
+
+def _write_torchscript(source: Source, folder: Path) -> Run:
+    path = folder / FILES["torchscript"]
+    module = _program(source).module() if source.batch else source.module  # a graph has its batch's size in it
+    traced: Any = torch.jit.trace(module, torch.from_numpy(_batch(source, 0)))
+    traced.save(str(path))
+    return _torch_runner(torch.jit.load(str(path)))
+
+
+def _write_program(source: Source, folder: Path) -> Run:
+    path = folder / FILES["torch-export"]
+    torch.export.save(_program(source), str(path))
+    return _torch_runner(torch.export.load(str(path)).module())
+
+
+def _write_huggingface(source: Source, folder: Path) -> Run:
+    from transformers import AutoModelForCausalLM
+
+    from experts.language.huggingface import save_huggingface
+
+    assert source.language is not None
+    save_huggingface(source.language, folder / "model")
+    for path in (folder / "model").iterdir():
+        path.rename(folder / path.name)
+    (folder / "model").rmdir()
+    for lock in folder.glob(".*.lock"):
+        lock.unlink()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return _torch_runner(lambda ids: loaded(ids).logits)
+
+
+_WRITERS: dict[str, Callable[[Source, Path], Run]] = {
+    "onnx": _write_onnx, "onnx-int8": _write_int8, "torchscript": _write_torchscript, "torch-export": _write_program,
+    "huggingface": _write_huggingface,
+}  # fmt: skip
+
+
+def _onnx_runner(raw: bytes, threads: int = 1) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run(None, {"input": inputs})[0])
+
+    return run
+
+
+def _torch_runner(module: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+    def run(inputs: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.asarray(module(torch.from_numpy(inputs)).numpy())
+
+    return run
+
+
+def _answers(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
+    return _torch_runner(module)(inputs)
+
+
+def _batch(source: Source, number: int) -> np.ndarray:
+    """The next rows of the examples, in a batch that the model takes."""
+    size = source.batch or BATCHES[number % len(BATCHES)]
+    if not source.batch and number == 0:
+        size = 4  # an export takes a batch of one for a constant
+    return np.take(source.examples, np.arange(number, number + size), axis=0, mode="wrap")
+
+
+def _parity(source: Source, run: Run) -> dict[str, float]:
+    """How far an exported model's answers are from PyTorch's, on batches of several sizes."""
+    differences, scale, same, rows = list[np.ndarray](), 1.0, 0, 0
+    for number in range(1 if source.batch else 2 * len(BATCHES)):
+        inputs = _batch(source, number)
+        wanted, found = _answers(source.module, inputs), run(inputs)
+        if wanted.shape != found.shape:
+            raise ExportError(f"the exported model answers {found.shape} where PyTorch answers {wanted.shape}")
+        differences.append(np.abs(found - wanted).max(-1).ravel())
+        scale = max(scale, float(np.abs(wanted).max()))
+        agree = found.argmax(-1) == wanted.argmax(-1)
+        same, rows = same + int(agree.sum()), rows + agree.size
+    every = np.concatenate(differences)
+    return {
+        "predictions": rows, "largest_difference": float(every.max()), "largest_logit": scale,
+        "close": float((every <= DIFFERENCE * scale).mean()), "same_top_1": same / rows,
+    }  # fmt: skip
+
+
+def _require_alike(parity: dict[str, float], form: str) -> None:
+    far = parity["close"] < CLOSE or parity["same_top_1"] < AGREEMENT
+    if far and form != "onnx-int8":
+        raise ExportError(
+            f"the exported model's logits are PyTorch's in {parity['close']:.1%} of predictions, and differ by up to "
+            f"{parity['largest_difference']:.2g}; its best class is in {parity['same_top_1']:.1%}: nothing was written"
+        )
+
+
+def _schema(name: str, array: np.ndarray, batch: int | None) -> dict[str, Any]:
+    return {"name": name, "dtype": str(array.dtype), "shape": [batch or "batch", *array.shape[1:]]}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say about themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "root", "onnxscript")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
