@@ -60,16 +60,16 @@ def source_of(model: str) -> Source:
     from agents.runs import SETTINGS
     from experts import reference_models, zoo
     from experts.language.model import SHIPPED, TOKENIZER
-    from experts.language.pretraining import MODEL, RUN
+    from experts.language.pretraining import MODEL
     from experts.serving import sources
 
     place, languages = Path(model), [each.name for each in SHIPPED.glob("[!.]*")]
-    if (place / SETTINGS).exists() and not (place / RUN).exists():
-        return _of_policy(place)
     if model in languages or (place / TOKENIZER).exists():
         return sources.of_language(model)
-    if (place / RUN).exists():
+    if (place / MODEL / TOKENIZER).exists():
         return sources.of_language(place / MODEL)
+    if (place / SETTINGS).exists():
+        return _of_policy(place)
     if zoo.find(model) is not None or model in zoo.names():
         return sources.of_bundle(model)
     try:

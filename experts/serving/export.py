@@ -19,8 +19,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from cost.arguments import one_line
 from cost.files import load_json, read_verified, replacing, save_json, sha256_of
 from cost.machine import provenance
 from cost.timing import torch_threads
@@ -89,8 +91,8 @@ def export(source: Source, folder: Path | str, form: Format, version: str = "0.1
         files = {str(path.relative_to(new)): sha256_of(path.read_bytes()) for path in _files(new)}
         manifest = {
             "schema": SCHEMA, "version": version, "format": form, "model": FILES[form], "files": files,
-            "input": _schema("input", source.examples, source.batch),
-            "output": _schema("logits", _answers(source.module, _batch(source, 0)), source.batch),
+            "input": _schema("input", source.examples, source),
+            "output": _schema("logits", _answers(source.module, _batch(source, 0)), source),
             "source": source.about, "parity": parity,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **provenance(),
         }  # fmt: skip
@@ -98,23 +100,36 @@ def export(source: Source, folder: Path | str, form: Format, version: str = "0.1
     return manifest
 
 
+class _Manifest(BaseModel):
+    """What is read of a manifest; the rest is for people."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    schema_: int = Field(alias="schema")
+    version: str
+    format: Literal["onnx", "onnx-int8", "torchscript", "torch-export", "huggingface"]
+    model: str
+    files: dict[str, str]
+
+
 def load_exported(folder: Path | str, threads: int = 1) -> Exported:
     """An exported ONNX model, once every file's SHA-256 is that of the manifest; raises `ExportError` otherwise."""
-    place = Path(folder)
-    manifest = load_json(place / MANIFEST, ExportError, "export it anew with moe-export")
-    if manifest.get("schema") != SCHEMA or not isinstance(manifest.get("files"), dict):
-        raise ExportError(f"{place / MANIFEST} is not of this version: export it anew with moe-export")
-    raw = {name: read_verified(place / name, sum_, ExportError, "export it anew") for name, sum_ in _listed(manifest)}
-    if manifest["model"] not in raw or manifest["format"] not in ("onnx", "onnx-int8"):
-        raise ExportError(f"{place} is of the format {manifest['format']!r}, which another runtime loads")
-    return Exported(manifest, _onnx_runner(raw[manifest["model"]], threads))
-
-
-def _listed(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, sum_ in manifest["files"].items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ExportError(f"the manifest names a file outside its folder: {name!r}")
-        yield name, sum_
+    place, mend = Path(folder), "export it anew with moe-export"
+    manifest = load_json(place / MANIFEST, ExportError, mend)
+    try:
+        read = _Manifest.model_validate(manifest)
+        if read.schema_ != SCHEMA or read.model not in read.files or not SEMVER.fullmatch(read.version):
+            raise ValueError("it is of another version, or lists no model")
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in read.files):
+            raise ValueError("it names a file outside its folder")
+    except ValueError as error:
+        raise ExportError(f"{place / MANIFEST} is no manifest: {one_line(error)}; {mend}") from error
+    raw = {name: read_verified(place / name, sha256, ExportError, mend) for name, sha256 in read.files.items()}
+    if read.format not in ("onnx", "onnx-int8"):
+        raise ExportError(f"{place} is of the format {read.format!r}, which another runtime loads")
+    try:
+        return Exported(manifest, _onnx_runner(raw[read.model], threads))
+    except Exception as error:  # onnxruntime's have no base of their own
+        raise ExportError(f"{place / read.model} is no model that onnxruntime loads: {one_line(error)}") from error
 
 
 def _program(source: Source) -> torch.export.ExportedProgram:
@@ -247,8 +262,9 @@ def _require_alike(parity: dict[str, float], form: str) -> None:
         )
 
 
-def _schema(name: str, array: np.ndarray, batch: int | None) -> dict[str, Any]:
-    return {"name": name, "dtype": str(array.dtype), "shape": [batch or "batch", *array.shape[1:]]}
+def _schema(name: str, array: np.ndarray, source: Source) -> dict[str, Any]:
+    rest = array.shape[1:] if source.language is None else ("tokens", *array.shape[2:])
+    return {"name": name, "dtype": str(array.dtype), "shape": [source.batch or "batch", *rest]}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -38,6 +38,7 @@ from experts.language.transformer import ModelSettings
 from experts.layers import MoELayer
 from experts.network import MoENetwork
 from experts.offload import store
+from experts.serving import Source, export, load_exported
 from experts.training import TrainingSettings
 from moe_envs.autorate import estimator, references
 
@@ -284,6 +285,16 @@ def _use_experts(folder: Path) -> Any:
         return [[weight.tolist() for weight in opened.weights(opened.read(*place))] for place in places]
 
 
+def _exported(folder: Path) -> None:
+    torch.manual_seed(0)
+    examples = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    export(Source(torch.nn.Linear(3, 2), examples, {"kind": "classifier"}), folder / "exported", "onnx")
+
+
+def _use_exported(folder: Path) -> Any:
+    return load_exported(folder / "exported").run(np.ones((2, 3), dtype=np.float32)).tolist()
+
+
 def with_header(raw: bytes, content: Any = None) -> tuple[Any, bytes]:
     """The header of a file of experts, and the file with another one under a right seal."""
     magic, numbers, rest = raw.split(b"\n", 2)
@@ -449,7 +460,7 @@ KINDS: dict[str, Kind] = {
     "own task": Kind(("experts.tasks",), _own_task, _use_own_task, (DataError, ValueError), _seal_arrays),
     "references": Kind(("moe_envs.autorate.references",), _references, _use_references, (DataError,), _seal_arrays),
     "language model": Kind(
-        ("experts.language.model", "experts.language.passages", "experts.language.reference"), _language, _use_language,
+        ("experts.language.model", "experts.language.passages"), _language, _use_language,
         (DataError,), lambda path: _seal_arrays(path) if path.name == passages.FILE else _seal_sums(path),
     ),
     "training of a language model": Kind(
@@ -458,6 +469,7 @@ KINDS: dict[str, Kind] = {
         skipped=("corpus", "monitor", "curve.csv", "model/", ".lock"), slow=True,
     ),
     "file of experts": Kind(("experts.offload.store",), _experts, _use_experts, (DataError,)),
+    "exported model": Kind(("experts.serving.export",), _exported, _use_exported, (DataError,), _seal_json),
     "estimator": Kind(("moe_envs.autorate.estimator",), _estimator, _use_estimator, (DataError,), _seal_json),
 }  # fmt: skip
 # Modules whose files are for people, or are made anew where they are damaged: no number of ours is read from them.
