@@ -17,7 +17,7 @@ from agents import runs
 from agents.baselines.expertcache import LoadRule
 from cost.timing import torch_threads
 from experts.language import LanguageModel
-from experts.offload.demand import EVICTIONS, Demand, Requests, best, eviction_scores, odds
+from experts.offload.demand import EVICTIONS, Demand, Requests, best, eviction_scores, odds, picked
 from experts.offload.model import Decision
 from experts.offload.store import Weights, expert_bytes
 from moe_envs.core.spaces import layout
@@ -74,18 +74,21 @@ class CacheControl:
         wanted = best(logits, self.k)
         for each in wanted:
             self.requests.add(row, where, each[None])
-        predicted = self.demand.predict(self.requests, row, where, odds(logits[-1:]))
-        weights = np.zeros_like(logits)
+        weights, each_row = np.zeros_like(logits), np.arange(len(logits))[:, None]
+        missing = ~there[0, wanted]
+        if not missing.any():
+            self.lately *= LATELY
+            weights[each_row, wanted] = odds(picked(logits, wanted))
+            return Decision(torch.from_numpy(weights).to(logits_TE), resident)
+        predicted, available = self.demand.predict(self.requests, row, where, odds(logits[-1:])), there.copy()
         if len(logits) > 1:
-            available = there.copy()
             available[0, wanted.ravel()] = True
-            np.put_along_axis(weights, wanted, odds(np.take_along_axis(logits, wanted, 1)), axis=1)
+            weights[each_row, wanted] = odds(picked(logits, wanted))
         else:
-            load = self._loads(layer, inputs_TD, logits, there, predicted)
-            available = there.copy()
+            load = self._loads(layer, inputs_TD, logits, there, predicted) & missing[0]
             available[0, wanted[0]] |= load
             experts, each = answering(logits, wanted, available, self.substitute)
-            np.put_along_axis(weights, experts, each, axis=1)
+            weights[each_row, experts] = each
             self.lately = LATELY * self.lately + (1 - LATELY) * float(load.sum()) / self.k
         scores = eviction_scores(self.eviction, self.requests, row, where, predicted, self.demand.frequency)
         stay = staying(available, scores, self.capacity)[0].nonzero()[0]
@@ -106,12 +109,9 @@ class CacheControl:
     def _loads(
         self, layer: int, inputs_TD: torch.Tensor, logits: np.ndarray, resident: np.ndarray, predicted: np.ndarray
     ) -> np.ndarray:
-        """Which of the missing experts are loaded, `[K]`."""
+        """Which of the best experts are loaded if they are missing, `[K]`."""
         self._logits, self._resident = logits, resident
         _, values = request_values(logits, resident, predicted, self.k)
-        missing = values["missing"][0]
-        if not missing.any():
-            return np.zeros(self.k, dtype=np.bool_)
         values |= {
             "layer": np.arange(self.layers)[None] == layer,
             "loads": np.array([self.lately]),
@@ -120,8 +120,7 @@ class CacheControl:
         observation = np.zeros((1, self.width), dtype=np.float32)
         for name, part in self.observation_layout.items():
             observation[:, part.slice] = values[name].reshape(1, -1)
-        bits = self.policy.predict(observation, deterministic=True)[0][0]
-        return np.asarray((bits > 0) & missing)
+        return np.asarray(self.policy.predict(observation, deterministic=True)[0][0] > 0)
 
     def _require_fitting(self, policy: Any) -> None:
         of_policy = getattr(policy, "rows", policy)

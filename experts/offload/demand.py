@@ -134,6 +134,18 @@ def odds(logits: np.ndarray) -> np.ndarray:
     return np.asarray(found / found.sum(-1, keepdims=True))
 
 
+def picked(values_mE: np.ndarray, index_mK: np.ndarray) -> np.ndarray:
+    """`np.take_along_axis` of rows, with less overhead for a few of them."""
+    return np.asarray(values_mE[np.arange(len(index_mK))[:, None], index_mK])
+
+
+def marked(shape: tuple[int, ...], index_mK: np.ndarray) -> np.ndarray:
+    """Boolean `[m, E]`: True at the index."""
+    found = np.zeros(shape, dtype=np.bool_)
+    found[np.arange(len(index_mK))[:, None], index_mK] = True
+    return found
+
+
 def best(logits: np.ndarray, k: int) -> np.ndarray:
     """The k largest along the last axis, the largest first; of equal ones the first."""
     return np.argsort(-logits, axis=-1, kind="stable")[..., :k]

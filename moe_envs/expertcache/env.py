@@ -130,6 +130,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
             self._enter(rows)
 
     def _advance(self, actions: np.ndarray) -> Outcome:
+        from experts.offload.demand import picked
         from moe_envs.expertcache.observations import LATELY, answering
 
         stepped, running = self.stepped, self._token < self.tokens
@@ -137,7 +138,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         layer, token = self._layer[rows], self._token[rows]
         logits, resident = self._logits[rows], self._resident[rows, layer]
         wanted = self.wanted()[rows]
-        missing = ~np.take_along_axis(resident, wanted, 1)
+        missing = ~picked(resident, wanted)
         load = (actions[rows, : self.k] > 0) & missing
         available, each = resident.copy(), np.arange(len(rows))[:, None]
         available[each, wanted] |= load
@@ -280,7 +281,9 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
     def action_masks(self) -> np.ndarray:
         """Mask `[n, K]` of the bits that do something, those of missing experts; with learned eviction
         `[n, 2 * K + 3]` of all choices."""
-        missing = ~np.take_along_axis(self.residents(), self.wanted(), 1)
+        from experts.offload.demand import picked
+
+        missing = ~picked(self.residents(), self.wanted())
         if self.eviction != "learned":
             return missing
         pairs = np.stack([np.ones_like(missing), missing], 2).reshape(self.num_envs, -1)

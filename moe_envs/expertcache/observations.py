@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experts.offload.demand import best, odds
+from experts.offload.demand import best, marked, odds, picked
 from moe_envs.layertopk.observations import HIDDEN, RARE
 
 SHARE = 0.25  # of a substitute's weight that counts, measured: better than all of it, and than no substitutes
@@ -44,10 +44,9 @@ def request_values(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The experts asked for, `[m, K]`, the best first, and the parts that follow from them and the memory."""
     wanted_mK, odds_mE = best(logits_mE, k), odds(logits_mE)
-    chosen, demand = (np.take_along_axis(each, wanted_mK, 1) for each in (odds_mE, demand_mE))
-    missing = ~np.take_along_axis(resident_mE, wanted_mK, 1)
-    others = resident_mE.copy()
-    np.put_along_axis(others, wanted_mK, False, axis=1)
+    chosen, demand = picked(odds_mE, wanted_mK), picked(demand_mE, wanted_mK)
+    missing = ~picked(resident_mE, wanted_mK)
+    others = resident_mE & ~marked(resident_mE.shape, wanted_mK)
     least = np.where(others, demand_mE, np.inf).min(1, keepdims=True)
     mass = chosen.sum(1, keepdims=True)
     weights = chosen / mass
@@ -75,18 +74,15 @@ def answering(
     """
     k = wanted_mK.shape[1]
     experts = best(np.where(available_mE, logits_mE, -np.inf), k) if substitute else wanted_mK
-    logs = logits_mE - logits_mE.max(1, keepdims=True)
-    mass = np.exp(np.take_along_axis(logs, wanted_mK, 1)).sum(1, keepdims=True)
-    asked = np.zeros_like(available_mE)
-    np.put_along_axis(asked, wanted_mK, True, axis=1)
-    there, own = (np.take_along_axis(each, experts, 1) for each in (available_mE, asked))
-    weights = np.exp(np.take_along_axis(logs, experts, 1)) / mass
+    scaled = np.exp(logits_mE - logits_mE.max(1, keepdims=True))
+    there, own = picked(available_mE, experts), picked(marked(available_mE.shape, wanted_mK), experts)
+    weights = picked(scaled, experts) / picked(scaled, wanted_mK).sum(1, keepdims=True)
     return experts, np.where(there, np.where(own, weights, SHARE * weights), 0).astype(np.float32)
 
 
 def staying(available_mE: np.ndarray, scores_mE: np.ndarray, capacity: int) -> np.ndarray:
     """Which experts stay in memory, boolean `[m, E]`: those with the highest scores."""
+    if available_mE.sum(1).max(initial=0) <= capacity:
+        return available_mE
     scores = np.where(available_mE, scores_mE, -np.inf)
-    kept = np.zeros_like(available_mE)
-    np.put_along_axis(kept, best(scores, capacity), True, axis=1)
-    return np.asarray(kept & available_mE)
+    return marked(available_mE.shape, best(scores, capacity)) & available_mE
