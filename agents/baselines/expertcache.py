@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from agents.evaluate import make_rows
+from experts.offload.demand import EVICTIONS
 from moe_envs.expertcache.env import MoEExpertCacheVectorEnv
 
 ID = "moe_envs:MoEExpertCache-v0"
@@ -19,7 +20,6 @@ TOGETHER = 8  # candidates side by side
 WEIGHTS = (0.0, 0.04, 0.07, 0.1, 0.13, 0.16, 0.19, 0.22, 0.25, 0.28, 0.32, 0.36, 0.4, 0.46, 0.55, 0.7, 1.01)
 FUTURES = (0.0, 0.1, 0.2, 0.4)  # what gain in demand is worth, in weight
 BIASES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-EVICTIONS = ("lru", "lfu", "ema", "static", "predicted")
 Report = Callable[[float], object]
 
 
@@ -28,8 +28,8 @@ class LoadRule:
 
     kind = "baseline"
 
-    def __init__(self, **env_kwargs: str) -> None:
-        self.env_kwargs = env_kwargs
+    def __init__(self, *, eviction: str = "predicted", fallback: str = "substitute") -> None:
+        self.env_kwargs = {"eviction": eviction, "fallback": fallback}
 
     def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
         """Whether each of the best experts is loaded if it is missing, `[m, K]`, for these rows of the environment."""

@@ -6,6 +6,7 @@ Shape legend: T tokens of a call, D width, E experts, K experts of a token, L la
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ import torch.nn.functional as F
 
 from agents import runs
 from agents.baselines.expertcache import LoadRule
+from cost.arguments import choose
 from cost.timing import torch_threads
 from experts.language import LanguageModel
 from experts.offload.demand import EVICTIONS, Demand, Requests, best, eviction_scores, odds, picked
 from experts.offload.model import Decision
 from experts.offload.store import Weights, expert_bytes
 from moe_envs.core.spaces import layout
+from moe_envs.expertcache.env import FALLBACKS
 from moe_envs.expertcache.observations import LATELY, answering, request_parts, request_values, staying
 from moe_envs.layertopk.observations import projection
 
 
 class CacheControl:
-    """Decides for an `OffloadedModel`, given to it as `policy`: `OffloadedModel(model, memory, CacheControl(...))`.
+    """Decides for one `OffloadedModel`, given to it as `policy`: `OffloadedModel(model, memory, CacheControl(...))`.
 
     `policy` is a learner of MoEExpertCache-v0, ours or SB3's, with the same K and number of layers, or a rule of
     `agents.baselines.expertcache`; what leaves and what runs instead are a rule's `env_kwargs`. A call of one token is
@@ -46,13 +49,14 @@ class CacheControl:
             raise ValueError(f"capacity={capacity}: must be from 1 to {self.experts} experts of a layer")
         own = getattr(policy, "env_kwargs", {})
         self.eviction, fallback = own.get("eviction", eviction), own.get("fallback", fallback)
-        if self.eviction not in EVICTIONS:
-            raise ValueError(f"eviction={self.eviction!r} is not one of {', '.join(EVICTIONS)}")
+        choose("eviction", self.eviction, EVICTIONS)
+        choose("fallback", fallback, FALLBACKS)
         self.policy, self.capacity, self.demand, self.substitute = policy, capacity, demand, fallback == "substitute"
         self.observation_layout = layout(request_parts(self.k, self.layers))
         self.width = max(part.slice.stop for part in self.observation_layout.values())
         if isinstance(policy, LoadRule):
-            policy.watch(self)  # type: ignore[arg-type]
+            self.policy = copy(policy)  # others may watch the same rule
+            self.policy.watch(self)
         else:
             self._require_fitting(policy)
         self.projection = torch.from_numpy(projection(settings.d_model))
@@ -61,7 +65,9 @@ class CacheControl:
         self._logits, self._resident = np.zeros((1, self.experts)), np.zeros((1, self.experts), dtype=np.bool_)
 
     def start(self) -> list[set[int]]:
-        """In memory at first: the experts most often asked for in other texts."""
+        """Begin anew. In memory at first: the experts most often asked for in other texts."""
+        self.requests.forget(np.zeros(1, dtype=np.int64))
+        self.lately = 0.0
         often = np.argsort(-self.demand.frequency, axis=1, kind="stable")[:, : self.capacity]
         return [set(each) for each in often.tolist()]
 

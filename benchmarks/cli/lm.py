@@ -154,6 +154,10 @@ def _generate(
     from experts.offload import OffloadedModel
 
     if policy is not None and policy.startswith("policy:"):
+        if k is not None or prefetch:
+            raise ValueError(
+                "--policy policy:... decides what runs and what is loaded: it takes neither --k nor --prefetch"
+            )
         given["policy"] = _control(policy.removeprefix("policy:"), model, language_model, _size(memory), weights)
     with OffloadedModel(language_model, _size(memory), **given) as offloaded:
         typer.echo(prompt + language_model.generate(prompt, tokens, _experts(k), **options))
@@ -163,9 +167,14 @@ def _generate(
 def loaded(name: str) -> Any:
     """A model by name, folder or run folder."""
     from experts import language
+
+    return language.load(_folder(name))
+
+
+def _folder(name: str) -> str | Path:
     from experts.language.pretraining import MODEL, RUN
 
-    return language.load(Path(name) / MODEL if (Path(name) / RUN).exists() else name)
+    return Path(name) / MODEL if (Path(name) / RUN).exists() else name
 
 
 def _control(folder: str, name: str, model: Any, memory: int, weights: Any) -> Any:
@@ -173,7 +182,10 @@ def _control(folder: str, name: str, model: Any, memory: int, weights: Any) -> A
     from agents.deploy.expertcache import control_of_run
     from experts.language import find, passages
 
-    texts = passages.load(find(name), "rl_train").ids[:, :-1]
+    place = find(_folder(name))
+    if not (place / passages.FILE).exists():
+        raise ValueError(f"--policy policy:...: demand is fitted to passages beside the model, and {place} has none")
+    texts = passages.load(place, "rl_train").ids[:, :-1]
     return control_of_run(Path(folder), model, memory, weights or "float32", texts[:: max(1, len(texts) // 96)])
 
 

@@ -74,7 +74,7 @@ Setup = OffloadSetup
 
 
 def measure(setup: OffloadSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Times of loads, or of decoding."""
+    """Times of loads, or of decoding, or hit rates."""
     with torch_threads(1):
         if setup.what == HITS:
             return {"hits": _hits(setup, seed)}, {}
@@ -82,7 +82,7 @@ def measure(setup: OffloadSetup, seed: int, split: str, folder: Path) -> tuple[d
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """A table of loads, and one of decoding."""
+    """Tables of loads, of decoding, and of hit rates."""
     loads, decode, hits = [], [], list[dict[str, Any]]()
     for setup, rows in frame.groupby("setup", sort=False):
         if rows["what"].iloc[0] == LOADS:

@@ -46,7 +46,7 @@ class Control(Protocol):
 
 class OffloadedModel:
     """A model that answers as before while at most `memory` bytes of its experts are in memory, and beside them one
-    that runs and those that are being read.
+    that runs and those that are being read; with a `Control`, all that run in a layer.
 
     `model` is a `LanguageModel`, or an `AdaptedModel` of transformers; its experts are written to `file` (default: a
     temporary file) in the precision `weights`, unless the file is there, and leave the model for good: use
@@ -69,7 +69,14 @@ class OffloadedModel:
             raise ValueError(f"prefetch={prefetch!r} is not one of {', '.join(map(repr, PREFETCH))}")
         if isinstance(policy, str):
             make(policy, 1)
-        fitting(memory, _expert_size(model, weights))  # checked before the model is changed
+        each = _expert_size(model, weights)
+        fitting(memory, each)  # all is checked before the model is changed
+        self.control = policy if isinstance(policy, Control) else None
+        first = [] if self.control is None else self.control.start()
+        if (needed := sum(map(len, first)) * each) > memory:
+            raise ValueError(f"memory={memory}: the policy keeps experts of {needed:,} bytes")
+        if self.control is not None and prefetch:
+            raise ValueError("prefetch is for rules of eviction; a policy decides itself what is loaded")
         self.model, self.prefetch = model, prefetch
         self.layers = _layers(model)
         with ExitStack() as opening:
@@ -79,18 +86,15 @@ class OffloadedModel:
                 write(file, self.layers, weights)
             opened = opening.enter_context(ExpertFile(file, direct))
             _require_fitting(opened, self.layers, weights)
-            self.control: Control | None = policy if isinstance(policy, Control) else None
             self.pool = ExpertPool(opened, memory, "lru" if isinstance(policy, Control) else policy)
             opening.callback(self.pool.close)
+            self.pool.fill((layer, expert) for layer, experts in enumerate(first) for expert in sorted(experts))
             self._open = opening.pop_all()
         self.direct = opened.direct
         self._last: dict[int, list[int]] = {}
         for number, layer in enumerate(self.layers):
             layer.experts = nn.ModuleList(_Offloaded(self.pool, number, each) for each in range(len(layer.experts)))
             layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
-        if self.control:
-            for number, first in enumerate(self.control.start()):
-                self.pool.exchange(number, sorted(first), first)
 
     def __enter__(self) -> OffloadedModel:
         return self
@@ -112,6 +116,8 @@ class OffloadedModel:
         def hook(layer: Any, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             inner: Router = options.get("router") or layer.router
             if self.control:
+                if options.get("router") is not None:
+                    raise ValueError("the policy decides which experts run: the model takes neither k nor allowed")
                 inner = partial(self._controlled, self.control, number, layer, given[0])
                 return given, {**options, "router": inner}
 
@@ -134,7 +140,8 @@ class OffloadedModel:
         members_TE = weights_TE > 0
         asked = members_TE.any(0).nonzero()[:, 0].tolist()
         kept = [expert for expert in asked if len(logits_TE) == 1 or expert in there | stay]
-        self._hand(layer, self.pool.exchange(number, kept, stay, tokens=len(logits_TE) if number == 0 else 0))
+        tokens = len(logits_TE) if number == 0 else 0
+        self._hand(layer, self.pool.exchange(number, kept, stay, len(asked), tokens))
         return Routing(weights_TE, members_TE, RoutingStatistics(logits_TE, members_TE, members_TE))
 
     @staticmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Container, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -91,30 +92,41 @@ class ExpertPool:
         with self._lock:
             self._require_open()
             found = self._request(keys, tokens)
-        wait(found.values())
+        self._settle(found.values())
         with self._lock:
             self.counts.wait_s += time.perf_counter() - begun
             self._forget_failed(keys)
-        return {expert: future.result() for (_, expert), future in found.items()}
+        return {expert: raw for (_, expert), raw in self._answers(found).items()}
+
+    def fill(self, keys: Iterable[Key]) -> None:
+        """Load experts without counting requests, as many as fit, and wait for them."""
+        with self._lock:
+            self._require_open()
+            for key in keys:
+                if key not in self._there and len(self._there) < self.capacity:
+                    self._load(key)
+            found = dict(self._there)
+        self._settle(found.values())
+        self._answers(found)
 
     def exchange(
-        self, layer: int, experts: Iterable[int], stay: Container[int], tokens: int = 0
+        self, layer: int, experts: Iterable[int], stay: Container[int], requests: int, tokens: int = 0
     ) -> dict[int, torch.Tensor]:
-        """The bytes of experts of a layer, and from now on only those that `stay` are in memory, whatever the rule.
-
-        Raises `ValueError` where more stay than fit.
-        """
+        """The bytes of experts of a layer, and from now on only those that `stay` are in memory, whatever the rule;
+        `requests` is how many were asked for. Raises `ValueError`, and changes nothing, where more stay than fit."""
         keys, begun = [(layer, expert) for expert in experts], time.perf_counter()
         with self._lock:
             self._require_open()
             self._forget_failed(keys)
+            after = {key for key in {*self._there, *keys} if key[0] != layer or key[1] in stay}
+            if len(after) > self.capacity:
+                raise ValueError(f"{len(after)} experts are to stay, {self.capacity} fit")
             counts = self.counts
-            counts.events, counts.tokens, counts.requests = (
-                counts.events + 1,
-                counts.tokens + tokens,
-                counts.requests + len(keys),
-            )
+            counts.events, counts.tokens = counts.events + 1, counts.tokens + tokens
+            counts.requests += requests
             self.rule.begin(layer)
+            for key in self._there.keys() - after - set(keys):
+                self._drop(key)
             for key in keys:
                 if key in self._there:
                     self.rule.hit(key)
@@ -122,16 +134,14 @@ class ExpertPool:
                 else:
                     self.rule.miss(key)
                     self._load(key)
-            found = {expert: self._there[layer, expert] for _, expert in keys}
-            for key in [key for key in self._there if key[0] == layer and key[1] not in stay]:
+            found = {key: self._there[key] for key in keys}
+            for key in set(keys) - after:
                 self._drop(key)
-            if len(self._there) > self.capacity:
-                raise ValueError(f"{len(self._there)} experts are to stay, {self.capacity} fit")
-        wait(found.values())
+        self._settle(found.values())
         with self._lock:
             self.counts.wait_s += time.perf_counter() - begun
             self._forget_failed(keys)
-        return {expert: future.result() for expert, future in found.items()}
+        return {expert: raw for (_, expert), raw in self._answers(found).items()}
 
     def once(self, layer: int, expert: int) -> torch.Tensor:
         """Read an expert that did not fit, and do not keep it."""
@@ -155,6 +165,19 @@ class ExpertPool:
                     self._load(key)
                     self._ahead.add(key)
                     self.counts.prefetched += 1
+
+    @staticmethod
+    def _settle(futures: Iterable[Future[torch.Tensor]]) -> None:
+        """Wait until each is read, failed or cancelled."""
+        for future in futures:
+            with suppress(CancelledError):
+                future.exception()
+
+    def _answers(self, found: dict[Key, Future[torch.Tensor]]) -> dict[Key, torch.Tensor]:
+        try:
+            return {key: future.result() for key, future in found.items()}
+        except CancelledError:
+            raise OffloadError(f"{self.file.path} was closed") from None
 
     def _request(self, keys: list[Key], tokens: int) -> dict[Key, Future[torch.Tensor]]:
         """Loads begun or found, of those that fit."""

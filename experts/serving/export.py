@@ -1,7 +1,7 @@
 """Models as files that other runtimes run: ONNX, ONNX in int8, TorchScript, torch.export, Hugging Face's format.
 
 An exported folder has the model and a manifest: version, inputs and outputs, SHA-256 of every file, and how far its
-answers are from PyTorch's. Graphs are static: all experts run, and those that were not chosen count nothing.
+answers are from PyTorch's. All but Hugging Face's are static graphs: all experts run, those not chosen count nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,13 +31,13 @@ from experts.language import LanguageModel
 
 Format = Literal["onnx", "onnx-int8", "torchscript", "torch-export", "huggingface"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-MANIFEST, SCHEMA = "manifest.json", 1
+MANIFEST, SCHEMA, MEND = "manifest.json", 1, "export it anew with moe-export"
 FILES: dict[str, str] = {
     "onnx": "model.onnx", "onnx-int8": "model.onnx", "torchscript": "model.pt", "torch-export": "model.pt2",
     "huggingface": "model.safetensors",
 }  # fmt: skip
 SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
-DIFFERENCE = 1e-4  # of a prediction's logits, relative to the largest of all
+DIFFERENCE = 1e-4  # of a prediction's logits, relative to the largest of all if that is above 1
 # Share of predictions that must be so close, as a router's ties can fall the other way; share with the same best class.
 CLOSE, AGREEMENT = 0.99, 0.999
 BATCHES = (1, 7, 32)
@@ -81,8 +81,7 @@ def export(source: Source, folder: Path | str, form: Format, version: str = "0.1
     if form == "huggingface" and source.language is None:
         raise ExportError("Hugging Face's format is for language models")
     target = Path(folder)
-    if target.exists() and not (target / MANIFEST).exists() and any(target.iterdir()):
-        raise ExportError(f"{target} holds something else than an exported model; name another folder")
+    _require_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as new, torch_threads(1), _quiet():
         run = _WRITERS[form](source, new)
@@ -111,10 +110,34 @@ class _Manifest(BaseModel):
     files: dict[str, str]
 
 
+def _require_replaceable(target: Path) -> None:
+    """Raise `ExportError` where something else than an exported model would be lost."""
+    if not target.exists():
+        return
+    listed: set[str] = set()
+    if target.is_dir() and (target / MANIFEST).is_file():
+        with suppress(ExportError):
+            listed = {MANIFEST, *_read(target)[1].files}
+    if not target.is_dir() or {str(path.relative_to(target)) for path in _files(target)} - listed:
+        raise ExportError(f"{target} holds something else than an exported model; name another folder")
+
+
 def load_exported(folder: Path | str, threads: int = 1) -> Exported:
     """An exported ONNX model, once every file's SHA-256 is that of the manifest; raises `ExportError` otherwise."""
-    place, mend = Path(folder), "export it anew with moe-export"
-    manifest = load_json(place / MANIFEST, ExportError, mend)
+    place = Path(folder)
+    manifest, read = _read(place)
+    raw = {name: read_verified(place / name, sha256, ExportError, MEND) for name, sha256 in read.files.items()}
+    if read.format not in ("onnx", "onnx-int8"):
+        raise ExportError(f"{place} is of the format {read.format!r}, which another runtime loads")
+    try:
+        return Exported(manifest, _onnx_runner(raw[read.model], threads))
+    except Exception as error:  # onnxruntime's have no base of their own
+        raise ExportError(f"{place / read.model} is no model that onnxruntime loads: {one_line(error)}") from error
+
+
+def _read(place: Path) -> tuple[dict[str, Any], _Manifest]:
+    """The manifest of an exported folder, whole and checked."""
+    manifest = load_json(place / MANIFEST, ExportError, MEND)
     try:
         read = _Manifest.model_validate(manifest)
         if read.schema_ != SCHEMA or read.model not in read.files or not SEMVER.fullmatch(read.version):
@@ -122,14 +145,8 @@ def load_exported(folder: Path | str, threads: int = 1) -> Exported:
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in read.files):
             raise ValueError("it names a file outside its folder")
     except ValueError as error:
-        raise ExportError(f"{place / MANIFEST} is no manifest: {one_line(error)}; {mend}") from error
-    raw = {name: read_verified(place / name, sha256, ExportError, mend) for name, sha256 in read.files.items()}
-    if read.format not in ("onnx", "onnx-int8"):
-        raise ExportError(f"{place} is of the format {read.format!r}, which another runtime loads")
-    try:
-        return Exported(manifest, _onnx_runner(raw[read.model], threads))
-    except Exception as error:  # onnxruntime's have no base of their own
-        raise ExportError(f"{place / read.model} is no model that onnxruntime loads: {one_line(error)}") from error
+        raise ExportError(f"{place / MANIFEST} is no manifest: {one_line(error)}; {MEND}") from error
+    return manifest, read
 
 
 def _program(source: Source) -> torch.export.ExportedProgram:
@@ -227,29 +244,30 @@ def _answers(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
 
 
 def _batch(source: Source, number: int) -> np.ndarray:
-    """The next rows of the examples, in a batch that the model takes."""
+    """The next rows of the examples, in a batch that the model takes; of texts a few tokens less each time."""
     size = source.batch or BATCHES[number % len(BATCHES)]
     if not source.batch and number == 0:
         size = 4  # an export takes a batch of one for a constant
-    return np.take(source.examples, np.arange(number, number + size), axis=0, mode="wrap")
+    found = np.take(source.examples, np.arange(number, number + size), axis=0, mode="wrap")
+    return found if source.language is None else found[:, : max(2, found.shape[1] - 3 * number)]
 
 
 def _parity(source: Source, run: Run) -> dict[str, float]:
     """How far an exported model's answers are from PyTorch's, on batches of several sizes."""
-    differences, scale, same, rows = list[np.ndarray](), 1.0, 0, 0
-    for number in range(1 if source.batch else 2 * len(BATCHES)):
+    differences, largest, same, rows = list[np.ndarray](), 0.0, 0, 0
+    for number in range(2 * len(BATCHES)):
         inputs = _batch(source, number)
         wanted, found = _answers(source.module, inputs), run(inputs)
         if wanted.shape != found.shape:
             raise ExportError(f"the exported model answers {found.shape} where PyTorch answers {wanted.shape}")
         differences.append(np.abs(found - wanted).max(-1).ravel())
-        scale = max(scale, float(np.abs(wanted).max()))
+        largest = max(largest, float(np.abs(wanted).max()))
         agree = found.argmax(-1) == wanted.argmax(-1)
         same, rows = same + int(agree.sum()), rows + agree.size
     every = np.concatenate(differences)
     return {
-        "predictions": rows, "largest_difference": float(every.max()), "largest_logit": scale,
-        "close": float((every <= DIFFERENCE * scale).mean()), "same_top_1": same / rows,
+        "predictions": rows, "largest_difference": float(every.max()), "largest_logit": largest,
+        "close": float((every <= DIFFERENCE * max(1.0, largest)).mean()), "same_top_1": same / rows,
     }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from experts import bundle, language, reference_models
-from experts.data import DataError
 from experts.language import LanguageModel, passages
 from experts.serving.export import Source
 
@@ -45,12 +44,12 @@ def of_language(name: str | Path) -> Source:
 
 
 def _examples(name: str | Path, model: LanguageModel) -> np.ndarray:
-    """Passages that come with a model, else text that it writes."""
-    try:
-        return passages.load(language.find(str(name)), "validation").ids[:TEXTS, :TOKENS]
-    except DataError:
-        drawn = torch.randint(model.settings.vocabulary, (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0))
-        return drawn.numpy()
+    """Passages that come with a model, else random tokens."""
+    folder = language.find(str(name))
+    if (folder / passages.FILE).exists():
+        return passages.load(folder, "validation").ids[:TEXTS, :TOKENS]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.settings.vocabulary, (TEXTS, TOKENS), generator=generator).numpy()
 
 
 class DenseLanguage(nn.Module):

@@ -30,9 +30,9 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
 
     STATE = (
         "stream", "_token", "_layer", "_keys", "_values", "_hidden", "_inputs", "_logits", "_seen", "_resident",
-        "_uses", "_last", "_asked", "_demand", "_lately", "_loaded", "_requested", "_history",
+        "_uses", "_last", "_asked", "_demand", "_lately", "_loaded", "_missed", "_history",
     )  # fmt: skip
-    common_parts = ("layer",)  # one-hot, though it may have as many numbers as there are actions
+    common_parts = ("layer", "hidden")  # though they may have as many numbers as there are actions
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
             self.advice = {"squared": SURE, "layer": -SURE * limit}
         self._next: np.ndarray | None = None  # streams of the next reset
         n, of_layers = num_envs, (num_envs, self.layers, self.experts)
-        self.stream, self._token, self._layer, self._loaded, self._requested = np.zeros((5, n), dtype=np.int64)
+        self.stream, self._token, self._layer, self._loaded, self._missed = np.zeros((5, n), dtype=np.int64)
         self._keys, self._values = stepped.empty_cache(n), stepped.empty_cache(n)
         self._hidden, self._inputs = np.zeros((2, n, stepped.width), dtype=np.float32)
         self._logits, self._demand = np.zeros((2, n, self.experts), dtype=np.float32)
@@ -121,9 +121,9 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
     def _begin(self, rows: np.ndarray) -> None:
         drawn = self._draw(rows, len(self.stepped.streams))
         self.stream[rows] = drawn if self._next is None else self._next[rows]
-        for counts in (self._token, self._layer, self._loaded, self._requested, self._lately):
+        for counts in (self._token, self._layer, self._loaded, self._missed, self._lately):
             counts[rows] = 0
-        self._keys[:, rows], self._values[:, rows], self._history[rows] = 0, 0, 0
+        self._history[rows] = 0
         self._resident[rows] = self._first
         self._requests.forget(rows)
         with torch_threads(1):
@@ -155,7 +155,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         self._resident[rows, layer] = self._kept(rows, available, actions[rows])
         loads, requests = np.zeros((2, self.num_envs), dtype=np.int64)
         loads[rows], requests[rows] = load.sum(1), missing.sum(1)
-        self._loaded, self._requested = self._loaded + loads, self._requested + requests
+        self._loaded, self._missed = self._loaded + loads, self._missed + requests
         self._lately = (LATELY * self._lately + (1 - LATELY) * loads / self.k).astype(np.float32)
         quality = np.zeros(self.num_envs)
         self._layer[rows] += 1
@@ -167,7 +167,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         details = {
             "expertcache/loads": loads,
             "expertcache/loads_per_token": self._loaded / np.maximum(self._token, 1),
-            "expertcache/hit_rate": 1 - self._requested / asked,
+            "expertcache/hit_rate": 1 - self._missed / asked,
         }
         return Outcome(quality, stepped.loads[loads], self._token == self.tokens, details)
 
@@ -319,7 +319,7 @@ class MoEExpertCacheEnv(SingleEnv):
     | `squared` | K | 0..1 | their squares |
     | `missing` | K | 0..1 | 1 for the experts that are not in memory |
     | `demand` | K | -1..1 | predicted demand for the best experts |
-    | `gain` | K | -1..1 | that less the least demand for an expert in memory that is not asked for; 0 if not missing |
+    | `gain` | K | -1..1 | demand less the lowest of experts in memory that are not asked for; 0 if not missing |
     | `substitute` | K | 0..1 | probability of the best expert in memory that is not asked for, over theirs |
     | `layer` | L | 0..1 | one-hot layer |
     | `count` | 1 | 0..1 | missing experts, over K |

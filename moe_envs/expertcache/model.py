@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,12 @@ from experts.language import LanguageModel
 from experts.language.passages import Passages
 from experts.offload.demand import Demand, best
 from experts.offload.model import rounded_copy
-from experts.offload.store import Weights, expert_bytes
+from experts.offload.store import expert_bytes
 from moe_envs.core.stepped import SteppedModel, located, read
 from moe_envs.layertopk.observations import projection
 
 FITTED = 24  # streams of rl_train from which demand is learned
 SHUFFLES = {"rl_train": 8}  # how often each passage stands in a stream
-PRECISIONS: tuple[str, ...] = get_args(Weights)
 
 
 class CachedModel(SteppedModel):
@@ -52,11 +51,11 @@ class CachedModel(SteppedModel):
 
     def needed_next(self, stream: int) -> np.ndarray:
         """Minus the number of the token that asks for each expert next, after each token, `[T, L, E]`, in the model as
-        it is."""
+        it is; experts never needed again come last."""
         if stream not in self._needed:
             wanted = best(self.logits(np.array([stream]))[0], self.k)
             found = np.empty((*wanted.shape[:2], self.experts), dtype=np.float32)
-            later = np.full(found.shape[1:], np.inf, dtype=np.float32)
+            later = np.full(found.shape[1:], len(wanted) + 1, dtype=np.float32)
             for token in range(len(wanted) - 1, -1, -1):
                 found[token] = -later
                 np.put_along_axis(later, wanted[token], token, axis=1)

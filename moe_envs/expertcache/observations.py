@@ -27,7 +27,7 @@ def request_parts(k: int, layers: int) -> Described:
             k,
             -1,
             1,
-            "that less the least demand for an expert in memory that is not asked for; 0 if not missing",
+            "demand less the lowest of experts in memory that are not asked for; 0 if not missing",
         ),
         ("substitute", k, 0, 1, "probability of the best expert in memory that is not asked for, over theirs"),
         ("layer", layers, 0, 1, "one-hot layer"),

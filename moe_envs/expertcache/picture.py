@@ -23,7 +23,7 @@ class CachePicture:
         return self.history[max(0, self.done - SHOWN) : max(self.done, 1)]
 
     def ansi(self) -> str:
-        """A line for each expert and a column for each token: `.` in memory, `o` ran, `+` loaded."""
+        """A line for each expert and a column for each token: `·` in memory, `o` ran, `+` loaded."""
         lines = [f"token {self.done}: · in memory, o runs, + is loaded"]
         for layer in range(self.history.shape[1]):
             lines += [f"layer {layer}"]

@@ -84,6 +84,27 @@ def test_a_policy_in_the_runtime_does_what_it_does_in_the_environment(rules: dic
         assert full - np.mean(losses) == pytest.approx(quality, abs=2e-4)
 
 
+def test_requests_are_counted_and_memory_that_is_too_small_leaves_the_model_as_it_was() -> None:
+    model, ids = load("language"), torch.arange(20)[None] + 100
+    demand = fit_demand(model, ids)
+    with torch.inference_mode():
+        wanted = model.network(ids).logits
+    with pytest.raises(ValueError, match="memory=2000000: the policy keeps experts of 14,155,776 bytes"):
+        OffloadedModel(model, 2_000_000, CacheControl(Always(True), model, 6, demand))
+    with pytest.raises(ValueError, match="prefetch is for rules of eviction"):
+        OffloadedModel(model, 15_000_000, CacheControl(Always(True), model, 6, demand), prefetch="last")
+    with torch.inference_mode():
+        assert torch.equal(model.network(ids).logits, wanted)
+    with OffloadedModel(model, 15_000_000, CacheControl(Always(True), model, 6, demand)) as offloaded:
+        assert offloaded.statistics()["requests"] == 0
+        with torch.inference_mode():
+            model.network(ids[:, :1])
+        found = offloaded.statistics()
+        assert (found["requests"], found["loads"] - 24) == (16, 16 - found["hits"])
+        with pytest.raises(ValueError, match="takes neither k nor allowed"):
+            model.network(ids, 2)
+
+
 def test_a_prompt_gets_all_that_it_asks_for() -> None:
     model, ids = load("language"), torch.arange(40)[None] + 100
     with torch.inference_mode():
@@ -101,7 +122,7 @@ def test_another_policy_is_told() -> None:
     demand = fit_demand(model, torch.arange(40)[None] + 100)
     with pytest.raises(ValueError, match="capacity=0: must be from 1 to 16"):
         CacheControl(Always(True), model, 0, demand)
-    with pytest.raises(ValueError, match="eviction='belady' is not one of predicted, lru"):
+    with pytest.raises(ValueError, match="eviction='belady' is not one of 'predicted', 'lru'"):
         CacheControl(Always(True, eviction="belady"), model, 4, demand)
     other = PPO("MlpPolicy", ID, env_kwargs={**SMALL, "eviction": "learned"}, n_envs=1, n_steps=4, batch_size=4)
     with pytest.raises(ValueError, match="must be trained in MoEExpertCache-v0 without learned eviction"):

@@ -71,6 +71,8 @@ def test_a_trained_policy_decides_what_is_loaded(tmp_path: Path) -> None:
     done = runner.invoke(app, [*words, "2MB", "--policy", f"policy:{tmp_path / 'MoEExpertCache-v0'}"])
     assert done.exit_code == 0, done.output
     assert "requests were in memory" in done.stderr
+    done = runner.invoke(app, [*words, "2MB", "--policy", f"policy:{tmp_path / 'MoEExpertCache-v0'}", "--k", "2"])
+    assert "takes neither --k nor --prefetch" in str(done.exception)
     for memory, env, message in (("2MB", "MoELayerTopK-v0", "is a run of moe_envs:MoELayerTopK-v0, not of"),
                                  ("200kB", "MoEExpertCache-v0", "not even one expert of each layer")):  # fmt: skip
         done = runner.invoke(app, [*words, memory, "--policy", f"policy:{tmp_path / env}"])
