@@ -63,7 +63,7 @@ class CachedModel(SteppedModel):
         return self._needed[stream]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _made(
     path: str, stamp: int, text: str | None, split: str, tokens: int, passages: int, weights: str, costs: str
 ) -> CachedModel:
