@@ -51,6 +51,11 @@ def export() -> None:
     _run("export")
 
 
+def serve() -> None:
+    """Entry point of `moe-serve`."""
+    _run("serve")
+
+
 def language_model() -> None:
     """Entry point of `moe-lm`."""
     _run("lm")

@@ -1,0 +1,367 @@
+"""A model as a web service: predictions in batches, texts token by token, health, metrics, reload.
+
+`create_app` returns a FastAPI application; `moe-serve` runs it. Errors are JSON with one sentence: `{"detail": "..."}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+
+from experts.serving import served as models
+from experts.serving.batching import DeadlineError, QueueFullError
+from experts.serving.control import CAPS, NEVER, MakeController
+from experts.serving.gate import Gate
+from experts.serving.generation import Writing
+from experts.serving.payload import IMAGES, JSON, NPY, RefusedError, encoded, parse_json, read, rows_of
+from experts.serving.server import Limits, Load, Server
+
+log = logging.getLogger("moe_envs.serve")
+INLINE = 32_768  # bytes of JSON that are parsed in the event loop, which takes less than a change of threads
+
+
+class Asked(BaseModel):
+    """What a request says beside its `inputs`; `request_class` is one of the server's classes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    deadline_ms: Annotated[float, Field(gt=0, le=1e3 * NEVER)] | None = None
+    request_class: str | None = None
+
+
+class ToWrite(BaseModel):
+    """How a text is written; `k` is the number of experts of a token."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompt: str
+    tokens: Annotated[int, Field(ge=1)] = 100
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    k: Annotated[int, Field(ge=1)] | None = None
+    stream: bool = False
+
+
+class Completion(BaseModel):
+    """The same in OpenAI's form, as far as this server knows it; other fields are ignored."""
+
+    model_config = ConfigDict(strict=True)
+    model: str | None = None
+    prompt: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    n: Literal[1] | None = None
+    stream: bool | None = None
+
+    def to_write(self) -> ToWrite:
+        """With OpenAI's defaults."""
+        return ToWrite(
+            prompt=self.prompt, tokens=self.max_tokens or 16, seed=self.seed, stream=bool(self.stream),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+        )  # fmt: skip
+
+
+def create_app(
+    model_path: Path | str, controller: MakeController | None = None, load: Load = models.load, **limits: Any
+) -> FastAPI:
+    """The web service of a model: a bundle, a reference model or a language model by name or folder, or an exported
+    ONNX folder. `controller` makes what decides when a batch is sent (default: `control.default`), `limits` are those
+    of `Limits`. The model is loaded and timed at once; raises what `load` raises."""
+    return app_of(Server(model_path, controller, load, Limits(**limits)))
+
+
+def app_of(server: Server) -> FastAPI:
+    """The web service of a server's parts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        server.start()
+        yield
+        await server.stop()
+
+    about = "Predictions of a Mixture-of-Experts model. Errors are JSON with one sentence under `detail`."
+    app = FastAPI(title="moe-serve", version=server.version, description=about, lifespan=lifespan)
+    app.state.server = server
+    app.add_middleware(Gate, server=server)
+    for kind, answer in ((RefusedError, _refused), (QueueFullError, _full), (DeadlineError, _late),
+                         (ValidationError, _invalid), (HTTPException, _http), (Exception, _failed)):  # fmt: skip
+        app.add_exception_handler(kind, answer)
+    Api(server).add_to(app)
+    return app
+
+
+class Api:
+    """The endpoints of a server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.limits = server, server.limits
+        self.classes = [each.name for each in server.limits.classes]
+
+    def add_to(self, app: FastAPI) -> None:
+        """Add all endpoints to an application."""
+        errors: Any = {code: {"description": text, "content": _SENTENCE} for code, text in _ERRORS.items()}
+        for path, answer, summary, body in (
+            ("/predict", self.predict, "Answers to rows of inputs", _inputs(self.server)),
+            ("/generate", self.generate, "A text after a prompt", {JSON: ToWrite.model_json_schema()}),
+            ("/v1/completions", self.completions, "The same in OpenAI's form", {JSON: Completion.model_json_schema()}),
+            ("/reload", self.reload, "Load the model again", None),
+        ):
+            app.add_api_route(
+                path, answer, methods=["POST"], summary=summary, responses=errors,
+                openapi_extra=None if body is None else _body(body),
+            )  # fmt: skip
+        for path, get, summary in (
+            ("/health", self.health, "Live and ready"),
+            ("/health/live", self.live, "The process answers"),
+            ("/health/ready", self.health, "Requests are answered"),
+            ("/metrics", self.metrics, "Counters in Prometheus' format"),
+            ("/model", self.model, "What the model is, and its measured seconds"),
+        ):
+            app.add_api_route(path, get, methods=["GET"], summary=summary)
+
+    async def predict(self, request: Request) -> Response:
+        """Queue the rows and answer with what the model says."""
+        server = self.server
+        media, raw = request.headers.get("content-type", ""), await self._read(request)
+        if len(raw) <= INLINE and media.startswith(JSON):
+            rows, more = rows_of(raw, media, server.served)
+        else:
+            loop = asyncio.get_running_loop()
+            rows, more = await loop.run_in_executor(server.parsers, rows_of, raw, media, server.served)
+        asked = Asked.model_validate(more)
+        deadline = None if asked.deadline_ms is None else asked.deadline_ms / 1e3
+        found, level = await server.batcher.submit(rows, deadline, self._class(asked.request_class))
+        answers, version, name = [answer for _, answer in found], found[0][0], server.served.levels[level]
+        _count_experts(server, answers)
+        experts = [each["experts"] for each in answers]
+        request.state.said |= {"rows": len(rows), "level": name, "version": version, "experts": experts}
+        return Response(to_json({"predictions": answers, "version": version, "level": name}), media_type=JSON)
+
+    def _class(self, name: str | None) -> int:
+        if name is not None and name not in self.classes:
+            raise RefusedError(422, f"request_class={name[:80]!r} is not one of {', '.join(self.classes)}")
+        return 0 if name is None else self.classes.index(name)
+
+    async def generate(self, request: Request) -> Response:
+        """Write a text, at once or as events."""
+        asked = ToWrite.model_validate(await self._object(request))
+        text = _Text(self.server, asked, request)
+        if asked.stream:
+            return await text.stream(lambda piece, end: {"text": piece} | ({"finish_reason": end} if end else {}))
+        whole, end = await text.whole()
+        return JSONResponse({"text": whole, "finish_reason": end, "tokens": text.count, "version": text.version})
+
+    async def completions(self, request: Request) -> Response:
+        """Write a text, asked and answered in OpenAI's form."""
+        asked = Completion.model_validate(await self._object(request)).to_write()
+        text = _Text(self.server, asked, request)
+        name = self.server.served.manifest["source"]["name"]
+        head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": name,
+        }
+
+        def of(piece: str, end: str | None) -> dict[str, Any]:
+            return head | {"choices": [{"index": 0, "text": piece, "logprobs": None, "finish_reason": end}]}
+
+        if asked.stream:
+            return await text.stream(of)
+        whole, end = await text.whole()
+        asked_for, written = len(text.ids), text.count
+        usage = {"prompt_tokens": asked_for, "completion_tokens": written, "total_tokens": asked_for + written}
+        return JSONResponse(of(whole, end) | {"usage": usage})
+
+    async def reload(self, request: Request) -> Response:
+        """Load the model again, for those who have a key or are on this machine."""
+        if not self.server.keys and not request.state.local:
+            raise RefusedError(403, "a reload from another machine needs an API key")
+        return JSONResponse({"version": await self.server.reload()})
+
+    async def health(self) -> Response:
+        """Whether requests are answered."""
+        status = {"live": True, "ready": self.server.ready, "version": self.server.version}
+        return JSONResponse(status, 200 if self.server.ready else 503)
+
+    async def live(self) -> Response:
+        """That this answers."""
+        return JSONResponse({"live": True})
+
+    async def metrics(self) -> Response:
+        """All counters."""
+        return Response(self.server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def model(self) -> Response:
+        """The manifest, the measured times, and what decides."""
+        server, service = self.server, self.server.service
+        seconds = {name: dict(zip(map(str, service.sizes), row, strict=True))
+                   for name, row in zip(service.levels, service.seconds.tolist(), strict=True)}  # fmt: skip
+        about = {"seconds": seconds, "controller": type(server.controller).__name__}
+        return JSONResponse(server.served.manifest | about)
+
+    async def _read(self, request: Request) -> bytes:
+        length = request.headers.get("content-length")
+        return await read(request.stream(), length, self.limits.body_bytes, self.limits.body_seconds)
+
+    async def _object(self, request: Request) -> dict[str, Any]:
+        """The object of a JSON body."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != JSON:
+            raise RefusedError(415, f"the media type {kind[:80]!r} is not {JSON}")
+        return parse_json(await self._read(request))
+
+
+class _Text:
+    """A text that a request asks for."""
+
+    def __init__(self, server: Server, asked: ToWrite, request: Request) -> None:
+        served = server.text_model()
+        settings = served.model.settings
+        if asked.tokens >= settings.context:
+            raise RefusedError(422, f"tokens: must be from 1 to {settings.context - 1}, the context less one")
+        if asked.k is not None and asked.k > settings.k:
+            raise RefusedError(422, f"k: the model runs 1 to {settings.k} experts for a token")
+        self.ids = encoded(served, asked.prompt)[-(settings.context - asked.tokens) :]
+        self.server, self.served, self.request = server, served, request
+        self.count, self.version = 0, server.version
+        self.writing = Writing(
+            self.ids, asked.tokens, asked.k or settings.k, asked.temperature, asked.top_p, asked.seed,
+            time.monotonic() + server.limits.text_seconds,
+        )  # fmt: skip
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The text as it is written; bytes of a letter that is not whole wait for the rest."""
+        tokens, said = list[int](), ""
+        async for token in self.server.writer.write(self.writing):
+            tokens.append(token)
+            self.count += 1
+            text = self.served.model.decode(tokens)
+            if not text.endswith("\ufffd"):
+                yield text[len(said) :]
+                said = text
+        rest = self.served.model.decode(tokens)[len(said) :]
+        if rest:
+            yield rest
+        self.server.metrics.tokens.inc(self.count)
+        self.request.state.said |= {"tokens": self.count, "version": self.version}
+
+    @property
+    def end(self) -> str:
+        """Why the text ends."""
+        return "length" if self.count >= self.writing.tokens else "stop"
+
+    async def whole(self) -> tuple[str, str]:
+        """The text, and why it ends."""
+        found = [piece async for piece in self.pieces()]
+        return "".join(found), self.end
+
+    async def stream(self, form: Any) -> Response:
+        """Server-sent events, of which the last says [DONE]; what goes wrong before the first is an error status."""
+        pieces = self.pieces()
+        first = await anext(pieces, None)
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                if first is not None:
+                    yield _event(form(first, None))
+                async for piece in pieces:
+                    yield _event(form(piece, None))
+                yield _event(form("", self.end))
+            except (DeadlineError, QueueFullError) as error:
+                yield _event({"detail": str(error)})
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _count_experts(server: Server, answers: list[dict[str, Any]]) -> None:
+    """How often each expert ran, of a language model for the last token by layer."""
+    counter = server.metrics.experts
+    for answer in answers:
+        for number, expert in enumerate(answer["experts"] or ()):
+            names = [f"{number}/{each}" for each in expert] if isinstance(expert, list) else [str(expert)]
+            for name in names:
+                counter.labels(name).inc()
+
+
+_SENTENCE = {JSON: {"schema": {"type": "object", "properties": {"detail": {"type": "string"}}, "required": ["detail"]}}}
+_ERRORS = {
+    400: "no JSON", 401: "no API key", 403: "not from here", 404: "another kind of model", 408: "the body was too slow",
+    409: "the old model goes on", 413: "too large", 415: "another media type", 422: "not what the model takes",
+    429: "too many requests; Retry-After says when to come again", 503: "not ready", 504: "the deadline passed",
+}  # fmt: skip
+
+
+def _body(contents: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {kind: {"schema": each} for kind, each in contents.items()}}}
+
+
+def _inputs(server: Server) -> dict[str, Any]:
+    """The schema of `/predict`'s bodies."""
+    text = server.served.dtype == "int64"
+    ids = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0},
+        "minItems": 1,
+        "maxItems": server.served.shape[0],
+    }
+    size = server.served.shape[0]
+    numbers = {"type": "array", "items": {"type": "number"}, "minItems": size, "maxItems": size}
+    rows = {"type": "array", "minItems": 1, "maxItems": CAPS[-1],
+            "items": {"anyOf": [{"type": "string"}, ids]} if text else numbers}  # fmt: skip
+    own = Asked.model_json_schema()
+    schema = own | {"title": "Inputs", "properties": {"inputs": rows} | own["properties"], "required": ["inputs"]}
+    raw = {"type": "string", "format": "binary"}
+    return {JSON: schema} | ({} if text else dict.fromkeys((*IMAGES, NPY[0]), raw))
+
+
+def _answer(status: int, detail: str, **headers: str) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers)
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    return _answer(error.status, error.detail)
+
+
+async def _full(request: Request, error: Any) -> Response:
+    wait = str(max(1, math.ceil(error.retry_after)))
+    return _answer(429, f"{error}; come again in {wait} s", **{"Retry-After": wait})
+
+
+async def _late(request: Request, error: Any) -> Response:
+    return _answer(504, str(error))
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    first = error.errors()[0]
+    return _answer(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:400])
+
+
+async def _http(request: Request, error: Any) -> Response:
+    return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    log.exception("request %s failed", getattr(request.state, "id", "?"), exc_info=error)
+    return _answer(500, f"the server failed; its log has more under request {getattr(request.state, 'id', '?')}")

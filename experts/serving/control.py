@@ -1,0 +1,281 @@
+"""When to send a batch, how large, at which quality level: what a controller sees, its choices, and the known rules.
+
+The same rules run in the server, for one queue, and in MoEServing-v0, for n queues at once.
+
+Shape legend: n queues, C request classes, L quality levels, R time scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Protocol
+
+import numpy as np
+
+from cost.arguments import choose
+
+CAPS = (1, 2, 4, 8, 16, 32, 64)  # largest numbers of rows of a batch
+SCALES = (0.02, 0.1, 0.5, 2.5)  # seconds over which arrival rates are averaged
+WAIT = 0.005  # seconds that a controller waits at most before it is asked again
+NEVER = 10.0  # seconds of slack of an empty queue
+WAITS = 0  # the choice to wait
+
+
+@dataclass(frozen=True)
+class RequestClass:
+    """Requests that are alike: seconds until an answer is worth nothing, value of an answer in time, rows of a request,
+    and how much of the value the loss of quality takes, as a factor on that loss."""
+
+    name: str = "default"
+    deadline: float = 0.1
+    value: float = 1.0
+    size: int = 1
+    care: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.deadline <= NEVER and self.value >= 0 and self.care >= 0 and 1 <= self.size <= CAPS[-1]):
+            raise ValueError(f"{self}: needs 0 < deadline <= {NEVER}, value, care >= 0, 1 <= size <= {CAPS[-1]}")
+
+
+@dataclass(frozen=True)
+class Service:
+    """Measured seconds `[L, S]` of batches of `sizes` rows at each quality level, best level first, and the `quality`
+    `[L]` of the levels, 1 for the best. Between the sizes seconds are interpolated, beyond them extrapolated."""
+
+    levels: tuple[str, ...]
+    sizes: tuple[int, ...]
+    seconds: np.ndarray
+    quality: np.ndarray
+
+    def table(self, most: int) -> np.ndarray:
+        """Seconds `[L, most + 1]` of batches of 0 to `most` rows."""
+        rows, known = np.arange(most + 1), np.array((0, *self.sizes))
+        found = np.array([np.interp(rows, known, (0.0, *each)) for each in self.seconds])
+        if most > known[-1] and len(known) > 2:
+            slope = (self.seconds[:, -1] - self.seconds[:, -2]) / (known[-1] - known[-2])
+            beyond = np.maximum(rows - known[-1], 0)
+            found += slope[:, None] * beyond
+        return found
+
+    def line(self, level: int) -> tuple[float, float]:
+        """Seconds of a batch as a + b * rows: (a, b), by least squares."""
+        b, a = np.polyfit(self.sizes, self.seconds[level], 1) if len(self.sizes) > 1 else (0.0, self.seconds[level, 0])
+        return max(float(a), 0.0), max(float(b), 0.0)
+
+
+@dataclass
+class Seen:
+    """What a controller sees of n queues: rows that wait `[n, C]`, seconds that the oldest request waits `[n, C]`,
+    seconds until the first deadline `[n, C]`, seconds since the last arrival `[n]`, arriving rows per second over
+    `SCALES` `[n, R]`, rows and seconds of the last batch `[n, 2]`, mean seconds that served requests waited `[n]`."""
+
+    queue: np.ndarray
+    age: np.ndarray
+    slack: np.ndarray
+    since: np.ndarray
+    rate: np.ndarray
+    last: np.ndarray
+    waited: np.ndarray
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Numbers of a controller's choices: 0 waits; the others are a cap, a level and an order in which requests are
+    taken: the first deadline first, the highest value per row first, or one class only."""
+
+    levels: int
+    classes: int = 1
+    caps: tuple[int, ...] = CAPS
+
+    @property
+    def orders(self) -> int:
+        """Ways to choose among the classes."""
+        return 1 if self.classes == 1 else 2 + self.classes
+
+    def __len__(self) -> int:
+        return 1 + len(self.caps) * self.levels * self.orders
+
+    def number(self, cap: Any, level: Any, order: Any = 0) -> np.ndarray:
+        """The choice of the largest cap that is not above this one."""
+        place = np.searchsorted(self.caps, np.maximum(cap, 1), side="right") - 1
+        return np.asarray(1 + (place * self.levels + level) * self.orders + order)
+
+    def parts(self, choice: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Caps, levels and orders of choices that do not wait."""
+        rest, order = np.divmod(np.asarray(choice) - 1, self.orders)
+        place, level = np.divmod(rest, self.levels)
+        return np.asarray(self.caps)[place], level, order
+
+
+class Controller(Protocol):
+    """Decides for queues in which something waits."""
+
+    def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
+        """Choices `[n]`; `starts` marks queues that have just begun."""
+        ...
+
+
+@dataclass
+class Fixed:
+    """Batches of up to `cap` rows at one level, sent when they are full or the oldest request waits `timeout` s."""
+
+    choices: Choices
+    cap: int = CAPS[-1]
+    timeout: float = 0.0
+    level: int = 0
+    order: int = 0
+
+    def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
+        """Choices `[n]`."""
+        send = (seen.queue.sum(1) >= self.cap) | (seen.age.max(1) >= self.timeout)
+        return np.where(send, self.choices.number(self.cap, self.level, self.order), WAITS)
+
+
+@dataclass
+class Regression:
+    """BentoML's adaptive batching (`CorkDispatcher`): a batch of n rows takes a n + b seconds; wait while
+    n (w + dt + a) is at most 0.95 of the mean wait, where w is how long the newest request waits."""
+
+    choices: Choices
+    service: Service
+    level: int = 0
+    cap: int = CAPS[-1]
+    order: int = 0
+    decay: float = 0.95
+
+    def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
+        """Choices `[n]`."""
+        _, a = self.service.line(self.level)
+        queue = seen.queue.sum(1)
+        wait = (queue < self.cap) & (queue * (seen.since + WAIT + a) <= self.decay * seen.waited)
+        return np.where(wait, WAITS, self.choices.number(self.cap, self.level, self.order))
+
+
+class Adaptive:
+    """Clipper's additive increase, multiplicative decrease (Crankshaw et al. 2017) of the cap: one row more after a
+    batch within `target` seconds, `decrease` times after a slower one."""
+
+    def __init__(
+        self, choices: Choices, target: float, level: int = 0, timeout: float = 0.0, order: int = 0,
+        decrease: float = 0.9,
+    ) -> None:  # fmt: skip
+        self.choices, self.target, self.level, self.timeout = choices, target, level, timeout
+        self.order, self.decrease = order, decrease
+        self._cap = np.zeros(0)
+        self._seen = np.zeros((0, 2))
+
+    def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
+        """Choices `[n]`."""
+        if len(self._cap) != len(starts):
+            self._cap, self._seen = np.ones(len(starts)), np.zeros((len(starts), 2))
+        self._cap[starts], self._seen[starts] = 1.0, 0.0
+        new = (seen.last != self._seen).any(1) & (seen.last[:, 0] > 0)
+        slow = seen.last[:, 1] > self.target
+        self._cap = np.where(new, np.where(slow, self.decrease * self._cap, self._cap + 1), self._cap)
+        self._cap = self._cap.clip(1, self.choices.caps[-1])
+        self._seen = seen.last.copy()
+        send = (seen.queue.sum(1) >= self._cap.astype(int)) | (seen.age.max(1) >= self.timeout)
+        return np.where(send, self.choices.number(self._cap.astype(int), self.level, self.order), WAITS)
+
+
+@dataclass
+class SlackFit:
+    """SuperServe's SlackFit (Khare et al. 2025): of the pairs of cap and level whose time fits into the slack of the
+    most urgent request, those in the slowest of `buckets` equal spans of time; of them the largest cap, then the best
+    level."""
+
+    choices: Choices
+    service: Service
+    buckets: int = 32
+    margin: float = 0.0
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        caps = np.array(self.choices.caps)
+        seconds = self.service.table(int(caps[-1]))[:, caps]  # [L, caps]
+        self._span = float(seconds.max()) / self.buckets
+        levels, places = np.indices(seconds.shape)
+        bucket = np.minimum((seconds / self._span).astype(int), self.buckets - 1)
+        rank = np.lexsort((levels.ravel(), -places.ravel(), -bucket.ravel()))  # what is taken first
+        self._seconds = seconds.ravel()[rank]
+        self._numbers = self.choices.number(caps[places.ravel()[rank]], levels.ravel()[rank], self.order)
+        self._fastest = int(self._seconds.argmin())
+
+    def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
+        """Choices `[n]`."""
+        fits = self._seconds <= (seen.slack.min(1) - self.margin)[:, None]
+        found = np.where(fits.any(1), fits.argmax(1), self._fastest)
+        return np.asarray(self._numbers[found])
+
+
+@dataclass
+class Thresholds:
+    """Thresholds on queue and arrival rate: the best level at which neither the queue is above `queues[level]` rows nor
+    the rate above `rates[level]` rows a second (the last level has none); batches of up to `cap` rows are sent when
+    `fill` rows wait, or the first deadline is as near as the batch takes and `margin` seconds more."""
+
+    choices: Choices
+    service: Service
+    queues: Sequence[float] = ()
+    rates: Sequence[float] = ()
+    cap: int = CAPS[-1]
+    fill: int = 1
+    margin: float = 0.02
+    scale: int = 1
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        self._table = self.service.table(self.choices.caps[-1])
+
+    def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
+        """Choices `[n]`."""
+        queue, rate = seen.queue.sum(1), seen.rate[:, self.scale]
+        above = (queue[:, None] > np.asarray(self.queues)) | (rate[:, None] > np.asarray(self.rates))
+        level = np.where(above.any(1), above.shape[1] - above[:, ::-1].argmax(1), 0)
+        rows = np.minimum(queue, self.cap).astype(int)
+        near = seen.slack.min(1) <= self._table[level, rows] + self.margin
+        send = (queue >= self.fill) | near
+        return np.where(send, self.choices.number(self.cap, level, self.order), WAITS)
+
+
+MakeController = Callable[[Choices, Service, Sequence[RequestClass]], Controller]
+RULES: dict[str, tuple[type[Any], bool]] = {  # whether it takes the measured times
+    "slackfit": (SlackFit, True), "thresholds": (Thresholds, True), "fixed": (Fixed, False),
+    "regression": (Regression, True), "adaptive": (Adaptive, False),
+}  # fmt: skip
+
+
+def default(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
+    """What decides where nothing else is asked for: SlackFit by the times measured."""
+    return SlackFit(choices, service)
+
+
+def rule_of(text: str) -> MakeController:
+    """The rule of "name" or "name:parameter=value,...", as "fixed:cap=16,timeout=0.005"; several values of a parameter
+    are separated by "/". Raises `ValueError` with what there is."""
+    name, _, rest = text.partition(":")
+    choose("controller", name, RULES)
+    rule, timed = RULES[name]
+    known = [each for each in signature(rule).parameters if each not in ("choices", "service")]
+    given = dict[str, Any]()
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        choose(f"parameter of {name}", key, known)
+        try:
+            numbers = [float(each) if "." in each or "e" in each else int(each) for each in value.split("/")]
+        except ValueError:
+            raise ValueError(f"{part!r} is not {key}=NUMBER") from None
+        given[key] = numbers if key in ("queues", "rates") else numbers[0]
+
+    def make(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
+        if not 0 <= given.get("level", 0) < choices.levels:
+            raise ValueError(f"level={given['level']}: the model has {choices.levels}, from 0, the best")
+        if name == "thresholds" and not len(given.get("queues", ())) == len(given.get("rates", ())) < choices.levels:
+            raise ValueError(f"queues and rates: as many of each, fewer than the {choices.levels} levels")
+        own = {"target": min(each.deadline for each in classes) / 2} if name == "adaptive" else {}
+        found: Controller = rule(choices, *([service] if timed else []), **(own | given))
+        return found
+
+    return make
