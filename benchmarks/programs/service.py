@@ -1,0 +1,71 @@
+"""`moe-serve` in a process of its own, for measurements."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+
+from experts.data import DataError
+
+READY = re.compile(r"http://127\.0\.0\.1:(\d+)")
+SECONDS = 120.0  # to load and time the model
+CODE = "from benchmarks.cli.main import serve; serve()"
+
+
+@dataclass
+class Service:
+    """A server that runs: where it listens, and its process."""
+
+    port: int
+    process: psutil.Process
+
+    @property
+    def memory(self) -> int:
+        """Bytes in memory."""
+        return int(self.process.memory_info().rss)
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of processor time so far."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
+@contextmanager
+def service(model: str, *options: str) -> Iterator[Service]:
+    """A server on a free port of this machine, stopped at the end; raises `DataError` with what it says if it does not
+    start."""
+    command = [sys.executable, "-c", CODE, model, "--port", "0", "--quiet", *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, text=True, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        timer = threading.Timer(SECONDS, process.kill)
+        timer.start()
+        try:
+            port, said = _port(process)
+            timer.cancel()
+            if port is None:
+                raise DataError(f"the server of {model} did not start: {said.strip()}")
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # type: ignore[union-attr]
+            yield Service(port, psutil.Process(process.pid))
+        finally:
+            timer.cancel()
+            process.terminate()
+            process.wait(30)
+
+
+def _port(process: subprocess.Popen[str]) -> tuple[int | None, str]:
+    said = ""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := READY.search(line):
+            return int(found[1]), said
+        said += line
+    return None, said
