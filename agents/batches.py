@@ -42,11 +42,12 @@ class Batch(NamedTuple):
 
 
 def gae(
-    rewards: np.ndarray, values: np.ndarray, following: np.ndarray, done: np.ndarray, gamma: float, gae_lambda: float
-) -> np.ndarray:
+    rewards: np.ndarray, values: np.ndarray, following: np.ndarray, done: np.ndarray, gamma: float | np.ndarray,
+    gae_lambda: float,
+) -> np.ndarray:  # fmt: skip
     """Generalised advantage estimation (Schulman et al. 2016), `[time, rows]`; `following` are the values after each
-    step, 0 after termination."""
-    decay = np.float32(gamma * gae_lambda)
+    step, 0 after termination; `gamma` may differ from step to step."""
+    decay = np.asarray(gamma * gae_lambda, dtype=np.float32)
     found: np.ndarray = (rewards + gamma * following - values).astype(np.float32)
     going_on = decay * (~done).astype(np.float32)
     for step in range(len(found) - 2, -1, -1):
@@ -66,6 +67,8 @@ class RewardScale:
         returns = np.empty_like(rewards)
         for step, reward in enumerate(rewards):
             self.discounted = returns[step] = self.discounted * self.gamma + reward
+            if rollout.discount is not None:
+                self.discounted = self.discounted * rollout.discount[step]
             self.discounted = np.where(done[step], 0.0, self.discounted)
         self.moments.update(returns[rollout.valid][:, None])
         found: np.ndarray = np.clip(rewards * self.moments.scale(), -CLIP_REWARD, CLIP_REWARD)

@@ -304,7 +304,8 @@ class Learner(Resumable):
         evaluation = self.distribution.evaluate(heads.reshape(done.size, -1) / self._temperature, actions, masks)
         rewards = self.reward_scale(rollout, done) if self.settings.normalize_rewards else rollout.rewards
         following = self._following(rollout, values)
-        advantages = gae(rewards, values, following, done, self.settings.gamma, self.settings.gae_lambda)
+        gamma = self.settings.gamma if rollout.discount is None else self.settings.gamma * rollout.discount
+        advantages = gae(rewards, values, following, done, gamma, self.settings.gae_lambda)
         returns = advantages + values
         self.num_timesteps += int(rollout.valid.sum())
         self.log.count(rollout, done, evaluation.entropy.reshape(done.shape), self.num_timesteps)

@@ -95,6 +95,7 @@ class Rollout(NamedTuple):
     truncated: np.ndarray
     starts: np.ndarray  # an episode's first step
     valid: np.ndarray  # False for reset steps
+    discount: np.ndarray | None  # `info["discount"]`, where steps take different times
     infos: dict[str, np.ndarray]
     state: np.ndarray  # `[rows, ...]`, the policy's before the first step
     cut_steps: np.ndarray  # where episodes were truncated: their steps, rows, last observations, states of the policy
@@ -145,7 +146,7 @@ class Collector:
         flat, starts, state, rows = self.observations, self.starts, self.policy_state, self.rows
         assert flat is not None
         observations = np.empty((steps, *flat.shape), dtype=np.float32)
-        rewards = np.zeros((steps, rows.count))
+        rewards, discount = np.zeros((steps, rows.count)), None
         terminated, truncated, begins, valid = np.empty((4, steps, rows.count), dtype=np.bool_)
         masks: list[np.ndarray] = []
         actions: list[np.ndarray] = []
@@ -164,6 +165,9 @@ class Collector:
                 actions.append(chosen)
                 made = rows.step(chosen)
                 rewards[step], terminated[step], truncated[step] = made.reward, made.terminated, made.truncated
+                if "discount" in made.infos or "discount" in made.infos.get("final_info", {}):
+                    discount = np.ones_like(rewards) if discount is None else discount
+                    discount[step] = _discount(made.infos, rows.count)
                 for key, value in scalars(made.infos, rows.count).items():
                     infos.setdefault(key, np.zeros((steps, rows.count)))[step] = value
                 if made.truncated.any() and (early := made.truncated & ~made.terminated).any():
@@ -180,7 +184,18 @@ class Collector:
         cut = [np.concatenate(part) for part in zip(empty, *cuts, strict=True)]
         mask = np.array(masks) if masks else None
         return Rollout(
-            observations, np.array(actions), mask, rewards, terminated, truncated, begins, valid, infos, before, *cut
+            observations,
+            np.array(actions),
+            mask,
+            rewards,
+            terminated,
+            truncated,
+            begins,
+            valid,
+            discount,
+            infos,
+            before,
+            *cut,
         )
 
     def _check(
@@ -242,6 +257,16 @@ def scalars(infos: dict[str, Any], count: int) -> dict[str, np.ndarray]:
         and value.shape == (count,)
         and value.dtype.kind in "biuf"
     }
+
+
+def _discount(infos: dict[str, Any], count: int) -> np.ndarray:
+    """`info["discount"]` of each row, at the end of an episode that in `final_info`; 1 where there is none."""
+    found = np.ones(count)
+    for given in (infos, infos.get("final_info", {})):
+        if "discount" in given:
+            there = given.get("_discount", np.ones(count, dtype=np.bool_))
+            found = np.where(there, given["discount"], found)
+    return found
 
 
 def _with_finals(infos: dict[str, Any], done: np.ndarray) -> dict[str, Any]:

@@ -85,21 +85,23 @@ def of_training(task: Task, costs: str, widths: np.ndarray, steps: int, batch_si
 def _of_task(task: Task, costs: str) -> Profile:
     path = task_profile(task.name) if task.name in tasks.SHIPPED else None
     name = task.name if task.name in tasks.RECIPES else f"{task.name}-{task.sha256[:12]}"
-    return _shipped_or_measured(f"task-{name}", "trainings", path, costs, lambda: measure_training(task))
+    return shipped_or_measured(f"task-{name}", "trainings", path, costs, lambda: measure_training(task))
 
 
 def of_products(recipe: str, found: Mapping[str, Product], costs: str) -> Profile:
     """The matrix products of a reference model, in every way that a level has."""
     path = products_profile(recipe)
-    profile = _shipped_or_measured(f"model-{recipe}", "matrix products", path, costs, lambda: measure_products(found))
+    profile = shipped_or_measured(f"model-{recipe}", "matrix products", path, costs, lambda: measure_products(found))
     if all(name in profile.operations for name in _product_operations(found)):
         return profile
     return measure_products(found)  # of other shapes than the recipe's
 
 
-def _shipped_or_measured(
+def shipped_or_measured(
     name: str, what: str, shipped: Path | None, costs: str, measured: Callable[[], Profile]
 ) -> Profile:
+    """The profile in the file `shipped` for `costs="reference"`, if there is one; else this machine's, which is
+    measured when it is first asked for and kept in the user's cache as `name`."""
     if costs == "reference" and shipped is not None and shipped.exists():
         return Profile.load(shipped, any_machine=True)
     path = zoo.cache_folder() / "profiles" / f"{name}.json"
@@ -134,7 +136,7 @@ def of_language(model: LanguageModel, folder: Path, costs: str, rows: int) -> np
     """What a token costs in a layer of a language model with 0 to k experts, `[L, k + 1, 3]` in s, B and J: a row's
     share in a batch of so many rows. The last layer has the output layer, too."""
     name = f"language-{model.sha256[:12]}"
-    profile = _shipped_or_measured(name, "layers", folder / PROFILE, costs, lambda: measure_language(model))
+    profile = shipped_or_measured(name, "layers", folder / PROFILE, costs, lambda: measure_language(model))
     attention, *experts, head = (_share(operation, rows) for operation in profile.operations.values())
     found = np.tile(attention + np.stack(experts), (model.settings.layers, 1, 1))
     found[-1] += head
@@ -148,7 +150,7 @@ def of_loads(model: LanguageModel, folder: Path, costs: str, weights: Weights, s
     most, name = model.settings.k, f"loads-{model.sha256[:12]}"
     if costs in SLOW:
         return load_costs(SLOW[costs], size, most)
-    profile = _shipped_or_measured(name, "loads", folder / LOADS, costs, lambda: measure_loads(model, most))
+    profile = shipped_or_measured(name, "loads", folder / LOADS, costs, lambda: measure_loads(model, most))
     return load_costs(profile.operations[f"load {weights}"], size, most)
 
 

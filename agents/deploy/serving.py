@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,22 @@ import torch
 
 from agents import runs
 from agents.deploy.routing import RoutedMoE
+from agents.evaluate import takes_masks
 from experts import bundle
 from experts.serving import served as models
-from experts.serving.control import MakeController, rule_of
+from experts.serving.control import (
+    WAITS,
+    Choices,
+    MakeController,
+    Plan,
+    RequestClass,
+    Seen,
+    Service,
+    must_send,
+    rule_of,
+)
 from experts.serving.served import Served, classes
+from moe_envs.serving.observations import observed, parts_of
 
 
 class Routed(Served):
@@ -56,6 +69,50 @@ def load(path: Path | str) -> Served:
     return Routed(place) if (place / runs.SETTINGS).exists() else models.load(path)
 
 
+class PolicyController:
+    """A policy of MoEServing-v0, ours or SB3's, as a controller of a server with the same levels and classes.
+
+    Raises `ValueError` for a policy of other observations or actions.
+    """
+
+    def __init__(
+        self, policy: Any, cost_weight: float, choices: Choices, service: Service, classes: Sequence[RequestClass]
+    ) -> None:
+        self.policy, self.plan = policy, Plan(choices, service, classes, cost_weight)
+        self.masked = takes_masks(policy)
+        self._choices, self._state = len(choices), None
+        self._fastest = float(service.seconds[:, 0].min())
+        wanted = max(part.slice.stop for part in parts_of(choices).values())
+        of_policy = getattr(policy, "rows", policy)
+        seen = getattr(getattr(of_policy, "observation_space", None), "shape", None)
+        actions = getattr(getattr(of_policy, "action_space", None), "n", None)
+        if seen != (wanted,) or actions != len(choices):
+            raise ValueError(
+                f"the policy observes {seen} and has {actions} actions; this server, with {choices.levels} levels and "
+                f"{choices.classes} classes of requests, needs {(wanted,)} and {len(choices)}"
+            )
+
+    def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
+        """Choices `[n]`."""
+        more = {}
+        if self.masked:
+            allowed = np.ones((len(starts), self._choices), dtype=np.bool_)
+            allowed[:, WAITS] = seen.slack.min(1) >= must_send(self._fastest)
+            more = {"action_masks": allowed}
+        observation = observed(seen, self.plan)
+        found, self._state = self.policy.predict(
+            observation, state=self._state, episode_start=starts, deterministic=True, **more
+        )
+        return np.asarray(found)
+
+
 def controller_of(text: str) -> MakeController:
-    """The controller of "slackfit", "fixed:cap=16", ... (`experts.serving.control.rule_of`)."""
-    return rule_of(text)
+    """The controller of "policy:RUN_DIR", a run of MoEServing-v0, or a rule as "fixed:cap=16"
+    (`experts.serving.control.rule_of`). Raises `ValueError` for a run of another environment."""
+    name, _, folder = text.partition(":")
+    if name != "policy":
+        return rule_of(text)
+    policy, config = runs.load(Path(folder))
+    if not config["env"].endswith("MoEServing-v0"):
+        raise ValueError(f"{folder} is a run of {config['env']}, not of MoEServing-v0")
+    return partial(PolicyController, policy, config["env_kwargs"].get("cost_weight", 0.1))

@@ -10,7 +10,7 @@ import typer
 from benchmarks.cli.terminal import Json, _version, console_of, require_writable, write
 
 if TYPE_CHECKING:
-    from experts.serving import Source
+    from experts.serving.export import Source
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -29,6 +29,9 @@ def _export(
         str, typer.Option("--format", help="onnx, onnx-int8, torchscript, torch-export or huggingface.")
     ] = "onnx",
     model_version: Annotated[str, typer.Option(help="Semantic version of the model.")] = "0.1.0",
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Time an ONNX file beside PyTorch, and write that to the manifest.")
+    ] = False,
     json_file: Json = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
@@ -38,11 +41,11 @@ def _export(
 
     Example: moe-export fashion-mnist --format onnx --out exported/fashion-mnist
     """
-    from experts.serving import export
+    from experts.serving.export import export
 
     require_writable(json_file)
     chosen: Any = form
-    manifest = export(source_of(model), out, chosen, model_version)
+    manifest = export(source_of(model), out, chosen, model_version, measured=measured)
     write(json_file, manifest)
     parity, console = manifest["parity"], console_of(json_file)
     console.print(
@@ -52,6 +55,10 @@ def _export(
     )
     for name, sha256 in manifest["files"].items():
         console.print(f"{sha256[:16]}  {(out / name).stat().st_size:>12,} bytes  {name}", soft_wrap=True)
+    for what, row in manifest.get("recommended", {}).items():
+        console.print(
+            f"{what}: {row['runtime']}, {row['threads']} threads, batch {row['batch']}: {1e3 * row['median']:.3g} ms"
+        )
     console.print(f"[green]saved[/] {out}", soft_wrap=True)
 
 
@@ -85,7 +92,7 @@ def _of_policy(folder: Path) -> Source:
     from agents import runs
     from agents.deploy.routing import DenseRouted, RoutedMoE
     from experts import bundle
-    from experts.serving import Source
+    from experts.serving.export import Source
 
     policy, config = runs.load(folder)
     if not config["env"].endswith("MoERouting-v0"):

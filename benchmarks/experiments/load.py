@@ -29,8 +29,8 @@ from benchmarks.programs.sender import FAILED, Connections, Sent, request, send_
 from benchmarks.programs.service import Service, service
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.setup import Arguments
-from experts.serving import export
 from experts.serving.arrivals import arrivals
+from experts.serving.export import export
 from experts.serving.sources import of_bundle
 
 What = Literal["ceiling", "arrivals", "overload", "reloads", "hostile"]
@@ -85,7 +85,7 @@ def measure(setup: LoadSetup, seed: int, split: str, folder: Path) -> tuple[dict
     rows = load(model).examples(64)
     asked = [request("/predict", json.dumps({"inputs": [np.round(row, 4).tolist()]}).encode()) for row in rows]
     with service(model, *options) as server:
-        warm = _run(send_all(asked, 2.0 if setup.seconds > 1 else 0.2, HOST, server.port))
+        warm = run_loop(send_all(asked, 2.0 if setup.seconds > 1 else 0.2, HOST, server.port))
         assert (warm.status == 200).any(), warm.answers[:1]
         times = arrivals(setup.pattern, setup.rate, setup.seconds, np.random.default_rng(seed))
         found = {"ceiling": _ceiling, "arrivals": _arrivals, "overload": _overload, "reloads": _reloads,
@@ -95,12 +95,12 @@ def measure(setup: LoadSetup, seed: int, split: str, folder: Path) -> tuple[dict
 
 def _ceiling(setup: LoadSetup, server: Service, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
     connections = min(setup.connections, 32)
-    return _about(_run(send_all(asked, setup.seconds, HOST, server.port, connections=connections)), server)
+    return _about(run_loop(send_all(asked, setup.seconds, HOST, server.port, connections=connections)), server)
 
 
 def _arrivals(setup: LoadSetup, server: Service, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
     memory = server.memory
-    sent = _run(send_at(times, asked, HOST, server.port, connections=setup.connections))
+    sent = run_loop(send_at(times, asked, HOST, server.port, connections=setup.connections))
     return _about(sent, server) | {"growth": server.memory / memory - 1}
 
 
@@ -108,7 +108,7 @@ def _overload(setup: LoadSetup, server: Service, asked: list[bytes], times: np.n
     """Too many requests, and at once half of what the server can answer."""
     found = _arrivals(setup, server, asked, times, place)
     rest = np.arange(0, setup.after, 2 / max(found["answered"], 1))
-    after = _run(send_at(rest, asked, HOST, server.port, connections=setup.connections))
+    after = run_loop(send_at(rest, asked, HOST, server.port, connections=setup.connections))
     slow = rest[(after.latency > LATE) | (after.status != 200)]
     return found | {
         "recovered": float(slow.max(initial=0.0)),
@@ -141,7 +141,7 @@ def _reloads(setup: LoadSetup, server: Service, asked: list[bytes], times: np.nd
         sent = await send_all(asked, 3600.0, HOST, server.port, connections=4, going=lambda: not reloading.done())
         return sent, await reloading
 
-    sent, statuses = _run(both())
+    sent, statuses = run_loop(both())
     other = statuses.total() - statuses[200] - statuses[409]
     named = {"loaded": statuses[200], "damaged": statuses[409], "other": other}
     return _about(sent, server) | named | {f"{name}_s": float(np.median(each)) for name, each in seconds.items()}
@@ -163,7 +163,7 @@ def _hostile(setup: LoadSetup, server: Service, asked: list[bytes], times: np.nd
         return mean, await going
 
     done = asyncio.Event()
-    mean, honest = _run(both())
+    mean, honest = run_loop(both())
     for each in silent:
         each.close()
     statuses = Counter(mean.status.tolist())
@@ -216,7 +216,8 @@ def _opened(port: int, begun: bytes) -> socket.socket:
     return found
 
 
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
+def run_loop(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine, by uvloop where it is installed."""
     return import_module("uvloop" if find_spec("uvloop") else "asyncio").run(work)
 
 
@@ -246,7 +247,8 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             "MB": float(rows["memory"].mean()) / 1e6,
         })  # fmt: skip
         extra = {name: rows[name].iloc[0] for name in (
-            "growth", "recovered", "p95_afterwards", "loaded", "damaged", "other", "whole_s", "damaged_s", "statuses", "not_4xx",
+            "growth", "recovered", "p95_afterwards", "loaded", "damaged", "other", "whole_s", "damaged_s", "statuses",
+            "not_4xx",
         ) if name in rows and rows[name].notna().any()}  # fmt: skip
         if extra:
             more.append({"setting": setup, **extra})

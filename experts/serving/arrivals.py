@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from cost.arguments import one_line
 from experts.data import DataError
@@ -54,6 +53,8 @@ def trace(path: Path | str, split: str = "test") -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _read(path: str, stamp: int) -> np.ndarray:
+    import pandas as pd
+
     try:
         column = pd.read_csv(path, usecols=[0]).iloc[:, 0]
         if pd.api.types.is_numeric_dtype(column):

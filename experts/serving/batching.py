@@ -14,7 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from experts.serving.control import NEVER, SCALES, WAIT, WAITS, Choices, Controller, RequestClass, Seen, Service
+from experts.serving.control import (
+    NEVER,
+    SCALES,
+    WAIT,
+    WAITS,
+    Choices,
+    Controller,
+    RequestClass,
+    Seen,
+    Service,
+    must_send,
+)
 
 log = logging.getLogger("moe_envs")
 MEMORY = 0.9  # of the mean wait that remains after a batch
@@ -209,8 +220,3 @@ class Batcher:
             mine, answers = answers[: len(each.inputs)], answers[len(each.inputs) :]
             if not each.answers.done():
                 each.answers.set_result((mine, level))
-
-
-def must_send(fastest: float) -> float:
-    """Seconds of slack below which a controller may not wait: the fastest batch and one wait."""
-    return fastest + 2 * WAIT

@@ -23,6 +23,11 @@ NEVER = 10.0  # seconds of slack of an empty queue
 WAITS = 0  # the choice to wait
 
 
+def must_send(fastest: float) -> float:
+    """Seconds of slack below which a controller may not wait: the fastest batch and two waits."""
+    return fastest + 2 * WAIT
+
+
 @dataclass(frozen=True)
 class RequestClass:
     """Requests that are alike: seconds until an answer is worth nothing, value of an answer in time, rows of a request,
@@ -41,22 +46,32 @@ class RequestClass:
 
 @dataclass(frozen=True)
 class Service:
-    """Measured seconds `[L, S]` of batches of `sizes` rows at each quality level, best level first, and the `quality`
-    `[L]` of the levels, 1 for the best. Between the sizes seconds are interpolated, beyond them extrapolated."""
+    """Measured seconds and, if known, joules `[L, S]` of batches of `sizes` rows at each quality level, best level
+    first, and the `quality` `[L]` of the levels, 1 for the best."""
 
     levels: tuple[str, ...]
     sizes: tuple[int, ...]
     seconds: np.ndarray
     quality: np.ndarray
+    joules: np.ndarray | None = None
 
     def table(self, most: int) -> np.ndarray:
         """Seconds `[L, most + 1]` of batches of 0 to `most` rows."""
+        return self._interpolated(self.seconds, most)
+
+    def energy(self, most: int) -> np.ndarray:
+        """Joules `[L, most + 1]` of batches of 0 to `most` rows; raises `ValueError` where they were not measured."""
+        if self.joules is None:
+            raise ValueError("the energy of batches was not measured")
+        return self._interpolated(self.joules, most)
+
+    def _interpolated(self, values: np.ndarray, most: int) -> np.ndarray:
+        """Values at 0 to `most` rows, linear between the sizes and beyond them."""
         rows, known = np.arange(most + 1), np.array((0, *self.sizes))
-        found = np.array([np.interp(rows, known, (0.0, *each)) for each in self.seconds])
+        found = np.array([np.interp(rows, known, (0.0, *each)) for each in values])
         if most > known[-1] and len(known) > 2:
-            slope = (self.seconds[:, -1] - self.seconds[:, -2]) / (known[-1] - known[-2])
-            beyond = np.maximum(rows - known[-1], 0)
-            found += slope[:, None] * beyond
+            slope = (values[:, -1] - values[:, -2]) / (known[-1] - known[-2])
+            found += slope[:, None] * np.maximum(rows - known[-1], 0)
         return found
 
     def line(self, level: int) -> tuple[float, float]:
@@ -240,16 +255,66 @@ class Thresholds:
         return np.where(send, self.choices.number(self.cap, level, self.order), WAITS)
 
 
+@dataclass
+class Plan:
+    """Of all caps and levels, the one that pays best at the present arrival rate: whose batches fill and are answered
+    within the deadline, keep up with the arrivals, and leave most of the value after the price of the time. A batch is
+    sent when it is full, or when the first deadline leaves just the time for it.
+
+    A second of the model costs `price` times the value that arrives in a second. `ahead` multiplies the measured
+    arrival rate over `SCALES[scale]`; `margin` are seconds.
+    """
+
+    choices: Choices
+    service: Service
+    classes: Sequence[RequestClass] = (RequestClass(),)
+    price: float = 0.1
+    ahead: float = 1.1
+    margin: float = 0.02
+    scale: int = 2
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        caps, table = np.array(self.choices.caps), self.service.table(self.choices.caps[-1])
+        self._table, self._caps, self._seconds = table, caps, table[:, caps]  # [L, caps]
+        value, care, size = (
+            np.array([getattr(each, name) for each in self.classes]) for name in ("value", "care", "size")
+        )
+        self._values = (value / size)[:, None] * (1 - care[:, None] * (1 - self.service.quality)).clip(0)  # [C, L]
+        self._deadline = min(each.deadline for each in self.classes)
+
+    def decide(self, seen: Seen, starts: np.ndarray | None = None) -> np.ndarray:
+        """Choices `[n]`."""
+        queue, rows, caps = seen.queue.sum(1), np.arange(len(seen.queue)), self._caps
+        rate = self.ahead * np.maximum(seen.rate[:, self.scale], 1e-3)
+        row_value = (seen.queue @ self._values) / np.maximum(queue, 1)[:, None]  # [n, L]
+        cost = self.price * (rate * row_value[:, 0])[:, None, None] * self._seconds / caps
+        filled = (caps - queue[:, None]).clip(0) / rate[:, None]  # seconds until a batch is full, [n, caps]
+        due = np.minimum(seen.slack.min(1), self._deadline)[:, None, None]
+        fits = filled[:, None] + self._seconds + self.margin <= due
+        # what waits beyond the deadline's share of arrivals has to be worked off, too
+        needed = np.maximum(rate, queue / self._deadline)[:, None, None]
+        net = np.where(fits & (caps / self._seconds >= needed), row_value[:, :, None] - cost, -np.inf)
+        hurried = np.where(self._seconds <= due, caps / self._seconds, 1e-9 / self._seconds)  # where nothing keeps up
+        flat = np.where(np.isfinite(net).any((1, 2)), net.reshape(len(rows), -1).argmax(1),
+                        hurried.reshape(len(rows), -1).argmax(1))  # fmt: skip
+        level, place = np.divmod(flat, len(caps))
+        cap = caps[place]
+        seconds = self._table[level, np.minimum(queue, cap).astype(int)]
+        send = (queue >= cap) | (seen.slack.min(1) <= seconds + self.margin)
+        return np.where(send, self.choices.number(cap, level, self.order), WAITS)
+
+
 MakeController = Callable[[Choices, Service, Sequence[RequestClass]], Controller]
 RULES: dict[str, tuple[type[Any], bool]] = {  # whether it takes the measured times
-    "slackfit": (SlackFit, True), "thresholds": (Thresholds, True), "fixed": (Fixed, False),
+    "plan": (Plan, True), "slackfit": (SlackFit, True), "thresholds": (Thresholds, True), "fixed": (Fixed, False),
     "regression": (Regression, True), "adaptive": (Adaptive, False),
 }  # fmt: skip
 
 
 def default(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
-    """What decides where nothing else is asked for: SlackFit by the times measured."""
-    return SlackFit(choices, service)
+    """What decides where nothing else is asked for: the plan by the times measured."""
+    return Plan(choices, service, classes)
 
 
 def rule_of(text: str) -> MakeController:
@@ -258,7 +323,7 @@ def rule_of(text: str) -> MakeController:
     name, _, rest = text.partition(":")
     choose("controller", name, RULES)
     rule, timed = RULES[name]
-    known = [each for each in signature(rule).parameters if each not in ("choices", "service")]
+    known = [each for each in signature(rule).parameters if each not in ("choices", "service", "classes")]
     given = dict[str, Any]()
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
@@ -274,7 +339,9 @@ def rule_of(text: str) -> MakeController:
             raise ValueError(f"level={given['level']}: the model has {choices.levels}, from 0, the best")
         if name == "thresholds" and not len(given.get("queues", ())) == len(given.get("rates", ())) < choices.levels:
             raise ValueError(f"queues and rates: as many of each, fewer than the {choices.levels} levels")
-        own = {"target": min(each.deadline for each in classes) / 2} if name == "adaptive" else {}
+        own: dict[str, Any] = {"classes": classes} if name == "plan" else {}
+        if name == "adaptive":
+            own = {"target": min(each.deadline for each in classes) / 2}
         found: Controller = rule(choices, *([service] if timed else []), **(own | given))
         return found
 

@@ -68,8 +68,12 @@ class Exported:
     run: Run
 
 
-def export(source: Source, folder: Path | str, form: Format, version: str = "0.1.0") -> dict[str, Any]:
+def export(
+    source: Source, folder: Path | str, form: Format, version: str = "0.1.0", *, measured: bool = False
+) -> dict[str, Any]:
     """Write a model into a new folder, or in the place of an exported one; returns the manifest.
+
+    With `measured` an ONNX file is timed beside PyTorch, and the manifest says how fast it is and what to run it with.
 
     What was written is run and compared with PyTorch: raises `ExportError`, and writes nothing, where logits or
     predictions differ, except in int8, whose differences are only said.
@@ -87,6 +91,7 @@ def export(source: Source, folder: Path | str, form: Format, version: str = "0.1
         run = _WRITERS[form](source, new)
         parity = _parity(source, run)
         _require_alike(parity, form)
+        about = _timed(source, form, new / FILES[form]) if measured else {}
         files = {str(path.relative_to(new)): sha256_of(path.read_bytes()) for path in _files(new)}
         manifest = {
             "schema": SCHEMA, "version": version, "format": form, "model": FILES[form], "files": files,
@@ -94,9 +99,20 @@ def export(source: Source, folder: Path | str, form: Format, version: str = "0.1
             "output": _schema("logits", _answers(source.module, _batch(source, 0)), source),
             "source": source.about, "parity": parity,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **provenance(),
+            **about,
         }  # fmt: skip
         save_json(new / MANIFEST, manifest)
     return manifest
+
+
+def _timed(source: Source, form: Format, path: Path) -> dict[str, Any]:
+    from experts.serving import latency
+
+    if not form.startswith("onnx"):
+        raise ExportError(f"format={form!r} is not timed here; only ONNX is")
+    raw = path.read_bytes()
+    rows = latency.compare(source, {form: raw}, [1, 8, 64])
+    return {"latency": rows, "recommended": latency.recommended(rows), "operators": latency.fusion(raw)}
 
 
 class _Manifest(BaseModel):
@@ -130,7 +146,7 @@ def load_exported(folder: Path | str, threads: int = 1) -> Exported:
     if read.format not in ("onnx", "onnx-int8"):
         raise ExportError(f"{place} is of the format {read.format!r}, which another runtime loads")
     try:
-        return Exported(manifest, _onnx_runner(raw[read.model], threads))
+        return Exported(manifest, onnx_runner(raw[read.model], threads))
     except Exception as error:  # onnxruntime's have no base of their own
         raise ExportError(f"{place / read.model} is no model that onnxruntime loads: {one_line(error)}") from error
 
@@ -166,7 +182,7 @@ def _write_onnx(source: Source, folder: Path) -> Run:
         _program(source), (), str(path), input_names=["input"], output_names=["logits"], dynamo=True,
         external_data=False, verbose=False,
     )  # fmt: skip
-    return _onnx_runner(path.read_bytes())
+    return onnx_runner(path.read_bytes())
 
 
 def _write_int8(source: Source, folder: Path) -> Run:
@@ -178,7 +194,7 @@ def _write_int8(source: Source, folder: Path) -> Run:
     model = onnx.load(str(path))
     del model.graph.value_info[:]  # shapes of the export's example, which the quantiser would hold against it
     quantize_dynamic(model, str(path), weight_type=QuantType.QInt8)
-    return _onnx_runner(path.read_bytes())
+    return onnx_runner(path.read_bytes())
 
 
 def _write_torchscript(source: Source, folder: Path) -> Run:
@@ -186,13 +202,13 @@ def _write_torchscript(source: Source, folder: Path) -> Run:
     module = _program(source).module() if source.batch else source.module  # a graph has its batch's size in it
     traced: Any = torch.jit.trace(module, torch.from_numpy(_batch(source, 0)))
     traced.save(str(path))
-    return _torch_runner(torch.jit.load(str(path)))
+    return torch_runner(torch.jit.load(str(path)))
 
 
 def _write_program(source: Source, folder: Path) -> Run:
     path = folder / FILES["torch-export"]
     torch.export.save(_program(source), str(path))
-    return _torch_runner(torch.export.load(str(path)).module())
+    return torch_runner(torch.export.load(str(path)).module())
 
 
 def _write_huggingface(source: Source, folder: Path) -> Run:
@@ -208,7 +224,7 @@ def _write_huggingface(source: Source, folder: Path) -> Run:
     for lock in folder.glob(".*.lock"):
         lock.unlink()
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return _torch_runner(lambda ids: loaded(ids).logits)
+    return torch_runner(lambda ids: loaded(ids).logits)
 
 
 _WRITERS: dict[str, Callable[[Source, Path], Run]] = {
@@ -217,11 +233,14 @@ _WRITERS: dict[str, Callable[[Source, Path], Run]] = {
 }  # fmt: skip
 
 
-def _onnx_runner(raw: bytes, threads: int = 1) -> Run:
+def onnx_runner(raw: bytes, threads: int = 1, inter_op: int = 1) -> Run:
+    """Runs an ONNX graph: `threads` of a product, `inter_op` products at once."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, inter_op
+    if inter_op > 1:
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
 
@@ -231,7 +250,9 @@ def _onnx_runner(raw: bytes, threads: int = 1) -> Run:
     return run
 
 
-def _torch_runner(module: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+def torch_runner(module: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+    """Runs a torch module."""
+
     def run(inputs: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return np.asarray(module(torch.from_numpy(inputs)).numpy())
@@ -240,7 +261,7 @@ def _torch_runner(module: Callable[[torch.Tensor], torch.Tensor]) -> Run:
 
 
 def _answers(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
-    return _torch_runner(module)(inputs)
+    return torch_runner(module)(inputs)
 
 
 def _batch(source: Source, number: int) -> np.ndarray:

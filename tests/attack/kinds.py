@@ -38,7 +38,7 @@ from experts.language.transformer import ModelSettings
 from experts.layers import MoELayer
 from experts.network import MoENetwork
 from experts.offload import store
-from experts.serving import Source, export, load_exported
+from experts.serving.export import Source, export, load_exported
 from experts.training import TrainingSettings
 from moe_envs.autorate import estimator, references
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from agents import runs
 from benchmarks.cli.export import app
-from experts.serving import load_exported
+from experts.serving.export import load_exported
 
 pytest.importorskip("onnxruntime")
 runner = CliRunner()

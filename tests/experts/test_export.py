@@ -13,7 +13,7 @@ from torch import nn
 
 from experts.language import LanguageModel
 from experts.language.transformer import ModelSettings, Transformer
-from experts.serving import FORMATS, ExportError, Source, export, load_exported
+from experts.serving.export import FORMATS, ExportError, Source, export, load_exported
 from experts.serving.sources import DenseLanguage, of_bundle, of_language, of_reference_model
 
 pytest.importorskip("onnxruntime")

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from experts import bundle, language
-from experts.serving import export
 from experts.serving.batching import Batcher, DeadlineError, QueueFullError
 from experts.serving.control import CAPS, NEVER, Choices, RequestClass, Seen, Service, rule_of
+from experts.serving.export import export
 from experts.serving.limits import TokenBuckets
 from experts.serving.sources import of_bundle
 

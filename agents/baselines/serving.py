@@ -1,0 +1,220 @@
+"""Baselines for MoEServing-v0: the rules of `experts.serving.control`, tuned on the validation split, and bounds.
+
+Shape legend: n rows, C request classes, L quality levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from agents.baselines.serving_bound import Clairvoyant, Optimal
+from agents.evaluate import play
+from experts.serving.control import CAPS, Adaptive, Controller, Fixed, Plan, Regression, SlackFit, Thresholds
+from moe_envs.serving.env import MoEServingVectorEnv
+
+ID = "moe_envs:MoEServing-v0"
+TUNED = 32  # validation episodes on which rules are compared
+TRIES = 40  # random settings of a rule, of which the best is taken, and as many near it
+Make = Callable[[MoEServingVectorEnv], Controller]
+
+
+class ServingRule:
+    """A rule as a policy: it looks at the watched servers, not at the observation."""
+
+    kind = "baseline"
+
+    def __init__(self, make: Make, about: Mapping[str, Any] | None = None) -> None:
+        self.make, self.about = make, dict(about or {})
+
+    def __repr__(self) -> str:
+        return f"ServingRule({self.about})"
+
+    def watch(self, env: VectorEnv[Any, Any, Any]) -> None:
+        """Attach to a vector environment."""
+        servers: Any = env
+        self.env: MoEServingVectorEnv = servers
+        self.controller = self.make(servers)
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Choices `[n]`."""
+        starts = np.zeros(len(observation), dtype=np.bool_) if episode_start is None else episode_start
+        return np.asarray(self.controller.decide(self.env.seen(), starts)), state
+
+
+class RandomChoices:
+    """Random choices from a separate generator."""
+
+    kind = "baseline"
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        self._count, self._generator = count, np.random.default_rng(seed)
+
+    def predict(
+        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Random choices."""
+        return self._generator.integers(0, self._count, len(observation)), state
+
+
+@dataclass(frozen=True)
+class Family:
+    """Settings of a rule: `drawn(random)` draws some, `near(settings, random)` changes one of them."""
+
+    make: Callable[[MoEServingVectorEnv, dict[str, Any]], Controller]
+    ranges: Mapping[str, Callable[[np.random.Generator], Any]]
+
+    def drawn(self, random: np.random.Generator) -> dict[str, Any]:
+        """Random settings."""
+        return {name: draw(random) for name, draw in self.ranges.items()}
+
+    def near(self, settings: dict[str, Any], random: np.random.Generator) -> dict[str, Any]:
+        """The settings with one or two of them drawn anew, numbers near what they were."""
+        names = random.choice(list(self.ranges), size=min(2, len(self.ranges)), replace=False)
+        return settings | {name: _near(settings[name], self.ranges[name](random), random) for name in names}
+
+
+def _near(old: Any, new: Any, random: np.random.Generator) -> Any:
+    if isinstance(old, float):
+        return float(old * np.exp(random.normal(0, 0.3)))
+    if isinstance(old, list):
+        return [float(each * np.exp(random.normal(0, 0.3))) for each in old]
+    return new
+
+
+def _cap(random: np.random.Generator) -> int:
+    return int(random.choice(CAPS))
+
+
+def _between(low: float, high: float) -> Callable[[np.random.Generator], float]:
+    return lambda random: float(np.exp(random.uniform(np.log(low), np.log(high))))
+
+
+def _integer(high: int) -> Callable[[np.random.Generator], int]:
+    return lambda random: int(random.integers(high))
+
+
+def families(env: MoEServingVectorEnv) -> dict[str, Family]:
+    """The rules and the ranges in which their settings are searched."""
+    choices, service, levels = env.choices, env.service, len(env.service.levels)
+    deadline = min(each.deadline for each in env.classes)
+    order, level = {"order": _integer(choices.orders)}, {"level": _integer(levels)}
+
+    def limits(most: float) -> Callable[[np.random.Generator], list[float]]:
+        return lambda random: sorted(_between(1, most)(random) for _ in range(levels - 1))
+
+    def thresholds(env: MoEServingVectorEnv, own: dict[str, Any]) -> Controller:
+        rates = [each * env.capacity / 100 for each in own["rates"]]  # in per cent of what the best level serves
+        return Thresholds(choices, service, **(own | {"rates": sorted(rates), "queues": sorted(own["queues"])}))
+
+    return {
+        "fixed": Family(
+            lambda env, own: Fixed(choices, **own), {"cap": _cap, "timeout": _between(1e-4, deadline)} | order | level
+        ),
+        "regression (BentoML)": Family(
+            lambda env, own: Regression(choices, service, **own), {"cap": _cap} | order | level
+        ),
+        "adaptive (Clipper)": Family(
+            lambda env, own: Adaptive(choices, **own),
+            {"target": _between(deadline / 20, deadline), "timeout": _between(1e-4, deadline),
+             "decrease": lambda random: float(random.uniform(0.5, 0.95))} | order | level,
+        ),
+        "SlackFit": Family(
+            lambda env, own: SlackFit(choices, service, **own),
+            {"buckets": lambda random: int(random.integers(1, 65)), "margin": _between(1e-4, deadline / 2)} | order,
+        ),
+        "plan": Family(
+            lambda env, own: Plan(choices, service, env.classes, **own),
+            {"price": _between(0.02, 0.5), "ahead": _between(0.7, 2.0), "margin": _between(1e-3, deadline / 2),
+             "scale": _integer(4)} | order,
+        ),
+        "thresholds": Family(
+            thresholds,
+            {"queues": limits(4 * CAPS[-1]), "rates": limits(400), "cap": _cap, "fill": _cap,
+             "margin": _between(1e-3, deadline / 2), "scale": _integer(4)} | order,
+        ),
+    }  # fmt: skip
+
+
+def tuned(
+    family: Family, env: VectorEnv[Any, Any, Any], tries: int | None = None,
+    report: Callable[[float], object] = lambda share: None,
+) -> ServingRule:  # fmt: skip
+    """The best of `tries` random settings, then of as many changes to it, by the mean return on the same validation
+    episodes."""
+    random, best, settings, tries = np.random.default_rng(0), -np.inf, dict[str, Any](), tries or TRIES
+    for number in range(2 * tries):
+        tried = family.drawn(random) if number < tries else family.near(settings, random)
+        found = float(play(_rule(family, tried), env, env.num_envs, seed=0)["return"].mean())
+        if found > best:
+            best, settings = found, tried
+        report((number + 1) / (2 * tries))
+    return _rule(family, settings)
+
+
+def _rule(family: Family, settings: dict[str, Any]) -> ServingRule:
+    return ServingRule(lambda env: family.make(env, settings), settings)
+
+
+def tuned_rule(name: str, tries: int | None = None, **env_kwargs: Any) -> ServingRule:
+    """The tuned rule of one of the `families`."""
+    env = _validation(ID, **env_kwargs)
+    try:
+        return tuned(families(env.unwrapped)[name], env, tries)  # type: ignore[arg-type]
+    finally:
+        env.close()
+
+
+def _validation(env_id: str, **env_kwargs: Any) -> VectorEnv[Any, Any, Any]:
+    mode = AutoresetMode.SAME_STEP.value
+    given = env_kwargs | {"split": "validation"}
+    return gymnasium.make_vec(env_id, TUNED, "vector_entry_point", autoreset_mode=mode, **given)
+
+
+NAMES = {"regression (BentoML)": "regression", "adaptive (Clipper)": "adaptive", "SlackFit": "slackfit"}
+
+
+def text_of(name: str, settings: Mapping[str, Any], env: MoEServingVectorEnv) -> str:
+    """A rule of one of the `families` with these settings, as `moe-serve --controller` takes it."""
+    own = dict(settings)
+    for key in own.keys() & {"queues", "rates"}:
+        scale = env.capacity / 100 if key == "rates" else 1.0
+        own[key] = "/".join(f"{each * scale:.6g}" for each in sorted(own[key]))
+    parts = [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in own.items()]
+    return f"{NAMES.get(name, name)}:{','.join(parts)}"
+
+
+def baselines(
+    env_id: str, *, report: Callable[[float], object] = lambda share: None, **env_kwargs: Any
+) -> dict[str, Any]:
+    """Random choices, everything at once at the best level, and the tuned rules."""
+    made: Any = _validation(env_id, **env_kwargs)
+    env: MoEServingVectorEnv = made.unwrapped
+    found: dict[str, Any] = {
+        "random choices": RandomChoices(len(env.choices)),
+        "at once, best level": ServingRule(lambda env: Fixed(env.choices)),
+    }
+    every = families(env)
+    for number, (name, family) in enumerate(every.items()):
+        found[name] = tuned(family, made, None, lambda share, number=number: report((number + share) / len(every)))  # type: ignore[misc]
+    made.close()
+    return found
+
+
+def bound(env_id: str, **env_kwargs: Any) -> Clairvoyant | Optimal | None:
+    """With one class of requests what a server reaches that knows the future, or, where it is known, the optimum of
+    one that does not (`agents.baselines.serving_bound`); None with several."""
+    load = env_kwargs.get("load", (0.5, 1.1))
+    if env_kwargs.get("classes", "one") != "one":
+        return None
+    if env_kwargs.get("answers", "in time") == "in time":
+        return Clairvoyant()
+    known = env_kwargs.get("trace", "poisson") == "poisson" and not isinstance(load, tuple | list)
+    return Optimal() if known else None
