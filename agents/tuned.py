@@ -137,6 +137,20 @@ TUNED["MoEExpertCache-v0"] = {
         "policy_kwargs": {"net_arch": [64, 64], "residual": True, "equivariant": True},
     },
 }
+TUNED["MoEServing-v0"] = {
+    "ppo": {
+        "n_envs": 64,
+        "total_timesteps": 1_000_000,
+        "n_steps": 128,
+        "batch_size": 2048,
+        "n_epochs": 4,
+        "learning_rate": "linear 3e-4",
+        "gamma": 1.0,
+        "gae_lambda": 0.95,
+        "normalize_rewards": True,
+        "policy_kwargs": {"net_arch": [64, 64], "residual": True},
+    },
+}
 TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 
 

@@ -56,6 +56,11 @@ def serve() -> None:
     _run("serve")
 
 
+def dashboard() -> None:
+    """Entry point of `moe-dashboard`."""
+    _run("dashboard")
+
+
 def language_model() -> None:
     """Entry point of `moe-lm`."""
     _run("lm")

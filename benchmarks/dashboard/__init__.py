@@ -1,0 +1,1 @@
+"""The dashboard: runs, models and a server in the browser."""

@@ -1,0 +1,18 @@
+"""The leaderboard of MoEServing-v0."""
+
+from __future__ import annotations
+
+from agents.baselines.serving import ID
+from benchmarks.leaderboards.board import Leaderboard, Problem
+
+
+class ServingProblem(Problem):
+    """Fewer episodes than elsewhere, as each has about a thousand decisions."""
+
+    learners = {"PPO": ("ppo", "own"), "SB3 PPO": ("ppo", "sb3")}
+    looks = 8
+    episodes = {"validation": 128, "test": 256}
+    bound_is = "a server that knows the future"
+
+
+BOARD = Leaderboard(ServingProblem(ID))
