@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test test-long test-attack lint format type docs notebooks bench bundles clean
+.PHONY: setup demo test test-long test-attack lint format type docs notebooks bench bundles package sbom clean
 
 setup: $(READY)
 
@@ -57,5 +57,17 @@ bench: $(READY)
 bundles: $(READY)
 	$(BIN)/moe-bundle rebuild digits fashion-mnist fashion-mnist-graph
 
+# The wheel and the source distribution.
+package: $(READY)
+	$(BIN)/python -m build --outdir dist .
+
+# The software bill of materials of what `.[serve,export,lm]` installs, in CycloneDX.
+sbom:
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/pip install --quiet --constraint constraints.txt $(PIP_FLAGS) '.[serve,export,lm]'
+	.venv-sbom/bin/pip install --quiet --target .venv-sbom/tool cyclonedx-bom
+	mkdir -p dist
+	PYTHONPATH=.venv-sbom/tool .venv-sbom/bin/python -m cyclonedx_py environment .venv-sbom --of JSON -o dist/sbom.json
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-sbom build dist *.egg-info

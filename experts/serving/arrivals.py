@@ -43,12 +43,17 @@ def _poisson(rate: float, start: float, end: float, generator: np.random.Generat
 def trace(path: Path | str, split: str = "test") -> np.ndarray:
     """Arrival times in seconds of a part of a trace, from 0. Raises `DataError` for a file that is no trace."""
     low, high = PARTS[split]
-    times = _read(str(path), Path(path).stat().st_mtime_ns if Path(path).exists() else 0)
+    times = trace_times(path)
     length = times[-1]
     part = times[(times >= low * length) & (times < high * length)]
     if len(part) < LEAST:
         raise DataError(f"{path}: {len(part)} arrivals in the part for {split}, needs {LEAST}")
     return part - low * length
+
+
+def trace_times(path: Path | str) -> np.ndarray:
+    """All arrival times of a trace in seconds, from 0; raises `DataError` for a file that is no trace."""
+    return _read(str(path), Path(path).stat().st_mtime_ns if Path(path).exists() else 0)
 
 
 @lru_cache(maxsize=8)

@@ -128,12 +128,17 @@ def run(app: FastAPI, host: str, port: int, connections: int) -> None:
     """Serve until SIGINT or SIGTERM, which let requests end; SIGHUP loads the model again. Connections above the limit
     are answered 503."""
     sys.setswitchinterval(SWITCH)
-    protocol = type("Protocol", (Impatient,), {"admission": Admission(app), "most": connections})
     loop = import_module("uvloop" if find_spec("uvloop") else "asyncio")  # there is no uvloop for Windows
-    loop.run(_serve(app, uvicorn.Config(
-        app, host=host, port=port, http=protocol, timeout_graceful_shutdown=30,
-        access_log=False, log_config=None, server_header=False,
-    )))  # fmt: skip
+    loop.run(_serve(app, config_of(app, host, port, connections)))
+
+
+def config_of(app: FastAPI, host: str, port: int, connections: int) -> uvicorn.Config:
+    """How uvicorn runs the service."""
+    protocol = type("Protocol", (Impatient,), {"admission": Admission(app), "most": connections})
+    return uvicorn.Config(
+        app, host=host, port=port, http=protocol, timeout_graceful_shutdown=30, access_log=False, log_config=None,
+        server_header=False,
+    )  # fmt: skip
 
 
 async def _serve(app: FastAPI, config: uvicorn.Config) -> None:

@@ -1,0 +1,98 @@
+"""The server's process: it closes what does not come, refuses too many, and lives through them."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn")
+import uvicorn
+
+from experts.serving import http
+from experts.serving.app import create_app
+
+ASK = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+
+
+@pytest.fixture
+def app() -> Any:
+    return create_app("digits")
+
+
+@contextmanager
+def listening(app: Any, connections: int = 100) -> Iterator[tuple[int, http.Admission]]:
+    """The port of a server in a thread, and its admission."""
+    config = http.config_of(app, "127.0.0.1", 0, connections)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1], config.http.admission  # type: ignore[union-attr]
+    server.should_exit = True
+    thread.join(30)
+
+
+def _ask(port: int, raw: bytes) -> bytes:
+    """What comes until the server closes the connection, or an answer with a body."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as found:
+        found.sendall(raw)
+        answer = b""
+        while part := found.recv(65536):
+            answer += part
+            head, end, body = answer.partition(b"\r\n\r\n")
+            if end and len(body) >= int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]):
+                break
+    return answer
+
+
+def test_a_request_that_does_not_come_whole_is_closed(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "HEAD_SECONDS", 0.3)
+    with listening(app) as (port, _):
+        for begun in (b"", b"POST /predict HTTP/1.1\r\nX-Slow: "):
+            assert _ask(port, begun).startswith(b"HTTP/1.1 408 ")
+        body = b'{"inputs": [[1]]}'
+        assert b"must have 64 numbers" in _ask(port, ASK % (len(body), body))
+
+
+def test_garbage_and_too_many_connections(app: Any) -> None:
+    with listening(app, connections=2) as (port, _):
+        assert b" 400 " in _ask(port, b"\x00\x01garbage\r\n\r\n").split(b"\r\n")[0]
+        with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
+            time.sleep(0.2)
+            assert _ask(port, b"").startswith(b"HTTP/1.1 503 ")
+
+
+def test_predictions_beyond_half_a_deadline_are_refused_unread(app: Any) -> None:
+    body = b'{"inputs": [[1]]}'
+    with listening(app) as (port, admission):
+        assert b" 422 " in _ask(port, ASK % (len(body), body))
+        assert admission.inside == 0
+        admission.inside = 10**6
+        refused = _ask(port, ASK % (len(body), body))
+        assert refused.startswith(b"HTTP/1.1 429 ")
+        assert b"retry-after: 1" in refused.lower()
+        assert b" 200 " in _ask(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        admission.inside = 0
+        assert b" 422 " in _ask(port, ASK % (len(body), body))
+
+
+def test_the_capacity_is_learned_from_what_was_answered(app: Any) -> None:
+    admission = http.Admission(app)
+    before = admission.capacity
+    admission.inside = 10**6
+    admission.enter()
+    admission._since -= 1.0
+    admission._done = 99
+
+    async def nothing(*_: Any) -> None: ...
+
+    admission.app = nothing  # type: ignore[assignment]
+    asyncio.run(admission._counted({}, None, None))
+    assert admission.capacity == pytest.approx(before + (100 - before) / 4, rel=0.05)
