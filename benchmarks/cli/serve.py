@@ -28,9 +28,9 @@ def _serve(
     controller: Annotated[
         str | None,
         typer.Option(
-            help="What decides when a batch is sent, how large, at which level: slackfit, thresholds, fixed, "
+            help="What decides when a batch is sent, how large, at which level: plan, slackfit, thresholds, fixed, "
             "regression or adaptive, with parameters as fixed:cap=16,timeout=0.005, or policy:RUN_DIR of "
-            "MoEServing-v0. Default: slackfit."
+            "MoEServing-v0. Default: plan:price=0."
         ),
     ] = None,
     request_class: Annotated[
@@ -111,7 +111,7 @@ def _class_of(text: str) -> Any:
 
 def _keys(path: Path | None) -> tuple[str, ...]:
     lines = path.read_text().splitlines() if path is not None else os.environ.get(KEYS, "").split(",")
-    found = tuple(line.strip() for line in lines if line.strip())
+    found = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if path is not None and not found:
         raise ValueError(f"{path} holds no key")
     return found

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ class Watched:
             asked = urllib.request.Request(f"{self.url.rstrip('/')}/metrics", headers=headers)
             with urllib.request.urlopen(asked, timeout=SECONDS) as answer:
                 found = samples(answer.read(10_000_000).decode())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             self.problem = f"{self.url} does not answer: {one_line(error)}"
             return
         self.problem = None
@@ -199,7 +200,8 @@ class Watched:
 
 def _since(before: tuple[float, Samples], after: tuple[float, Samples]) -> dict[str, Any]:
     seconds = max(after[0] - before[0], 1e-9)
-    grown = {key: value - before[1].get(key, 0.0) for key, value in after[1].items()}
+    grown = {key: value - then if value >= (then := before[1].get(key, 0.0)) else value  # a new server counts from 0
+             for key, value in after[1].items()}  # fmt: skip
 
     def total(name: str, **wanted: str) -> float:
         return sum(value for (found, labels), value in grown.items()
@@ -207,10 +209,12 @@ def _since(before: tuple[float, Samples], after: tuple[float, Samples]) -> dict[
 
     batches = total("moe_batch_rows_count")
     codes = {dict(labels)["code"] for name, labels in grown if name == "moe_requests_total"}
+    unread = total("moe_refused_total") / seconds
     levels = {dict(labels)["level"] for name, labels in grown if name == "moe_batch_seconds_count"}
     return {
         "time": after[0],
-        "codes": {code: total("moe_requests_total", code=code, path="/predict") / seconds for code in sorted(codes)},
+        "codes": {code: total("moe_requests_total", code=code, path="/predict") / seconds + unread * (code == "429")
+                  for code in sorted({*codes, *(["429"] if unread else [])})},
         "p50": _quantile(grown, 0.5), "p95": _quantile(grown, 0.95),
         "queue": after[1].get(("moe_queue_rows", ()), 0.0),
         "rows": total("moe_batch_rows_sum") / batches if batches else None,

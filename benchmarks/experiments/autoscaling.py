@@ -91,7 +91,11 @@ def simulated(setup: AutoscalingSetup, arrived: np.ndarray, fixed: int | None) -
                 wanted.popleft()
             goal = max(each for _, each in wanted)
             starting.extend([second + setup.start] * max(0, goal - number))
-            ready -= min(max(0, number - goal), ready - 1)
+            for _ in range(max(0, number - goal)):  # those that start are the first to go
+                if starting:
+                    starting.pop()
+                else:
+                    ready -= 1
     return 1 - lost / arrived.sum(), replicas.sum() / 3600, replicas
 
 

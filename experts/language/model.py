@@ -33,6 +33,7 @@ SHIPPED = zoo.ASSETS / "_language"
 FORMAT, SUMS = 1, "SHA256SUMS"
 METADATA, WEIGHTS, TOKENIZER = "metadata.json", "model.safetensors", "tokenizer.json"
 Weights = Literal["float32", "bfloat16", "int8"]
+COLD = 1e-4  # temperatures and shares below it leave one token
 MOST = 1e5  # a weight of a model that can be run
 WINDOW = 0.5  # share of the context that a text's windows overlap, so that each token is judged after many others
 
@@ -227,10 +228,10 @@ def sampled(
     logits_BV: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> torch.Tensor:
     """A token for each row `[B]`: of the most likely ones whose probabilities sum to `top_p` (Holtzman et al. 2020)."""
-    if temperature == 0:
+    if temperature < COLD:
         return logits_BV.argmax(-1)
     order_BV = logits_BV.argsort(-1, descending=True)
     odds_BV = (logits_BV.gather(-1, order_BV) / temperature).softmax(-1)
-    odds_BV = odds_BV.masked_fill(odds_BV.cumsum(-1) - odds_BV >= top_p, 0.0)
+    odds_BV = odds_BV.masked_fill(odds_BV.cumsum(-1) - odds_BV >= max(top_p, COLD), 0.0)
     place_B1 = torch.multinomial(odds_BV, 1, generator=generator)
     return order_BV.gather(-1, place_B1)[:, 0]

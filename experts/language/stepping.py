@@ -1,7 +1,8 @@
 """The language model run for many rows, a layer of a token at a time, so that each layer's experts can be decided.
 
-What a row gets does not depend on the rows beside it, bit for bit: products are made for multiples of `TILE` rows,
-whose sums a BLAS orders alike, and attention always spans the whole passage.
+What a row gets does not depend on the rows beside it, bit for bit: products are made for multiples of `TILE` rows, at
+least `LEAST`, whose sums a BLAS orders alike (MKL adds in another order for 8 rows on processors with AVX-512), and
+attention always spans the whole passage.
 
 Shape legend: n rows, m rows in a layer, D width, H heads, F width of a head, S tokens of a passage, L layers, E
 experts, K the most experts of a token, V vocabulary.
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from experts.language.transformer import Transformer, turned
 
-TILE = 8
+TILE, LEAST = 8, 16
 
 
 class LayerInputs(NamedTuple):
@@ -140,7 +141,7 @@ class Stepper:
         experts = best_mK[rows, columns]
         order = experts.argsort(stable=True)
         asked, counts = experts.unique(return_counts=True)
-        sizes = (counts + TILE - 1) // TILE * TILE
+        sizes = ((counts + TILE - 1) // TILE * TILE).clamp(min=LEAST)
         starts = sizes.cumsum(0) - sizes
         inside = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         place = starts.repeat_interleave(counts) + inside
@@ -152,7 +153,7 @@ class Stepper:
 
 
 def padded(x_mD: torch.Tensor) -> torch.Tensor:
-    """A copy filled up with rows of zeros to a multiple of `TILE`."""
-    found = x_mD.new_zeros(-(-len(x_mD) // TILE) * TILE, *x_mD.shape[1:])
+    """A copy filled up with rows of zeros to a multiple of `TILE`, at least `LEAST`."""
+    found = x_mD.new_zeros(max(-(-len(x_mD) // TILE) * TILE, LEAST), *x_mD.shape[1:])
     found[: len(x_mD)] = x_mD
     return found

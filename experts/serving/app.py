@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -28,9 +28,11 @@ from experts.serving.control import CAPS, NEVER, MakeController
 from experts.serving.gate import Gate
 from experts.serving.generation import Writing
 from experts.serving.payload import IMAGES, JSON, NPY, RefusedError, encoded, parse_json, read, rows_of
+from experts.serving.served import Texts
 from experts.serving.server import Limits, Load, Server
 
 log = logging.getLogger("moe_envs.serve")
+LOOK = 0.5  # seconds between two looks whether a client that waits for a text is still there
 INLINE = 32_768  # bytes of JSON that are parsed in the event loop, which takes less than a change of threads
 
 
@@ -139,14 +141,20 @@ class Api:
         """Queue the rows and answer with what the model says."""
         server = self.server
         media, raw = request.headers.get("content-type", ""), await self._read(request)
-        if len(raw) <= INLINE and media.startswith(JSON):
+        if len(raw) <= INLINE and media.startswith(JSON) and server.served.dtype != "int64":
             rows, more = rows_of(raw, media, server.served)
         else:
             loop = asyncio.get_running_loop()
             rows, more = await loop.run_in_executor(server.parsers, rows_of, raw, media, server.served)
         asked = Asked.model_validate(more)
         deadline = None if asked.deadline_ms is None else asked.deadline_ms / 1e3
-        found, level = await server.batcher.submit(rows, deadline, self._class(asked.request_class))
+        number, size = self._class(asked.request_class), sum(server.served.weight(row) for row in rows)
+        if size > min(CAPS[-1], self.limits.queue_size):
+            most = min(CAPS[-1], self.limits.queue_size)
+            raise RefusedError(
+                413, f"the inputs are as long as {size} usual rows, more than {most}: send them in parts"
+            )
+        found, level = await server.batcher.submit(rows, deadline, number, size)
         answers, version, name = [answer for _, answer in found], found[0][0], server.served.levels[level]
         _count_experts(server, answers)
         experts = [each["experts"] for each in answers]
@@ -161,7 +169,7 @@ class Api:
     async def generate(self, request: Request) -> Response:
         """Write a text, at once or as events."""
         asked = ToWrite.model_validate(await self._object(request))
-        text = _Text(self.server, asked, request)
+        text = await _Text.of(self.server, asked, request)
         if asked.stream:
             return await text.stream(lambda piece, end: {"text": piece} | ({"finish_reason": end} if end else {}))
         whole, end = await text.whole()
@@ -170,7 +178,7 @@ class Api:
     async def completions(self, request: Request) -> Response:
         """Write a text, asked and answered in OpenAI's form."""
         asked = Completion.model_validate(await self._object(request)).to_write()
-        text = _Text(self.server, asked, request)
+        text = await _Text.of(self.server, asked, request)
         name = self.server.served.manifest["source"]["name"]
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -190,9 +198,9 @@ class Api:
         return JSONResponse(of(whole, end) | {"usage": usage})
 
     async def reload(self, request: Request) -> Response:
-        """Load the model again, for those who have a key or are on this machine."""
-        if not self.server.keys and not request.state.local:
-            raise RefusedError(403, "a reload from another machine needs an API key")
+        """Load the model again, for those who have a key or are on this machine; not for a page in a browser."""
+        if not self.server.keys and (not request.state.local or "origin" in request.headers):
+            raise RefusedError(403, "a reload from another machine, or by a page in a browser, needs an API key")
         return JSONResponse({"version": await self.server.reload()})
 
     async def health(self) -> Response:
@@ -201,8 +209,8 @@ class Api:
         return JSONResponse(status, 200 if self.server.ready else 503)
 
     async def live(self) -> Response:
-        """That this answers."""
-        return JSONResponse({"live": True})
+        """That this answers, and batches are sent."""
+        return JSONResponse({"live": not self.server.dead}, 503 if self.server.dead else 200)
 
     async def metrics(self) -> Response:
         """All counters."""
@@ -225,20 +233,30 @@ class Api:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON:
             raise RefusedError(415, f"the media type {kind[:80]!r} is not {JSON}")
-        return parse_json(await self._read(request))
+        raw = await self._read(request)
+        if len(raw) <= INLINE:
+            return parse_json(raw)
+        return await asyncio.get_running_loop().run_in_executor(self.server.parsers, parse_json, raw)
 
 
 class _Text:
     """A text that a request asks for."""
 
-    def __init__(self, server: Server, asked: ToWrite, request: Request) -> None:
+    @classmethod
+    async def of(cls, server: Server, asked: ToWrite, request: Request) -> Self:
+        """The text of a request, whose prompt is encoded beside the event loop."""
         served = server.text_model()
+        loop = asyncio.get_running_loop()
+        ids = await loop.run_in_executor(server.parsers, encoded, served, asked.prompt)
+        return cls(server, served, asked, ids, request)
+
+    def __init__(self, server: Server, served: Texts, asked: ToWrite, ids: list[int], request: Request) -> None:
         settings = served.model.settings
         if asked.tokens >= settings.context:
             raise RefusedError(422, f"tokens: must be from 1 to {settings.context - 1}, the context less one")
         if asked.k is not None and asked.k > settings.k:
             raise RefusedError(422, f"k: the model runs 1 to {settings.k} experts for a token")
-        self.ids = encoded(served, asked.prompt)[-(settings.context - asked.tokens) :]
+        self.ids = ids[-(settings.context - asked.tokens) :]
         self.server, self.served, self.request = server, served, request
         self.count, self.version = 0, server.version
         self.writing = Writing(
@@ -249,18 +267,20 @@ class _Text:
     async def pieces(self) -> AsyncIterator[str]:
         """The text as it is written; bytes of a letter that is not whole wait for the rest."""
         tokens, said = list[int](), ""
-        async for token in self.server.writer.write(self.writing):
-            tokens.append(token)
-            self.count += 1
-            text = self.served.model.decode(tokens)
-            if not text.endswith("\ufffd"):
-                yield text[len(said) :]
-                said = text
-        rest = self.served.model.decode(tokens)[len(said) :]
-        if rest:
-            yield rest
-        self.server.metrics.tokens.inc(self.count)
-        self.request.state.said |= {"tokens": self.count, "version": self.version}
+        try:
+            async for token in self.server.writer.write(self.writing):
+                tokens.append(token)
+                self.count += 1
+                text = self.served.model.decode(tokens)
+                if not text.endswith("\ufffd"):
+                    yield text[len(said) :]
+                    said = text
+            rest = self.served.model.decode(tokens)[len(said) :]
+            if rest:
+                yield rest
+        finally:
+            self.server.metrics.tokens.inc(self.count)
+            self.request.state.said |= {"tokens": self.count, "version": self.version}
 
     @property
     def end(self) -> str:
@@ -268,9 +288,17 @@ class _Text:
         return "length" if self.count >= self.writing.tokens else "stop"
 
     async def whole(self) -> tuple[str, str]:
-        """The text, and why it ends."""
-        found = [piece async for piece in self.pieces()]
-        return "".join(found), self.end
+        """The text, and why it ends; it is given up where the client leaves."""
+
+        async def written() -> str:
+            return "".join([piece async for piece in self.pieces()])
+
+        task = asyncio.get_running_loop().create_task(written())
+        while not (await asyncio.wait([task], timeout=LOOK))[0]:
+            if await self.request.is_disconnected():
+                task.cancel()
+                raise RefusedError(499, "the client left")
+        return await task, self.end
 
     async def stream(self, form: Any) -> Response:
         """Server-sent events, of which the last says [DONE]; what goes wrong before the first is an error status."""
@@ -284,7 +312,9 @@ class _Text:
                 async for piece in pieces:
                     yield _event(form(piece, None))
                 yield _event(form("", self.end))
-            except (DeadlineError, QueueFullError) as error:
+            except Exception as error:
+                if not isinstance(error, DeadlineError | QueueFullError):
+                    log.exception("request %s failed", self.request.state.id)
                 yield _event({"detail": str(error)})
             yield "data: [DONE]\n\n"
 

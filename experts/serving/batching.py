@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +44,13 @@ class DeadlineError(Exception):
     """The deadline of a request passed before its batch was sent."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
-    """A request in the queue, `arrived` and due at times of `time.monotonic`; it waits for the answers of its rows."""
+    """A request in the queue, `arrived` and due at times of `time.monotonic`; it waits for the answers to its inputs,
+    which take as long as so many `rows` of the size that was timed."""
 
     inputs: Sequence[Any]
+    rows: int
     number: int
     arrived: float
     due: float
@@ -83,7 +86,7 @@ class Batcher:
         self._rows = np.zeros(len(classes), dtype=np.int64)
         self._thread = ThreadPoolExecutor(1, "model")
         self._task: asyncio.Task[None] | None = None
-        self._starts = True
+        self._starts, self._running = True, False
 
     @property
     def waiting(self) -> int:
@@ -101,26 +104,30 @@ class Batcher:
 
     async def stop(self) -> None:
         """Run what waits, then end."""
-        while self.alive and self.waiting:
+        while self.alive and (self.waiting or self._running):
             await asyncio.sleep(0.01)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown()
 
-    async def submit(self, inputs: Sequence[Any], deadline: float | None = None, number: int = 0) -> Any:
-        """Answers to rows of a request of class `number`, and the level; `deadline` in seconds from now.
+    async def submit(
+        self, inputs: Sequence[Any], deadline: float | None = None, number: int = 0, rows: int | None = None
+    ) -> Any:
+        """Answers to the inputs of a request of class `number`, and the level; `deadline` in seconds from now. The
+        inputs take as long as so many `rows` (default: as many as there are).
 
-        Raises `QueueFullError` at once, or `DeadlineError` when the deadline has passed.
+        Raises `QueueFullError` at once, or `DeadlineError` when the deadline has passed before they were begun.
         """
-        if self.waiting + len(inputs) > self.queue_size:
+        rows = len(inputs) if rows is None else rows
+        if self.waiting + rows > self.queue_size:
             raise QueueFullError(self._clearing())
         now = time.monotonic()
         due = now + min(deadline or self.classes[number].deadline, NEVER)
-        asked = Waiting(inputs, number, now, due, asyncio.get_running_loop().create_future())
-        self._count(now, len(inputs))
+        asked = Waiting(inputs, rows, number, now, due, asyncio.get_running_loop().create_future())
+        self._count(now, rows)
         self._queues[number].append(asked)
-        self._rows[number] += len(inputs)
+        self._rows[number] += rows
         self._arrived.set()
         return await asked.answers
 
@@ -148,27 +155,44 @@ class Batcher:
 
     async def _send(self) -> None:
         while True:
-            self._expire()
-            if not self.waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
-                continue
-            choice = self._choice()
-            if choice == WAITS:
-                self._arrived.clear()
-                try:
-                    await asyncio.wait_for(self._arrived.wait(), WAIT)
-                except TimeoutError:
-                    continue
-            else:
-                cap, level, order = (int(each) for each in self.choices.parts(choice))
-                await self._run(self._taken(cap, order), level)
+            try:
+                await self._step()
+            except Exception as error:  # those that wait are told, and the next are served
+                log.exception("sending a batch failed")
+                for queue in self._queues:
+                    for asked in queue:
+                        if not asked.answers.done():
+                            asked.answers.set_exception(error)
+                    queue.clear()
+                self._rows[:] = 0
+
+    async def _step(self) -> None:
+        """Wait for a request, or as the controller says, or run a batch."""
+        self._expire()
+        if not self.waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+            return
+        choice = self._choice()
+        if choice == WAITS:
+            self._arrived.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), WAIT)
+            return
+        cap, level, order = (int(each) for each in self.choices.parts(choice))
+        self._running = True
+        try:
+            await self._run(self._taken(cap, order), level)
+        finally:
+            self._running = False
 
     def _choice(self) -> int:
         """The controller's choice; a controller that fails, or waits although a deadline is near, sends all it can."""
         seen, at_once = self.seen(), int(self.choices.number(self.choices.caps[-1], 0))
         try:
             choice = int(self.controller.decide(seen, np.array([self._starts]))[0])
+            if not 0 <= choice < len(self.choices):
+                raise ValueError(f"choice {choice}: there are {len(self.choices)}")
         except Exception:
             log.exception("the controller failed; a batch is sent as it would be without one")
             return at_once
@@ -182,7 +206,7 @@ class Batcher:
         for number, queue in enumerate(self._queues):
             for asked in [each for each in queue if each.due < hopeless or each.answers.done()]:
                 queue.remove(asked)
-                self._rows[number] -= len(asked.inputs)
+                self._rows[number] -= asked.rows
                 if not asked.answers.done():
                     asked.answers.set_exception(DeadlineError("the deadline passed before an answer could be computed"))
 
@@ -194,28 +218,29 @@ class Batcher:
         asked.sort(key=(lambda each: (-worth[each.number], each.due)) if order == 1 else (lambda each: each.due))
         taken, rows = list[Waiting](), 0
         for each in asked:
-            if taken and rows + len(each.inputs) > cap:
+            if taken and rows + each.rows > cap:
                 break
             taken.append(each)
-            rows += len(each.inputs)
+            rows += each.rows
             self._queues[each.number].remove(each)
-            self._rows[each.number] -= len(each.inputs)
+            self._rows[each.number] -= each.rows
         return taken
 
     async def _run(self, batch: list[Waiting], level: int) -> None:
-        rows, begun = [row for each in batch for row in each.inputs], time.monotonic()
+        inputs, begun = [row for each in batch for row in each.inputs], time.monotonic()
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self.run, rows, level)
+            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self.run, inputs, level)
         except Exception as error:  # of one batch: those after it are run
             for each in batch:
                 if not each.answers.done():
                     each.answers.set_exception(error)
             return
         ended = time.monotonic()
-        self._last = np.array([len(rows), ended - begun])
+        rows = sum(each.rows for each in batch)
+        self._last = np.array([rows, ended - begun])
         wait = float(np.mean([begun - each.arrived for each in batch]))
         self._waited = MEMORY * self._waited + (1 - MEMORY) * wait
-        self.watch(len(rows), level, ended - begun)
+        self.watch(rows, level, ended - begun)
         for each in batch:
             mine, answers = answers[: len(each.inputs)], answers[len(each.inputs) :]
             if not each.answers.done():

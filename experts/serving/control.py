@@ -313,8 +313,9 @@ RULES: dict[str, tuple[type[Any], bool]] = {  # whether it takes the measured ti
 
 
 def default(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
-    """What decides where nothing else is asked for: the plan by the times measured."""
-    return Plan(choices, service, classes)
+    """What decides where nothing else is asked for: the plan, with no price on time, so that nothing waits while the
+    server keeps up."""
+    return Plan(choices, service, classes, price=0.0)
 
 
 def rule_of(text: str) -> MakeController:
@@ -337,6 +338,10 @@ def rule_of(text: str) -> MakeController:
     def make(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
         if not 0 <= given.get("level", 0) < choices.levels:
             raise ValueError(f"level={given['level']}: the model has {choices.levels}, from 0, the best")
+        if not 0 <= given.get("order", 0) < choices.orders:
+            raise ValueError(
+                f"order={given['order']}: with {choices.classes} classes there are {choices.orders}, from 0"
+            )
         if name == "thresholds" and not len(given.get("queues", ())) == len(given.get("rates", ())) < choices.levels:
             raise ValueError(f"queues and rates: as many of each, fewer than the {choices.levels} levels")
         own: dict[str, Any] = {"classes": classes} if name == "plan" else {}

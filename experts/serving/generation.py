@@ -13,12 +13,13 @@ import torch
 
 from experts.language import LanguageModel
 from experts.language.model import sampled
+from experts.language.transformer import Cache
 from experts.serving.batching import DeadlineError, QueueFullError
 
 PLACES = 8  # texts that are written at once
 
 
-@dataclass
+@dataclass(eq=False)
 class Writing:
     """A text to be written: its prompt as ids, at most `tokens` more, and how they are drawn."""
 
@@ -62,6 +63,9 @@ class Writer:
 
     async def write(self, asked: Writing) -> AsyncIterator[int]:
         """Tokens as they are written. Raises `QueueFullError` or `DeadlineError`."""
+        with self._wake:
+            for given_up in [each for each in self._queue if each.given_up.is_set()]:
+                self._queue.remove(given_up)
         if len(self._queue) >= self.queue_size:
             raise QueueFullError(1.0)
         loop, tokens = asyncio.get_running_loop(), asyncio.Queue[int | BaseException | None]()
@@ -93,36 +97,50 @@ class Writer:
     @torch.inference_mode()
     def _write_all(self, model: LanguageModel) -> None:
         """Write until nothing is left, with the model of this moment; a newer one takes the next texts."""
-        network, texts = model.network, list[_Text]()
-        cache = network.cache(0)
-        while True:
-            try:
-                while len(texts) < self.places and self._queue and self._model() is model:
-                    text = _Text(self._queue.popleft())
-                    if text.over():
-                        continue
-                    one = network.cache(1)
-                    logits = network(torch.tensor([text.asked.ids]), text.asked.k, one).logits[0, -1]
-                    texts.append(text)
-                    text.add(logits)
-                    cache = type(cache)(
-                        torch.cat([cache.keys, one.keys], 1), torch.cat([cache.values, one.values], 1),
-                        torch.cat([cache.lengths, one.lengths]),
-                    )  # fmt: skip
+        texts, cache = list[_Text](), model.network.cache(0)
+        try:
+            while True:
+                cache = self._admit(model, texts, cache)
                 going = [place for place, text in enumerate(texts) if not text.over()]
                 if len(going) < len(texts):
-                    texts, cache = [texts[place] for place in going], cache.rows(torch.tensor(going, dtype=torch.int64))
+                    texts[:], cache = (
+                        [texts[place] for place in going],
+                        cache.rows(torch.tensor(going, dtype=torch.int64)),
+                    )
                 self.running = len(texts)
                 if not texts:
                     return
                 last = torch.tensor([[text.last] for text in texts])
                 k = torch.tensor([text.asked.k for text in texts])[:, None, None].expand(-1, 1, model.settings.layers)
-                for text, each in zip(texts, network(last, k, cache).logits[:, -1], strict=True):
+                for text, each in zip(texts, model.network(last, k, cache).logits[:, -1], strict=True):
                     text.add(each)
-            except Exception as error:  # those that were being written cannot go on
-                for text in texts:
-                    text.asked.said(error)
-                return
+        except Exception as error:  # those that were being written cannot go on
+            for text in texts:
+                text.asked.said(error)
+        finally:
+            self.running = 0
+
+    def _admit(self, model: LanguageModel, texts: list[_Text], cache: Cache) -> Cache:
+        """Read the prompts of texts for which there is a place; one whose prompt fails is told."""
+        while len(texts) < self.places and self._queue and self._model() is model:
+            try:
+                text = _Text(self._queue.popleft())
+            except IndexError:  # it was given up just now
+                break
+            if text.over():
+                continue
+            try:
+                one = model.network.cache(1)
+                text.add(model.network(torch.tensor([text.asked.ids]), text.asked.k, one).logits[0, -1])
+            except Exception as error:
+                text.asked.said(error)
+                continue
+            texts.append(text)
+            cache = Cache(
+                torch.cat([cache.keys, one.keys], 1), torch.cat([cache.values, one.values], 1),
+                torch.cat([cache.lengths, one.lengths]),
+            )  # fmt: skip
+        return cache
 
 
 class _Text:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
 from cost.arguments import one_line
 from experts.serving.control import CAPS
@@ -22,6 +23,8 @@ LARGEST = 1e6  # of an input's numbers
 IMAGES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 JSON, NPY = "application/json", ("application/x-npy", "application/octet-stream")
 MOST_PIXELS = 4_000_000
+OUTSIDE = f"each number must be finite and from -{LARGEST:.0f} to {LARGEST:.0f}"
+LONGEST = 32  # characters for each token of the context that are read of a text, from its end
 
 
 class RefusedError(Exception):
@@ -47,6 +50,8 @@ async def read(stream: AsyncIterator[bytes], length: str | None, most: int, seco
                 parts.append(part)
     except TimeoutError:
         raise RefusedError(408, f"the body did not come within {seconds:g} s") from None
+    except ClientDisconnect:
+        raise RefusedError(499, "the client left") from None
     return b"".join(parts)
 
 
@@ -80,13 +85,18 @@ def rows_of(raw: bytes, media_type: str, served: Served) -> tuple[list[np.ndarra
 
 
 def _numbers(inputs: Any, shape: tuple[int, ...]) -> list[np.ndarray]:
+    wanted = f"each row must be a list of {_size(shape)} numbers"
+    if not all(isinstance(row, list) for row in inputs):
+        raise RefusedError(422, wanted)
+    lengths = {len(row) for row in inputs}
+    if lengths != set(shape):
+        raise RefusedError(422, f"{wanted}, these have {' and '.join(map(str, sorted(lengths)[:3]))}")
+    if not all(type(value) in (int, float) for row in inputs for value in row):
+        raise RefusedError(422, f"{wanted}, and hold nothing else")
     try:
-        array = np.array(inputs)
-    except (ValueError, OverflowError):
-        raise RefusedError(422, f"each row must have {_size(shape)} numbers; these have different lengths") from None
-    if array.dtype.kind not in "iuf":
-        raise RefusedError(422, '"inputs" must hold numbers only')
-    return _checked(array, shape)
+        return _checked(np.array(inputs, dtype=np.float64), shape)
+    except OverflowError:
+        raise RefusedError(422, OUTSIDE) from None
 
 
 def _checked(array: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
@@ -96,7 +106,7 @@ def _checked(array: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
     with np.errstate(over="ignore"):
         found = flat.astype(np.float32)
     if not (np.abs(found) <= LARGEST).all():  # also for NaN
-        raise RefusedError(422, f"each number must be finite and from -{LARGEST:.0f} to {LARGEST:.0f}")
+        raise RefusedError(422, OUTSIDE)
     return list(found)
 
 
@@ -119,9 +129,9 @@ def _texts(inputs: list[Any], served: Any) -> list[np.ndarray]:
 
 
 def encoded(served: Texts, text: str) -> list[int]:
-    """Ids of a text, after the one that begins a document."""
+    """Ids of the end of a text, after the one that begins a document."""
     try:
-        return [0, *served.model.encode(text)]
+        return [0, *served.model.encode(text[-LONGEST * served.shape[0] :])]
     except (UnicodeEncodeError, TypeError):  # half of a surrogate pair
         raise RefusedError(422, "the text is no valid Unicode") from None
 

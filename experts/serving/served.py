@@ -43,6 +43,15 @@ class Served(ABC):
     def run(self, rows: Sequence[np.ndarray], level: int) -> list[dict[str, Any]]:
         """An answer for each row."""
 
+    def weight(self, row: np.ndarray) -> int:
+        """How many rows of the size that is timed take as long as this one."""
+        return 1
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What requests are made for: models of one signature can take each other's place."""
+        return self.shape, self.dtype, self.levels
+
     @abstractmethod
     def examples(self, count: int) -> list[np.ndarray]:
         """Rows to warm up and measure with."""
@@ -119,8 +128,27 @@ class Texts(Served):
         self.quality = tuple(float(np.exp(losses[0] - each)) for each in losses)
         self.manifest = manifest_of(self, about)
 
+    def weight(self, row: np.ndarray) -> int:
+        """A text of 64 tokens counts one row."""
+        return -(-len(row) // TOKENS)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """With the tokenizer."""
+        return *super().signature, self.model.tokenizer.to_str()
+
     def run(self, rows: Sequence[np.ndarray], level: int) -> list[dict[str, Any]]:
-        """The likeliest next tokens of each text, and the experts of its last token in each layer."""
+        """The likeliest next tokens of each text, and the experts of its last token in each layer. Texts that are more
+        than twice as long as others are run after them, as all of a batch are filled up to the longest."""
+        found, order = [dict[str, Any]()] * len(rows), sorted(range(len(rows)), key=lambda place: len(rows[place]))
+        while order:
+            together = [place for place in order if len(rows[place]) <= 2 * len(rows[order[0]])]
+            for place, answer in zip(together, self._together([rows[each] for each in together], level), strict=True):
+                found[place] = answer
+            order = order[len(together) :]
+        return found
+
+    def _together(self, rows: Sequence[np.ndarray], level: int) -> list[dict[str, Any]]:
         lengths_B = np.array([len(each) for each in rows])
         ids_BT = np.zeros((len(rows), lengths_B.max()), dtype=np.int64)  # what follows a text does not change it
         for number, each in enumerate(rows):

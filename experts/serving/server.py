@@ -74,7 +74,9 @@ class Server:
         self.writer = Writer(self._language, self.limits.texts, self.limits.text_queue)
         self.metrics.watch(lambda: self.batcher.waiting, lambda: self.writer.running)
         self.metrics.serve_version(self.version)
-        self._loader, self._loading = ThreadPoolExecutor(1, "loader"), asyncio.Lock()
+        self._loader = ThreadPoolExecutor(1, "loader")
+        self._reloading: asyncio.Task[str] | None = None
+        self._started = False
         self.parsers = ThreadPoolExecutor(2, "parser")
 
     @property
@@ -87,12 +89,18 @@ class Server:
         """Whether requests are answered."""
         return self.batcher.alive
 
+    @property
+    def dead(self) -> bool:
+        """Whether it was started and answers no more."""
+        return self._started and not self.batcher.alive
+
     def start(self) -> None:
         """Begin to answer."""
         torch.set_num_threads(1)
         gc.collect()
         gc.freeze()  # a collection of all objects of torch would stop the event loop for long
         self.batcher.start()
+        self._started = True
         self.writer.start()
 
     async def stop(self) -> None:
@@ -103,26 +111,29 @@ class Server:
         self.parsers.shutdown()
 
     async def reload(self) -> str:
-        """Load the model again; the old one answers meanwhile, and goes on if the new one is damaged or is asked other
-        questions, which raises `RefusedError`. Returns the version."""
-        async with self._loading:
-            try:
-                new = await asyncio.get_running_loop().run_in_executor(self._loader, self._fitting)
-            except Exception as error:
-                self.metrics.reloads.labels("refused").inc()
-                log.warning("the model was not reloaded, %s goes on: %s", self.version, one_line(error))
-                raise RefusedError(409, f"{self.version} goes on: {one_line(error)}") from error
-            self.served = new
-            self.metrics.reloads.labels("loaded").inc()
-            self.metrics.serve_version(self.version)
-            log.info("loaded %s", self.version)
-            return self.version
+        """Load the model again; the old one answers meanwhile, and goes on if the new one is damaged or takes other
+        inputs, which raises `RefusedError`. Returns the version. Who asks while it is loaded gets the same answer."""
+        if self._reloading is None or self._reloading.done():
+            self._reloading = asyncio.get_running_loop().create_task(self._reload())
+        return await asyncio.shield(self._reloading)
+
+    async def _reload(self) -> str:
+        try:
+            new = await asyncio.get_running_loop().run_in_executor(self._loader, self._fitting)
+        except Exception as error:
+            self.metrics.reloads.labels("refused").inc()
+            log.warning("the model was not reloaded, %s goes on: %s", self.version, one_line(error))
+            raise RefusedError(409, f"{self.version} goes on: {one_line(error)}") from error
+        self.served = new
+        self.metrics.reloads.labels("loaded").inc()
+        self.metrics.serve_version(self.version)
+        log.info("loaded %s", self.version)
+        return self.version
 
     def _fitting(self) -> Served:
         new, old = self.load(self.path), self.served
-        for name in ("shape", "dtype", "levels"):
-            if getattr(new, name) != getattr(old, name):
-                raise ValueError(f"{name} is {getattr(new, name)}, was {getattr(old, name)}: start a new server for it")
+        if new.signature != old.signature:
+            raise ValueError("it takes other inputs, or has other levels: start a new server for it")
         new.run(new.examples(2), 0)
         return new
 

@@ -109,7 +109,8 @@ class MoEServingVectorEnv(BatchedEnv):
         begun, running = self.now.copy(), ~self._ended
         waits = running & (actions == WAITS) & self.may_wait()
         sends = running & ~waits
-        cap, level, order = self.choices.parts(np.maximum(actions, 1))
+        actions = np.where(actions == WAITS, self.choices.number(CAPS[-1], 0), actions)
+        cap, level, order = self.choices.parts(actions)
         queue = self.traffic.queue(self.now)
         taken = self.traffic.taken(queue, cap, order, self._worth_of_row)
         taken[~sends] = 0
@@ -232,10 +233,10 @@ class MoEServingEnv(SingleEnv):
 
     ## Action Space
     `Discrete(1 + 7 * L * O)` for L levels and O orders. 0 waits until the next arrival, 5 ms at most; where a deadline
-    is nearer than the fastest batch and 10 ms it is masked, and does what action 1 does. The others are caps of 1, 2,
-    4, 8, 16, 32 or 64 rows, times levels (the best first), times orders: `env.unwrapped.choices.parts(action)`. With
-    one class of requests there is one order. With several a batch takes those with the first deadline, or those with
-    the highest value per row, or those of one class.
+    is nearer than the fastest batch and 10 ms it is masked, and sends up to 64 rows at the best level. The others are
+    caps of 1, 2, 4, 8, 16, 32 or 64 rows, times levels (the best first), times orders:
+    `env.unwrapped.choices.parts(action)`. With one class of requests there is one order. With several a batch takes
+    those with the first deadline, or those with the highest value per row, or those of one class.
 
     ## Observation Space
     A `Box` of float32; `env.unwrapped.observation_layout` maps each name to its slice, bounds and meaning.

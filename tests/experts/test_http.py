@@ -58,7 +58,7 @@ def test_a_request_that_does_not_come_whole_is_closed(app: Any, monkeypatch: pyt
         for begun in (b"", b"POST /predict HTTP/1.1\r\nX-Slow: "):
             assert _ask(port, begun).startswith(b"HTTP/1.1 408 ")
         body = b'{"inputs": [[1]]}'
-        assert b"must have 64 numbers" in _ask(port, ASK % (len(body), body))
+        assert b"a list of 64 numbers" in _ask(port, ASK % (len(body), body))
 
 
 def test_garbage_and_too_many_connections(app: Any) -> None:
@@ -85,14 +85,59 @@ def test_predictions_beyond_half_a_deadline_are_refused_unread(app: Any) -> None
 
 def test_the_capacity_is_learned_from_what_was_answered(app: Any) -> None:
     admission = http.Admission(app)
-    before = admission.capacity
-    admission.inside = 10**6
+    before, admission.inside = admission.capacity, 10**6
     admission.enter()
     admission._since -= 1.0
     admission._done = 99
-
-    async def nothing(*_: Any) -> None: ...
-
-    admission.app = nothing  # type: ignore[assignment]
-    asyncio.run(admission._counted({}, None, None))
+    admission.answered()
     assert admission.capacity == pytest.approx(before + (100 - before) / 4, rel=0.05)
+
+
+def test_predictions_count_once_they_have_come_whole(app: Any) -> None:
+    with listening(app) as (port, admission):
+        slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(admission_limit(admission) + 5)]
+        for each in slow:
+            each.sendall(ASK[: ASK.index(b"%d")] + b"100\r\n\r\n")
+        body = b'{"inputs": [[1]]}'
+        assert b" 422 " in _ask(port, ASK % (len(body), body))
+        for each in slow:
+            each.close()
+
+
+def admission_limit(admission: http.Admission) -> int:
+    admission.capacity = 1.0
+    return http.LEAST
+
+
+def test_requests_that_are_too_long_are_closed(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "HEAD_SECONDS", 5.0)
+    with listening(app) as (port, _):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as found:
+            found.sendall(b"GET /health HTTP/1.1\r\nX-Long: ")
+            with pytest.raises(OSError, match=r"reset|[Pp]ipe"):  # noqa: PT012
+                for _ in range(2000):
+                    found.sendall(b"x" * 65_536)
+        chunks = b"POST /nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as found:
+            found.sendall(chunks)
+            with pytest.raises(OSError, match=r"reset|[Pp]ipe"):  # noqa: PT012
+                for number in range(2000):
+                    found.sendall(b"X-%d: %s\r\n" % (number, b"y" * 20_000))
+
+
+def test_a_body_that_goes_on_after_the_answer_is_closed(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BODY_SECONDS", 0.3)
+    with listening(app) as (port, _), socket.create_connection(("127.0.0.1", port), timeout=30) as found:
+        found.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        found.sendall(b"x")
+        answer = b""
+        while part := found.recv(65_536):  # until the server closes the connection
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_other_spellings_of_a_path_are_counted_alike() -> None:
+    for url in (b"/predict", b"/predict?x=1", b"http://x/predict", b"/%70redict"):
+        assert http._path(url) == "/predict"
+    for url in (b"/predictX", b"*", b"\xff", b""):
+        assert http._path(url) != "/predict"

@@ -89,12 +89,13 @@ def _bomb() -> bytes:
         (b"[1]", "application/json", 422, "must be a JSON object, is a list"),
         (b"{}", "application/json", 422, '"inputs" must be a list'),
         (b'{"inputs": []}', "application/json", 422, "at least one row"),
-        (b'{"inputs": [[1, 2]]}', "application/json", 422, "must have 64 numbers, these have 2"),
-        (b'{"inputs": [[1, 2], [1]]}', "application/json", 422, "different lengths"),
-        (b'{"inputs": [["a"]]}', "application/json", 422, "numbers only"),
-        (b'{"inputs": [[true]]}', "application/json", 422, "numbers only"),
+        (b'{"inputs": [[1, 2]]}', "application/json", 422, "list of 64 numbers, these have 2"),
+        (b'{"inputs": [[1, 2], [1]]}', "application/json", 422, "these have 1 and 2"),
+        (json.dumps({"inputs": [["a"] * 64]}).encode(), "application/json", 422, "hold nothing else"),
+        (json.dumps({"inputs": [[True] * 64]}).encode(), "application/json", 422, "hold nothing else"),
         (json.dumps({"inputs": [[1e30] * 64]}).encode(), "application/json", 422, "finite and from"),
-        (json.dumps({"inputs": [[10**400] * 64]}).encode(), "application/json", 422, "numbers only"),
+        (json.dumps({"inputs": [[10**400] * 64]}).encode(), "application/json", 422, "finite and from"),
+        (b'{"inputs": [3]}', "application/json", 422, "must be a list of 64 numbers"),
         (json.dumps({"inputs": [[0] * 64] * 65}).encode(), "application/json", 422, "65 rows, more than 64"),
         (json.dumps({"inputs": [[0] * 64], "x": 1}).encode(), "application/json", 422, "x: Extra inputs"),
         (json.dumps({"inputs": [[0] * 64], "deadline_ms": -1}).encode(), "application/json", 422, "deadline_ms"),
@@ -247,6 +248,22 @@ def test_a_wrong_wish_for_a_text_is_said(writer: TestClient, body: Any, status: 
     assert (found.status_code, sentence in found.json()["detail"]) == (status, True), found.text
 
 
+def test_cold_sampling_takes_the_likeliest_token_and_spoils_no_other_text(writer: TestClient) -> None:
+    asked = {"prompt": "The", "tokens": 6, "seed": 1}
+    wanted = writer.post("/generate", json=asked | {"temperature": 0}).json()["text"]
+    for cold in ({"temperature": 1e-300}, {"top_p": 1e-300}):
+        assert writer.post("/generate", json=asked | cold).json()["text"] == wanted
+
+
+def test_long_texts_count_as_several_rows(writer: TestClient) -> None:
+    found = writer.post("/predict", json={"inputs": [[5] * 512] * 9})
+    assert (found.status_code, "72 usual rows" in found.json()["detail"]) == (413, True)
+    mixed = [[5] * 300, [7, 8], [5] * 20]
+    together = writer.post("/predict", json={"inputs": mixed}).json()["predictions"]
+    alone = [writer.post("/predict", json={"inputs": [row]}).json()["predictions"][0] for row in mixed]
+    assert [each["label"] for each in together] == [each["label"] for each in alone]
+
+
 def test_a_text_of_half_a_character_is_refused(writer: TestClient) -> None:
     found = writer.post("/generate", content=b'{"prompt": "\\ud800"}', headers=JSON)
     assert found.status_code in (400, 422)
@@ -299,6 +316,60 @@ def test_a_full_queue_and_a_late_request() -> None:
     found, ran = _batched(rule, lambda b: [b.submit([7], 0.3), b.submit([2], 0.4), b.submit([3])])
     assert isinstance(found[1], DeadlineError)
     assert [rows for rows, _ in ran] == [[7], [3]]
+
+
+def test_requests_with_all_kinds_of_deadlines_are_answered_or_given_up() -> None:
+    """A request that leaves from the middle of a queue, whose neighbours hold arrays."""
+    rows = [np.full(4, number) for number in range(40)]
+
+    async def one(batcher: Any, number: int) -> bool:
+        try:
+            answers, _ = await batcher.submit([rows[number]] * 2, 0.02 + 0.03 * ((7 * number) % 40))
+        except DeadlineError:
+            return False
+        return bool((answers[0] == 10 * rows[number]).all())
+
+    choices = Choices(2)
+
+    async def main() -> tuple[list[bool], bool]:
+        def run(inputs: list[Any], level: int) -> list[Any]:
+            time.sleep(0.02)
+            return [10 * each for each in inputs]
+
+        batcher = Batcher(run, rule_of("fixed:cap=2")(choices, SERVICE, ONE), choices, SERVICE, ONE)
+        batcher.start()
+        found = await asyncio.gather(*(one(batcher, number) for number in range(40)))
+        alive = batcher.alive
+        await batcher.stop()
+        return list(found), alive
+
+    found, alive = asyncio.run(main())
+    assert alive
+    assert True in found
+
+
+def test_a_choice_that_there_is_not_does_not_stop_the_server() -> None:
+    class Wrong:
+        def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
+            return np.array([10**6])
+
+    found, _ = _batched(lambda *_: Wrong(), lambda b: [b.submit([1]), b.submit([2])])
+    assert found == [([10], 0), ([20], 0)]
+
+
+def test_what_is_running_is_answered_when_the_server_stops() -> None:
+    choices = Choices(2)
+
+    async def main() -> Any:
+        batcher = Batcher(lambda rows, level: time.sleep(0.3) or rows, rule_of("fixed:cap=1")(choices, SERVICE, ONE),
+                          choices, SERVICE, ONE)  # fmt: skip
+        batcher.start()
+        asked = asyncio.get_running_loop().create_task(batcher.submit([1]))
+        await asyncio.sleep(0.1)
+        await batcher.stop()
+        return await asked
+
+    assert asyncio.run(main()) == ([1], 0)
 
 
 def test_a_controller_that_only_waits_or_fails_loses_nobody() -> None:
@@ -390,10 +461,11 @@ def test_the_adaptive_cap_grows_and_shrinks() -> None:
         "fixed:level=2",
         "thresholds:queues=1",
         "thresholds:queues=1/2,rates=1/2",
+        "plan:order=1",
     ],
 )
 def test_unknown_rules_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not|level|queues"):
+    with pytest.raises(ValueError, match="is not|level|queues|order"):
         rule_of(text)(Choices(2), SERVICE, (RequestClass(),))
 
 
