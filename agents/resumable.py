@@ -88,13 +88,14 @@ class Resumable:
             self._run = run.resolve(), checkpoints.newest(run)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | None = None, allow_import: bool = False) -> Self:
-        """Load a learner from a folder of `save` or the newest intact checkpoint of a run; it starts new episodes.
+    def load(cls, path: str | Path, device: str | None = None, allow_import: bool = False, env: Any = None) -> Self:
+        """Load a learner from a folder of `save` or the newest intact checkpoint of a run; it starts new episodes. One
+        that was made with an environment instead of an id needs such an `env` again.
 
         Raises `CheckpointError` if it is damaged or of another algorithm, and `ValueError` if its environment is of a
         package that is not imported yet, unless `allow_import` is set: importing runs the package's code.
         """
-        found, _ = cls._load(Path(path), device, allow_import)
+        found, _ = cls._load(Path(path), device, allow_import, env)
         found.collector.observations = None
         found._forget()
         return found
@@ -106,32 +107,39 @@ class Resumable:
         tensorboard_log: str | Path | None = None,
         device: str | None = None,
         allow_import: bool = False,
+        env: Any = None,
     ) -> Self:
         """Load a learner with its full training state, as `load` does: `learn()` continues bit for bit.
 
         An environment without `state` and `restore` starts new episodes, as did the training that wrote the
         `checkpoint`.
         """
-        found, content = cls._load(Path(path), device, allow_import)
+        found, content = cls._load(Path(path), device, allow_import, env)
         found.log.tensorboard_log = tensorboard_log or content["tensorboard_log"]
         if newest := checkpoints.newest(Path(path)):
             found._run = Path(path).resolve(), newest
         return found
 
     @classmethod
-    def _load(cls, path: Path, device: str | None, allow_import: bool) -> tuple[Self, dict[str, Any]]:
+    def _load(cls, path: Path, device: str | None, allow_import: bool, env: Any) -> tuple[Self, dict[str, Any]]:
         content = checkpoints.find(path)
         if content.get("algorithm") != cls.name:
             raise CheckpointError(f"{path} holds a checkpoint of {content.get('algorithm')}, not of {cls.name}")
-        require_env(content.get("env"), path, allow_import)
+        if env is None and content.get("env") is None:
+            raise ValueError(
+                f"{path} was trained in an environment that was given as an object: give env=, such as that"
+            )
+        if env is None:
+            require_env(content["env"], path, allow_import)
         made: Any = cls
         try:
             arguments = content["arguments"] | ({"device": device} if device else {})
-            found = made(arguments.pop("policy"), content["env"], **arguments, **content["settings"])
+            given = content["env"] if env is None else env
+            found = made(arguments.pop("policy"), given, **arguments, **content["settings"])
             found._restore(content)
         except UNFIT as error:
             raise CheckpointError(
-                f"{path} does not fit {content['env']} as it is made here: {one_line(error)}"
+                f"{path} does not fit {content['env'] or 'env'} as it is made here: {one_line(error)}"
             ) from error
         return found, content
 
@@ -141,8 +149,6 @@ class Resumable:
         self.reward_scale.forget()
 
     def _check_saveable(self) -> None:
-        if self.env_id is None:
-            raise ValueError("only a learner made with an environment's id can be saved: `load` must make it again")
         try:
             json.dumps(self.arguments)
         except TypeError as error:

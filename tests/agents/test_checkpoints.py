@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -199,3 +200,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         _, errors = process.communicate()
     assert f"PPO.resume({str(run)!r}).learn() goes on" in errors
     assert PPO.resume(run).num_timesteps >= 32
+
+
+def test_a_learner_of_an_environment_object_is_saved_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def env() -> Any:
+        mode = {"autoreset_mode": "SameStep", "vectorization_mode": "vector_entry_point"}
+        return gymnasium.make_vec("moe_envs:MoERouting-v0", 4, bundle="digits", **mode)
+
+    settings: dict[str, Any] = {"n_steps": 16, "batch_size": 32, "n_epochs": 1, "seed": 3}
+    whole = PPO("MlpPolicy", env(), **settings).learn(256)
+    half = PPO("MlpPolicy", env(), **settings)
+    half.learn(256, lambda agent: agent.num_timesteps < 128)
+    half.save(tmp_path / "half")
+    with pytest.raises(ValueError, match="give env="):
+        PPO.load(tmp_path / "half")
+    resumed = PPO.resume(tmp_path / "half", env=env()).learn()
+    assert resumed.num_timesteps == whole.num_timesteps == 256
+    assert np.array_equal(resumed.network.flat.numpy(), whole.network.flat.numpy())
+    other = gymnasium.make_vec("CartPole-v1", 4)
+    with pytest.raises(CheckpointError, match="does not fit env"):
+        PPO.load(tmp_path / "half", env=other)
