@@ -13,9 +13,9 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from agents.baselines.serving_bound import Clairvoyant, Optimal
+from agents.baselines.serving_bound import Foresight, Optimal
 from agents.evaluate import play
-from experts.serving.control import CAPS, Adaptive, Controller, Fixed, Plan, Regression, SlackFit, Thresholds
+from experts.serving.control import CAPS, Adaptive, Controller, Fixed, Regression, ServingPlan, SlackFit, Thresholds
 from moe_envs.serving.env import MoEServingVectorEnv
 
 ID = "moe_envs:MoEServing-v0"
@@ -131,7 +131,7 @@ def families(env: MoEServingVectorEnv) -> dict[str, Family]:
             {"buckets": lambda random: int(random.integers(1, 65)), "margin": _between(1e-4, deadline / 2)} | order,
         ),
         "plan": Family(
-            lambda env, own: Plan(choices, service, env.classes, **own),
+            lambda env, own: ServingPlan(choices, service, env.classes, **own),
             {"price": _between(0.02, 0.5), "ahead": _between(0.7, 2.0), "margin": _between(1e-3, deadline / 2),
              "scale": _integer(4)} | order,
         ),
@@ -208,13 +208,13 @@ def baselines(
     return found
 
 
-def bound(env_id: str, **env_kwargs: Any) -> Clairvoyant | Optimal | None:
+def bound(env_id: str, **env_kwargs: Any) -> Foresight | Optimal | None:
     """With one class of requests what a server reaches that knows the future, or, where it is known, the optimum of
     one that does not (`agents.baselines.serving_bound`); None with several."""
     load = env_kwargs.get("load", (0.5, 1.1))
     if env_kwargs.get("classes", "one") != "one":
         return None
     if env_kwargs.get("answers", "in time") == "in time":
-        return Clairvoyant()
+        return Foresight()
     known = env_kwargs.get("trace", "poisson") == "poisson" and not isinstance(load, tuple | list)
     return Optimal() if known else None

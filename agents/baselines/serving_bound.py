@@ -90,7 +90,7 @@ def _policy_iteration(reward: np.ndarray, seconds: np.ndarray, moves: np.ndarray
     raise RuntimeError("policy iteration did not end")
 
 
-class Clairvoyant:
+class Foresight:
     """A server that knows all arrivals: dynamic programming from the end, on a grid of a millisecond with all times
     rounded up, so that what it plans can be had."""
 

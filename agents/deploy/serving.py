@@ -19,10 +19,10 @@ from experts.serving.control import (
     WAITS,
     Choices,
     MakeController,
-    Plan,
     RequestClass,
     Seen,
     Service,
+    ServingPlan,
     must_send,
     rule_of,
 )
@@ -30,7 +30,7 @@ from experts.serving.served import Served, classes
 from moe_envs.serving.observations import observed, parts_of
 
 
-class Routed(Served):
+class RoutedClassifier(Served):
     """The classifier of a bundle, routed by a policy of MoERouting-v0: the requests of a batch are decided together."""
 
     levels, quality, dtype = ("policy",), (1.0,), "float32"
@@ -66,7 +66,7 @@ class Routed(Served):
 def load(path: Path | str) -> Served:
     """As `experts.serving.served.load`, and run folders of MoERouting-v0."""
     place = Path(path)
-    return Routed(place) if (place / runs.SETTINGS).exists() else models.load(path)
+    return RoutedClassifier(place) if (place / runs.SETTINGS).exists() else models.load(path)
 
 
 class PolicyController:
@@ -78,7 +78,7 @@ class PolicyController:
     def __init__(
         self, policy: Any, cost_weight: float, choices: Choices, service: Service, classes: Sequence[RequestClass]
     ) -> None:
-        self.policy, self.plan = policy, Plan(choices, service, classes, cost_weight)
+        self.policy, self.plan = policy, ServingPlan(choices, service, classes, cost_weight)
         self.masked = takes_masks(policy)
         self._choices, self._state = len(choices), None
         self._fastest = float(service.seconds[:, 0].min())

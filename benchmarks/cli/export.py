@@ -10,7 +10,7 @@ import typer
 from benchmarks.cli.terminal import Json, _version, console_of, require_writable, write
 
 if TYPE_CHECKING:
-    from experts.serving.export import Source
+    from experts.serving.runners import Source
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -92,7 +92,7 @@ def _of_policy(folder: Path) -> Source:
     from agents import runs
     from agents.deploy.routing import DenseRouted, RoutedMoE
     from experts import bundle
-    from experts.serving.export import Source
+    from experts.serving.runners import Source
 
     policy, config = runs.load(folder)
     if not config["env"].endswith("MoERouting-v0"):

@@ -16,7 +16,7 @@ import numpy as np
 from dash import Dash, Input, Output
 
 from benchmarks.dashboard import data, figures
-from benchmarks.dashboard.data import Trained, Watched
+from benchmarks.dashboard.data import TrainedRun, Watched
 
 html: Any = dash.html
 dcc: Any = dash.dcc
@@ -129,7 +129,7 @@ def _curves_page(found: list[Path]) -> Any:
     ]  # fmt: skip
 
 
-def _row(each: Trained) -> dict[str, Any]:
+def _row(each: TrainedRun) -> dict[str, Any]:
     return {"run": each.name, "seed": each.seed, **{name: round(value, 4) for name, value in each.last.items()}}
 
 

@@ -30,7 +30,7 @@ SECONDS = 2.0  # for a server to answer
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A run: its group (all but the seed), seed, training curve (timesteps, return), validation curve, and the mean
     return, quality and cost at the end."""
 
@@ -54,7 +54,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 
 @lru_cache(maxsize=1024)
-def _read(folder: Path, stamp: int) -> Trained:
+def _read(folder: Path, stamp: int) -> TrainedRun:
     config = json.loads((folder / runs.SETTINGS).read_text())
     config = config.get("content", config)
     own = config["env_kwargs"]
@@ -67,10 +67,10 @@ def _read(folder: Path, stamp: int) -> Trained:
     kept = training.load_curve(folder) if (folder / training.CURVE).exists() else []
     looks = pd.DataFrame([look._asdict() for look in kept])
     last = {name.removeprefix("reward/"): float(end[name].mean()) for name in names}
-    return Trained(folder.name, " ".join(words), int(config["seed"]), curve, looks, last)
+    return TrainedRun(folder.name, " ".join(words), int(config["seed"]), curve, looks, last)
 
 
-def read_runs(folders: Iterable[Path]) -> tuple[list[Trained], list[str]]:
+def read_runs(folders: Iterable[Path]) -> tuple[list[TrainedRun], list[str]]:
     """Runs that can be read, and a sentence for each that cannot."""
     found, problems = [], []
     for folder in folders:
@@ -81,15 +81,15 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Trained], list[str]]:
     return found, problems
 
 
-def bands(trained: Iterable[Trained]) -> dict[str, pd.DataFrame]:
+def bands(trained: Iterable[TrainedRun]) -> dict[str, pd.DataFrame]:
     """For each group mean and 95 % interval of the return over its seeds, on a common grid of timesteps."""
-    groups: dict[str, list[Trained]] = {}
+    groups: dict[str, list[TrainedRun]] = {}
     for each in trained:
         groups.setdefault(each.group, []).append(each)
     return {name: _band(members) for name, members in groups.items()}
 
 
-def _band(members: list[Trained]) -> pd.DataFrame:
+def _band(members: list[TrainedRun]) -> pd.DataFrame:
     end = min(float(each.curve["timesteps"].iloc[-1]) for each in members)
     start = max(float(each.curve["timesteps"].iloc[0]) for each in members)
     grid = np.linspace(min(start, end), end, POINTS)

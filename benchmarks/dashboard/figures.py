@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from benchmarks.dashboard.data import Trained, Watched
+from benchmarks.dashboard.data import TrainedRun, Watched
 from benchmarks.results.pareto import front
 
 COLOURS = ("#0050b3", "#b34700", "#1a7f37", "#7a1fa2", "#a40e26", "#00695c", "#5d4037", "#37474f")
@@ -25,7 +25,7 @@ def _figure(title: str, x: str, y: str) -> go.Figure:
     return figure
 
 
-def curves(bands: Mapping[str, pd.DataFrame], trained: Iterable[Trained], validation: bool) -> go.Figure:
+def curves(bands: Mapping[str, pd.DataFrame], trained: Iterable[TrainedRun], validation: bool) -> go.Figure:
     """Return against timesteps: mean and 95 % interval over seeds, or each run's validation."""
     figure = _figure("Learning curves", "timesteps", "return on validation" if validation else "return in training")
     if validation:
@@ -44,10 +44,10 @@ def curves(bands: Mapping[str, pd.DataFrame], trained: Iterable[Trained], valida
     return figure
 
 
-def pareto(trained: Iterable[Trained]) -> go.Figure:
+def pareto(trained: Iterable[TrainedRun]) -> go.Figure:
     """Quality against cost at the end of each training; the runs that no other beats in both are joined."""
     figure, every = _figure("Quality and cost", "cost", "quality"), [each for each in trained if "cost" in each.last]
-    groups: dict[str, list[Trained]] = {}
+    groups: dict[str, list[TrainedRun]] = {}
     for each in every:
         groups.setdefault(each.group, []).append(each)
     for name, members in groups.items():

@@ -26,7 +26,7 @@ import pandas as pd
 
 from agents.deploy.serving import load
 from benchmarks.programs.sender import FAILED, Connections, Sent, request, send_all, send_at
-from benchmarks.programs.service import Service, service
+from benchmarks.programs.service import Serving, service
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.setup import Arguments
 from experts.serving.arrivals import arrivals
@@ -90,21 +90,21 @@ def measure(setup: LoadSetup, seed: int, split: str, folder: Path) -> tuple[dict
         times = arrivals(setup.pattern, setup.rate, setup.seconds, np.random.default_rng(seed))
         found = {"ceiling": _ceiling, "arrivals": _arrivals, "overload": _overload, "reloads": _reloads,
                  "hostile": _hostile}[setup.what](setup, server, asked, times, Path(model))  # fmt: skip
-    return found, {}
+    return {"requests": len(times)}, found
 
 
-def _ceiling(setup: LoadSetup, server: Service, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
+def _ceiling(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
     connections = min(setup.connections, 32)
     return _about(run_loop(send_all(asked, setup.seconds, HOST, server.port, connections=connections)), server)
 
 
-def _arrivals(setup: LoadSetup, server: Service, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
+def _arrivals(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
     memory = server.memory
     sent = run_loop(send_at(times, asked, HOST, server.port, connections=setup.connections))
     return _about(sent, server) | {"growth": server.memory / memory - 1}
 
 
-def _overload(setup: LoadSetup, server: Service, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
+def _overload(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
     """Too many requests, and at once half of what the server can answer."""
     found = _arrivals(setup, server, asked, times, place)
     rest = np.arange(0, setup.after, 2 / max(found["answered"], 1))
@@ -119,7 +119,7 @@ def _overload(setup: LoadSetup, server: Service, asked: list[bytes], times: np.n
 LATE = 0.1  # seconds of an answer after which the server has not recovered
 
 
-def _reloads(setup: LoadSetup, server: Service, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
+def _reloads(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
     """Loads the model while requests come, every other time from a damaged file."""
     whole, seconds = (place / "model.onnx").read_bytes(), dict[str, list[float]]()
 
@@ -147,7 +147,7 @@ def _reloads(setup: LoadSetup, server: Service, asked: list[bytes], times: np.nd
     return _about(sent, server) | named | {f"{name}_s": float(np.median(each)) for name, each in seconds.items()}
 
 
-def _hostile(setup: LoadSetup, server: Service, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
+def _hostile(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
     """Requests that should be refused, beside honest ones and connections that say nothing or go on for ever."""
     random = np.random.default_rng(0)
     raw, memory = [_mean_request(random) for _ in range(setup.hostile)], server.memory
@@ -221,7 +221,7 @@ def run_loop(work: Coroutine[Any, Any, Any]) -> Any:
     return import_module("uvloop" if find_spec("uvloop") else "asyncio").run(work)
 
 
-def _about(sent: Sent, server: Service) -> dict[str, Any]:
+def _about(sent: Sent, server: Serving) -> dict[str, Any]:
     fine = sent.status == 200
     quantiles = np.percentile(sent.latency[fine], [50, 95, 99]).tolist() if fine.any() else [float("nan")] * 3
     levels = Counter(json.loads(each)["level"] for each, good in zip(sent.answers, fine, strict=True) if good)

@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for trace in ("poisson", "bursts") for load in (0.5, 0.8, 1.1)
 }  # fmt: skip
 QUICK = {"seeds": [0], "setups": {"short": {
-    "load": 0.3, "seconds": 2, "timesteps": 64, "compared": ["fixed"], "tune": 2, "episode": 1, "episodes": 2,
+    "load": 0.3, "seconds": 2, "timesteps": 64, "compared": [], "tune": 2, "episode": 1, "episodes": 2,
 }}}  # fmt: skip
 Rule = Literal["fixed", "regression (BentoML)", "adaptive (Clipper)", "SlackFit", "plan", "thresholds"]
 RULES: list[Rule] = ["fixed", "regression (BentoML)", "adaptive (Clipper)", "SlackFit", "plan", "thresholds"]
@@ -73,7 +73,8 @@ def measure(setup: ServingSetup, seed: int, split: str, folder: Path) -> tuple[d
     simulated = {name: _simulated(text, env, setup, kwargs) for name, text in controllers.items()}
     times = arrivals(setup.trace, setup.load * env.capacity, setup.seconds, np.random.default_rng(seed), "test")
     found = {name: _served(text, setup, times, env) for name, text in controllers.items()}
-    return {"simulated": simulated, "served": found, "controllers": controllers}, {}
+    named = {name: text for name, text in controllers.items() if name != PPO}
+    return {"simulated": simulated, "controllers": named}, {"served": found}
 
 
 def _simulated(text: str, env: MoEServingVectorEnv, setup: ServingSetup, kwargs: dict[str, Any]) -> float:

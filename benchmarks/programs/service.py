@@ -21,7 +21,7 @@ CODE = "from benchmarks.cli.main import serve; serve()"
 
 
 @dataclass
-class Service:
+class Serving:
     """A server that runs: where it listens, and its process."""
 
     port: int
@@ -40,7 +40,7 @@ class Service:
 
 
 @contextmanager
-def service(model: str, *options: str) -> Iterator[Service]:
+def service(model: str, *options: str) -> Iterator[Serving]:
     """A server on a free port of this machine, stopped at the end; raises `DataError` with what it says if it does not
     start."""
     command = [sys.executable, "-c", CODE, model, "--port", "0", "--quiet", *options]
@@ -54,7 +54,7 @@ def service(model: str, *options: str) -> Iterator[Service]:
             if port is None:
                 raise DataError(f"the server of {model} did not start: {said.strip()}")
             threading.Thread(target=process.stderr.read, daemon=True).start()  # type: ignore[union-attr]
-            yield Service(port, psutil.Process(process.pid))
+            yield Serving(port, psutil.Process(process.pid))
         finally:
             timer.cancel()
             process.terminate()

@@ -256,7 +256,7 @@ class Thresholds:
 
 
 @dataclass
-class Plan:
+class ServingPlan:
     """Of all caps and levels, the one that pays best at the present arrival rate: whose batches fill and are answered
     within the deadline, keep up with the arrivals, and leave most of the value after the price of the time. A batch is
     sent when it is full, or when the first deadline leaves just the time for it.
@@ -307,15 +307,15 @@ class Plan:
 
 MakeController = Callable[[Choices, Service, Sequence[RequestClass]], Controller]
 RULES: dict[str, tuple[type[Any], bool]] = {  # whether it takes the measured times
-    "plan": (Plan, True), "slackfit": (SlackFit, True), "thresholds": (Thresholds, True), "fixed": (Fixed, False),
-    "regression": (Regression, True), "adaptive": (Adaptive, False),
+    "plan": (ServingPlan, True), "slackfit": (SlackFit, True), "thresholds": (Thresholds, True),
+    "fixed": (Fixed, False), "regression": (Regression, True), "adaptive": (Adaptive, False),
 }  # fmt: skip
 
 
 def default(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
     """What decides where nothing else is asked for: the plan, with no price on time, so that nothing waits while the
     server keeps up."""
-    return Plan(choices, service, classes, price=0.0)
+    return ServingPlan(choices, service, classes, price=0.0)
 
 
 def rule_of(text: str) -> MakeController:

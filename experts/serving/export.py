@@ -27,7 +27,8 @@ from cost.files import load_json, read_verified, replacing, save_json, sha256_of
 from cost.machine import provenance
 from cost.timing import torch_threads
 from experts.data import DataError
-from experts.language import LanguageModel
+from experts.serving import latency
+from experts.serving.runners import Run, Source, onnx_runner, torch_runner
 
 Format = Literal["onnx", "onnx-int8", "torchscript", "torch-export", "huggingface"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -41,23 +42,10 @@ DIFFERENCE = 1e-4  # of a prediction's logits, relative to the largest of all if
 # Share of predictions that must be so close, as a router's ties can fall the other way; share with the same best class.
 CLOSE, AGREEMENT = 0.99, 0.999
 BATCHES = (1, 7, 32)
-Run = Callable[[np.ndarray], np.ndarray]
 
 
 class ExportError(DataError):
     """A model cannot be exported so, or an exported folder is damaged; the message says why."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model to be exported. `module` maps inputs `[N, ...]` like `examples` to logits `[N, ..., C]`, for any N or for
-    batches of `batch` only; `about` goes into the manifest. `language` is the model behind it, if it is one."""
-
-    module: nn.Module
-    examples: np.ndarray
-    about: dict[str, Any]
-    batch: int | None = None
-    language: LanguageModel | None = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +94,6 @@ def export(
 
 
 def _timed(source: Source, form: Format, path: Path) -> dict[str, Any]:
-    from experts.serving import latency
-
     if not form.startswith("onnx"):
         raise ExportError(f"format={form!r} is not timed here; only ONNX is")
     raw = path.read_bytes()
@@ -231,33 +217,6 @@ _WRITERS: dict[str, Callable[[Source, Path], Run]] = {
     "onnx": _write_onnx, "onnx-int8": _write_int8, "torchscript": _write_torchscript, "torch-export": _write_program,
     "huggingface": _write_huggingface,
 }  # fmt: skip
-
-
-def onnx_runner(raw: bytes, threads: int = 1, inter_op: int = 1) -> Run:
-    """Runs an ONNX graph: `threads` of a product, `inter_op` products at once."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, inter_op
-    if inter_op > 1:
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
-
-    def run(inputs: np.ndarray) -> np.ndarray:
-        return np.asarray(session.run(None, {"input": inputs})[0])
-
-    return run
-
-
-def torch_runner(module: Callable[[torch.Tensor], torch.Tensor]) -> Run:
-    """Runs a torch module."""
-
-    def run(inputs: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return np.asarray(module(torch.from_numpy(inputs)).numpy())
-
-    return run
 
 
 def _answers(module: nn.Module, inputs: np.ndarray) -> np.ndarray:

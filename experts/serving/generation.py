@@ -97,7 +97,7 @@ class Writer:
     @torch.inference_mode()
     def _write_all(self, model: LanguageModel) -> None:
         """Write until nothing is left, with the model of this moment; a newer one takes the next texts."""
-        texts, cache = list[_Text](), model.network.cache(0)
+        texts, cache = list[_Written](), model.network.cache(0)
         try:
             while True:
                 cache = self._admit(model, texts, cache)
@@ -120,11 +120,11 @@ class Writer:
         finally:
             self.running = 0
 
-    def _admit(self, model: LanguageModel, texts: list[_Text], cache: Cache) -> Cache:
+    def _admit(self, model: LanguageModel, texts: list[_Written], cache: Cache) -> Cache:
         """Read the prompts of texts for which there is a place; one whose prompt fails is told."""
         while len(texts) < self.places and self._queue and self._model() is model:
             try:
-                text = _Text(self._queue.popleft())
+                text = _Written(self._queue.popleft())
             except IndexError:  # it was given up just now
                 break
             if text.over():
@@ -143,7 +143,7 @@ class Writer:
         return cache
 
 
-class _Text:
+class _Written:
     """A text that is being written."""
 
     def __init__(self, asked: Writing) -> None:

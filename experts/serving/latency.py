@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cost.timing import torch_threads
-from experts.serving.export import Run, Source, onnx_runner, torch_runner
+from experts.serving.runners import Run, Source, onnx_runner, torch_runner
 
 BATCHES, THREADS = (1, 2, 4, 8, 16, 32, 64), (1, 2)
 WARM_UP, REPEATS = 10, 50

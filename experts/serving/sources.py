@@ -12,7 +12,7 @@ from torch import nn
 
 from experts import bundle, language, reference_models
 from experts.language import LanguageModel, passages
-from experts.serving.export import Source
+from experts.serving.runners import Source
 
 TEXTS, TOKENS = 32, 64
 

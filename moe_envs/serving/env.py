@@ -11,7 +11,18 @@ from gymnasium import spaces
 from cost.arguments import NonNegative, Positive, choose
 from cost.model import Cost
 from experts.serving.arrivals import PARTS
-from experts.serving.control import CAPS, NEVER, WAIT, WAITS, Choices, Plan, RequestClass, Seen, Service, must_send
+from experts.serving.control import (
+    CAPS,
+    NEVER,
+    WAIT,
+    WAITS,
+    Choices,
+    RequestClass,
+    Seen,
+    Service,
+    ServingPlan,
+    must_send,
+)
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, State
 from moe_envs.serving.observations import capacity, observed, parts_of
 from moe_envs.serving.picture import ServingPicture
@@ -78,7 +89,7 @@ class MoEServingVectorEnv(BatchedEnv):
         self.table, self.joules = self.service.table(CAPS[-1]), self.service.energy(CAPS[-1])
         self.fastest = float(self.table[:, 1].min())
         self.capacity = capacity(self.service)
-        self.plan = Plan(self.choices, self.service, self.classes, cost_weight)
+        self.plan = ServingPlan(self.choices, self.service, self.classes, cost_weight)
         reference = Cost(seconds, 1.0, float(self.joules[0, -1] / self.table[0, -1]) * seconds)
         reward = Reward.of(cost_weight, reference, Cost(time_weight, memory_weight, energy_weight))
         super().__init__(num_envs, parts_of(self.choices), spaces.Discrete(len(self.choices)), reward, **face)
@@ -250,7 +261,7 @@ class MoEServingEnv(SingleEnv):
     | `load` | 4 | arrival rate over what the best level serves, averaged over 0.02, 0.1, 0.5 and 2.5 s |
     | `last` | 2 | rows of the last batch over 64, its seconds over the first class's deadline |
     | `waited` | 1 | mean wait of served requests over the first class's deadline |
-    | `plan` | actions | one-hot choice of the rule `experts.serving.control.Plan`, from which our PPO starts |
+    | `plan` | actions | one-hot choice of the rule `experts.serving.control.ServingPlan`, from which our PPO starts |
 
     ## Rewards
     R = quality - cost_weight * cost. Quality is minus the value that is lost, over the value of all requests of the

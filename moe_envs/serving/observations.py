@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experts.serving.control import CAPS, SCALES, Choices, Plan, Seen, Service
+from experts.serving.control import CAPS, SCALES, Choices, Seen, Service, ServingPlan
 from moe_envs.core.spaces import Layout, layout
 
 LOAD, AGES = 8.0, 2.0  # largest load and age over deadline that are seen
@@ -25,11 +25,11 @@ def parts_of(choices: Choices) -> Layout:
         ("load", len(SCALES), 0, LOAD, "arrival rate over what the best level serves, averaged over 0.02 to 2.5 s"),
         ("last", 2, 0, AGES, "rows of the last batch over 64, its seconds over the first class's deadline"),
         ("waited", 1, 0, AGES, "mean wait of served requests over the first class's deadline"),
-        ("plan", len(choices), 0, 1, "one-hot choice of the rule `experts.serving.control.Plan`"),
+        ("plan", len(choices), 0, 1, "one-hot choice of the rule `experts.serving.control.ServingPlan`"),
     ])  # fmt: skip
 
 
-def observed(seen: Seen, plan: Plan) -> np.ndarray:
+def observed(seen: Seen, plan: ServingPlan) -> np.ndarray:
     """Observations `[n, size]` of the queues that a plan is made for."""
     deadline = np.array([each.deadline for each in plan.classes])
     scale = np.array([CAPS[-1], deadline[0]])

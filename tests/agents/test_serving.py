@@ -10,7 +10,7 @@ import pytest
 
 from agents import runs
 from agents.baselines import serving as rules
-from agents.baselines.serving_bound import Clairvoyant, Optimal, solved
+from agents.baselines.serving_bound import Foresight, Optimal, solved
 from agents.deploy.serving import controller_of, load
 from agents.evaluate import evaluate
 from agents.ppo import PPO
@@ -43,7 +43,7 @@ def test_the_optimum_is_what_it_says_and_above_every_fixed_rule() -> None:
 
 
 def test_who_knows_the_future_is_above_who_does_not() -> None:
-    ahead = _return(Clairvoyant(), 16, cost_weight=0.0, load=1.0)
+    ahead = _return(Foresight(), 16, cost_weight=0.0, load=1.0)
     for rule in (Fixed, lambda choices: Fixed(choices, 16, 0.1, 1)):
         made = rules.ServingRule(lambda env, rule=rule: rule(env.choices))
         assert _return(made, 16, cost_weight=0.0, load=1.0) < ahead

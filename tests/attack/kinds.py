@@ -38,7 +38,8 @@ from experts.language.transformer import ModelSettings
 from experts.layers import MoELayer
 from experts.network import MoENetwork
 from experts.offload import store
-from experts.serving.export import Source, export, load_exported
+from experts.serving.export import export, load_exported
+from experts.serving.runners import Source
 from experts.training import TrainingSettings
 from moe_envs.autorate import estimator, references
 
@@ -477,5 +478,5 @@ REPORTS = {
     "agents.tuning", "benchmarks.cli.benchmark", "benchmarks.cli.bundle", "benchmarks.cli.compare",
     "benchmarks.cli.terminal", "benchmarks.experiments.monitor.report", "cost.logbook", "benchmarks.speed.dacbench",
     "cost.monitor", "experts.language.debian",
-    "experts.compression.sensitivity",
+    "experts.compression.sensitivity", "benchmarks.experiments.load",
 }  # fmt: skip

@@ -60,7 +60,7 @@ def test_a_damaged_run_is_said_and_the_others_are_shown(folder: Path, tmp_path: 
 def test_the_front_joins_what_no_run_beats() -> None:
     points = {"a": (0.2, 0.8), "b": (0.3, 0.7), "c": (0.1, 0.5)}
     empty = pd.DataFrame()
-    trained = [data.Trained(name, name, 0, empty, empty, {"cost": cost, "quality": quality})
+    trained = [data.TrainedRun(name, name, 0, empty, empty, {"cost": cost, "quality": quality})
                for name, (cost, quality) in points.items()]  # fmt: skip
     front = figures.pareto(trained).data[-1]
     assert (list(front.x), list(front.y)) == ([0.1, 0.2], [0.5, 0.8])

@@ -13,7 +13,8 @@ from torch import nn
 
 from experts.language import LanguageModel
 from experts.language.transformer import ModelSettings, Transformer
-from experts.serving.export import FORMATS, ExportError, Source, export, load_exported
+from experts.serving.export import FORMATS, ExportError, export, load_exported
+from experts.serving.runners import Source
 from experts.serving.sources import DenseLanguage, of_bundle, of_language, of_reference_model
 
 pytest.importorskip("onnxruntime")

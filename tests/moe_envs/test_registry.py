@@ -193,7 +193,7 @@ def test_action_outside_the_space_changes_nothing(
         each.reset(seed=3)
     space = env.action_space  # the least that is too large, of our Discrete, MultiDiscrete and MultiBinary
     limit = int(space.nvec.max()) if isinstance(space, spaces.MultiDiscrete) else int(getattr(space, "n", 3))
-    for wrong in (-1, limit, 99, 1.5, None, "a", np.full(8, 2), np.zeros(3, dtype=np.int8), np.nan):
+    for wrong in (-1, limit, 999, 1.5, None, "a", np.full(8, 2), np.zeros(3, dtype=np.int8), np.nan):
         with pytest.raises(InvalidAction):
             env.step(wrong)
     action = env.action_space.sample()
