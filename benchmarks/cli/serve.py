@@ -30,7 +30,7 @@ def _serve(
         typer.Option(
             help="What decides when a batch is sent, how large, at which level: plan, slackfit, thresholds, fixed, "
             "regression or adaptive, with parameters as fixed:cap=16,timeout=0.005, or policy:RUN_DIR of "
-            "MoEServing-v0. Default: plan:price=0."
+            "MoEServing-v0. Default: slackfit."
         ),
     ] = None,
     request_class: Annotated[

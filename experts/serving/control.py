@@ -313,9 +313,8 @@ RULES: dict[str, tuple[type[Any], bool]] = {  # whether it takes the measured ti
 
 
 def default(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
-    """What decides where nothing else is asked for: the plan, with no price on time, so that nothing waits while the
-    server keeps up."""
-    return ServingPlan(choices, service, classes, price=0.0)
+    """What decides where nothing else is asked for: SlackFit by the times measured, which never waits."""
+    return SlackFit(choices, service)
 
 
 def rule_of(text: str) -> MakeController:
