@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pandas as pd
 import pytest
 
 from agents import runs
-from tests.processes import running
+from tests.processes import running, wait_until
 
 pytest.importorskip("dash")
 from benchmarks.dashboard import data, figures
@@ -144,9 +143,8 @@ def test_the_page_in_a_browser(folder: Path, browser: Any) -> None:
     code = "from benchmarks.cli.main import dashboard; dashboard()"
     port = 18_000 + os.getpid() % 10_000
     command = [sys.executable, "-c", code, str(folder), "--server", "http://127.0.0.1:9", "--port", str(port)]
-    with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-        while not _listens(port):
-            time.sleep(0.1)
+    with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: _listens(port), process)
         browser.get(f"http://127.0.0.1:{port}")
         wait("#curves-figure .main-svg")
         assert "MoERouting-v0 ppo own bundle=digits" in browser.page_source
