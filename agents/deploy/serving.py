@@ -14,6 +14,7 @@ from agents import runs
 from agents.deploy.routing import RoutedMoE
 from agents.evaluate import takes_masks
 from experts import bundle
+from experts.bundle import Bundle
 from experts.serving import served as models
 from experts.serving.control import (
     WAITS,
@@ -30,19 +31,25 @@ from experts.serving.served import Served, classes
 from moe_envs.serving.observations import observed, parts_of
 
 
+def routed_of_run(folder: Path) -> tuple[RoutedMoE, Bundle]:
+    """The bundle of a run of MoERouting-v0, and its classifier routed by the policy; raises `ValueError` for a run of
+    another environment."""
+    policy, config = runs.load(folder)
+    if not config["env"].endswith("MoERouting-v0"):
+        raise ValueError(f"{folder} is a run of {config['env']}; policies of MoERouting-v0 route a model")
+    arguments = {name: value for name, value in config["env_kwargs"].items() if name != "bundle"}
+    found = bundle.load(config["env_kwargs"].get("bundle", "fashion-mnist"))
+    learner: Any = policy
+    return RoutedMoE(found, learner, arguments), found
+
+
 class RoutedClassifier(Served):
     """The classifier of a bundle, routed by a policy of MoERouting-v0: the requests of a batch are decided together."""
 
     levels, quality, dtype = ("policy",), (1.0,), "float32"
 
     def __init__(self, folder: Path) -> None:
-        policy, config = runs.load(folder)
-        if not config["env"].endswith("MoERouting-v0"):
-            raise ValueError(f"{folder} is a run of {config['env']}; policies of MoERouting-v0 route a model")
-        arguments = {name: value for name, value in config["env_kwargs"].items() if name != "bundle"}
-        found = bundle.load(config["env_kwargs"].get("bundle", "fashion-mnist"))
-        learner: Any = policy
-        self.routed = RoutedMoE(found, learner, arguments)
+        self.routed, found = routed_of_run(folder)
         self.inputs = np.asarray(found.examples, dtype=np.float32)
         self.shape = tuple(self.inputs.shape[1:])
         about = {"kind": "classifier", "name": found.path.name, "sha256": found.sha256, "policy": folder.name}

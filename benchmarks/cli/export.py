@@ -89,18 +89,11 @@ def source_of(model: str) -> Source:
 
 def _of_policy(folder: Path) -> Source:
     """A bundle routed by a trained policy: all inputs of a batch are decided together, so its size is fixed."""
-    from agents import runs
-    from agents.deploy.routing import DenseRouted, RoutedMoE
-    from experts import bundle
+    from agents.deploy.routing import DenseRouted
+    from agents.deploy.serving import routed_of_run
     from experts.serving.runners import Source
 
-    policy, config = runs.load(folder)
-    if not config["env"].endswith("MoERouting-v0"):
-        raise ValueError(f"{folder} is a run of {config['env']}; policies of MoERouting-v0 route a model")
-    kwargs = {name: value for name, value in config["env_kwargs"].items() if name != "bundle"}
-    found = bundle.load(config["env_kwargs"].get("bundle", "fashion-mnist"))
-    learner: Any = policy
-    routed = RoutedMoE(found, learner, kwargs)
+    routed, found = routed_of_run(folder)
     about = {
         "kind": "classifier", "name": found.path.name, "sha256": found.sha256, "policy": folder.name,
         "routing": f"a policy, for batches of {routed.batch_size}",
