@@ -45,7 +45,7 @@ def curves(bands: Mapping[str, pd.DataFrame], trained: Iterable[TrainedRun], val
 
 
 def pareto(trained: Iterable[TrainedRun]) -> go.Figure:
-    """Quality against cost at the end of each training; the runs that no other beats in both are joined."""
+    """Quality against cost at the end of each training; the runs that no other beats in both are joined by steps."""
     figure, every = _figure("Quality and cost", "cost", "quality"), [each for each in trained if "cost" in each.last]
     groups: dict[str, list[TrainedRun]] = {}
     for each in every:
@@ -59,7 +59,9 @@ def pareto(trained: Iterable[TrainedRun]) -> go.Figure:
         points = np.array([[each.last["cost"], each.last["quality"]] for each in every])
         best = points[front(points)]
         best = best[best[:, 0].argsort()]
-        figure.add_scatter(x=best[:, 0], y=best[:, 1], mode="lines", name="Pareto front", line={"dash": "dot"})
+        figure.add_scatter(
+            x=best[:, 0], y=best[:, 1], mode="lines", name="Pareto front", line={"dash": "dot", "shape": "hv"}
+        )
     return figure
 
 
