@@ -43,9 +43,9 @@ CROWDED = _last(b"503 Service Unavailable", b"too many connections")
 
 
 class Admission:
-    """Refuses predictions beyond what can be answered in time, before their bodies are read, which costs a fifth of an
-    answer. By Little's law there may be half a deadline times the requests a second that were answered when it last
-    refused. Requests count once they have come whole."""
+    """Refuses predictions beyond what can be answered in time, before their bodies are read. By Little's law there may
+    be half a deadline times the requests a second that were answered when it last refused. Requests count once they
+    have come whole."""
 
     def __init__(self, app: FastAPI) -> None:
         server = app.state.server
