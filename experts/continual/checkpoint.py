@@ -1,0 +1,97 @@
+"""The state of a run in one file, written atomically and sealed, from which the run goes on exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+
+from cost.arguments import one_line
+from cost.files import read_arrays, sealed, sha256_of, write_bytes
+from experts.continual.learner import StreamLearner
+from experts.continual.network import empty_like
+from experts.continual.result import Curves, as_content
+from experts.data import DataError
+
+
+def save(learner: StreamLearner, path: Path) -> None:
+    """Write the state of a run."""
+    network = learner.network
+    arrays: dict[str, torch.Tensor] = {f"network/{name}": each for name, each in network.state_dict().items()}
+    sizes = {"network": network.sizes()}
+    if learner.begun:
+        for number, state in learner.optimizer.state_dict()["state"].items():
+            arrays |= {f"optimizer/{number}/{name}": torch.as_tensor(each) for name, each in state.items()}
+    if learner.snapshot is not None:
+        arrays |= {f"snapshot/{name}": each for name, each in learner.snapshot.state_dict().items()}
+        sizes["snapshot"] = learner.snapshot.sizes()
+    if learner.buffer is not None:
+        arrays |= {f"buffer/{name}": torch.from_numpy(each) for name, each in learner.buffer.state().items()}
+    if learner.importance is not None:
+        arrays |= {f"importance/{name}": each for name, each in learner.importance.state().items()}
+    arrays |= {"used": torch.from_numpy(learner.used_TE), "slow": torch.from_numpy(learner.slow_E)}
+    arrays = {name: each.detach().contiguous().clone() for name, each in arrays.items()}
+    said = json.dumps({
+        "run": _digest(learner), "task": learner.task, "step": learner.step, "begun": learner.begun, "sizes": sizes,
+        "seconds": learner.seconds, "curves": learner.curves.content(),
+    })  # fmt: skip
+    write_bytes(path, to_bytes(arrays, sealed(arrays, said)))
+
+
+def restore(learner: StreamLearner, path: Path) -> None:
+    """Let a learner go on from a checkpoint, if there is one; raises `DataError` for one that is damaged or of another
+    run."""
+    if not path.exists():
+        return
+    metadata, read = read_arrays(path, DataError, "remove the folder to begin anew")
+    try:
+        said = json.loads(metadata["settings"])
+        if said["run"] != _digest(learner):
+            raise ValueError("it is of another stream, strategy, seed or shape: name another folder")
+        _take(learner, said, {name: torch.from_numpy(each.copy()) for name, each in read.items()})
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        raise DataError(f"{path} does not fit the run: {one_line(error)}") from error
+
+
+def _take(learner: StreamLearner, said: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:
+    def part(name: str) -> dict[str, torch.Tensor]:
+        return {key[len(name) + 1 :]: each for key, each in arrays.items() if key.startswith(f"{name}/")}
+
+    inputs = learner.encoding.decoded
+    learner.network = empty_like(inputs, learner.shape, said["sizes"]["network"])
+    learner.network.load_state_dict(part("network"))
+    if "snapshot" in said["sizes"]:
+        learner.snapshot = empty_like(inputs, learner.shape, said["sizes"]["snapshot"]).requires_grad_(False)
+        learner.snapshot.load_state_dict(part("snapshot"))
+    if learner.buffer is not None:
+        learner.buffer.restore({name: each.numpy() for name, each in part("buffer").items()})
+    if learner.importance is not None:
+        learner.importance.restore(part("importance"), learner.network)
+    learner.task, learner.step, learner.begun = int(said["task"]), int(said["step"]), bool(said["begun"])
+    learner.seconds, learner.curves = float(said["seconds"]), Curves.of(said["curves"])
+    learner.used_TE, learner.slow_E = arrays["used"].numpy(), arrays["slow"].numpy()
+    if not learner.begun:
+        return
+    learner.take(learner.whole if learner.control is None else learner.control(learner.task, learner.whole))
+    learner.optimizer = learner.new_optimizer()
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, each in part("optimizer").items():
+        state.setdefault(int(name.split("/")[0]), {})[name.split("/")[1]] = each
+    groups = learner.optimizer.state_dict()["param_groups"]
+    learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _digest(learner: StreamLearner) -> str:
+    """SHA-256 of what a run is begun with, its data included."""
+    stream = learner.stream
+    content = {
+        "stream": stream.name, "scenario": stream.scenario, "shape": as_content(learner.shape),
+        "strategy": as_content(learner.whole), "seed": learner.seed, "split": learner.split,
+        "scratch": learner.scratch,
+        "data": [sha256_of(task[split][part].tobytes()) for task in stream.tasks
+                 for split in ("train", learner.split) for part in (0, 1)],
+    }  # fmt: skip
+    return sha256_of(json.dumps(content, sort_keys=True).encode())

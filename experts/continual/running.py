@@ -1,0 +1,60 @@
+"""Run a stream from start to end, with or without a folder that it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cost.files import alone
+from experts.continual import checkpoint
+from experts.continual.learner import Control, StreamLearner
+from experts.continual.result import Result
+from experts.continual.strategy import NetworkShape, Strategy
+from experts.continual.stream import Stream
+from experts.data import DataError
+from experts.threads import reproducible
+
+CHECKPOINT, RESULT = "checkpoint.safetensors", "result.json"
+
+
+def run(
+    stream: Stream,
+    strategy: Strategy | None = None,
+    seed: int = 0,
+    *,
+    shape: NetworkShape | None = None,
+    split: str = "test",
+    folder: str | Path | None = None,
+    save_every: int = 200,
+    scratch: bool = False,
+    control: Control | None = None,
+    progress: Callable[[float, str], object] = lambda share, text: None,
+) -> Result:
+    """Learn the tasks of a stream; the same result for the same seed, but for its seconds.
+
+    With `folder` the state is written after each task and every `save_every` steps, a run that was interrupted goes on
+    from it, and the result is written at the end. `scratch` also trains a new network on each task alone.
+    `control(task, strategy)` gives the strategy of each task; it may change what a task learns by, not what is kept
+    (`replay.kind`, `replay.size`, `replay.only`, whether logits are kept, `side`, `bits`, `regularizer.kind`).
+    Accuracies are those of `split`, "validation" or "test". Raises `ValueError` for a strategy that does not fit the
+    stream, and `DataError` for a folder of another run.
+    """
+    strategy, shape = strategy or Strategy(), shape or NetworkShape()
+    if split not in ("validation", "test"):
+        raise ValueError(f"split={split!r} is not one of validation, test")
+    if strategy.gate == "task" and stream.scenario != "task":
+        raise ValueError(f"gate='task' needs the task at test: the scenario is {stream.scenario!r}, use gate='domain'")
+    if save_every < 1:
+        raise ValueError(f"save_every={save_every}: must be at least 1")
+    with reproducible(seed):
+        learner = StreamLearner(stream, strategy, seed, shape, split, control, scratch)
+        if folder is None:
+            learner.run(progress, lambda: None, save_every)
+            return learner.result()
+        path = Path(folder)
+        with alone(path, DataError):
+            checkpoint.restore(learner, path / CHECKPOINT)
+            learner.run(progress, lambda: checkpoint.save(learner, path / CHECKPOINT), save_every)
+            found = learner.result()
+            found.save(path / RESULT)
+            return found

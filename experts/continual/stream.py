@@ -1,0 +1,355 @@
+"""Streams of tasks: the classes or the domains of a data set, one after the other.
+
+Scenarios are those of van de Ven & Tolias (2019). In "class" the task is unknown at test and the labels of all tasks
+are told apart; in "task" the task is given at test; in "domain" all tasks have the same labels and other inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from experts import data
+from experts.data import DataError
+
+Scenario = Literal["class", "task", "domain"]
+Arrays = tuple[np.ndarray, np.ndarray]
+SPLITS = ("train", "validation", "test")
+SIDE = 28
+ANGLES = (0, 30, 60, 90, 120)
+LARGE = "cifar10-cifar100-tinyimagenet"
+
+
+class StreamBatch(NamedTuple):
+    """Inputs `[B, ...]`, labels `[B]` int64 and the number of the task."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    task: int
+
+
+@dataclass(frozen=True)
+class StreamTask:
+    """A task: the labels that occur in it, and inputs and labels `[n]` int64 of each split.
+
+    Inputs are images `[n, channels, side, side]` uint8, or features `[n, d]` float32.
+    """
+
+    name: str
+    classes: tuple[int, ...]
+    splits: Mapping[str, Arrays]
+
+    def __getitem__(self, split: str) -> Arrays:
+        """Inputs and labels of a split."""
+        return self.splits[split]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order in which they are learned; raises `ValueError` where they do not fit the scenario."""
+
+    name: str
+    scenario: Scenario
+    tasks: tuple[StreamTask, ...]
+
+    def __post_init__(self) -> None:
+        if self.scenario not in get_args(Scenario):
+            raise ValueError(f"scenario={self.scenario!r} is not one of {', '.join(get_args(Scenario))}")
+        if not self.tasks:
+            raise ValueError("a stream needs at least one task")
+        for task in self.tasks:
+            _check(task, self.tasks[0])
+        seen = [label for task in self.tasks for label in task.classes]
+        if self.scenario == "domain":
+            if any(task.classes != self.tasks[0].classes for task in self.tasks):
+                raise ValueError("tasks of the scenario 'domain' must have the same classes")
+        elif len(set(seen)) < len(seen):
+            raise ValueError(f"two tasks share a class: {seen}; give each its own, or use the scenario 'domain'")
+        elif sorted(seen) != list(range(len(seen))):
+            raise ValueError(f"the classes of all tasks must be 0 .. {len(seen) - 1}, not {sorted(seen)}")
+
+    @classmethod
+    def of_arrays(
+        cls, name: str, tasks: Sequence[Mapping[str, Arrays]], scenario: Scenario = "class", names: Sequence[str] = ()
+    ) -> Stream:
+        """A stream of one's own data: for each task inputs and labels from 0 on of `train`, `validation` and `test`.
+
+        Labels are moved behind those of the tasks before, unless the scenario is "domain".
+        """
+        made, start = list[StreamTask](), 0
+        for number, splits in enumerate(tasks):
+            size = max(int(labels.max()) + 1 for _, labels in splits.values())
+            moved = {split: (inputs, labels.astype(np.int64) + start) for split, (inputs, labels) in splits.items()}
+            title = names[number] if names else f"task {number + 1}"
+            made.append(StreamTask(title, tuple(range(start, start + size)), moved))
+            start += 0 if scenario == "domain" else size
+        return cls(name, scenario, tuple(made))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels of all tasks."""
+        return 1 + max(label for task in self.tasks for label in task.classes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input: `(channels, side, side)` of images, `(d,)` of features."""
+        return self.tasks[0]["train"][0].shape[1:]
+
+    def classes_until(self, task: int) -> int:
+        """Number of labels of the tasks up to and including this one."""
+        return 1 + max(label for each in self.tasks[: task + 1] for label in each.classes)
+
+    def batches(self, task: int, batch_size: int, *, seed: int, epoch: int = 0) -> Iterator[StreamBatch]:
+        """One epoch of a task's training data in random order; a last batch of less than half the size is left out."""
+        inputs, labels = self.tasks[task]["train"]
+        order = np.random.default_rng([seed, task, epoch]).permutation(len(labels))
+        for step in range(steps_of(len(labels), batch_size)):
+            rows = order[step * batch_size : (step + 1) * batch_size]
+            yield StreamBatch(inputs[rows], labels[rows], task)
+
+    def map(self, change: Callable[[np.ndarray], np.ndarray], name: str) -> Stream:
+        """The stream with other inputs, such as features."""
+        tasks = tuple(
+            StreamTask(task.name, task.classes, {split: (change(x), y) for split, (x, y) in task.splits.items()})
+            for task in self.tasks
+        )
+        return Stream(name, self.scenario, tasks)
+
+    def pca(self, size: int) -> Stream:
+        """The stream with the `size` first principal components of the first task's training inputs, as a learner
+        that sees only this task could compute them."""
+        first = flat(self.tasks[0]["train"][0])
+        size = min(size, *first.shape)
+        mean = first.mean(0)
+        basis = np.linalg.svd(first - mean, full_matrices=False)[2][:size].T
+        scale = 1 / max(float(((first - mean) @ basis[:, :1]).std()), 1e-6)
+        return self.map(lambda x: ((flat(x) - mean) @ basis * scale).astype(np.float32), f"{self.name}, PCA {size}")
+
+
+def steps_of(count: int, batch_size: int) -> int:
+    """Batches of an epoch of `count` inputs."""
+    return max(1, (count + batch_size // 2) // batch_size)
+
+
+def load(
+    name: str, scenario: Scenario | None = None, *, order: int | None = None, folder: str | Path | None = None
+) -> Stream:
+    """A stream by its name in `NAMES`.
+
+    `scenario` is "class" unless all tasks of the stream have the same classes, then it is "domain". `order` is the seed
+    of another order of the classes (or of the domains); with None they are in the order of their labels. `folder` holds
+    the data sets of `cifar10-cifar100-tinyimagenet`. Raises `ValueError` for an unknown name or a scenario that the
+    stream does not have, and `DataError` for absent data.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown stream {name!r}; there are {', '.join(NAMES)}")
+    of_domains = name.startswith(("rotated-", "corrupted-"))
+    scenario = scenario or ("domain" if of_domains else "class")
+    if of_domains and scenario != "domain":
+        raise ValueError(f"all tasks of {name} have the same classes: its scenario is 'domain', not {scenario!r}")
+    if of_domains:
+        kind, _, source = name.partition("-")
+        return _of_domains(name, source, kind, order)
+    if name.startswith("split-"):
+        source, sizes = SPLIT_STREAMS[name]
+        return _split(name, source, sizes, scenario, order)
+    parts = [("digits", range(10)), ("fashion-mnist", range(5)), ("fashion-mnist", range(5, 10))]
+    if name == LARGE:
+        return Stream.of_arrays(name, _large(folder), scenario, ("CIFAR-10", "CIFAR-100", "TinyImageNet"))
+    tasks = [_part(_source(source), classes) for source, classes in parts]
+    return Stream.of_arrays(name, tasks, scenario, ("digits", "Fashion-MNIST 0-4", "Fashion-MNIST 5-9"))
+
+
+SPLIT_STREAMS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "split-digits": ("digits", (2,) * 5),
+    "split-fashion-mnist": ("fashion-mnist", (2,) * 5),
+    "split-fashion-mnist-433": ("fashion-mnist", (4, 3, 3)),
+}
+NAMES = (
+    *SPLIT_STREAMS, "digits-fashion-mnist", "rotated-digits", "rotated-fashion-mnist", "corrupted-digits",
+    "corrupted-fashion-mnist", LARGE,
+)  # fmt: skip
+TRAINING = {"digits": ("train", "rl_train"), "fashion-mnist": ("train",)}  # 1,200 and 15,000 images
+
+
+def _check(task: StreamTask, first: StreamTask) -> None:
+    """Raise `ValueError` for data that cannot be learned."""
+    if set(task.splits) != set(SPLITS):
+        raise ValueError(f"{task.name} has the splits {', '.join(task.splits)}, not {', '.join(SPLITS)}")
+    shape, dtype = first["train"][0].shape[1:], first["train"][0].dtype
+    for split, (inputs, labels) in task.splits.items():
+        what = f"{split} of {task.name}"
+        if len(inputs) != len(labels) or not len(labels):
+            raise ValueError(f"{what} has {len(inputs)} inputs and {len(labels)} labels")
+        if inputs.shape[1:] != shape or inputs.dtype != dtype:
+            raise ValueError(f"{what} has inputs {inputs.shape[1:]} {inputs.dtype}, not {shape} {dtype}")
+        if (inputs.ndim, inputs.dtype) not in {(4, np.dtype(np.uint8)), (2, np.dtype(np.float32))}:
+            raise ValueError(f"{what} has inputs {inputs.shape} {inputs.dtype}: images [n, channels, side, side] uint8 "
+                             "or features [n, d] float32 are needed")  # fmt: skip
+        if inputs.dtype == np.float32 and not np.isfinite(inputs).all():
+            raise ValueError(f"{what} has inputs that are not finite")
+        if not set(np.unique(labels)) <= set(task.classes):
+            raise ValueError(f"{what} has labels beside {task.classes}")
+
+
+def _source(name: str) -> dict[str, Arrays]:
+    """Images `[n, 1, 28, 28]` uint8 and labels of each split; digits are enlarged."""
+    loaded = data.load(name)
+    found = {}
+    for split in SPLITS:
+        rows = np.concatenate([loaded.splits[part] for part in (TRAINING[name] if split == "train" else (split,))])
+        found[split] = _images(loaded.inputs[rows]), loaded.labels[rows]
+    return found
+
+
+def _images(inputs: np.ndarray) -> np.ndarray:
+    """Square images of one channel and 28 x 28 pixels, uint8, of flat ones in 0..1."""
+    from scipy.ndimage import zoom
+
+    side = int(inputs.shape[1] ** 0.5)
+    images = inputs.reshape(-1, side, side)
+    if side != SIDE:
+        images = zoom(images, (1, SIDE / side, SIDE / side), order=1)
+    return (images.clip(0, 1) * 255).round().astype(np.uint8)[:, None]
+
+
+def _part(source: Mapping[str, Arrays], classes: Sequence[int]) -> dict[str, Arrays]:
+    """The inputs of some classes, whose labels become 0, 1, ..."""
+    place = np.full(1 + max(int(labels.max()) for _, labels in source.values()), -1)
+    place[list(classes)] = np.arange(len(classes))
+    found = {}
+    for split, (inputs, labels) in source.items():
+        rows = place[labels] >= 0
+        found[split] = inputs[rows], place[labels[rows]]
+    return found
+
+
+def _split(name: str, source: str, sizes: tuple[int, ...], scenario: Scenario, order: int | None) -> Stream:
+    classes = np.arange(sum(sizes)) if order is None else np.random.default_rng(order).permutation(sum(sizes))
+    groups = [group.tolist() for group in np.split(classes, np.cumsum(sizes)[:-1])]
+    if scenario == "domain" and len(set(sizes)) > 1:
+        raise ValueError(f"the tasks of {name} have {', '.join(map(str, sizes))} classes: not the same in all")
+    whole = _source(source)
+    names = [f"classes {', '.join(map(str, group))}" for group in groups]
+    return Stream.of_arrays(name, [_part(whole, group) for group in groups], scenario, names)
+
+
+def _of_domains(name: str, source: str, kind: str, order: int | None) -> Stream:
+    changes = _rotations() if kind == "rotated" else _corruptions()
+    names = list(changes)
+    if order is not None:
+        names = np.random.default_rng(order).permutation(names).tolist()
+    whole = _source(source)
+    tasks = [{split: (changes[each](x), y) for split, (x, y) in whole.items()} for each in names]
+    return Stream.of_arrays(name, tasks, "domain", names)
+
+
+def _rotations() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    from scipy.ndimage import rotate
+
+    def by(angle: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda images: rotate(images, angle, axes=(2, 3), reshape=False, order=1) if angle else images
+
+    return {f"{angle} degrees": by(angle) for angle in ANGLES}
+
+
+def _corruptions() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Some of Hendrycks & Dietterich (2019), simplified."""
+    from scipy.ndimage import gaussian_filter
+
+    def noisy(images: np.ndarray) -> np.ndarray:
+        noise = np.random.default_rng(0).normal(0, 60, images.shape)
+        return (images + noise).clip(0, 255).round().astype(np.uint8)
+
+    def hidden(images: np.ndarray) -> np.ndarray:
+        found, side = images.copy(), images.shape[-1] // 2
+        found[:, :, :side, side:] = 0
+        return found
+
+    return {
+        "plain": lambda images: images,
+        "noise": noisy,
+        "blur": lambda images: gaussian_filter(images, (0, 0, 2, 2)),
+        "low contrast": lambda images: (images // 4 + 96).astype(np.uint8),
+        "a quarter hidden": hidden,
+    }
+
+
+def _large(folder: str | Path | None) -> list[dict[str, Arrays]]:
+    """CIFAR-10 and CIFAR-100 of their binary versions, and TinyImageNet's JPEGs, all of 32 x 32 pixels."""
+    if folder is None or not Path(folder).is_dir():
+        raise DataError(
+            f"{LARGE} needs folder=DIR with cifar-10-batches-bin, cifar-100-binary and tiny-imagenet-200: the binary "
+            "versions of https://www.cs.toronto.edu/~kriz/cifar.html and cs231n.stanford.edu/tiny-imagenet-200.zip"
+        )
+    root = Path(folder)
+    tens = sorted((root / "cifar-10-batches-bin").glob("data_batch_*.bin"))
+    return [
+        _held_out(_cifar(tens, 1), _cifar([root / "cifar-10-batches-bin" / "test_batch.bin"], 1)),
+        _held_out(
+            _cifar([root / "cifar-100-binary" / "train.bin"], 2), _cifar([root / "cifar-100-binary" / "test.bin"], 2)
+        ),
+        _held_out(*_tiny_imagenet(root / "tiny-imagenet-200")),
+    ]
+
+
+def _held_out(training: Arrays, test: Arrays) -> dict[str, Arrays]:
+    """A tenth of the training data is for validation."""
+    order = np.random.default_rng(0).permutation(len(training[1]))
+    some, rest = np.split(order, [max(1, len(order) // 10)])
+    return {
+        "train": (training[0][rest], training[1][rest]),
+        "validation": (training[0][some], training[1][some]),
+        "test": test,
+    }
+
+
+def _cifar(paths: Sequence[Path], label_bytes: int) -> Arrays:
+    """Rows of labels (the last one is the finest) and 3,072 bytes of pixels."""
+    size, rows = label_bytes + 3072, list[np.ndarray]()
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} not found: unpack the binary version of CIFAR")
+        raw = np.fromfile(path, np.uint8)
+        if len(raw) % size or not len(raw):
+            raise DataError(f"{path} is cut short, or of another format: {len(raw)} bytes are not rows of {size}")
+        rows.append(raw.reshape(-1, size))
+    if not rows:
+        raise DataError("no data_batch_*.bin found in cifar-10-batches-bin: unpack the binary version of CIFAR-10")
+    whole = np.concatenate(rows)
+    return whole[:, label_bytes:].reshape(-1, 3, 32, 32), whole[:, label_bytes - 1].astype(np.int64)
+
+
+def _tiny_imagenet(root: Path) -> tuple[Arrays, Arrays]:
+    folders = sorted(path for path in (root / "train").glob("n*") if path.is_dir())
+    annotations = root / "val" / "val_annotations.txt"
+    if not folders or not annotations.is_file():
+        raise DataError(f"{root} has no train/n*/images and val/val_annotations.txt: unpack tiny-imagenet-200.zip")
+    place = {folder.name: number for number, folder in enumerate(folders)}
+    training = [(path, place[folder.name]) for folder in folders for path in sorted((folder / "images").glob("*"))]
+    lines = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
+    test = [(root / "val" / "images" / name, place[word]) for name, word in lines if word in place]
+    return _pictures(training), _pictures(test)
+
+
+def _pictures(listed: Sequence[tuple[Path, int]]) -> Arrays:
+    from PIL import Image
+
+    images = np.empty((len(listed), 3, 32, 32), np.uint8)
+    for number, (path, _) in enumerate(listed):
+        try:
+            with Image.open(path) as image:
+                images[number] = np.asarray(image.convert("RGB").resize((32, 32))).transpose(2, 0, 1)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+    return images, np.array([label for _, label in listed], np.int64)
+
+
+def flat(inputs: np.ndarray) -> np.ndarray:
+    """Inputs `[n, d]` float32; pixels in 0..1."""
+    flat = inputs.reshape(len(inputs), -1)
+    return flat.astype(np.float32) / 255 if inputs.dtype == np.uint8 else flat
