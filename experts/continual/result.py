@@ -75,14 +75,16 @@ class Result:
         return self.bytes_after[-1]
 
     def summary(self) -> dict[str, float]:
-        """One row of a table."""
+        """One row of a table; without an online accuracy where nothing is learned batch by batch."""
         row = {
             "accuracy": self.final, "average accuracy": self.average, "forgetting": self.forgetting,
-            "online accuracy": float(np.mean(self.online)), "bytes": float(self.bytes),
+            "bytes": float(self.bytes),
             "parameters": float(self.parameters[-1]), "experts": float(self.experts[-1]),
             "seconds": float(np.sum(self.seconds)),
         }  # fmt: skip
-        return row if self.transfer is None else row | {"transfer": self.transfer}
+        online = float(np.mean(self.online))
+        more = {"online accuracy": online, "transfer": self.transfer}
+        return row | {name: value for name, value in more.items() if value is not None and not np.isnan(value)}
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON with a SHA-256."""
@@ -130,7 +132,7 @@ class Curves:
         """End a task."""
         for name, value in values.items():
             getattr(self, name).append(value)
-        self.online.append(self.right / max(self.seen, 1))
+        self.online.append(self.right / self.seen if self.seen else float("nan"))
         self.right = self.seen = 0
 
     def latest(self, tasks: int) -> float:

@@ -27,11 +27,12 @@ from benchmarks.runner.experiments import RunnerError
 from cost.files import save_json, sealed, sha256_of, sums_of
 from cost.normalize import CostNormalizer, NormalizerError
 from cost.profile import Profile, ProfileError, parse
-from experts import bundle, language, reference_models, tasks
+from experts import bundle, continual, language, reference_models, tasks
 from experts import checkpoints as networks
 from experts.bundle import BundleError
 from experts.compression import shared_core
 from experts.compression.plan import Plan, PlanError, load_compressed
+from experts.continual.running import RESULT
 from experts.data import DataError
 from experts.language import corpus, passages, pretraining
 from experts.language.transformer import ModelSettings
@@ -413,6 +414,28 @@ def _use_pretraining(folder: Path) -> Any:
     return tensors_of(found.network), found.metadata["training"]
 
 
+def _stream() -> continual.Stream:
+    random = np.random.default_rng(0)
+    inputs, labels = random.random((20, 3), dtype=np.float32), random.integers(2, size=20)
+    task = {split: (inputs, labels) for split in ("train", "validation", "test")}
+    return continual.Stream.of_arrays("tiny", [task, task])
+
+
+def _learned(folder: Path) -> continual.Result:
+    strategy = continual.Strategy(
+        replay=continual.Replay("balanced", 6, batch_size=4, logits=0.1), epochs=1, batch_size=8, distillation=0.1,
+        regularizer=continual.Penalty(samples=2), expansion=continual.Expansion(3, 1.0),
+    )  # fmt: skip
+    shape = continual.NetworkShape(trunk="linear", d_model=4, d_ff=2, num_experts=2)
+    return continual.run(_stream(), strategy, shape=shape, folder=folder / "run")
+
+
+def _use_learned(folder: Path) -> Any:
+    kept = continual.Result.load(folder / "run" / RESULT)
+    again = _learned(folder)
+    return again.accuracy.tolist(), kept.accuracy.tolist(), kept.bytes, kept.seconds, kept.tasks
+
+
 KINDS: dict[str, Kind] = {
     "checkpoint": Kind(
         ("agents.checkpoints", "agents.resumable", "agents.episodes"), _checkpoint, _use_checkpoint,
@@ -471,6 +494,10 @@ KINDS: dict[str, Kind] = {
     ),
     "file of experts": Kind(("experts.offload.store",), _experts, _use_experts, (DataError,)),
     "exported model": Kind(("experts.serving.export",), _exported, _use_exported, (DataError,), _seal_json),
+    "stream of tasks": Kind(
+        ("experts.continual.checkpoint", "experts.continual.result"), _learned, _use_learned, (DataError,),
+        lambda path: _seal_json(path) if path.suffix == ".json" else _seal_arrays(path),
+    ),
     "estimator": Kind(("moe_envs.autorate.estimator",), _estimator, _use_estimator, (DataError,), _seal_json),
 }  # fmt: skip
 # Modules whose files are for people, or are made anew where they are damaged: no number of ours is read from them.
@@ -478,5 +505,5 @@ REPORTS = {
     "agents.tuning", "benchmarks.cli.benchmark", "benchmarks.cli.bundle", "benchmarks.cli.compare",
     "benchmarks.cli.terminal", "benchmarks.experiments.monitor.report", "cost.logbook", "benchmarks.speed.dacbench",
     "cost.monitor", "experts.language.debian",
-    "experts.compression.sensitivity", "benchmarks.experiments.load",
+    "experts.compression.sensitivity", "benchmarks.experiments.load", "benchmarks.experiments.continual",
 }  # fmt: skip

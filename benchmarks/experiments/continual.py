@@ -1,0 +1,294 @@
+"""Which way of learning task after task forgets least, at equal bytes?
+
+Each method learns a stream by mini-batches; images come raw. Its learning rate, then its weight, are tuned for each
+buffer on validation data by a seed of their own. Closed-form classifiers and joint training stand beside. A buffer of
+n counts the bytes of n raw images: methods with small images keep more of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.results.statistics import seeds_interval
+from benchmarks.runner.setup import Arguments
+from cost.files import load_json, locked, save_json, sha256_of
+from experts.continual import ClosedForm, Expansion, Penalty, Replay, Result, Strategy, Stream, load, run
+from experts.continual.stream import NAMES
+from experts.data import DataError
+
+TUNING_SEED = 1000
+RATES = (1e-3, 3e-3, 1e-2)
+SMALL_SIDE = 14
+SMALL_BITS: Literal[4] = 4
+MORE = (28 * 28 * 8) // (SMALL_SIDE**2 * SMALL_BITS)  # small images in the bytes of a raw one
+Learned = Strategy | ClosedForm
+Tried = tuple[float, float | None, float]  # learning rate, weight (None: the method's own), validation accuracy
+
+
+@dataclass(frozen=True)
+class Method:
+    """`of(buffer)` makes a strategy; `weights` are values to try, `weighted` sets one."""
+
+    of: Callable[[int], Learned]
+    weights: tuple[float, ...] = ()
+    weighted: Callable[[Any, float], Learned] = lambda learned, weight: learned
+    buffered: bool = True
+
+
+GROWING = Expansion(8, similarity=1.0)
+EWC, MAS = Penalty("ewc", 10.0), Penalty("mas", 1.0)
+SHRINKAGES = (1e-3, 1e-2, 1e-1)
+
+
+def _er(kind: Literal["fifo", "reservoir", "balanced"] = "reservoir", **more: Any) -> Callable[[int], Strategy]:
+    return lambda buffer: Strategy(replay=Replay(kind, buffer), **more)
+
+
+def _der(kind: Literal["reservoir", "balanced"] = "reservoir", **more: Any) -> Callable[[int], Strategy]:
+    weight = more.pop("weight", 1.0)
+    return lambda buffer: Strategy(replay=Replay(kind, buffer, weight=weight, logits=0.3), **more)
+
+
+def _small(**more: Any) -> Callable[[int], Strategy]:
+    return lambda buffer: Strategy(
+        replay=Replay("balanced", MORE * buffer), asymmetric=True, side=SMALL_SIDE, bits=SMALL_BITS, **more
+    )
+
+
+def _set_penalty(strategy: Strategy, weight: float) -> Strategy:
+    assert strategy.regularizer is not None
+    return replace(strategy, regularizer=replace(strategy.regularizer, weight=weight))
+
+
+def _set_logits(strategy: Strategy, weight: float) -> Strategy:
+    assert strategy.replay is not None
+    return replace(strategy, replay=replace(strategy.replay, logits=weight))
+
+
+def _set_distillation(strategy: Strategy, weight: float) -> Strategy:
+    return replace(strategy, distillation=weight)
+
+
+def _set_freezing(strategy: Strategy, weight: float) -> Strategy:
+    return replace(strategy, freezing=weight)
+
+
+def _set_shrinkage(form: ClosedForm, weight: float) -> ClosedForm:
+    return replace(form, shrinkage=weight)
+
+
+def _closed(kind: Literal["slda", "ridge"], features: Literal["pixels", "random", "trunk"], size: int = 64) -> Method:
+    return Method(lambda buffer: ClosedForm(kind, features, size), SHRINKAGES, _set_shrinkage, False)
+
+
+METHODS: dict[str, Method] = {
+    "no replay": Method(lambda buffer: Strategy(), buffered=False),
+    "EWC": Method(lambda buffer: Strategy(regularizer=EWC), (1.0, 100.0), _set_penalty, False),
+    "MAS": Method(lambda buffer: Strategy(regularizer=MAS), (0.1, 10.0), _set_penalty, False),
+    "distillation": Method(lambda buffer: Strategy(distillation=1.0), (0.3, 3.0), _set_distillation, False),
+    "expansion": Method(lambda buffer: Strategy(expansion=GROWING, freezing=0.1), (0.0, 1.0), _set_freezing, False),
+    "ER, FIFO": Method(_er("fifo")),
+    "ER": Method(_er()),
+    "ER, balanced": Method(_er("balanced")),
+    "ER + EWC": Method(_er(regularizer=EWC), (1.0, 100.0), _set_penalty),
+    "ER + MAS": Method(_er(regularizer=MAS), (0.1, 10.0), _set_penalty),
+    "ER + distillation": Method(_er(distillation=0.3), (0.1, 1.0), _set_distillation),
+    "ER + freezing": Method(_er(freezing=0.1), (0.0,), _set_freezing),
+    "ER + expansion": Method(_er(expansion=GROWING, freezing=0.1), (0.0, 1.0), _set_freezing),
+    "ER + domain gate": Method(_er(gate="domain")),
+    "ER-ACE": Method(_er("balanced", asymmetric=True)),
+    "DER": Method(_der(weight=0.0), (0.1, 1.0), _set_logits),
+    "DER++": Method(_der(), (0.1, 1.0), _set_logits),
+    "DER++, ACE, shift": Method(_der("balanced", asymmetric=True, shift=2), (0.1, 1.0), _set_logits),
+    "GDumb": Method(lambda buffer: Strategy(replay=Replay("balanced", buffer, only=True))),
+    "ER-ACE, small images": Method(_small()),
+    "together": Method(_small(shift=1, expansion=GROWING, freezing=0.1), (0.0, 1.0), _set_freezing),
+    "SLDA, pixels": _closed("slda", "pixels"),
+    "SLDA, trunk": _closed("slda", "trunk"),
+    "SLDA, 200 random features": _closed("slda", "random", 200),
+    "SLDA, 1000 random features": _closed("slda", "random", 1000),
+    "ridge, trunk": _closed("ridge", "trunk"),
+    "ridge, 200 random features": _closed("ridge", "random", 200),
+    "ridge, 1000 random features": _closed("ridge", "random", 1000),
+    "joint": Method(lambda buffer: Strategy(replay=Replay("balanced", None, only=True)), buffered=False),
+}  # fmt: skip
+BUFFERS = (50, 200, 500, 2000)
+STREAMS = ("split-digits", "split-fashion-mnist")
+NONE = 0  # buffer of methods without one
+SEEDS = (0, 1, 2, 3, 4)
+SETTINGS: dict[str, dict[str, Any]] = {
+    f"{stream}, {name}" + (f", {buffer}" if method.buffered else ""): {
+        "stream": stream, "method": name, "buffer": buffer,
+    }
+    for stream in STREAMS for name, method in METHODS.items()
+    for buffer in (BUFFERS if method.buffered else (NONE,))
+}  # fmt: skip
+QUICK = {
+    "seeds": [0, 1],
+    "setups": {
+        name: {"stream": "split-digits", "method": name, "buffer": 50 if METHODS[name].buffered else NONE}
+        for name in ("together", "ridge, 200 random features")
+    },
+    "settings": {"epochs": 1, "rates": [1e-2]},
+}
+
+
+class ContinualSetup(Arguments):
+    """`buffer` counts raw images; `rates` are the learning rates to try; `epochs` are those of each task, 8 for the
+    digits and 2 for others by default."""
+
+    stream: Literal["split-digits", "split-fashion-mnist"] | str = "split-fashion-mnist"
+    method: Literal["ER", "DER++"] | str = "ER"
+    buffer: int = 200
+    epochs: int | None = None
+    rates: list[float] = list(RATES)
+
+
+Setup = ContinualSetup
+
+
+def check(setups: dict[str, ContinualSetup], splits: list[str]) -> None:
+    """Raise `ValueError` for an unknown stream or method."""
+    for setup in setups.values():
+        if setup.method not in METHODS:
+            raise ValueError(f"method={setup.method!r} is not one of {', '.join(METHODS)}")
+        if METHODS[setup.method].buffered and setup.buffer < 1:
+            raise ValueError(f"{setup.method} needs a buffer of at least 1 image")
+        if not setup.rates:
+            raise ValueError("rates=[]: at least one learning rate is needed")
+        if setup.stream not in NAMES:
+            raise ValueError(f"stream={setup.stream!r} is not one of {', '.join(NAMES)}")
+
+
+def measure(setup: ContinualSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Learn once with tuned settings; accuracies on test."""
+    learned, tried = _tuned(setup, folder)
+    found = _run(setup, learned, seed, "test")
+    row = found.summary()
+    seconds = row.pop("seconds")
+    return row | {
+        "accuracies": [line[: task + 1] for task, line in enumerate(found.accuracy.tolist())],
+        "expert load": found.expert_load.tolist(), "tried": tried,
+    }, {"seconds": seconds}  # fmt: skip
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """Accuracy, forgetting, bytes and time of each method, and the loads of experts by task."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for (stream, buffer), group in frame.groupby(["stream", "buffer"], sort=False):
+        title = f"{stream}, " + (f"{buffer} raw images" if buffer else "without a buffer")
+        for method, runs in group.groupby("method", sort=False):
+            values = runs["accuracy"].to_numpy(float)
+            tables.setdefault(title, []).append({
+                "method": method, "accuracy": float(values.mean()), "95 %": seeds_interval(values),
+                "forgetting": float(runs["forgetting"].mean()),
+                "online accuracy": _mean(runs, "online accuracy"),
+                "experts": float(runs["experts"].mean()),
+                "kB": float(runs["bytes"].mean()) / 1e3, "seconds": float(runs["seconds"].mean()),
+            })  # fmt: skip
+    return {"tables": tables, "notes": [
+        "Accuracy: mean over the tasks after the last one, on test. Forgetting: mean over tasks of the best accuracy "
+        "before minus the last one. kB: network, replay, penalties and statistics. Seconds: of one thread. Online "
+        "accuracy: on batches before they are learned.",
+    ]}  # fmt: skip
+
+
+def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
+    """Plot accuracy against bytes, and how often each task chooses each expert."""
+    names = []
+    for stream, group in frame.groupby("stream", sort=False):
+        figure = Figure((9, 5.5), layout="constrained")
+        axis = figure.subplots()
+        for number, (method, runs) in enumerate(group.groupby("method", sort=False)):
+            line = runs.groupby("buffer")[["bytes", "accuracy"]].mean()
+            marker = "osv^D"[number // 10]
+            axis.plot(line["bytes"] / 1e3, line["accuracy"], marker=marker, ms=4, lw=1, label=method)
+        axis.set(xscale="log", xlabel="kB of network, replay and statistics", ylabel="accuracy after the last task",
+                 title=str(stream))  # fmt: skip
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        names.append(f"{stream}.png")
+        figure.savefig(out / names[-1], dpi=120)
+    return [*names, *_heatmap(frame, out)]
+
+
+def _heatmap(frame: pd.DataFrame, out: Path) -> list[str]:
+    shown = frame[frame["method"] == "together"]
+    if not len(shown):
+        return []
+    groups = list(shown.groupby(["stream", "buffer"], sort=False))
+    figure = Figure((3.2 * len(groups), 3.4), layout="constrained")
+    for axis, ((stream, buffer), runs) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        mean_TE = np.mean([np.array(load) for load in runs["expert load"]], axis=0)
+        image = axis.imshow(mean_TE, vmin=0, vmax=1, cmap="viridis")
+        axis.set(xlabel="expert", ylabel="task", title=f"{stream}\n{buffer} images, {len(runs)} seeds")
+        axis.title.set_fontsize(8)
+    figure.colorbar(image, ax=figure.axes, label="share of the task's choices")
+    figure.savefig(out / "experts.png", dpi=120)
+    return ["experts.png"]
+
+
+def _mean(runs: pd.DataFrame, name: str) -> float | None:
+    """Mean of a column that methods may lack."""
+    known = runs[name].dropna() if name in runs else runs["accuracy"][:0]
+    return float(known.mean()) if len(known) else None
+
+
+def _tuned(setup: ContinualSetup, folder: Path) -> tuple[Learned, list[Tried]]:
+    """The settings of the best validation accuracy, and all that were tried, once for all seeds."""
+    key = sha256_of(json.dumps(setup.model_dump(), sort_keys=True).encode())[:16]
+    path = folder / "tuning" / f"{key}.json"
+    with locked(path):
+        if not path.exists():
+            save_json(path, {"setup": setup.model_dump(), "tried": list(_tries(setup))})
+        tried = load_json(path, DataError, "remove it to tune again")["tried"]
+    rate, weight, _ = max(tried, key=lambda each: each[2])
+    return _candidate(setup, rate, weight), tried
+
+
+def _tries(setup: ContinualSetup) -> Iterator[Tried]:
+    """Learning rates with the method's own weight, then weights with the best rate; a closed form has no rate."""
+    method, found = METHODS[setup.method], list[Tried]()
+
+    def judged(rate: float, weight: float | None) -> Tried:
+        return rate, weight, _run(setup, _candidate(setup, rate, weight), TUNING_SEED, "validation").final
+
+    closed = isinstance(method.of(1), ClosedForm)
+    for rate in setup.rates[:1] if closed else setup.rates:
+        found.append(judged(rate, None))
+        yield found[-1]
+    best = max(found, key=lambda each: each[2])[0]
+    for weight in method.weights:
+        yield judged(best, weight)
+
+
+def _candidate(setup: ContinualSetup, rate: float, weight: float | None) -> Learned:
+    method = METHODS[setup.method]
+    learned = method.of(setup.buffer)
+    if weight is not None:
+        learned = method.weighted(learned, weight)
+    if isinstance(learned, ClosedForm):
+        return learned
+    epochs = setup.epochs or (8 if setup.stream == "split-digits" else 2)
+    return replace(learned, learning_rate=rate, epochs=epochs)
+
+
+@cache
+def _loaded(name: str) -> Stream:
+    return load(name)
+
+
+def _run(setup: ContinualSetup, learned: Learned, seed: int, split: str) -> Result:
+    stream = _loaded(setup.stream)
+    if isinstance(learned, Strategy):
+        return run(stream, learned, seed, split=split)
+    return learned.run(stream, seed, split=split, strategy=Strategy(epochs=4))

@@ -1,0 +1,207 @@
+"""Is there a decision in continual learning that is worth learning?
+
+Before each task a schedule sets the learning rate, the weight of the replay, whether an expert is added and how much
+those of earlier tasks learn. Constants and random schedules are judged in contexts: orders of the classes, and which
+segments come again or have wrong labels. A learned policy would have to adapt to the context; at most it reaches the
+best schedule of each context. That one is chosen by some runs and judged by others, because the maximum of noisy runs
+promises more than it keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.results.statistics import seeds_interval
+from benchmarks.runner.setup import Arguments
+from experts.continual import Expansion, NetworkShape, Replay, Strategy, Stream, StreamTask, load, run
+from experts.continual.result import Result
+
+WORTH = 0.02  # accuracy over the best schedule from which on an environment would be built
+KINDS = "known length", "unknown length", "recurring", "raw images"
+SEEDS = (0, 1, 2, 3, 4)
+SETTINGS: dict[str, dict[str, Any]] = {
+    f"{kind}, {data}": {"kind": kind, "data": data}
+    for kind in KINDS for data in ("digits", "fashion-mnist") if (kind, data) != ("raw images", "fashion-mnist")
+}  # fmt: skip
+QUICK = {
+    "seeds": [0, 1],
+    "setups": {kind: {"kind": kind, "data": "digits"} for kind in ("unknown length", "recurring")},
+    "settings": {"constants": 2, "schedules": 1, "contexts": 1, "selecting": 1, "most": 48, "epochs": 1},
+}
+
+
+class HeadroomSetup(Arguments):
+    """`schedules` random ones beside the first `constants`, in `contexts` of each seed; the best one of a context is
+    chosen by `selecting` runs and judged by another. `most` training inputs a task are used."""
+
+    kind: Literal["known length", "unknown length", "recurring", "raw images"]
+    data: Literal["digits", "fashion-mnist"] = "digits"
+    constants: int = 16
+    schedules: int = 36
+    contexts: int = 2
+    selecting: int = 2
+    most: int = 600
+    epochs: int = 3
+    buffer: int = 50
+
+
+Setup = HeadroomSetup
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """What a schedule decides for a task."""
+
+    rate: float = 1.0
+    weight: float = 1.0
+    add: bool = False
+    freezing: float = 1.0
+
+
+CONSTANTS = (
+    *(TaskChoice(rate, weight) for rate in (0.5, 1.0, 2.0) for weight in (0.5, 1.0, 2.0, 4.0)),
+    *(TaskChoice(add=True, freezing=freezing) for freezing in (0.0, 0.1, 1.0)),
+    TaskChoice(freezing=0.1),
+)
+
+
+def measure(setup: HeadroomSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Accuracies `[contexts, candidates]` of the runs that choose, and of the run that judges."""
+    chosen, judged = [], []
+    for number in range(setup.contexts):
+        context = seed * setup.contexts + number
+        stream = _stream(setup, context)
+        candidates = _candidates(setup, len(stream.tasks))
+        runs = np.array(
+            [[_value(setup, stream, each, 100 * context + again) for each in candidates]
+             for again in range(setup.selecting + 1)]
+        )  # fmt: skip
+        chosen.append(runs[:-1].mean(0).tolist())
+        judged.append(runs[-1].tolist())
+    return {"chosen by": chosen, "judged by": judged}, {}
+
+
+def score(frame: pd.DataFrame) -> dict[str, Any]:
+    """The best constant, the best schedule for all contexts, and the best one of each context."""
+    rows = []
+    for setup, group in frame.groupby("setup", sort=False):
+        by, judged = (np.array(group[name].tolist()) for name in ("chosen by", "judged by"))  # [seeds, contexts, S]
+        constant, schedule = (
+            _of_other_seeds(by, judged, among) for among in (int(group["constants"].iloc[0]), by.shape[2])
+        )
+        best = by.argmax(2)
+        hindsight = np.take_along_axis(judged, best[..., None], 2)[..., 0].mean(1)
+        promised = by.max(2).mean(1)
+        gain = hindsight - schedule
+        rows.append({
+            "setting": setup, "best constant": float(constant.mean()), "best schedule": float(schedule.mean()),
+            "schedule - constant": float((schedule - constant).mean()),
+            "schedule - constant, 95 %": seeds_interval(schedule - constant),
+            "best of each context": float(hindsight.mean()), "headroom": float(gain.mean()),
+            "headroom, 95 %": seeds_interval(gain),
+            "headroom as promised": float((promised - schedule).mean()), "worth it": bool(gain.mean() >= WORTH),
+        })  # fmt: skip
+    return {"tables": {"Accuracy": rows}, "notes": [
+        "Accuracy after the last task; with unknown length its mean over time. Best constant and best schedule are "
+        "chosen by the other seeds, whose contexts differ, and judged by this one. Headroom: best schedule of each "
+        "context, chosen by some runs and judged by another, minus the best schedule; as promised: not judged again. "
+        f"Worth it: at least {WORTH:g}.",
+    ]}  # fmt: skip
+
+
+def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
+    """Plot the headroom with intervals."""
+    rows = result["tables"]["Accuracy"]
+    figure = Figure((8, 0.5 * len(rows) + 1.5), layout="constrained")
+    axis = figure.subplots()
+    for place, row in enumerate(rows):
+        for shift, name, colour in ((-0.15, "schedule - constant", "C0"), (0.15, "headroom", "C1")):
+            interval = row[f"{name}, 95 %"] or [row[name]] * 2
+            error = [[100 * (row[name] - interval[0])], [100 * (interval[1] - row[name])]]
+            axis.errorbar(100 * row[name], place + shift, xerr=error, fmt="o", color=colour,
+                          label=name if not place else None)  # fmt: skip
+    axis.axvline(100 * WORTH, color="grey", ls="--", label="worth an environment")
+    axis.axvline(0, color="grey", lw=0.8)
+    axis.set_yticks(range(len(rows)), [row["setting"] for row in rows])
+    axis.set_xlabel("points of accuracy")
+    axis.legend()
+    figure.savefig(out / "headroom.png", dpi=120)
+    return ["headroom.png"]
+
+
+def _of_other_seeds(by: np.ndarray, judged: np.ndarray, among: int) -> np.ndarray:
+    """Accuracy of each seed with the candidate that is best for the others, `[seeds]`; of one seed, for itself."""
+    found = []
+    for seed in range(len(by)):
+        others = np.delete(by, seed, 0) if len(by) > 1 else by
+        found.append(judged[seed, :, int(others[..., :among].mean((0, 1)).argmax())].mean())
+    return np.array(found)
+
+
+def _candidates(setup: HeadroomSetup, tasks: int) -> list[list[TaskChoice]]:
+    """Constants, then random schedules, the same for all contexts."""
+    random = np.random.default_rng(0)
+    rates = (0.0, 0.5, 1.0, 2.0) if setup.kind == "recurring" else (0.5, 1.0, 2.0)
+
+    def drawn() -> TaskChoice:
+        rate, weight, freezing = (float(random.choice(each)) for each in (rates, (0.5, 1.0, 2.0, 4.0), (0.0, 0.1, 1.0)))
+        return TaskChoice(rate, weight, bool(random.integers(2)), freezing)
+
+    return [[each] * tasks for each in CONSTANTS[: setup.constants]] + [
+        [drawn() for _ in range(tasks)] for _ in range(setup.schedules)
+    ]
+
+
+def _value(setup: HeadroomSetup, stream: Stream, schedule: list[TaskChoice], seed: int) -> float:
+    strategy = Strategy(
+        replay=Replay("balanced", setup.buffer), expansion=Expansion(6, similarity=1.0), epochs=setup.epochs,
+        learning_rate=3e-3,
+    )  # fmt: skip
+
+    def control(task: int, given: Strategy) -> Strategy:
+        choice = schedule[task]
+        assert given.replay is not None
+        return replace(
+            given, replay=replace(given.replay, weight=choice.weight), learning_rate=given.learning_rate * choice.rate,
+            expansion=given.expansion if choice.add else None, freezing=choice.freezing,
+        )  # fmt: skip
+
+    shape = NetworkShape() if setup.kind == "raw images" else NetworkShape(trunk="linear", d_model=32, d_ff=16)
+    found: Result = run(stream, strategy, seed, shape=shape, split="validation", control=control)
+    return found.average if setup.kind == "unknown length" else found.final
+
+
+def _stream(setup: HeadroomSetup, context: int) -> Stream:
+    stream = load(f"split-{setup.data}", order=context)
+    tasks = []
+    for task in stream.tasks:
+        x, y = task["train"]
+        tasks.append(StreamTask(task.name, task.classes, {**task.splits, "train": (x[: setup.most], y[: setup.most])}))
+    stream = Stream(stream.name, stream.scenario, tuple(tasks))
+    if setup.kind != "raw images":
+        stream = stream.pca(64)
+    return _recurring(stream, context) if setup.kind == "recurring" else stream
+
+
+def _recurring(stream: Stream, context: int) -> Stream:
+    """Ten segments of the tasks' inputs, all of which come; three of the later ones have half of their labels drawn at
+    random."""
+    random = np.random.default_rng([context, 1])
+    count, classes = len(stream.tasks), tuple(range(stream.num_classes))
+    order = [*range(count), *random.integers(count, size=count).tolist()]
+    noisy = set(random.choice(np.arange(1, 2 * count), 3, replace=False).tolist())
+    segments = []
+    for place, number in enumerate(order):
+        splits = dict(stream.tasks[number].splits)
+        if place in noisy:
+            x, y = splits["train"]
+            wrong = random.random(len(y)) < 0.5
+            splits["train"] = x, np.where(wrong, random.integers(len(classes), size=len(y)), y)
+        segments.append(StreamTask(f"segment {place + 1}", classes, splits))
+    return Stream(f"{stream.name}, recurring", "domain", tuple(segments))
