@@ -58,9 +58,9 @@ def _der(kind: Literal["reservoir", "balanced"] = "reservoir", **more: Any) -> C
     return lambda buffer: Strategy(replay=Replay(kind, buffer, weight=weight, logits=0.3), **more)
 
 
-def _small(**more: Any) -> Callable[[int], Strategy]:
+def _small(batch_size: int = 32, **more: Any) -> Callable[[int], Strategy]:
     return lambda buffer: Strategy(
-        replay=Replay("balanced", MORE * buffer), asymmetric=True, side=SMALL_SIDE, bits=SMALL_BITS, **more
+        replay=Replay("balanced", MORE * buffer, batch_size), asymmetric=True, side=SMALL_SIDE, bits=SMALL_BITS, **more
     )
 
 
@@ -78,6 +78,11 @@ def _set_distillation(strategy: Strategy, weight: float) -> Strategy:
     return replace(strategy, distillation=weight)
 
 
+def _set_replayed(strategy: Strategy, count: float) -> Strategy:
+    assert strategy.replay is not None
+    return replace(strategy, replay=replace(strategy.replay, batch_size=int(count)))
+
+
 def _set_freezing(strategy: Strategy, weight: float) -> Strategy:
     return replace(strategy, freezing=weight)
 
@@ -92,26 +97,26 @@ def _closed(kind: Literal["slda", "ridge"], features: Literal["pixels", "random"
 
 METHODS: dict[str, Method] = {
     "no replay": Method(lambda buffer: Strategy(), buffered=False),
-    "EWC": Method(lambda buffer: Strategy(regularizer=EWC), (1.0, 100.0), _set_penalty, False),
-    "MAS": Method(lambda buffer: Strategy(regularizer=MAS), (0.1, 10.0), _set_penalty, False),
-    "distillation": Method(lambda buffer: Strategy(distillation=1.0), (0.3, 3.0), _set_distillation, False),
-    "expansion": Method(lambda buffer: Strategy(expansion=GROWING, freezing=0.1), (0.0, 1.0), _set_freezing, False),
-    "ER, FIFO": Method(_er("fifo")),
-    "ER": Method(_er()),
-    "ER, balanced": Method(_er("balanced")),
+    "EWC": Method(lambda buffer: Strategy(regularizer=EWC), (100.0,), _set_penalty, False),
+    "MAS": Method(lambda buffer: Strategy(regularizer=MAS), (10.0,), _set_penalty, False),
+    "distillation": Method(lambda buffer: Strategy(distillation=1.0), (3.0,), _set_distillation, False),
+    "expansion": Method(lambda buffer: Strategy(expansion=GROWING, freezing=0.1), (0.0,), _set_freezing, False),
+    "ER, FIFO": Method(_er("fifo"), (64,), _set_replayed),
+    "ER": Method(_er(), (64,), _set_replayed),
+    "ER, balanced": Method(_er("balanced"), (64,), _set_replayed),
     "ER + EWC": Method(_er(regularizer=EWC), (1.0, 100.0), _set_penalty),
     "ER + MAS": Method(_er(regularizer=MAS), (0.1, 10.0), _set_penalty),
     "ER + distillation": Method(_er(distillation=0.3), (0.1, 1.0), _set_distillation),
     "ER + freezing": Method(_er(freezing=0.1), (0.0,), _set_freezing),
     "ER + expansion": Method(_er(expansion=GROWING, freezing=0.1), (0.0, 1.0), _set_freezing),
     "ER + domain gate": Method(_er(gate="domain")),
-    "ER-ACE": Method(_er("balanced", asymmetric=True)),
+    "ER-ACE": Method(_er("balanced", asymmetric=True), (64,), _set_replayed),
     "DER": Method(_der(weight=0.0), (0.1, 1.0), _set_logits),
     "DER++": Method(_der(), (0.1, 1.0), _set_logits),
     "DER++, ACE, shift": Method(_der("balanced", asymmetric=True, shift=2), (0.1, 1.0), _set_logits),
     "GDumb": Method(lambda buffer: Strategy(replay=Replay("balanced", buffer, only=True))),
-    "ER-ACE, small images": Method(_small()),
-    "together": Method(_small(shift=1, expansion=GROWING, freezing=0.1), (0.0, 1.0), _set_freezing),
+    "ER-ACE, small images": Method(_small(), (64,), _set_replayed),
+    "together": Method(_small(64, expansion=GROWING, freezing=0.1), (1.0,), _set_freezing),
     "SLDA, pixels": _closed("slda", "pixels"),
     "SLDA, trunk": _closed("slda", "trunk"),
     "SLDA, 200 random features": _closed("slda", "random", 200),
