@@ -40,12 +40,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 QUICK = {
     "seeds": [0],
-    "setups": {"short": {"timesteps": 512, "tune": 1, "streams": 1, "tokens": 4, "passages": 2}},
+    "setups": {"short": {"timesteps": 512, "tune": 1, "streams": 1, "tokens": 4, "passages": 2, "costs": "reference"}},
 }
 
 
 class ExpertCacheSetup(Arguments):
-    """Rules are tuned on `tune` streams; `streams` of the test split, of `passages` of `tokens` tokens, are decoded."""
+    """Rules are tuned on `tune` streams for load times by `costs`; `streams` of the test split, of `passages` of
+    `tokens` tokens, are decoded."""
 
     model: str = "language"
     weights: Precision = "int4"
@@ -56,6 +57,7 @@ class ExpertCacheSetup(Arguments):
     timesteps: int | None = None
     tune: int = rules.STREAMS
     streams: int = 8
+    costs: Literal["machine", "reference"] = "machine"
 
 
 Setup = ExpertCacheSetup
@@ -63,8 +65,8 @@ Setup = ExpertCacheSetup
 
 def measure(setup: ExpertCacheSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loss, loads and seconds of each decision maker on the same test streams."""
-    fields = ("model", "weights", "capacity", "cost_weight", "tokens", "passages")
-    kwargs = {name: getattr(setup, name) for name in fields} | {"costs": "machine"}
+    fields = ("model", "weights", "capacity", "cost_weight", "tokens", "passages", "costs")
+    kwargs = {name: getattr(setup, name) for name in fields}
     found = _tuned(setup.tune, **kwargs)
     makers: dict[str, Any] = {ALL: None, LRU: None} | {name: found[name] for name in KEPT}
     makers["PPO"] = _trained(setup, seed, folder, kwargs)

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 QUICK = {
     "seeds": [0],
-    "setups": {"short": {"timesteps": 2048, "adak": 2, "passages": 1, "texts": 2, "repeats": 1, "tokens": 8}},
+    "setups": {
+        "short": {
+            "timesteps": 2048,
+            "adak": 2,
+            "passages": 1,
+            "texts": 2,
+            "repeats": 1,
+            "tokens": 8,
+            "costs": "reference",
+        }
+    },
 }
 MODES = {"decode, 1 row": (1, 1), "decode, 64 rows": (64, 1), "prompt of 512": (1, 512), "prompts of 2,048": (4, 512)}
 SEEN = 32  # tokens in the cache when a token is decoded
@@ -45,8 +55,8 @@ MILD = 0.01  # nats
 
 
 class LayerTopKSetup(Arguments):
-    """Rules are tuned on `passages` of each domain, Ada-K makes `adak` steps, losses are of `texts` test passages of
-    each, times are medians of `repeats` turns."""
+    """Rules are tuned on `passages` of each domain at `costs`, Ada-K makes `adak` steps, losses are of `texts` test
+    passages of each, times are medians of `repeats` turns."""
 
     model: str = "language"
     cost_weight: float = 0.1
@@ -56,6 +66,7 @@ class LayerTopKSetup(Arguments):
     passages: int = rules.PASSAGES
     texts: int = 64
     repeats: int = 20
+    costs: Literal["machine", "reference"] = "machine"
 
 
 Setup = LayerTopKSetup
@@ -64,7 +75,7 @@ Setup = LayerTopKSetup
 def measure(setup: LayerTopKSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loss and experts of each decision maker on test passages, and seconds a token in each mode."""
     kwargs: dict[str, Any] = {"model": setup.model, "cost_weight": setup.cost_weight, "tokens": setup.tokens}
-    kwargs["costs"] = "machine"
+    kwargs["costs"] = setup.costs
     model = load(setup.model)
     found = _tuned(setup.passages, **kwargs)
     kept = [f"k = {k}" for k in range(1, model.settings.k)] + ["static per layer"]

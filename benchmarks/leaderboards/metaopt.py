@@ -80,15 +80,16 @@ class MetaOpt(Problem):
         return found
 
     def bound(self, split: str, episodes: int | None, folder: Path) -> dict[str, Verdict]:
-        """Result of a beam search with look-ahead on the first test contexts, started from a policy."""
+        """Result of a beam search with look-ahead on the first test contexts, started from a policy; of a beam of one
+        with `episodes`."""
         from agents.baselines.metaopt_bound import beam_search
 
-        few = None if episodes is None else 1024
+        few, width = (None, BEAM) if episodes is None else (1024, 1)
         policy = policy_of(folder / f"guide-{split}-{few}", self.env_id, self.splits[split], SEEDS[0], few)
         contexts = min(episodes or SEARCHED_CONTEXTS, SEARCHED_CONTEXTS)
         seeds, found = range(FIRST_TEST_SEED, FIRST_TEST_SEED + contexts), {}
         for name, start in self._starts(split, episodes, folder).items():
-            best = [beam_search(seed, "test", BEAM, policy, **self.splits[split], **start) for seed in seeds]
+            best = [beam_search(seed, "test", width, policy, **self.splits[split], **start) for seed in seeds]
             steps = float(np.mean([len(actions) + (not arrives) for actions, arrives in best]))
             arrived = float(np.mean([arrives for _, arrives in best]))
             found[f"{split}, {name}"] = Verdict(None, -steps, arrived, steps)

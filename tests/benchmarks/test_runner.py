@@ -20,7 +20,7 @@ from benchmarks.runner.matrix import Matrix, jobs_of, load_matrix
 from benchmarks.runner.rows import read
 from tests.processes import SECONDS, running, wait_until
 
-KILLS = int(os.environ.get("MOE_ENVS_KILLS", "6"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_runner.py
+KILLS = int(os.environ.get("MOE_ENVS_KILLS", "3"))  # MOE_ENVS_KILLS=20 pytest tests/benchmarks/test_runner.py
 pytestmark = pytest.mark.usefixtures("tiny")
 
 

@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 QUICK = {
     "seeds": [0, 1],
-    "setups": {f"wine, {kind}": {"data": "wine", "kind": kind} for kind in ("rules", "PPO", "PPO on features")},
+    "setups": {f"wine, {kind}": {"data": "wine", "kind": kind} for kind in ("rules", "PPO")},
     "settings": {"timesteps": 4096, "episodes": 50, "cost_weights": [0.2]},
 }
 
