@@ -27,7 +27,7 @@ from moe_envs.autorate.signals import (
     signals_of,
 )
 from moe_envs.autorate.trainings import CONTEXTS, DECISIONS, SPLITS, WIDTHS, Context, Trainings
-from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, State
+from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
 from moe_envs.core.threads import one_thread
 
 COSTS = ("reference", "machine")
@@ -41,6 +41,7 @@ class MoEAutoRateVectorEnv(BatchedEnv):
     """MoEAutoRate-v0 over `num_envs` trainings at once; see `MoEAutoRateEnv` for the problem and its arguments."""
 
     advice = {"rating": 2.0}
+    INNER = ("trainings",)
     STATE = (
         *("context", "taken", "horizon", "rate", "_highest", "_bad", "_backs", "_diverged", "_losses", "_slope"),
         *("_spread", "_first", "best_loss", "_since_best", "_judged", "_step_size", "_straightness", "_turn", "_way"),
@@ -233,22 +234,6 @@ class MoEAutoRateVectorEnv(BatchedEnv):
             self.rate, self._highest, self._bad, self._backs, self._diverged,
         )  # fmt: skip
 
-    def state(self) -> State:
-        """Copy of the full state, for forks, undo and checkpoints."""
-        return super().state() | {"trainings": self.trainings.state()}
-
-    def restore(self, state: State) -> np.ndarray:
-        """Restore a `state()` of an environment with the same arguments; returns its observations."""
-        self.check_state(state)
-        self.trainings.restore(state["trainings"])
-        return super().restore(state)
-
-    def check_state(self, state: Any, parts: tuple[str, ...] = ()) -> None:
-        """As the base class's, weights and moments included."""
-        super().check_state(state, ("trainings", *parts))
-        if not self.trainings.fits(state["trainings"]):
-            raise ValueError(f"restore: not a state of {type(self).__name__} with {self.num_envs} rows")
-
 
 def _norms(rows: np.ndarray) -> np.ndarray:
     """Norms of the rows, `[n]`, in an order of summation that their number does not change."""
@@ -366,16 +351,6 @@ class MoEAutoRateEnv(SingleEnv):
         info = result[4]
         self._history.append((info["autorate/validation_loss"], info["autorate/rate"], info["autorate/backs"] > backs))
         return result
-
-    def state(self) -> State:
-        """Copy of the full state, for forks of the training."""
-        return super().state() | {"history": list(self._history)}
-
-    def restore(self, state: State) -> np.ndarray:
-        """Restore a `state()` of an environment with the same arguments; returns its observation."""
-        observation = super().restore(state)
-        self._history = list(state["history"])
-        return observation
 
     def _picture(self) -> RatePicture:
         reference = float(self.vector.references.judged[self.vector.context[0]])

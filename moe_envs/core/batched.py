@@ -61,6 +61,7 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     # rates actions by parts of the observation: of one number an action times a weight, or by a map [size, actions]
     advice: Mapping[str, float | np.ndarray] = {}
     STATE: ClassVar[tuple[str, ...]] = ()  # names of the state attributes, one array [n, ...] each
+    INNER: ClassVar[tuple[str, ...]] = ()  # names of attributes with `state()`, `fits(state)` and `restore(state)`
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Validate the arguments of a problem by the annotations of its `__init__`."""
@@ -166,11 +167,14 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if not self.generators:
             raise ResetNeeded("call reset before state")
         arrays = {name: getattr(self, name) for name in self._state_names()}
-        return deepcopy({"arrays": arrays, "generators": [g.bit_generator.state for g in self.generators]})
+        found = deepcopy({"arrays": arrays, "generators": [g.bit_generator.state for g in self.generators]})
+        return found | {name: getattr(self, name).state() for name in self.INNER}
 
     def restore(self, state: State) -> np.ndarray:
         """Restore a `state()` of an environment with the same arguments; returns its observations."""
         self.check_state(state)
+        for name in self.INNER:
+            getattr(self, name).restore(state[name])
         arrays, generators = deepcopy(state["arrays"]), deepcopy(state["generators"])
         for name, array in arrays.items():
             setattr(self, name, array)
@@ -183,12 +187,13 @@ class BatchedEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def check_state(self, state: Any, parts: tuple[str, ...] = ()) -> None:
         """Raise `ValueError` for what is no state of this class with as many rows, and with these further parts."""
         try:
-            fits = set(state) >= {*parts} and set(state["arrays"]) == set(self._state_names())
+            fits = set(state) >= {*parts, *self.INNER} and set(state["arrays"]) == set(self._state_names())
             for name, array in state["arrays"].items():
                 mine = getattr(self, name)
                 fits = fits and array.dtype == mine.dtype and (array.shape == mine.shape or name == "_draws")
                 fits = fits and array.ndim == mine.ndim and (name != "_draws" or len(array) == self.num_envs)
             fits = fits and len(state["generators"]) == self.num_envs
+            fits = fits and all(getattr(self, name).fits(state[name]) for name in self.INNER)
             for saved in state["generators"]:
                 np.random.PCG64().state = saved
         except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError):
@@ -335,7 +340,7 @@ class SingleEnv(gymnasium.Env[np.ndarray, Any]):
     """Single environment of a `BatchedEnv` class with Gymnasium's `Env` API."""
 
     vector_class: ClassVar[type[BatchedEnv]]
-    PARTS: ClassVar[tuple[str, ...]] = ()  # what `state()` has beside the vector's
+    PARTS: ClassVar[tuple[str, ...]] = ()  # lists that `state()` has beside the vector's, attributes with a _
     observation_layout: Layout
     metadata: dict[str, Any] = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}
 
@@ -377,13 +382,15 @@ class SingleEnv(gymnasium.Env[np.ndarray, Any]):
 
     def state(self) -> State:
         """Copy of the full state, for forks, undo and checkpoints."""
-        return self.vector.state()
+        return self.vector.state() | {name: list(getattr(self, f"_{name}")) for name in self.PARTS}
 
     def restore(self, state: State) -> np.ndarray:
         """Restore a `state()` of an environment with the same arguments; returns its observation."""
         self.vector.check_state(state, self.PARTS)
         observation = self.vector.restore(state)[0]
         self.np_random = self.vector.generators[0]
+        for name in self.PARTS:
+            setattr(self, f"_{name}", list(state[name]))
         return observation
 
     def render(self) -> Any:

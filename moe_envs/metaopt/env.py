@@ -12,7 +12,7 @@ from gymnasium import spaces
 from cost.arguments import NonNegative, Positive, choose
 from cost.model import Cost
 from experts import library, profiles, tasks
-from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, State
+from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
 from moe_envs.core.threads import one_thread
 from moe_envs.metaopt.picture import TrainingPicture
 from moe_envs.metaopt.signals import (
@@ -43,6 +43,7 @@ STEP_PENALTY, ARRIVAL_BONUS, DIVERGENCE_PENALTY = 0.1, 1.0, 1.0
 class MoEMetaOptVectorEnv(BatchedEnv):
     """MoEMetaOpt-v0 over `num_envs` trainings at once; see `MoEMetaOptEnv` for the problem and its arguments."""
 
+    INNER = ("training",)
     STATE = (
         *("_orders", "_place", "_scale", "_width", "context", "_losses", "accuracy", "_gradients", "_ratio"),
         *("_first_norms", "gate_entropy", "_imbalance", "_spread", "ladder", "taken", "_cost", "_undone"),
@@ -205,22 +206,6 @@ class MoEMetaOptVectorEnv(BatchedEnv):
         )  # fmt: skip
         return observe(signals)
 
-    def state(self) -> State:
-        """Copy of the full state, for forks, undo and checkpoints."""
-        return super().state() | {"training": self.training.state()}
-
-    def restore(self, state: State) -> np.ndarray:
-        """Restore a `state()` of an environment with the same arguments; returns its observations."""
-        self.check_state(state)
-        self.training.restore(state["training"])
-        return super().restore(state)
-
-    def check_state(self, state: Any, parts: tuple[str, ...] = ()) -> None:
-        """As the base class's, weights and moments included."""
-        super().check_state(state, ("training", *parts))
-        if not self.training.fits(state["training"]):
-            raise ValueError(f"restore: not a state of {type(self).__name__} with {self.num_envs} rows")
-
 
 class MoEMetaOptEnv(SingleEnv):
     """
@@ -328,16 +313,6 @@ class MoEMetaOptEnv(SingleEnv):
         info = result[4]
         self._history.append((info["meta/accuracy"], info["meta/gate_rate"], info["meta/experts_rate"]))
         return result
-
-    def state(self) -> State:
-        """Copy of the full state, for forks of the training."""
-        return super().state() | {"history": list(self._history)}
-
-    def restore(self, state: State) -> np.ndarray:
-        """Restore a `state()` of an environment with the same arguments; returns its observation."""
-        observation = super().restore(state)
-        self._history = list(state["history"])
-        return observation
 
     def _picture(self) -> TrainingPicture:
         return TrainingPicture(self.vector.max_actions, self.vector.target, self._history)

@@ -84,7 +84,7 @@ class SteppedBatch(SingleEnv):
     def state(self) -> State:
         """Copy of the full state, for forks, undo and checkpoints."""
         self.vector.put_row(self._batch, self._position, self._unpaid, self._cost)
-        return super().state() | {"choices": list(self._choices)}
+        return super().state()
 
     def restore(self, state: State) -> np.ndarray:
         """Restore a `state()` of an environment with the same arguments; returns its observation."""

@@ -23,7 +23,7 @@ from experts.serving.control import (
     ServingPlan,
     must_send,
 )
-from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec, State
+from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
 from moe_envs.serving.observations import capacity, observed, parts_of
 from moe_envs.serving.picture import ServingPicture
 from moe_envs.serving.traffic import MOST_SECONDS, Traffic
@@ -45,6 +45,7 @@ class MoEServingVectorEnv(BatchedEnv):
     """MoEServing-v0 over `num_envs` servers at once; see `MoEServingEnv` for the problem and its arguments."""
 
     advice = {"plan": 4.0}
+    INNER = ("traffic",)
     STATE = ("now", "_last", "_waited", "worth", "rate", "_answered", "_in_time", "_ended")
 
     def __init__(
@@ -203,22 +204,6 @@ class MoEServingVectorEnv(BatchedEnv):
         allowed[:, WAITS] = self.may_wait() | self._ended
         return allowed
 
-    def state(self) -> State:
-        """Copy of the full state, for forks, undo and checkpoints."""
-        return super().state() | {"traffic": self.traffic.state()}
-
-    def restore(self, state: State) -> np.ndarray:
-        """Restore a `state()` of an environment with the same arguments; returns its observations."""
-        self.check_state(state)
-        self.traffic.restore(state["traffic"])
-        return super().restore(state)
-
-    def check_state(self, state: Any, parts: tuple[str, ...] = ()) -> None:
-        """As the base class's, arrivals included."""
-        super().check_state(state, ("traffic", *parts))
-        if not self.traffic.fits(state["traffic"]):
-            raise ValueError(f"restore: not a state of {type(self).__name__} with {self.num_envs} rows")
-
     def _observe(self) -> np.ndarray:
         observation = observed(self.seen(), self.plan)
         observation[self._ended] = 0
@@ -335,16 +320,6 @@ class MoEServingEnv(SingleEnv):
     def action_masks(self) -> np.ndarray:
         """Mask `[actions]` of allowed actions."""
         return np.asarray(self.vector.action_masks()[0])
-
-    def state(self) -> dict[str, Any]:
-        """Copy of the full state, for forks of the episode."""
-        return super().state() | {"history": list(self._history)}
-
-    def restore(self, state: dict[str, Any]) -> np.ndarray:
-        """Restore a `state()` of an environment with the same arguments; returns its observation."""
-        observation = super().restore(state)
-        self._history = list(state["history"])
-        return observation
 
     def _picture(self) -> ServingPicture:
         return ServingPicture(self._history, self.vector.seconds, self.vector.service.levels)
