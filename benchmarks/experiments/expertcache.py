@@ -20,8 +20,8 @@ from agents.baselines import expertcache as rules
 from agents.deploy.expertcache import CacheControl
 from benchmarks.experiments.offload import ALL, decoded
 from benchmarks.results.statistics import mean_interval
+from benchmarks.runner.kept import run_of
 from benchmarks.runner.setup import Arguments
-from cost.files import locked
 from cost.timing import torch_threads
 from experts.language import load
 from experts.offload import OffloadedModel
@@ -69,7 +69,7 @@ def measure(setup: ExpertCacheSetup, seed: int, split: str, folder: Path) -> tup
     kwargs = {name: getattr(setup, name) for name in fields}
     found = _tuned(setup.tune, **kwargs)
     makers: dict[str, Any] = {ALL: None, LRU: None} | {name: found[name] for name in KEPT}
-    makers["PPO"] = _trained(setup, seed, folder, kwargs)
+    makers["PPO"] = runs.load(run_of(folder, rules.ID, kwargs, seed, setup.timesteps))[0]
     env = MoEExpertCacheVectorEnv(1, split="test", **kwargs)
     stepped = env.stepped
     chosen = np.random.default_rng(seed).permutation(len(stepped.streams))[: setup.streams]
@@ -128,17 +128,6 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
 def _tuned(streams: int, **kwargs: Any) -> dict[str, Any]:
     """The rules, which do not depend on the seed."""
     return rules.baselines(rules.ID, streams=streams, **kwargs)
-
-
-def _trained(setup: ExpertCacheSetup, seed: int, folder: Path, kwargs: dict[str, Any]) -> Any:
-    sizes = f"{setup.weights}-{setup.capacity}-{setup.cost_weight:g}-{setup.tokens}-{setup.passages}"
-    place = folder / f"run-{Path(setup.model).name}-{sizes}-{setup.timesteps or 'all'}-{seed}"
-    with locked(place):
-        if not (place / runs.SETTINGS).exists():
-            more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
-            with torch_threads(1):
-                runs.train(rules.ID, "ppo", seed, place, kwargs, more, overwrite=True)
-    return runs.load(place)[0]
 
 
 def _decoded(

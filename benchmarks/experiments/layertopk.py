@@ -23,8 +23,8 @@ from agents.baselines import layertopk as rules
 from agents.baselines.layertopk import GRIDS
 from agents.deploy.layertopk import AdaptiveK
 from benchmarks.results.statistics import mean_interval
+from benchmarks.runner.kept import run_of
 from benchmarks.runner.setup import Arguments
-from cost.files import locked
 from cost.timing import torch_threads
 from experts.language import LanguageModel, find, load, passages
 from moe_envs.layertopk import MoELayerTopKVectorEnv
@@ -83,7 +83,7 @@ def measure(setup: LayerTopKSetup, seed: int, split: str, folder: Path) -> tuple
     makers: dict[str, Any] = {FULL: found[f"k = {model.settings.k}"]} | {name: found[name] for name in kept}
     makers |= {
         "Ada-K": adak.trained(rules.ID, seed, setup.adak, **kwargs),
-        "PPO": _trained(setup, seed, folder, kwargs),
+        "PPO": runs.load(run_of(folder, rules.ID, {**kwargs, "observation": "token"}, seed, setup.timesteps))[0],
     }
     env = MoELayerTopKVectorEnv(1, split="test", **kwargs)
     texts = env.stepped.passages
@@ -156,17 +156,6 @@ def _some(texts: passages.Passages, count: int) -> np.ndarray:
 def _tuned(passages: int, **kwargs: Any) -> dict[str, Any]:
     """The rules, which do not depend on the seed."""
     return rules.baselines(rules.ID, passages=passages, **kwargs)
-
-
-def _trained(setup: LayerTopKSetup, seed: int, folder: Path, kwargs: dict[str, Any]) -> Any:
-    of_setup = f"{Path(setup.model).name}-{setup.tokens}-{setup.cost_weight:g}-{setup.timesteps or 'all'}"
-    place = folder / f"run-{of_setup}-{seed}"
-    with locked(place):
-        if not (place / runs.SETTINGS).exists():
-            more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
-            with torch_threads(1):
-                runs.train(rules.ID, "ppo", seed, place, {**kwargs, "observation": "token"}, more, overwrite=True)
-    return runs.load(place)[0]
 
 
 def _decider(model: LanguageModel, maker: Any, ids: np.ndarray) -> Any:

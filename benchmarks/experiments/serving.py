@@ -17,16 +17,14 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from agents import runs
 from agents.baselines import serving as rules
 from agents.evaluate import evaluate
 from benchmarks.experiments.load import HOST, run_loop
 from benchmarks.programs.sender import request, send_all, send_at
 from benchmarks.programs.service import service
 from benchmarks.results.statistics import mean_interval
+from benchmarks.runner.kept import run_of
 from benchmarks.runner.setup import Arguments
-from cost.files import locked
-from cost.timing import torch_threads
 from experts.serving.arrivals import arrivals
 from moe_envs.serving import MoEServingVectorEnv
 
@@ -69,7 +67,7 @@ def measure(setup: ServingSetup, seed: int, split: str, folder: Path) -> tuple[d
                               "seconds": setup.episode, "model": setup.model}  # fmt: skip
     env = MoEServingVectorEnv(1, **kwargs)
     controllers = {DEFAULT: "plan"} | {name: _tuned(name, setup.tune, **kwargs) for name in setup.compared}
-    controllers[PPO] = f"policy:{_trained(setup, seed, folder, kwargs)}"
+    controllers[PPO] = f"policy:{run_of(folder, rules.ID, kwargs, seed, setup.timesteps)}"
     simulated = {name: _simulated(text, env, setup, kwargs) for name, text in controllers.items()}
     times = arrivals(setup.trace, setup.load * env.capacity, setup.seconds, np.random.default_rng(seed), "test")
     found = {name: _served(text, setup, times, env) for name, text in controllers.items()}
@@ -123,17 +121,6 @@ def _tuned(name: str, tries: int, **kwargs: Any) -> str:
     """The tuned rule as `moe-serve` takes it."""
     found = rules.tuned_rule(name, tries, **kwargs)
     return rules.text_of(name, found.about, MoEServingVectorEnv(1, **kwargs))
-
-
-def _trained(setup: ServingSetup, seed: int, folder: Path, kwargs: dict[str, Any]) -> Path:
-    words = [Path(setup.trace).stem, f"{setup.deadline:g}", f"{setup.cost_weight:g}", str(setup.timesteps or "all")]
-    place = folder / f"run-{Path(setup.model).name}-{'-'.join(words)}-{seed}"
-    with locked(place):
-        if not (place / runs.SETTINGS).exists():
-            more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
-            with torch_threads(1):
-                runs.train(rules.ID, "ppo", seed, place, kwargs, more, overwrite=True)
-    return place
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:

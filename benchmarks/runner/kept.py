@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agents import training, tuned
+from agents import runs, training, tuned
 from agents.checkpoints import MANIFEST
 from benchmarks.runner.experiments import RunnerError
-from cost.files import load_json, locked, save_json
+from cost.files import load_json, locked, save_json, sha256_of
+from cost.timing import torch_threads
 
 
 def policy_of(path: Path, env_id: str, env_kwargs: dict[str, Any], seed: int, timesteps: int | None = None) -> Any:
@@ -24,6 +26,18 @@ def policy_of(path: Path, env_id: str, env_kwargs: dict[str, Any], seed: int, ti
             agent.learn(settings["total_timesteps"])
             agent.save(path)
     return PPO.load(path)
+
+
+def run_of(folder: Path, env_id: str, env_kwargs: dict[str, Any], seed: int, timesteps: int | None = None) -> Path:
+    """The folder of a run of PPO with tuned settings, trained once for all runs of a matrix."""
+    said = json.dumps([env_id, env_kwargs, seed, timesteps], sort_keys=True)
+    place = folder / f"run-{sha256_of(said.encode())[:16]}"
+    with locked(place):
+        if not (place / runs.SETTINGS).exists():
+            more = {"total_timesteps": timesteps} if timesteps else {}
+            with torch_threads(1):
+                runs.train(env_id, "ppo", seed, place, env_kwargs, more, overwrite=True)
+    return place
 
 
 def found_once(path: Path, search: Callable[[], dict[str, Any]]) -> dict[str, Any]:

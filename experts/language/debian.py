@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from cost.arguments import one_line
 from cost.files import save_json, sha256_of
 from experts.data import DataError
 from experts.language.corpus import ABOUT
@@ -158,7 +159,8 @@ def _unpacked(package: str, folder: Path, about: dict[str, object]) -> Path:
     done = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True)
     found = sorted(folder.glob(f"{package}_*.deb"))
     if done.returncode or not found:
-        raise DataError(f"apt-get download {package} failed: {done.stderr.strip() or 'no file'}")
+        said = one_line(done.stderr.strip() or "no file")
+        raise DataError(f"apt-get download {package} failed: {said}; apt-get update makes the list of packages anew")
     place = folder / package
     subprocess.run(["dpkg-deb", "-x", found[0], place], check=True)
     copyright_file = place / "usr/share/doc" / package / "copyright"

@@ -204,9 +204,9 @@ class Batcher:
         """Give up requests that can no longer be answered in time."""
         hopeless = time.monotonic() + self._fastest
         for number, queue in enumerate(self._queues):
-            for asked in [each for each in queue if each.due < hopeless or each.answers.done()]:
-                queue.remove(asked)
-                self._rows[number] -= asked.rows
+            late = [each for each in queue if each.due < hopeless or each.answers.done()]
+            self._remove(number, late)
+            for asked in late:
                 if not asked.answers.done():
                     asked.answers.set_exception(DeadlineError("the deadline passed before an answer could be computed"))
 
@@ -222,9 +222,16 @@ class Batcher:
                 break
             taken.append(each)
             rows += each.rows
-            self._queues[each.number].remove(each)
-            self._rows[each.number] -= each.rows
+        for number in numbers:
+            self._remove(number, [each for each in taken if each.number == number])
         return taken
+
+    def _remove(self, number: int, asked: list[Waiting]) -> None:
+        """Take requests of a class out of its queue."""
+        if asked:
+            gone = set(map(id, asked))
+            self._queues[number] = deque(each for each in self._queues[number] if id(each) not in gone)
+            self._rows[number] -= sum(each.rows for each in asked)
 
     async def _run(self, batch: list[Waiting], level: int) -> None:
         inputs, begun = [row for each in batch for row in each.inputs], time.monotonic()

@@ -1,4 +1,4 @@
-"""What every request passes: API key, rate limit, request id, metrics, a line in the log, a span."""
+"""What every request passes: API key, rate limit, request id, metrics, a line in the log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import re
 import time
 import uuid
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,9 @@ class Gate:
 
         metrics = self.server.metrics
         try:
-            with metrics.flying.track_inprogress(), _span(path, identifier):
+            with metrics.flying.track_inprogress():
+                if trace is not None:  # the span is FastAPI's
+                    trace.get_current_span().set_attribute("request.id", identifier)
                 refused = None if path in OPEN else self._refused(headers, address)
                 await (refused or self.app)(scope, receive, answer)
         finally:
@@ -93,10 +94,3 @@ class Gate:
 
 def _answer(status: int, detail: str, headers: dict[str, str]) -> JSONResponse:
     return JSONResponse({"detail": detail}, status, headers)
-
-
-def _span(path: str, identifier: str) -> AbstractContextManager[Any]:
-    """An OpenTelemetry span, where the package is installed and set up."""
-    if trace is None:
-        return nullcontext()
-    return trace.get_tracer("moe-envs").start_as_current_span(path, attributes={"request.id": identifier})

@@ -141,3 +141,19 @@ def test_other_spellings_of_a_path_are_counted_alike() -> None:
         assert http._path(url) == "/predict"
     for url in (b"/predictX", b"*", b"\xff", b""):
         assert http._path(url) != "/predict"
+
+
+def test_each_request_is_a_span(app: Any) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    with listening(app) as (port, _):
+        _ask(port, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: seven\r\nConnection: close\r\n\r\n")
+    (span,) = (each for each in exporter.get_finished_spans() if each.parent is None)
+    assert (span.name, span.attributes["request.id"]) == ("GET /health", "seven")
