@@ -55,7 +55,7 @@ def _er(kind: Literal["fifo", "reservoir", "balanced"] = "reservoir", **more: An
 
 def _der(kind: Literal["reservoir", "balanced"] = "reservoir", **more: Any) -> Callable[[int], Strategy]:
     weight = more.pop("weight", 1.0)
-    return lambda buffer: Strategy(replay=Replay(kind, buffer, weight=weight, logits=0.3), **more)
+    return lambda buffer: Strategy(replay=Replay(kind, buffer, weight=weight, logits=0.3), all_classes=True, **more)
 
 
 def _small(batch_size: int = 32, **more: Any) -> Callable[[int], Strategy]:

@@ -105,7 +105,7 @@ class StreamLearner:
         strategy, network = self.strategy, self.network
         if strategy.distillation and self.task:
             self.snapshot = copy.deepcopy(network).requires_grad_(False)
-        network.add_classes(self.stream.classes_until(self.task))
+        network.add_classes(self.classes(self.task))
         x = self._inputs("train", self.task, slice(LOOKED_AT))
         with torch.no_grad():
             signature_D = network.features(x).mean(0)
@@ -245,7 +245,7 @@ class StreamLearner:
     def _new_network(self, task: int) -> ContinualNetwork:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._drawn(0))
-            return ContinualNetwork(self.encoding.decoded, self.stream.classes_until(task), self.shape)
+            return ContinualNetwork(self.encoding.decoded, self.classes(task), self.shape)
 
     def _drawn(self, use: int) -> int:
         """A seed for first weights of this task."""
@@ -268,6 +268,10 @@ class StreamLearner:
             return torch.optim.SGD(groups, lr=self.strategy.learning_rate, momentum=0.9)
         return torch.optim.AdamW(groups, lr=self.strategy.learning_rate, weight_decay=1e-4, fused=True)
 
+    def classes(self, task: int) -> int:
+        """Classes of the head in a task."""
+        return self.stream.num_classes if self.whole.all_classes else self.stream.classes_until(task)
+
     def per_epoch(self, task: int) -> int:
         """Steps of an epoch of a task."""
         return steps_of(len(self.stream.tasks[task]["train"][1]), self.strategy.batch_size)
@@ -285,6 +289,7 @@ def _fixed(strategy: Strategy) -> dict[str, object]:
     """What must not change between tasks."""
     replay, penalty = strategy.replay, strategy.regularizer
     return {
-        "side": strategy.side, "bits": strategy.bits, "regularizer": None if penalty is None else penalty.kind,
+        "side": strategy.side, "bits": strategy.bits, "all_classes": strategy.all_classes,
+        "regularizer": None if penalty is None else penalty.kind,
         "replay": None if replay is None else (replay.kind, replay.size, replay.only, bool(replay.logits)),
     }  # fmt: skip

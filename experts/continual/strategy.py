@@ -89,7 +89,9 @@ class Strategy:
     2016). `freezing` multiplies the learning rate of experts that earlier tasks use. `gate` adds to the gate's logits a
     learned vector of the task ("task", known at test in that scenario only) or of the tasks with similar features
     ("domain"). `asymmetric` lets the cross-entropy of new inputs compare the task's own classes only (ER-ACE, Caccia et
-    al. 2022). `balance` weights classes ("weights") or draws the replay evenly from them ("sampling").
+    al. 2022). With `all_classes` the head has the classes of all tasks from the start, as DER assumes: logits of
+    classes to come are kept and matched, too. `balance` weights classes ("weights") or draws the replay evenly from
+    them ("sampling").
 
     Inputs: images are shrunk to `side` pixels and stored with `bits` a pixel, in the replay and everywhere else, so
     that more fit the same bytes; `shift` moves training images by up to so many pixels. A task is `epochs` of batches
@@ -103,6 +105,7 @@ class Strategy:
     freezing: float = 1.0
     gate: Literal["input", "task", "domain"] = "input"
     asymmetric: bool = False
+    all_classes: bool = False
     balance: Literal["none", "weights", "sampling"] = "none"
     side: int | None = None
     bits: Literal[1, 2, 4, 8] = 8

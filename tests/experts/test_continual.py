@@ -336,7 +336,7 @@ def test_a_stream_is_learned_and_not_forgotten_with_replay(blobs: Stream) -> Non
         {"expansion": Expansion(2, 1.0, merge=True)}, {"expansion": Expansion(6, -1.0), "freezing": 0.1},
         {"gate": "domain"}, {"asymmetric": True, "replay": Replay(size=40)}, {"balance": "weights"},
         {"balance": "sampling", "replay": Replay(size=40)}, {"optimizer": "sgd", "learning_rate": 0.05},
-        {"precision": "bfloat16"},
+        {"precision": "bfloat16"}, {"all_classes": True, "replay": Replay(size=40, logits=0.5)},
     ],
     ids=str,
 )  # fmt: skip
