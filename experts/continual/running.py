@@ -36,8 +36,8 @@ def run(
     from it, and the result is written at the end. `scratch` also trains a new network on each task alone.
     `control(task, strategy)` gives the strategy of each task; it may change what a task learns by, not what is kept
     (`replay.kind`, `replay.size`, `replay.only`, whether logits are kept, `side`, `bits`, `all_classes`,
-    `regularizer.kind`). Accuracies are those of `split`, "validation" or "test". Raises `ValueError` for a strategy that does not fit the
-    stream, and `DataError` for a folder of another run.
+    `regularizer.kind`). Accuracies are those of `split`, "validation" or "test". Raises `ValueError` for a strategy
+    that does not fit the stream, and `DataError` for a folder of another run.
     """
     strategy, shape = strategy or Strategy(), shape or NetworkShape()
     if split not in ("validation", "test"):

@@ -421,7 +421,7 @@ def _stream() -> continual.Stream:
     return continual.Stream.of_arrays("tiny", [task, task])
 
 
-def _learned(folder: Path) -> continual.Result:
+def learn_stream(folder: Path) -> continual.Result:
     strategy = continual.Strategy(
         replay=continual.Replay("balanced", 6, batch_size=4, logits=0.1), epochs=1, batch_size=8, distillation=0.1,
         regularizer=continual.Penalty(samples=2), expansion=continual.Expansion(3, 1.0),
@@ -432,7 +432,7 @@ def _learned(folder: Path) -> continual.Result:
 
 def _use_learned(folder: Path) -> Any:
     kept = continual.Result.load(folder / "run" / RESULT)
-    again = _learned(folder)
+    again = learn_stream(folder)
     return again.accuracy.tolist(), kept.accuracy.tolist(), kept.bytes, kept.seconds, kept.tasks
 
 
@@ -495,7 +495,7 @@ KINDS: dict[str, Kind] = {
     "file of experts": Kind(("experts.offload.store",), _experts, _use_experts, (DataError,)),
     "exported model": Kind(("experts.serving.export",), _exported, _use_exported, (DataError,), _seal_json),
     "stream of tasks": Kind(
-        ("experts.continual.checkpoint", "experts.continual.result"), _learned, _use_learned, (DataError,),
+        ("experts.continual.checkpoint", "experts.continual.result"), learn_stream, _use_learned, (DataError,),
         lambda path: _seal_json(path) if path.suffix == ".json" else _seal_arrays(path),
     ),
     "estimator": Kind(("moe_envs.autorate.estimator",), _estimator, _use_estimator, (DataError,), _seal_json),

@@ -21,8 +21,10 @@ from benchmarks.runner import rows, runner
 from benchmarks.runner.matrix import Matrix
 from cost.files import save_json, write_text
 from experts import bundle
+from experts.continual import Result
+from experts.continual.running import RESULT
 from tests.attack.conftest import SCALE, Outcomes, some
-from tests.attack.kinds import ENV, KINDS, SHORT, build, row
+from tests.attack.kinds import ENV, KINDS, SHORT, build, learn_stream, row
 from tests.processes import Here
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "shutil.rmtree", "shutil.move"}
@@ -131,6 +133,9 @@ OPERATIONS = {
         lambda folder: [each.seed for each in rows.read(folder / "raw.jsonl")],
     ),
     "run": Operation(lambda folder: None, _train, _run_of),
+    "stream": Operation(
+        lambda folder: None, learn_stream, lambda folder: Result.load(folder / "run" / RESULT).accuracy.tolist()
+    ),
     "matrix": Operation(
         lambda folder: None, _matrix, lambda folder: sorted(each.seed for each in rows.read(folder / "raw.jsonl"))
     ),
@@ -161,7 +166,7 @@ def test_interrupts_between_changes_of_files(name: str, sign: int, attack: Outco
     assert status == 0, said
     new, changes = str(operation.look(folder)), int(said)
     assert changes > 1
-    every = {"bundle is replaced": 5, "run": max(1, changes // 3), "matrix": 4}.get(name, 1)
+    every = {"bundle is replaced": 12, "run": max(1, changes // 3), "matrix": 4}.get(name, 1)
     for number in some(range(changes), every):
         folder = fresh()
 
