@@ -32,11 +32,11 @@ def save(learner: StreamLearner, path: Path) -> None:
         arrays |= {f"buffer/{name}": torch.from_numpy(each) for name, each in learner.buffer.state().items()}
     if learner.importance is not None:
         arrays |= {f"importance/{name}": each for name, each in learner.importance.state().items()}
-    arrays |= {"used": torch.from_numpy(learner.used_TE), "slow": torch.from_numpy(learner.slow_E)}
+    arrays |= {"loads": torch.from_numpy(learner.loads_TE), "slow": torch.from_numpy(learner.slow_E)}
     arrays = {name: each.detach().contiguous().clone() for name, each in arrays.items()}
     said = json.dumps({
         "run": _digest(learner), "task": learner.task, "step": learner.step, "begun": learner.begun, "sizes": sizes,
-        "seconds": learner.seconds, "curves": learner.curves.content(),
+        "seconds": learner.seconds, "curves": learner.curves.content(), "chosen": learner.chosen,
     })  # fmt: skip
     write_bytes(path, to_bytes(arrays, sealed(arrays, said)))
 
@@ -72,10 +72,13 @@ def _take(learner: StreamLearner, said: dict[str, Any], arrays: dict[str, torch.
         learner.importance.restore(part("importance"), learner.network)
     learner.task, learner.step, learner.begun = int(said["task"]), int(said["step"]), bool(said["begun"])
     learner.seconds, learner.curves = float(said["seconds"]), Curves.of(said["curves"])
-    learner.used_TE, learner.slow_E = arrays["used"].numpy(), arrays["slow"].numpy()
+    learner.loads_TE, learner.slow_E, learner.chosen = arrays["loads"].numpy(), arrays["slow"].numpy(), said["chosen"]
+    choices = [learner.choice(task) for task in range(learner.task + learner.begun)]
+    if [as_content(each) for each in choices] != learner.chosen:
+        raise ValueError("its control chose other strategies: name another folder")
     if not learner.begun:
         return
-    learner.take(learner.whole if learner.control is None else learner.control(learner.task, learner.whole))
+    learner.take(choices[-1])
     learner.optimizer = learner.new_optimizer()
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, each in part("optimizer").items():

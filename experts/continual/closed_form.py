@@ -1,7 +1,7 @@
-"""Classifiers with a closed form, which learn a stream in one pass and forget nothing: the peers of replay.
+"""Classifiers with a closed form, the peers of replay: one pass over the features of a stream, and no forgetting.
 
 Streaming linear discriminant analysis (Hayes & Kanan 2020) keeps class means and one covariance; ridge regression on
-one-hot labels keeps two matrices of sums. Both give the same for any order of the inputs.
+one-hot labels keeps two matrices of sums. Given the features both are the same for any order of the inputs.
 
 Shape legend: n inputs, D features, C classes.
 """
@@ -23,6 +23,7 @@ from experts.continual.stream import Stream, flat
 from experts.threads import reproducible
 
 CHUNK = 2048  # inputs at once
+LEAST = 1e-9  # variance
 Features = Literal["pixels", "pca", "random", "trunk"]
 
 
@@ -52,6 +53,8 @@ class ClosedForm:
         shape: NetworkShape | None = None,
     ) -> Result:  # fmt: skip
         """Learn a stream; `strategy` and `shape` are those of the network whose trunk is used."""
+        if split not in ("validation", "test"):
+            raise ValueError(f"split={split!r} is not one of validation, test")
         with reproducible(seed):
             return self._run(stream, seed, split, strategy or Strategy(), shape or NetworkShape())
 
@@ -102,7 +105,7 @@ class _Sums:
         """Weights `[D, C]` and bias `[C]` of the discriminant; classes without inputs score minus infinity."""
         means = self.of_class / np.maximum(self.counts, 1)[:, None]
         within = (self.squares - (means.T * self.counts) @ means) / self.counts.sum()
-        eye = np.eye(len(within)) * np.trace(within) / len(within)
+        eye = np.eye(len(within)) * max(np.trace(within) / len(within), LEAST)
         weights = np.linalg.solve((1 - min(shrinkage, 1)) * within + shrinkage * eye, means.T)
         bias = -0.5 * (means.T * weights).sum(0)
         return weights, np.where(self.counts > 0, bias, -np.inf)
@@ -113,7 +116,7 @@ class _Sums:
         mean, share = self.of_class.sum(0) / total, self.counts / total
         squares = self.squares / total - np.outer(mean, mean)
         products = self.of_class.T / total - np.outer(mean, share)
-        held = shrinkage * np.trace(squares) / len(squares)
+        held = shrinkage * max(np.trace(squares) / len(squares), LEAST)
         weights = np.linalg.solve(squares + held * np.eye(len(squares)), products)
         return weights, np.where(self.counts > 0, share - mean @ weights, -np.inf)
 

@@ -35,7 +35,7 @@ class Encoding:
     def encode(self, inputs: np.ndarray) -> np.ndarray:
         """Rows `[n, bytes]` uint8 of images uint8, or the features themselves."""
         if len(self.shape) != 3:
-            return inputs
+            return np.ascontiguousarray(inputs)
         return np.concatenate([self._packed(part) for part in np.array_split(inputs, -(-len(inputs) // CHUNK))])
 
     def decode(self, rows: np.ndarray) -> torch.Tensor:

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from experts.continual.inputs import Encoding
 from experts.continual.network import ContinualNetwork
 from experts.continual.objective import Memory, Objective
 from experts.continual.penalties import Importance
-from experts.continual.result import Curves, Result
+from experts.continual.result import Curves, Result, as_content
 from experts.continual.strategy import NetworkShape, Strategy
 from experts.continual.stream import Stream, StreamBatch, steps_of
 
@@ -46,8 +47,9 @@ class StreamLearner:
         self.importance = Importance(strategy.regularizer) if strategy.regularizer else None
         self.snapshot: ContinualNetwork | None = None
         self.network = self._new_network(0)
-        self.used_TE: np.ndarray = np.zeros((0, shape.num_experts), bool)  # experts by earlier task
+        self.loads_TE: np.ndarray = np.zeros((0, shape.num_experts))  # of earlier tasks, when they ended
         self.slow_E: np.ndarray = np.zeros(shape.num_experts, bool)  # experts that learn at the rate of `freezing`
+        self.chosen: list[dict[str, Any]] = []  # strategies of the tasks so far
         self.curves = Curves()
         self.seconds = 0.0
         self.take(strategy)
@@ -58,10 +60,21 @@ class StreamLearner:
             raise ValueError(
                 f"the control changed what is kept in task {self.task}: {_fixed(strategy)}, not {_fixed(self.whole)}"
             )
+        if strategy.gate == "task" and self.stream.scenario != "task":
+            raise ValueError(
+                f"gate='task' needs the task at test: the scenario is {self.stream.scenario!r}, use gate='domain'"
+            )
+        if strategy.expansion and strategy.expansion.budget < self.shape.num_experts:
+            budget, count = strategy.expansion.budget, self.shape.num_experts
+            raise ValueError(f"expansion.budget={budget}: the network begins with {count} experts")
         self.strategy = strategy
         self.objective = Objective(self.stream, strategy, self.encoding)
         if self.importance and strategy.regularizer:
             self.importance.settings = strategy.regularizer
+
+    def choice(self, task: int) -> Strategy:
+        """The strategy of a task."""
+        return self.whole if self.control is None else self.control(task, self.whole)
 
     def run(self, progress: Callable[[float, str], object], save: Callable[[], None], save_every: int) -> None:
         """Learn from the present state to the end."""
@@ -88,7 +101,8 @@ class StreamLearner:
 
     def begin(self) -> None:
         """Grow the network for a task, before its first step."""
-        self.take(self.whole if self.control is None else self.control(self.task, self.whole))
+        self.take(self.choice(self.task))
+        self.chosen.append(as_content(self.strategy))
         if not self.only:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._drawn(1))
@@ -103,10 +117,11 @@ class StreamLearner:
 
     def _grow(self) -> None:
         strategy, network = self.strategy, self.network
+        self.snapshot = None
         if strategy.distillation and self.task:
             self.snapshot = copy.deepcopy(network).requires_grad_(False)
         network.add_classes(self.classes(self.task))
-        x = self._inputs("train", self.task, slice(LOOKED_AT))
+        x = self._some_inputs(LOOKED_AT)
         with torch.no_grad():
             signature_D = network.features(x).mean(0)
         similar = None
@@ -116,9 +131,10 @@ class StreamLearner:
             if float(cosine_T[similar]) < strategy.expansion.similarity:
                 similar = None
                 self._expand(x)
-        self.slow_E = np.asarray(self.used_TE.any(0))
+        used_TE = self.loads_TE >= USED / network.num_experts
+        self.slow_E = np.asarray(used_TE.any(0))
         if similar is not None:
-            self.slow_E &= ~self.used_TE[similar]
+            self.slow_E &= ~used_TE[similar]
         network.add_task(signature_D)
 
     def _expand(self, x: torch.Tensor) -> None:
@@ -130,18 +146,17 @@ class StreamLearner:
                 return
             self._merge(x)
         self.network.open(self.network.add_expert(), x)
-        self.used_TE = np.pad(self.used_TE, ((0, 0), (0, 1)))
+        self.loads_TE = np.pad(self.loads_TE, ((0, 0), (0, 1)))
 
     def _merge(self, x: torch.Tensor) -> None:
         """Make the two experts one that are most alike."""
         alike_EE = self.network.likeness(x).fill_diagonal_(-torch.inf)
         one, other = sorted(divmod(int(alike_EE.argmax()), len(alike_EE)))
-        self.network.merge(one, other, torch.tensor(self.curves.expert_load[-1]).mean(0))
-        left = [expert for expert in range(len(alike_EE)) if expert != other]
-        self.used_TE[:, one] |= self.used_TE[:, other]
-        self.used_TE = self.used_TE[:, left]
+        self.network.merge(one, other, torch.from_numpy(self.loads_TE).mean(0))
+        self.loads_TE[:, one] += self.loads_TE[:, other]
+        self.loads_TE = np.delete(self.loads_TE, other, 1)
         if self.importance:
-            self.importance.keep_experts(left)
+            self.importance.merge(one, other, self.network)
 
     def _batches(self) -> Iterator[StreamBatch]:
         """The batches of the task from the present step on; inputs that are only kept come once."""
@@ -158,7 +173,9 @@ class StreamLearner:
         if not self.only:
             memory = Memory(self.buffer, self.importance, self.snapshot)
             loss, logits = self.objective.new(self.network, memory, rows, batch.labels, batch.task, random)
-            self.curves.count(self.objective.of_task(logits, batch.task), batch.labels)
+            if self.step < self.per_epoch(self.task):
+                own = self.objective.of_task(logits, batch.task, masked=self.stream.scenario != "domain")
+                self.curves.count(own, batch.labels)
             self._descend(self.optimizer, loss, 1 - self.step / self.steps(self.task))
         if self.buffer is not None and self.step < self.per_epoch(self.task):
             self.buffer.add(rows, batch.labels, batch.task, random, None if logits is None else logits.numpy())
@@ -177,15 +194,17 @@ class StreamLearner:
         if self.only:
             self._retrain()
             return
-        x = self._inputs("train", self.task, slice(EVALUATED))
+        x = self._some_inputs(EVALUATED)
         tasks_BT = self.objective.tasks_of(self.network, x, self.task)
         if self.importance:
             generator = torch.Generator().manual_seed(self.number())
             with torch.enable_grad():
-                self.importance.update(self.network, x, tasks_BT, generator)
+                self.importance.update(
+                    self.network, x, tasks_BT, generator, lambda logits: self.objective.of_task(logits, self.task)
+                )
         self.network.signatures[self.task] = self.network.features(x).mean(0)
-        load_E = self.network(x, tasks_BT)[1].load.numpy()
-        self.used_TE = np.concatenate([self.used_TE, load_E[None] >= USED / len(load_E)])
+        load_E = self.network(x, tasks_BT)[1].load.double().numpy()
+        self.loads_TE = np.concatenate([self.loads_TE, load_E[None]])
 
     @torch.enable_grad()
     def _retrain(self) -> None:
@@ -238,6 +257,12 @@ class StreamLearner:
         other = StreamLearner(stream, plain, self.seed, self.shape, self.split)
         other.run(lambda share, text: None, lambda: None, 10**9)
         return [other.curves.online[0], other.curves.accuracy[0][0]]
+
+    def _some_inputs(self, count: int) -> torch.Tensor:
+        """A random part of the present task's training inputs."""
+        inputs, _ = self.stream.tasks[self.task]["train"]
+        rows = np.random.default_rng([self.seed, self.task, count]).permutation(len(inputs))[:count]
+        return self.objective.inputs(self.encoding.encode(inputs[rows]))
 
     def _inputs(self, split: str, number: int, rows: slice) -> torch.Tensor:
         return self.objective.inputs(self.encoding.encode(self.stream.tasks[number][split][0][rows]))

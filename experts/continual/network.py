@@ -17,6 +17,7 @@ from experts.graph import ExpertGraph
 from experts.layers import MoELayer, SwiGLU
 from experts.routers import Router, Routing, RoutingStatistics, make_router
 
+EXCLUDED = -1e9  # logit of a class that cannot be
 CLOSED = -1e4  # bias of the gate's logit of an expert that nothing reaches
 SHARPNESS = 20.0  # of the softmax over the similarities with tasks
 LIKENESS = 256  # inputs on which the outputs of experts are compared

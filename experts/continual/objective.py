@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from experts.continual.buffer import Buffer
 from experts.continual.inputs import Encoding, shifted
-from experts.continual.network import ContinualNetwork
+from experts.continual.network import EXCLUDED, ContinualNetwork
 from experts.continual.penalties import Importance
 from experts.continual.strategy import Strategy
 from experts.continual.stream import Stream
@@ -22,7 +22,6 @@ from experts.losses import load_balancing_loss
 
 BALANCE = 0.01  # weight of the load-balancing loss
 TEMPERATURE = 2.0  # of distillation
-EXCLUDED = -1e9  # logit of a class that cannot be
 
 
 class Memory(NamedTuple):
@@ -73,7 +72,7 @@ class Objective:
             loss = loss + replay.logits * _mismatch(matched, memory.buffer.logits[drawn[1]])
         if memory.snapshot is not None:
             known = self._known(memory.snapshot, x[: len(labels)], numbers[: len(labels)])
-            loss = loss + self.strategy.distillation * _divergence(own, known)
+            loss = loss + self.strategy.distillation * self._divergence(own, known, task)
         if memory.importance is not None and memory.importance.anchor:
             loss = loss + memory.importance.loss(network)
         return loss, own.detach()
@@ -133,6 +132,17 @@ class Objective:
         y = torch.from_numpy(buffer.labels[places].astype(np.int64))
         return F.cross_entropy(self.of_task(logits, buffer.tasks[places].astype(np.int64)), y)
 
+    def _divergence(self, logits: torch.Tensor, known: torch.Tensor, task: int) -> torch.Tensor:
+        """Kullback-Leibler divergence from a snapshot's classes; of each earlier task's where the task is given."""
+        groups: list[Any] = [slice(known.shape[1])]
+        if self.stream.scenario == "task":
+            groups = [list(each.classes) for each in self.stream.tasks[:task]]
+        total = logits.new_zeros(())
+        for group in groups:
+            now, before = ((each[:, group] / TEMPERATURE).log_softmax(-1) for each in (logits, known))
+            total = total + F.kl_div(now, before, log_target=True, reduction="batchmean") / len(groups)
+        return TEMPERATURE**2 * total
+
     @torch.no_grad()
     def _known(self, snapshot: ContinualNetwork, x: torch.Tensor, tasks: np.ndarray) -> torch.Tensor:
         found: torch.Tensor = snapshot(x, self.tasks_of(snapshot, x, tasks))[0]
@@ -144,10 +154,3 @@ def _mismatch(logits: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
     wanted = torch.from_numpy(kept)[:, : logits.shape[1]]
     known = ~wanted.isnan()
     return torch.where(known, logits - wanted.nan_to_num(), 0.0).square().sum() / known.sum().clamp_min(1)
-
-
-def _divergence(logits: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Kullback-Leibler divergence from a snapshot's classes."""
-    now = (logits[:, : known.shape[1]] / TEMPERATURE).log_softmax(-1)
-    before = (known / TEMPERATURE).log_softmax(-1)
-    return TEMPERATURE**2 * F.kl_div(now, before, log_target=True, reduction="batchmean")

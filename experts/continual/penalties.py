@@ -5,10 +5,12 @@ Only shared weights are held, those of trunk, gate and head; experts are free.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-from experts.continual.network import ContinualNetwork
+from experts.continual.network import EXCLUDED, ContinualNetwork
 from experts.continual.strategy import Penalty
 
 
@@ -36,20 +38,22 @@ class Importance:
         return 0.5 * self.settings.weight * total
 
     def update(
-        self, network: ContinualNetwork, x: torch.Tensor, tasks_BT: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
-        """Add the importances for inputs of a task that ends, each of its own gradient, and anchor the weights."""
+        self, network: ContinualNetwork, x: torch.Tensor, tasks_BT: torch.Tensor | None, generator: torch.Generator,
+        of_task: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+    ) -> None:  # fmt: skip
+        """Add the importances for inputs of a task that ends, each of its own gradient, and anchor the weights;
+        `of_task` takes other tasks' classes out of the logits, if any."""
         named = shared(network)
         found = {name: torch.zeros_like(weights) for name, weights in named.items()}
         rows = torch.randperm(len(x), generator=generator)[: self.settings.samples].tolist()
         for row in rows:
             tasks = None if tasks_BT is None else tasks_BT[row : row + 1]
-            logits, _ = network(x[row : row + 1], tasks)
+            logits = of_task(network(x[row : row + 1], tasks)[0])
             if self.settings.kind == "ewc":  # the Fisher information: labels are the model's own
                 label = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 value = F.cross_entropy(logits, label)
             else:
-                value = logits.square().sum()
+                value = logits[logits > EXCLUDED].square().sum()
             gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
             for name, gradient in zip(named, gradients, strict=True):
                 if gradient is not None:
@@ -60,13 +64,24 @@ class Importance:
                 values[tuple(slice(size) for size in old.shape)] += old
             self.importance[name], self.anchor[name] = values, named[name].detach().clone()
 
-    def keep_experts(self, left: list[int]) -> None:
-        """Drop the rows of experts that were merged away."""
-        for part in (self.importance, self.anchor):
-            for name in part:
-                if name in PER_EXPERT:
-                    rows = [expert for expert in left if expert < part[name].shape[PER_EXPERT[name]]]
-                    part[name] = part[name].index_select(PER_EXPERT[name], torch.tensor(rows))
+    @torch.no_grad()
+    def merge(self, one: int, other: int, network: ContinualNetwork) -> None:
+        """Follow two experts that became one: its importance is the sum of both, its anchor what it is now."""
+        named = shared(network)
+        for name, dimension in PER_EXPERT.items():
+            if name not in self.importance:
+                continue
+            held, anchor = (part[name].movedim(dimension, 0) for part in (self.importance, self.anchor))
+            if other >= len(held):  # it came after the last anchor
+                continue
+            left = [expert for expert in range(len(held)) if expert != other]
+            held = held.clone()
+            held[one] += held[other]
+            now = named[name].movedim(dimension, 0)[one]
+            anchor = anchor[left].clone()
+            anchor[one] = now[tuple(slice(size) for size in anchor[one].shape)]  # of the tasks known then
+            self.importance[name] = held[left].movedim(0, dimension).contiguous()
+            self.anchor[name] = anchor.movedim(0, dimension).contiguous()
 
     def state(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""

@@ -22,10 +22,11 @@ from experts.data import DataError
 class Result:
     """`accuracy [T, T]`: row i after task i, column j on task j; NaN above the diagonal.
 
-    `online [T]` is the accuracy on training batches before they are learned, `scratch` the same of a new network that
-    learns the task alone, and its accuracy on it, `[T, 2]`, if asked for. `expert_load [T, E]` is the share of each
-    task's choices that each expert gets in the end. `parameters`, `bytes_after` (of the network in float32, the replay
-    and the penalties), `experts` and `seconds` are lists of a value after each task.
+    `online [T]` is the accuracy on the batches of the first epoch before they are learned, among the task's own
+    classes, `scratch` the same of a new network that learns the task alone, and its accuracy on it, `[T, 2]`, if asked
+    for. `expert_load [T, E]` is the share of each task's choices that each expert gets in the end. `parameters`,
+    `bytes_after` (of the network in float32, the replay and the penalties), `experts` and `seconds` are lists of a
+    value after each task.
     """
 
     stream: str
@@ -174,5 +175,5 @@ def _plain(value: Any) -> Any:
 
 def as_content(settings: Any) -> dict[str, Any]:
     """A frozen configuration as JSON content."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    found: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=int))  # of numpy's whole numbers
     return found

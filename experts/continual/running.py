@@ -34,20 +34,20 @@ def run(
 
     With `folder` the state is written after each task and every `save_every` steps, a run that was interrupted goes on
     from it, and the result is written at the end. `scratch` also trains a new network on each task alone.
-    `control(task, strategy)` gives the strategy of each task; it may change what a task learns by, not what is kept
-    (`replay.kind`, `replay.size`, `replay.only`, whether logits are kept, `side`, `bits`, `all_classes`,
-    `regularizer.kind`). Accuracies are those of `split`, "validation" or "test". Raises `ValueError` for a strategy
-    that does not fit the stream, and `DataError` for a folder of another run.
+
+    `control(task, strategy)` gives the strategy of each task, called in their order, from the first one again when a
+    run goes on. It may change what a task learns by, not what is kept: `replay.kind`, `replay.size`, `replay.only`,
+    whether logits are kept, `side`, `bits`, `all_classes`, `regularizer.kind`. Accuracies are those of `split`,
+    "validation" or "test". Raises `ValueError` for a strategy that does not fit the stream, and `DataError` for a
+    folder of another run.
     """
     strategy, shape = strategy or Strategy(), shape or NetworkShape()
     if split not in ("validation", "test"):
         raise ValueError(f"split={split!r} is not one of validation, test")
-    if strategy.gate == "task" and stream.scenario != "task":
-        raise ValueError(f"gate='task' needs the task at test: the scenario is {stream.scenario!r}, use gate='domain'")
     if save_every < 1:
         raise ValueError(f"save_every={save_every}: must be at least 1")
     with reproducible(seed):
-        learner = StreamLearner(stream, strategy, seed, shape, split, control, scratch)
+        learner = StreamLearner(stream, strategy, int(seed), shape, split, control, scratch)
         if folder is None:
             learner.run(progress, lambda: None, save_every)
             return learner.result()

@@ -89,9 +89,9 @@ class Strategy:
     2016). `freezing` multiplies the learning rate of experts that earlier tasks use. `gate` adds to the gate's logits a
     learned vector of the task ("task", known at test in that scenario only) or of the tasks with similar features
     ("domain"). `asymmetric` lets the cross-entropy of new inputs compare the task's own classes only (ER-ACE, Caccia et
-    al. 2022). With `all_classes` the head has the classes of all tasks from the start, as DER assumes: logits of
-    classes to come are kept and matched, too. `balance` weights classes ("weights") or draws the replay evenly from
-    them ("sampling").
+    al. 2022), but for domains. With `all_classes` the head has the classes of all tasks from the start, as DER assumes:
+    logits of classes to come are kept and matched, too. `balance` weights the classes of new inputs ("weights") or
+    draws the replay evenly from classes ("sampling").
 
     Inputs: images are shrunk to `side` pixels and stored with `bits` a pixel, in the replay and everywhere else, so
     that more fit the same bytes; `shift` moves training images by up to so many pixels. A task is `epochs` of batches
@@ -131,8 +131,15 @@ class Strategy:
             _require_from("side", self.side, 4)
         if self.balance == "sampling" and self.replay is None:
             raise ValueError("balance='sampling' draws from the replay: set replay")
+        if self.replay is not None and self.replay.only:
+            plain = Strategy()
+            if idle := [name for name in _IDLE if getattr(self, name) != getattr(plain, name)]:
+                raise ValueError(f"replay.only=True learns from the replay alone, without {', '.join(idle)}")
+            if self.balance == "weights":
+                raise ValueError("balance='weights' is for new inputs, of which replay.only=True learns none")
 
 
+_IDLE = "regularizer", "expansion", "distillation", "freezing", "gate", "asymmetric"
 _CHOICES = {
     "gate": ("input", "task", "domain"),
     "balance": ("none", "weights", "sampling"),
@@ -144,7 +151,9 @@ _CHOICES = {
 @dataclass(frozen=True)
 class NetworkShape:
     """Of a `ContinualNetwork`: two strided convolutions in front ("conv", for images), a linear layer ("linear"), or
-    the one that fits the inputs ("auto"); then a layer of experts of `d_ff` hidden units over `d_model` features."""
+    the one that fits the inputs ("auto"); then a layer of experts of `d_ff` hidden units over `d_model` features.
+
+    The router is one that looks at each input alone: "topk", "top-p" or "sampled" of `experts.routers`."""
 
     trunk: Literal["auto", "conv", "linear"] = "auto"
     d_model: int = 64
@@ -157,6 +166,7 @@ class NetworkShape:
 
     def __post_init__(self) -> None:
         _require("trunk", self.trunk, ("auto", "conv", "linear"))
+        _require("router", self.router, ("topk", "top-p", "sampled"))
         for name in ("d_model", "d_ff", "num_experts", "k"):
             _require_from(name, getattr(self, name), 1)
         if self.k > self.num_experts:

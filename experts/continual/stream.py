@@ -82,6 +82,8 @@ class Stream:
         """
         made, start = list[StreamTask](), 0
         for number, splits in enumerate(tasks):
+            if any(labels.dtype.kind not in "iu" for _, labels in splits.values()):
+                raise ValueError(f"labels of task {number + 1} are not whole numbers")
             size = max(int(labels.max()) + 1 for _, labels in splits.values())
             moved = {split: (inputs, labels.astype(np.int64) + start) for split, (inputs, labels) in splits.items()}
             title = names[number] if names else f"task {number + 1}"
@@ -104,7 +106,7 @@ class Stream:
         return 1 + max(label for each in self.tasks[: task + 1] for label in each.classes)
 
     def batches(self, task: int, batch_size: int, *, seed: int, epoch: int = 0) -> Iterator[StreamBatch]:
-        """One epoch of a task's training data in random order; a last batch of less than half the size is left out."""
+        """One epoch of a task's training data in random order; the last batch may be smaller."""
         inputs, labels = self.tasks[task]["train"]
         order = np.random.default_rng([seed, task, epoch]).permutation(len(labels))
         for step in range(steps_of(len(labels), batch_size)):
@@ -132,7 +134,7 @@ class Stream:
 
 def steps_of(count: int, batch_size: int) -> int:
     """Batches of an epoch of `count` inputs."""
-    return max(1, (count + batch_size // 2) // batch_size)
+    return -(-count // batch_size)
 
 
 def load(
@@ -143,7 +145,7 @@ def load(
     `scenario` is "class" unless all tasks of the stream have the same classes, then it is "domain". `order` is the seed
     of another order of the classes (or of the domains); with None they are in the order of their labels. `folder` holds
     the data sets of `cifar10-cifar100-tinyimagenet`. Raises `ValueError` for an unknown name or a scenario that the
-    stream does not have, and `DataError` for absent data.
+    stream does not have, or an order of a sequence of data sets, and `DataError` for absent data.
     """
     if name not in NAMES:
         raise ValueError(f"unknown stream {name!r}; there are {', '.join(NAMES)}")
@@ -157,6 +159,8 @@ def load(
     if name.startswith("split-"):
         source, sizes = SPLIT_STREAMS[name]
         return _split(name, source, sizes, scenario, order)
+    if order is not None:
+        raise ValueError(f"order={order}: the data sets of {name} have one order")
     parts = [("digits", range(10)), ("fashion-mnist", range(5)), ("fashion-mnist", range(5, 10))]
     if name == LARGE:
         return Stream.of_arrays(name, _large(folder), scenario, ("CIFAR-10", "CIFAR-100", "TinyImageNet"))
@@ -183,6 +187,8 @@ def _check(task: StreamTask, first: StreamTask) -> None:
     shape, dtype = first["train"][0].shape[1:], first["train"][0].dtype
     for split, (inputs, labels) in task.splits.items():
         what = f"{split} of {task.name}"
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise ValueError(f"{what} has labels {labels.shape} {labels.dtype}: whole numbers [n] are needed")
         if len(inputs) != len(labels) or not len(labels):
             raise ValueError(f"{what} has {len(inputs)} inputs and {len(labels)} labels")
         if inputs.shape[1:] != shape or inputs.dtype != dtype:
@@ -190,6 +196,8 @@ def _check(task: StreamTask, first: StreamTask) -> None:
         if (inputs.ndim, inputs.dtype) not in {(4, np.dtype(np.uint8)), (2, np.dtype(np.float32))}:
             raise ValueError(f"{what} has inputs {inputs.shape} {inputs.dtype}: images [n, channels, side, side] uint8 "
                              "or features [n, d] float32 are needed")  # fmt: skip
+        if inputs.ndim == 4 and inputs.shape[2] != inputs.shape[3]:
+            raise ValueError(f"{what} has images of {inputs.shape[2]} x {inputs.shape[3]} pixels: they must be square")
         if inputs.dtype == np.float32 and not np.isfinite(inputs).all():
             raise ValueError(f"{what} has inputs that are not finite")
         if not set(np.unique(labels)) <= set(task.classes):
@@ -239,12 +247,13 @@ def _split(name: str, source: str, sizes: tuple[int, ...], scenario: Scenario, o
 
 
 def _of_domains(name: str, source: str, kind: str, order: int | None) -> Stream:
-    changes = _rotations() if kind == "rotated" else _corruptions()
-    names = list(changes)
+    makers = {split: _rotations() if kind == "rotated" else _corruptions(number)
+              for number, split in enumerate(SPLITS)}  # fmt: skip
+    names = list(makers["train"])
     if order is not None:
         names = np.random.default_rng(order).permutation(names).tolist()
     whole = _source(source)
-    tasks = [{split: (changes[each](x), y) for split, (x, y) in whole.items()} for each in names]
+    tasks = [{split: (makers[split][each](x), y) for split, (x, y) in whole.items()} for each in names]
     return Stream.of_arrays(name, tasks, "domain", names)
 
 
@@ -257,12 +266,12 @@ def _rotations() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     return {f"{angle} degrees": by(angle) for angle in ANGLES}
 
 
-def _corruptions() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+def _corruptions(seed: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Some of Hendrycks & Dietterich (2019), simplified."""
     from scipy.ndimage import gaussian_filter
 
     def noisy(images: np.ndarray) -> np.ndarray:
-        noise = np.random.default_rng(0).normal(0, 60, images.shape)
+        noise = np.random.default_rng(seed).normal(0, 60, images.shape)
         return (images + noise).clip(0, 255).round().astype(np.uint8)
 
     def hidden(images: np.ndarray) -> np.ndarray:

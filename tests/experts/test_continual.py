@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from experts.continual import ClosedForm, Expansion, NetworkShape, Penalty, Replay, Result, Strategy, Stream, load, run
+from experts.continual import (
+    ClosedForm,
+    Expansion,
+    NetworkShape,
+    Penalty,
+    Replay,
+    Result,
+    Strategy,
+    Stream,
+    StreamTask,
+    load,
+    run,
+)
 from experts.continual.buffer import Buffer
 from experts.continual.inputs import Encoding, shifted
 from experts.continual.learner import StreamLearner
@@ -323,7 +335,7 @@ def test_a_stream_is_learned_and_not_forgotten_with_replay(blobs: Stream) -> Non
     assert kept.final > 0.75
     assert kept.forgetting < 0.3
     assert np.isnan(kept.accuracy[0, 1:]).all()
-    assert kept.online[0] > 0.7
+    assert kept.online[0] > 0.55
 
 
 @pytest.mark.parametrize(
@@ -475,6 +487,127 @@ def test_a_known_task_helps_a_closed_form(blobs: Stream) -> None:
     given = Stream(blobs.name, "task", blobs.tasks)
     found = ClosedForm("slda", "trunk").run(given, strategy=QUICK, shape=SMALL)
     assert found.final > ClosedForm("slda", "trunk").run(blobs, strategy=QUICK, shape=SMALL).final
+
+
+# what a reviewer found
+
+
+def test_test_data_do_not_steer_what_is_learned(blobs: Stream) -> None:
+    """Merging weights experts by their load; that is of training inputs."""
+    turned = [StreamTask(task.name, task.classes, {**task.splits, "test": (-task["test"][0], task["test"][1])})
+              for task in blobs.tasks]  # fmt: skip
+    strategy = replace(QUICK, expansion=Expansion(3, 1.0, merge=True), replay=Replay(size=20))
+    found = [run(stream, strategy, 1, shape=SMALL).online for stream in (blobs, Stream("x", "class", tuple(turned)))]
+    np.testing.assert_array_equal(*found)
+
+
+def test_online_accuracy_is_of_the_first_epoch(blobs: Stream) -> None:
+    learner = StreamLearner(blobs, replace(QUICK, epochs=3), 0, SMALL)
+    seen = list[int]()
+    learner.curves.count = lambda logits, labels: seen.append(len(labels))  # type: ignore[method-assign]
+    learner.run(lambda share, text: None, lambda: None, 1000)
+    assert sum(seen) == sum(len(task["train"][1]) for task in blobs.tasks)
+
+
+def test_a_small_task_is_kept_whole() -> None:
+    random = np.random.default_rng(0)
+    task = {
+        split: (random.random((23, 3), dtype=np.float32), np.arange(23) % 2)
+        for split in ("train", "validation", "test")
+    }
+    stream = Stream.of_arrays("small", [task, task])
+    learner = StreamLearner(stream, replace(QUICK, replay=Replay("balanced", None, only=True)), 0, SMALL)
+    learner.run(lambda share, text: None, lambda: None, 1000)
+    assert learner.buffer is not None
+    assert len(learner.buffer) == 46
+
+
+def test_a_control_that_changed_is_refused_and_one_with_a_state_goes_on(blobs: Stream, tmp_path: Path) -> None:
+    def rising() -> Any:
+        count = [0]
+
+        def control(task: int, given: Strategy) -> Strategy:
+            count[0] += 1
+            return replace(given, learning_rate=0.01 * count[0])
+
+        return control
+
+    def stops(share: float, text: str) -> None:
+        if share >= 0.5:
+            raise Killed
+
+    whole = run(blobs, QUICK, 0, shape=SMALL, control=rising())
+    with pytest.raises(Killed):
+        run(blobs, QUICK, 0, shape=SMALL, control=rising(), folder=tmp_path, progress=stops)
+    with pytest.raises(DataError, match="chose other strategies"):
+        run(blobs, QUICK, 0, shape=SMALL, folder=tmp_path)
+    found = run(blobs, QUICK, 0, shape=SMALL, control=rising(), folder=tmp_path)
+    np.testing.assert_array_equal(found.accuracy, whole.accuracy)
+
+
+def test_a_control_cannot_give_the_task_away(blobs: Stream) -> None:
+    with pytest.raises(ValueError, match="needs the task at test"):
+        run(blobs, QUICK, shape=SMALL, control=lambda task, given: replace(given, gate="task"))
+
+
+@pytest.mark.parametrize("kind", ["ewc", "mas"])
+def test_a_merged_expert_is_held_where_it_is(kind: Any) -> None:
+    made, x = network(), torch.randn(20, 6)
+    importance = Importance(Penalty(kind, 1.0, samples=10))
+    importance.update(made, x, torch.ones(20, 1), torch.Generator().manual_seed(0))
+    both = importance.importance["gate_bias"][0] + importance.importance["gate_bias"][2]
+    made.merge(0, 2, torch.tensor([0.3, 0.4, 0.3]))
+    importance.merge(0, 2, made)
+    assert float(importance.loss(made).detach()) == 0
+    assert torch.allclose(importance.importance["gate_bias"][0], both)
+    assert importance.importance["task_bias"].shape == (1, 2)
+
+
+def test_a_known_task_holds_only_its_own_head(blobs: Stream) -> None:
+    given = Stream(blobs.name, "task", blobs.tasks[:2])
+    learner = StreamLearner(given, replace(QUICK, regularizer=Penalty(samples=30)), 0, SMALL)
+    learner.run(lambda share, text: None, lambda: None, 1000)
+    assert learner.importance is not None
+    alone = StreamLearner(
+        Stream("x", "task", blobs.tasks[:1]), replace(QUICK, regularizer=Penalty(samples=30)), 0, SMALL
+    )
+    alone.run(lambda share, text: None, lambda: None, 1000)
+    assert alone.importance is not None
+    first, both = (each.importance.importance["head.bias"] for each in (alone, learner))  # type: ignore[union-attr]
+    assert torch.allclose(both[:2], first)
+
+
+def test_one_input_of_each_class_has_a_closed_form() -> None:
+    x, y = np.zeros((2, 3), np.float32), np.array([0, 1])
+    stream = Stream.of_arrays("one", [dict.fromkeys(("train", "validation", "test"), (x, y))])
+    for kind in ("slda", "ridge"):
+        assert ClosedForm(kind, "pixels").run(stream).final == 0.5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x, y[:, None]), "whole numbers"), (lambda x, y: (x, y + 0.5), "whole numbers"),
+        (lambda x, y: (np.zeros((4, 1, 8, 12), np.uint8), y), "must be square"),
+    ],
+)  # fmt: skip
+def test_data_that_would_be_misread_are_refused(change: Any, message: str) -> None:
+    splits = dict.fromkeys(
+        ("train", "validation", "test"), change(np.zeros((4, 3), np.float32), np.array([0, 1, 0, 1]))
+    )
+    with pytest.raises(ValueError, match=message):
+        Stream.of_arrays("own", [splits])
+
+
+def test_what_a_replay_alone_would_ignore_is_refused() -> None:
+    only = Replay(only=True)
+    for change in ({"freezing": 0.1}, {"asymmetric": True}, {"balance": "weights"}, {"gate": "domain"}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            Strategy(replay=only, **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="budget=1"):
+        run(load("split-digits"), Strategy(expansion=Expansion(1)), shape=SMALL)
+    with pytest.raises(ValueError, match="have one order"):
+        load("digits-fashion-mnist", order=1)
 
 
 def test_forgetting_by_hand() -> None:
