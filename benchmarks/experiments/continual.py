@@ -116,6 +116,11 @@ METHODS: dict[str, Method] = {
     "DER++": Method(_der(), (0.1, 1.0), _set_logits),
     "DER++, ACE, shift": Method(_der("balanced", asymmetric=True, shift=2), (0.1, 1.0), _set_logits),
     "GDumb": Method(lambda buffer: Strategy(replay=Replay("balanced", buffer, only=True)), (64, 96), _set_replayed),
+    "GDumb, small images": Method(
+        lambda buffer: Strategy(
+            replay=Replay("balanced", MORE * buffer, only=True), side=SMALL_SIDE, bits=SMALL_BITS
+        ), (64, 96), _set_replayed,
+    ),
     "ER-ACE, small images": Method(_small(), (64,), _set_replayed),
     "together": Method(_small(64, expansion=GROWING, freezing=0.1), (1.0,), _set_freezing),
     "SLDA, pixels": _closed("slda", "pixels"),
