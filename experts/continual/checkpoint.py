@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 from cost.arguments import one_line
 from cost.files import read_arrays, sealed, sha256_of, write_bytes
 from experts.continual.learner import StreamLearner
-from experts.continual.network import empty_like
+from experts.continual.network import of_weights
 from experts.continual.result import Curves, as_content
 from experts.data import DataError
 
@@ -21,13 +21,11 @@ def save(learner: StreamLearner, path: Path) -> None:
     """Write the state of a run."""
     network = learner.network
     arrays: dict[str, torch.Tensor] = {f"network/{name}": each for name, each in network.state_dict().items()}
-    sizes = {"network": network.sizes()}
     if learner.begun:
         for number, state in learner.optimizer.state_dict()["state"].items():
             arrays |= {f"optimizer/{number}/{name}": torch.as_tensor(each) for name, each in state.items()}
     if learner.snapshot is not None:
         arrays |= {f"snapshot/{name}": each for name, each in learner.snapshot.state_dict().items()}
-        sizes["snapshot"] = learner.snapshot.sizes()
     if learner.buffer is not None:
         arrays |= {f"buffer/{name}": torch.from_numpy(each) for name, each in learner.buffer.state().items()}
     if learner.importance is not None:
@@ -35,7 +33,7 @@ def save(learner: StreamLearner, path: Path) -> None:
     arrays |= {"loads": torch.from_numpy(learner.loads_TE), "slow": torch.from_numpy(learner.slow_E)}
     arrays = {name: each.detach().contiguous().clone() for name, each in arrays.items()}
     said = json.dumps({
-        "run": _digest(learner), "task": learner.task, "step": learner.step, "begun": learner.begun, "sizes": sizes,
+        "run": _digest(learner), "task": learner.task, "step": learner.step, "begun": learner.begun,
         "seconds": learner.seconds, "curves": learner.curves.content(), "chosen": learner.chosen,
     })  # fmt: skip
     write_bytes(path, to_bytes(arrays, sealed(arrays, said)))
@@ -61,11 +59,9 @@ def _take(learner: StreamLearner, said: dict[str, Any], arrays: dict[str, torch.
         return {key[len(name) + 1 :]: each for key, each in arrays.items() if key.startswith(f"{name}/")}
 
     inputs = learner.encoding.decoded
-    learner.network = empty_like(inputs, learner.shape, said["sizes"]["network"])
-    learner.network.load_state_dict(part("network"))
-    if "snapshot" in said["sizes"]:
-        learner.snapshot = empty_like(inputs, learner.shape, said["sizes"]["snapshot"]).requires_grad_(False)
-        learner.snapshot.load_state_dict(part("snapshot"))
+    learner.network = of_weights(inputs, learner.shape, part("network"))
+    if snapshot := part("snapshot"):
+        learner.snapshot = of_weights(inputs, learner.shape, snapshot).requires_grad_(False)
     if learner.buffer is not None:
         learner.buffer.restore({name: each.numpy() for name, each in part("buffer").items()})
     if learner.importance is not None:

@@ -149,16 +149,14 @@ class ContinualNetwork(nn.Module):
         self.gate_bias = nn.Parameter(bias_E.detach().clone())
         self.task_bias = nn.Parameter(task_bias_TE.detach().clone().contiguous())
 
-    def sizes(self) -> dict[str, int]:
-        """What `empty_like` needs to make a network for this one's `state_dict`."""
-        return {"experts": self.num_experts, "classes": self.num_classes, "tasks": len(self.signatures)}
 
-
-def empty_like(inputs: tuple[int, ...], shape: NetworkShape, sizes: dict[str, int]) -> ContinualNetwork:
-    """A network of these sizes, to load weights into."""
-    network = ContinualNetwork(inputs, sizes["classes"], shape, sizes["experts"])
-    network.signatures = torch.zeros(sizes["tasks"], shape.d_model)
-    network.task_bias = nn.Parameter(torch.zeros(sizes["tasks"], sizes["experts"]))
+def of_weights(inputs: tuple[int, ...], shape: NetworkShape, weights: dict[str, torch.Tensor]) -> ContinualNetwork:
+    """The network of a `state_dict`; raises `RuntimeError` or `KeyError` for weights that do not fit."""
+    experts, classes = len(weights["gate_bias"]), len(weights["head.bias"])
+    network = ContinualNetwork(inputs, classes, shape, experts)
+    network.signatures = torch.zeros_like(weights["signatures"])
+    network.task_bias = nn.Parameter(torch.zeros_like(weights["task_bias"]))
+    network.load_state_dict(weights)
     return network
 
 
