@@ -9,6 +9,7 @@ FLOORS = {
     "moe_envs": 90,
     "cost": 85,
     "experts": 85,
+    "experts/continual": 85,
     "agents": 90,
     "benchmarks": 85,
     "benchmarks/experiments/models": 85,

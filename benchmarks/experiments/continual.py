@@ -157,13 +157,14 @@ QUICK = {
 
 class ContinualSetup(Arguments):
     """`buffer` counts raw images; `rates` are the learning rates to try; `epochs` are those of each task, 8 for the
-    digits and 2 for others by default."""
+    digits and 2 for others by default. `scratch` also trains a new network on each task, for the forward transfer."""
 
     stream: Literal["split-digits", "split-fashion-mnist"] | str = "split-fashion-mnist"
     method: Literal["ER", "DER++"] | str = "ER"
     buffer: int = 200
     epochs: int | None = None
     rates: list[float] = list(RATES)
+    scratch: bool = False
 
 
 Setup = ContinualSetup
@@ -185,7 +186,7 @@ def check(setups: dict[str, ContinualSetup], splits: list[str]) -> None:
 def measure(setup: ContinualSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Learn once with tuned settings; accuracies on test."""
     rate, weight, tried = _tuned(setup, folder)
-    found = _run(setup, rate, weight, seed, "test")
+    found = _run(setup, rate, weight, seed, "test", setup.scratch)
     row = found.summary()
     seconds = row.pop("seconds")
     return row | {
@@ -204,14 +205,15 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             tables.setdefault(title, []).append({
                 "method": method, "accuracy": float(values.mean()), "95 %": seeds_interval(values),
                 "forgetting": float(runs["forgetting"].mean()),
-                "online accuracy": _mean(runs, "online accuracy"),
+                "online accuracy": _mean(runs, "online accuracy"), "transfer": _mean(runs, "transfer"),
                 "experts": float(runs["experts"].mean()),
                 "kB": float(runs["bytes"].mean()) / 1e3, "seconds": float(runs["seconds"].mean()),
             })  # fmt: skip
     return {"tables": tables, "notes": [
         "Accuracy: mean over the tasks after the last one, on test. Forgetting: mean over tasks of the best accuracy "
         "before minus the last one. kB: network, replay, penalties and statistics. Seconds: of one thread. Online "
-        "accuracy: on batches before they are learned, among the task's own classes.",
+        "accuracy: on batches before they are learned, among the task's own classes. Transfer: that "
+        "minus the one of a network that begins with the task (--set scratch=true).",
     ]}  # fmt: skip
 
 
@@ -292,12 +294,14 @@ def _loaded(name: str) -> Stream:
     return load(name)
 
 
-def _run(setup: ContinualSetup, rate: float, weight: float | None, seed: int, split: str) -> Result:
+def _run(
+    setup: ContinualSetup, rate: float, weight: float | None, seed: int, split: str, scratch: bool = False
+) -> Result:
     method, stream = METHODS[setup.method], _loaded(setup.stream)
     learned = method.of(setup.buffer)
     if weight is not None:
         learned = method.weighted(learned, weight)
     epochs = (8 if setup.stream == "split-digits" else 2) if setup.epochs is None else setup.epochs
     if isinstance(learned, Strategy):
-        return run(stream, replace(learned, learning_rate=rate, epochs=epochs), seed, split=split)
+        return run(stream, replace(learned, learning_rate=rate, epochs=epochs), seed, split=split, scratch=scratch)
     return learned.run(stream, seed, split=split, strategy=Strategy(learning_rate=rate, epochs=epochs))

@@ -489,6 +489,23 @@ def test_a_known_task_helps_a_closed_form(blobs: Stream) -> None:
     assert found.final > ClosedForm("slda", "trunk").run(blobs, strategy=QUICK, shape=SMALL).final
 
 
+def test_images_go_through_convolutions_and_components(digits: Stream) -> None:
+    strategy = replace(QUICK, epochs=6, replay=Replay(size=60))
+    for stream in (digits, digits.pca(12)):
+        found = run(stream, strategy, shape=NetworkShape(d_model=16, d_ff=8))
+        assert found.final > 0.4  # of ten classes, from 24 images each
+    assert digits.pca(12).shape == (12,)
+    with pytest.raises(ValueError, match="trunk='conv' is for images"):
+        run(digits.pca(12), strategy, shape=NetworkShape(trunk="conv"))
+
+
+@pytest.mark.needs_data
+def test_data_sets_follow_each_other() -> None:
+    stream = load("digits-fashion-mnist")
+    assert [task.classes for task in stream.tasks] == [tuple(range(10)), tuple(range(10, 15)), tuple(range(15, 20))]
+    assert load("split-fashion-mnist-433").classes_until(1) == 7
+
+
 # what a reviewer found
 
 
