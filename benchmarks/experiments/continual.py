@@ -242,9 +242,11 @@ def _heatmap(frame: pd.DataFrame, out: Path) -> list[str]:
         return []
     groups = list(shown.groupby(["stream", "buffer"], sort=False))
     figure = Figure((3.2 * len(groups), 3.4), layout="constrained")
-    for axis, ((stream, buffer), runs) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        mean_TE = np.mean([np.array(load) for load in runs["expert load"]], axis=0)
-        image = axis.imshow(mean_TE, vmin=0, vmax=1, cmap="viridis")
+    means = [np.mean([np.array(load) for load in runs["expert load"]], axis=0) for _, runs in groups]
+    most = max(mean_TE.max() for mean_TE in means)
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axis, mean_TE, ((stream, buffer), runs) in zip(axes, means, groups, strict=True):
+        image = axis.imshow(mean_TE, vmin=0, vmax=most, cmap="viridis")
         axis.set(xlabel="expert", ylabel="task", title=f"{stream}\n{buffer} images, {len(runs)} seeds")
         axis.title.set_fontsize(8)
     figure.colorbar(image, ax=figure.axes, label="share of the task's choices")
