@@ -23,6 +23,7 @@ from experts.continual import Expansion, NetworkShape, Replay, Strategy, Stream,
 from experts.continual.result import Result
 
 WORTH = 0.02  # accuracy over the best schedule from which on an environment is worth building
+NOISY = ", wrong labels"
 KINDS = "known length", "unknown length", "recurring", "raw images"
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -73,12 +74,15 @@ CONSTANTS = (
 
 
 def measure(setup: HeadroomSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Accuracies `[contexts, candidates]` of the runs that choose, and of the run that judges."""
+    """Accuracies `[contexts, candidates]` of the runs that choose, and of the run that judges; the last candidates of a
+    recurring stream are the constants, but for a rate of 0 in segments with wrong labels: what a perfect detector does.
+    """
     chosen, judged = [], []
     for number in range(setup.contexts):
         context = seed * setup.contexts + number
         stream = _stream(setup, context)
         candidates = _candidates(setup, len(stream.tasks))
+        candidates += _informed(setup, stream)
         runs = np.array(
             [[_value(setup, stream, each, 100 * context + again, "test" if again == setup.selecting else "validation")
               for each in candidates] for again in range(setup.selecting + 1)]
@@ -92,10 +96,11 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
     """The best constant, the best schedule for all contexts, and the best one of each context."""
     rows = []
     for setup, group in frame.groupby("setup", sort=False):
-        by, judged = (np.array(group[name].tolist()) for name in ("chosen by", "judged by"))  # [seeds, contexts, S]
-        constant, schedule = (
-            _of_other_seeds(by, judged, among) for among in (int(group["constants"].iloc[0]), by.shape[2])
-        )
+        every = [np.array(group[name].tolist()) for name in ("chosen by", "judged by")]  # [seeds, contexts, S]
+        constants = int(group["constants"].iloc[0])
+        ends = constants + int(group["schedules"].iloc[0])
+        by, judged = (each[..., :ends] for each in every)
+        constant, schedule = (_of_other_seeds(by, judged, among) for among in (constants, ends))
         best = by.argmax(2)
         hindsight = np.take_along_axis(judged, best[..., None], 2)[..., 0].mean(1)
         promised = by.max(2).mean(1)
@@ -108,12 +113,14 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             "headroom, 95 %": seeds_interval(gain),
             "headroom, at most": float((promised - chosen).mean()),
             "worth it": _verdict(float(gain.mean()), float((promised - chosen).mean())),
+            **_knowing(every[0][..., ends:], every[1][..., ends:], schedule),
         })  # fmt: skip
     return {"tables": {"Accuracy": rows}, "notes": [
         "Accuracy after the last task; with unknown length its mean over time. Best constant and best schedule are "
         "chosen by the other seeds, whose contexts differ, and judged by this one. Headroom: best schedule of each "
         "context, chosen on validation and judged on test, minus the best schedule: a lower bound. At most: both on "
-        f"validation, by the runs that choose. Worth it: yes if the lower is {WORTH:g}, no if the upper is less.",
+        f"validation, by the runs that choose. Worth it: yes if the lower is {WORTH:g}, no if the upper is less. "
+        "Detector: the best constant with a rate of 0 in the segments with wrong labels.",
     ]}  # fmt: skip
 
 
@@ -135,6 +142,14 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     axis.legend()
     figure.savefig(out / "headroom.png", dpi=120)
     return ["headroom.png"]
+
+
+def _knowing(by: np.ndarray, judged: np.ndarray, schedule: np.ndarray) -> dict[str, Any]:
+    """Gain of a constant that knows which segments have wrong labels over the best schedule."""
+    if not by.shape[2]:
+        return {"detector - schedule": None, "detector - schedule, 95 %": None}
+    gain = _of_other_seeds(by, judged, by.shape[2]) - schedule
+    return {"detector - schedule": float(gain.mean()), "detector - schedule, 95 %": seeds_interval(gain)}
 
 
 def _verdict(least: float, most: float) -> str:
@@ -162,6 +177,13 @@ def _candidates(setup: HeadroomSetup, tasks: int) -> list[list[TaskChoice]]:
     return [[each] * tasks for each in CONSTANTS[: setup.constants]] + [
         [drawn() for _ in range(tasks)] for _ in range(setup.schedules)
     ]
+
+
+def _informed(setup: HeadroomSetup, stream: Stream) -> list[list[TaskChoice]]:
+    if setup.kind != "recurring":
+        return []
+    return [[replace(each, rate=0.0) if task.name.endswith(NOISY) else each for task in stream.tasks]
+            for each in CONSTANTS[: setup.constants]]  # fmt: skip
 
 
 def _value(setup: HeadroomSetup, stream: Stream, schedule: list[TaskChoice], seed: int, split: str) -> float:
@@ -211,5 +233,6 @@ def _recurring(stream: Stream, context: int) -> Stream:
             x, y = splits["train"]
             wrong = random.random(len(y)) < 0.5
             splits["train"] = x, np.where(wrong, random.integers(len(classes), size=len(y)), y)
-        segments.append(StreamTask(f"segment {place + 1}", classes, splits))
+        name = f"segment {place + 1}" + (NOISY if place in noisy else "")
+        segments.append(StreamTask(name, classes, splits))
     return Stream(f"{stream.name}, recurring", "domain", tuple(segments))
