@@ -139,7 +139,7 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     axis.axvline(0, color="grey", lw=0.8)
     axis.set_yticks(range(len(rows)), [row["setting"] for row in rows])
     axis.set_xlabel("points of accuracy")
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(out / "headroom.png", dpi=120)
     return ["headroom.png"]
 
