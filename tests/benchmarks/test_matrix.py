@@ -16,7 +16,10 @@ from benchmarks.runner.matrix import Matrix, jobs_of, load_matrix
         ("experiment: [", "neither YAML nor JSON"),
         ("- 1", "Input should be a valid dictionary"),
         ("experiment: models\nseeds: []", "seeds: List should have at least 1"),
-        ("experiment: nothing", "no experiment 'nothing'; there are autorate, autoscaling, cooperation"),
+        (
+            "experiment: nothing",
+            "no experiment 'nothing'; there are autorate, autoscaling, continual, continual-headroom, cooperation",
+        ),
         ("experiment: no.such", "No module named 'no'"),
         ("experiment: benchmarks.results.pareto", "it has no Setup, SETTINGS"),
         ("experiment: models\nseeds: [-1]", "seeds.0: Input should be greater"),
