@@ -20,11 +20,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.results.statistics import seeds_interval
+from benchmarks.runner.kept import found_once
 from benchmarks.runner.setup import Arguments
-from cost.files import load_json, locked, save_json, sha256_of
+from cost.files import sha256_of
 from experts.continual import ClosedForm, Expansion, Penalty, Replay, Result, Strategy, Stream, load, run
 from experts.continual.stream import NAMES
-from experts.data import DataError
 
 TUNING_SEED = 1000
 RATES = (1e-3, 3e-3, 1e-2)
@@ -265,10 +265,7 @@ def _tuned(setup: ContinualSetup, folder: Path) -> tuple[float, float | None, li
     method = METHODS[setup.method]
     said = [setup.model_dump(), asdict(method.of(setup.buffer or 1)), method.weights]
     path = folder / "tuning" / f"{sha256_of(json.dumps(said, sort_keys=True).encode())[:16]}.json"
-    with locked(path):
-        if not path.exists():
-            save_json(path, {"setup": setup.model_dump(), "tried": list(_tries(setup))})
-        tried = load_json(path, DataError, "remove it to tune again")["tried"]
+    tried = found_once(path, lambda: {"setup": setup.model_dump(), "tried": list(_tries(setup))})["tried"]
     rate, weight, _ = max(tried, key=lambda each: each[2])
     return rate, weight, tried
 

@@ -505,5 +505,5 @@ REPORTS = {
     "agents.tuning", "benchmarks.cli.benchmark", "benchmarks.cli.bundle", "benchmarks.cli.compare",
     "benchmarks.cli.terminal", "benchmarks.experiments.monitor.report", "cost.logbook", "benchmarks.speed.dacbench",
     "cost.monitor", "experts.language.debian",
-    "experts.compression.sensitivity", "benchmarks.experiments.load", "benchmarks.experiments.continual",
+    "experts.compression.sensitivity", "benchmarks.experiments.load",
 }  # fmt: skip
