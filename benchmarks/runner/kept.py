@@ -29,7 +29,8 @@ def policy_of(path: Path, env_id: str, env_kwargs: dict[str, Any], seed: int, ti
 
 
 def run_of(folder: Path, env_id: str, env_kwargs: dict[str, Any], seed: int, timesteps: int | None = None) -> Path:
-    """The folder of a run of PPO with tuned settings, trained once for all runs of a matrix."""
+    """The folder of a run of PPO with tuned settings, of the best weights on validation, trained once for all runs of a
+    matrix; `policy_of` keeps the last weights."""
     said = json.dumps([env_id, env_kwargs, seed, timesteps], sort_keys=True)
     place = folder / f"run-{sha256_of(said.encode())[:16]}"
     with locked(place):

@@ -19,7 +19,7 @@ from experts.continual.learner import StreamLearner
 from experts.continual.network import ContinualNetwork
 from experts.continual.result import Curves, Result
 from experts.continual.strategy import NetworkShape, Strategy
-from experts.continual.stream import Stream, flat
+from experts.continual.stream import Stream, components, flat
 from experts.threads import reproducible
 
 CHUNK = 2048  # inputs at once
@@ -82,7 +82,6 @@ class ClosedForm:
                 accuracy=accuracy.tolist(), expert_load=[[1.0]] * (number + 1), parameters=parameters,
                 bytes_after=extractor.nbytes + sums.nbytes, experts=1, seconds=seconds,
             )  # fmt: skip
-            curves.online[-1] = float("nan")
             began = time.perf_counter()
         return curves.result(stream, seed, split, False)
 
@@ -139,9 +138,7 @@ class _Extractor:
         first = flat(stream.tasks[0]["train"][0])
         self.width = first.shape[1]
         if self.kind == "pca":
-            self.shift = first.mean(0)
-            centred = first - self.shift
-            self.matrix = np.linalg.svd(centred, full_matrices=False)[2][:size].T.copy()
+            self.shift, self.matrix = components(first, size)
         elif self.kind == "random":
             random = np.random.default_rng(seed)
             deviation = max(float(first.std()), 1e-6)

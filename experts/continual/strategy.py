@@ -7,6 +7,10 @@ from typing import Literal, get_args
 
 ReplayKind = Literal["fifo", "reservoir", "balanced"]
 PenaltyKind = Literal["ewc", "mas"]
+GateInput = Literal["input", "task", "domain"]
+ClassBalance = Literal["none", "weights", "sampling"]
+Optimizer = Literal["adamw", "sgd"]
+Precision = Literal["float32", "bfloat16"]
 
 
 def _require(name: str, value: object, known: tuple[str, ...]) -> None:
@@ -103,22 +107,22 @@ class Strategy:
     expansion: Expansion | None = None
     distillation: float = 0.0
     freezing: float = 1.0
-    gate: Literal["input", "task", "domain"] = "input"
+    gate: GateInput = "input"
     asymmetric: bool = False
     all_classes: bool = False
-    balance: Literal["none", "weights", "sampling"] = "none"
+    balance: ClassBalance = "none"
     side: int | None = None
     bits: Literal[1, 2, 4, 8] = 8
     shift: int = 0
     epochs: int = 3
     batch_size: int = 32
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 2e-3
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("gate", "balance", "optimizer", "precision"):
-            _require(name, getattr(self, name), _CHOICES[name])
+        for name, known in _CHOICES.items():
+            _require(name, getattr(self, name), get_args(known))
         if self.bits not in (1, 2, 4, 8):
             raise ValueError(f"bits={self.bits!r} is not 1, 2, 4 or 8")
         _require_from("distillation", self.distillation, 0)
@@ -140,12 +144,7 @@ class Strategy:
 
 
 _IDLE = "regularizer", "expansion", "distillation", "freezing", "gate", "asymmetric"
-_CHOICES = {
-    "gate": ("input", "task", "domain"),
-    "balance": ("none", "weights", "sampling"),
-    "optimizer": ("adamw", "sgd"),
-    "precision": ("float32", "bfloat16"),
-}
+_CHOICES = {"gate": GateInput, "balance": ClassBalance, "optimizer": Optimizer, "precision": Precision}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from experts.data import DataError
 
 Scenario = Literal["class", "task", "domain"]
 Arrays = tuple[np.ndarray, np.ndarray]
-SPLITS = ("train", "validation", "test")
+TASK_SPLITS = ("train", "validation", "test")  # of what a stream's learner sees; there is no rl_train
 SIDE = 28
 ANGLES = (0, 30, 60, 90, 120)
 LARGE = "cifar10-cifar100-tinyimagenet"
@@ -125,11 +125,10 @@ class Stream:
         """The stream with the `size` first principal components of the first task's training inputs, as a learner
         that sees only this task could compute them."""
         first = flat(self.tasks[0]["train"][0])
-        size = min(size, *first.shape)
-        mean = first.mean(0)
-        basis = np.linalg.svd(first - mean, full_matrices=False)[2][:size].T
+        mean, basis = components(first, size)
         scale = 1 / max(float(((first - mean) @ basis[:, :1]).std()), 1e-6)
-        return self.map(lambda x: ((flat(x) - mean) @ basis * scale).astype(np.float32), f"{self.name}, PCA {size}")
+        name = f"{self.name}, PCA {basis.shape[1]}"
+        return self.map(lambda x: ((flat(x) - mean) @ basis * scale).astype(np.float32), name)
 
 
 def steps_of(count: int, batch_size: int) -> int:
@@ -161,9 +160,9 @@ def load(
         return _split(name, source, sizes, scenario, order)
     if order is not None:
         raise ValueError(f"order={order}: the data sets of {name} have one order")
-    parts = [("digits", range(10)), ("fashion-mnist", range(5)), ("fashion-mnist", range(5, 10))]
     if name == LARGE:
         return Stream.of_arrays(name, _large(folder), scenario, ("CIFAR-10", "CIFAR-100", "TinyImageNet"))
+    parts = [("digits", range(10)), ("fashion-mnist", range(5)), ("fashion-mnist", range(5, 10))]
     tasks = [_part(_source(source), classes) for source, classes in parts]
     return Stream.of_arrays(name, tasks, scenario, ("digits", "Fashion-MNIST 0-4", "Fashion-MNIST 5-9"))
 
@@ -182,8 +181,8 @@ TRAINING = {"digits": ("train", "rl_train"), "fashion-mnist": ("train",)}  # 1,2
 
 def _check(task: StreamTask, first: StreamTask) -> None:
     """Raise `ValueError` for data that cannot be learned."""
-    if set(task.splits) != set(SPLITS):
-        raise ValueError(f"{task.name} has the splits {', '.join(task.splits)}, not {', '.join(SPLITS)}")
+    if set(task.splits) != set(TASK_SPLITS):
+        raise ValueError(f"{task.name} has the splits {', '.join(task.splits)}, not {', '.join(TASK_SPLITS)}")
     shape, dtype = first["train"][0].shape[1:], first["train"][0].dtype
     for split, (inputs, labels) in task.splits.items():
         what = f"{split} of {task.name}"
@@ -208,7 +207,7 @@ def _source(name: str) -> dict[str, Arrays]:
     """Images `[n, 1, 28, 28]` uint8 and labels of each split; digits are enlarged."""
     loaded = data.load(name)
     found = {}
-    for split in SPLITS:
+    for split in TASK_SPLITS:
         rows = np.concatenate([loaded.splits[part] for part in (TRAINING[name] if split == "train" else (split,))])
         found[split] = _images(loaded.inputs[rows]), loaded.labels[rows]
     return found
@@ -248,7 +247,7 @@ def _split(name: str, source: str, sizes: tuple[int, ...], scenario: Scenario, o
 
 def _of_domains(name: str, source: str, kind: str, order: int | None) -> Stream:
     makers = {split: _rotations() if kind == "rotated" else _corruptions(number)
-              for number, split in enumerate(SPLITS)}  # fmt: skip
+              for number, split in enumerate(TASK_SPLITS)}  # fmt: skip
     names = list(makers["train"])
     if order is not None:
         names = np.random.default_rng(order).permutation(names).tolist()
@@ -360,5 +359,11 @@ def _pictures(listed: Sequence[tuple[Path, int]]) -> Arrays:
 
 def flat(inputs: np.ndarray) -> np.ndarray:
     """Inputs `[n, d]` float32; pixels in 0..1."""
-    flat = inputs.reshape(len(inputs), -1)
-    return flat.astype(np.float32) / 255 if inputs.dtype == np.uint8 else flat
+    found = inputs.reshape(len(inputs), -1)
+    return found.astype(np.float32) / 255 if inputs.dtype == np.uint8 else found
+
+
+def components(inputs: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean `[D]` and the first principal components `[D, size]` of flat inputs; fewer where there are not as many."""
+    mean = inputs.mean(0)
+    return mean, np.linalg.svd(inputs - mean, full_matrices=False)[2][:size].T.copy()
