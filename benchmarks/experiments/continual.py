@@ -24,7 +24,7 @@ from benchmarks.runner.kept import found_once
 from benchmarks.runner.setup import Arguments
 from cost.files import sha256_of
 from experts.continual import ClosedForm, Expansion, Penalty, Replay, Result, Strategy, Stream, load, run
-from experts.continual.stream import NAMES
+from experts.continual.stream import NAMES, Scenario
 
 TUNING_SEED = 1000
 RATES = (1e-3, 3e-3, 1e-2)
@@ -37,15 +37,17 @@ Tried = tuple[float, float | None, float]  # learning rate, weight (None: the me
 
 @dataclass(frozen=True)
 class Method:
-    """`of(buffer)` makes a strategy; `weights` are values to try, `weighted` sets one."""
+    """`of(buffer)` makes a strategy; `weights` are values to try, `weighted` sets one; `of_task`: needs the task."""
 
     of: Callable[[int], Learned]
     weights: tuple[float, ...] = ()
     weighted: Callable[[Any, float], Learned] = lambda learned, weight: learned
     buffered: bool = True
+    of_task: bool = False
 
 
 GROWING = Expansion(8, similarity=1.0)
+EXPERTS_BYTES = 125  # raw images in the bytes of the four experts that GROWING adds
 EWC, MAS = Penalty("ewc", 10.0), Penalty("mas", 1.0)
 SHRINKAGES = (1e-3, 1e-2, 1e-1)
 
@@ -104,12 +106,18 @@ METHODS: dict[str, Method] = {
     "expansion": Method(lambda buffer: Strategy(expansion=GROWING, freezing=0.1), (0.0,), _set_freezing, False),
     "ER, FIFO": Method(_er("fifo"), (64,), _set_replayed),
     "ER": Method(_er(), (64,), _set_replayed),
+    "ER, 125 images more": Method(
+        lambda buffer: Strategy(replay=Replay("reservoir", buffer + EXPERTS_BYTES)), (64,), _set_replayed
+    ),
     "ER, balanced": Method(_er("balanced"), (64,), _set_replayed),
     "ER + EWC": Method(_er(regularizer=EWC), (1.0, 100.0), _set_penalty),
     "ER + MAS": Method(_er(regularizer=MAS), (0.1, 10.0), _set_penalty),
     "ER + distillation": Method(_er(distillation=0.3), (0.1, 1.0), _set_distillation),
     "ER + freezing": Method(_er(freezing=0.1), (0.0,), _set_freezing),
     "ER + expansion": Method(_er(expansion=GROWING, freezing=0.1), (0.0, 1.0), _set_freezing),
+    "ER + expansion, task gate": Method(
+        _er(expansion=GROWING, freezing=0.1, gate="task"), (0.0, 1.0), _set_freezing, of_task=True
+    ),
     "ER + domain gate": Method(_er(gate="domain"), (64,), _set_replayed),
     "ER-ACE": Method(_er("balanced", asymmetric=True), (64,), _set_replayed),
     "DER": Method(_der(weight=0.0), (0.1, 1.0), _set_logits),
@@ -136,14 +144,25 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 BUFFERS = (50, 200, 500, 2000)
 STREAMS = ("split-digits", "split-fashion-mnist")
+EXPANDED = ("ER", "ER, 125 images more", "ER + expansion", "ER + expansion, task gate")
+OTHERS: dict[str, dict[str, Any]] = {  # where added experts may help
+    "split-fashion-mnist-433": {},
+    "digits-fashion-mnist": {"epochs": 3},
+    "rotated-digits": {"epochs": 3},
+    "split-fashion-mnist by task": {"stream": "split-fashion-mnist", "scenario": "task"},
+}
 NONE = 0  # buffer of methods without one
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS: dict[str, dict[str, Any]] = {
     f"{stream}, {name}" + (f", {buffer}" if method.buffered else ""): {
         "stream": stream, "method": name, "buffer": buffer,
     }
-    for stream in STREAMS for name, method in METHODS.items()
+    for stream in STREAMS for name, method in METHODS.items() if not method.of_task
     for buffer in (BUFFERS if method.buffered else (NONE,))
+} | {
+    f"{title}, {name}, 200": {"stream": title, "method": name, "buffer": 200, **more}
+    for title, more in OTHERS.items() for name in EXPANDED
+    if more.get("scenario") == "task" or not METHODS[name].of_task
 }  # fmt: skip
 QUICK = {
     "seeds": [0, 1],
@@ -160,6 +179,7 @@ class ContinualSetup(Arguments):
     digits and 2 for others by default. `scratch` also trains a new network on each task, for the forward transfer."""
 
     stream: Literal["split-digits", "split-fashion-mnist"] | str = "split-fashion-mnist"
+    scenario: Scenario | None = None
     method: Literal["ER", "DER++"] | str = "ER"
     buffer: int = 200
     epochs: int | None = None
@@ -177,6 +197,8 @@ def check(setups: dict[str, ContinualSetup], splits: list[str]) -> None:
             raise ValueError(f"method={setup.method!r} is not one of {', '.join(METHODS)}")
         if METHODS[setup.method].buffered and setup.buffer < 1:
             raise ValueError(f"{setup.method} needs a buffer of at least 1 image")
+        if METHODS[setup.method].of_task and setup.scenario != "task":
+            raise ValueError(f"{setup.method} needs scenario=task")
         if not setup.rates:
             raise ValueError("rates=[]: at least one learning rate is needed")
         if setup.stream not in NAMES:
@@ -198,7 +220,7 @@ def measure(setup: ContinualSetup, seed: int, split: str, folder: Path) -> tuple
 def score(frame: pd.DataFrame) -> dict[str, Any]:
     """Accuracy, forgetting, bytes and time of each method, and the loads of experts by task."""
     tables: dict[str, list[dict[str, Any]]] = {}
-    for (stream, buffer), group in frame.groupby(["stream", "buffer"], sort=False):
+    for (stream, buffer), group in frame.groupby([_title(frame), "buffer"], sort=False):
         title = f"{stream}, " + (f"{buffer} raw images" if buffer else "without a buffer")
         for method, runs in group.groupby("method", sort=False):
             values = runs["accuracy"].to_numpy(float)
@@ -220,7 +242,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     """Plot accuracy against bytes, and how often each task chooses each expert."""
     names = []
-    for stream, group in frame.groupby("stream", sort=False):
+    for stream, group in frame.groupby(_title(frame), sort=False):
         figure = Figure((9, 5.5), layout="constrained")
         axis = figure.subplots()
         for number, (method, runs) in enumerate(group.groupby("method", sort=False)):
@@ -231,7 +253,7 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
                  title=str(stream))  # fmt: skip
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        names.append(f"{stream}.png")
+        names.append(f"{stream}.png".replace(" ", "-"))
         figure.savefig(out / names[-1], dpi=120)
     return [*names, *_heatmap(frame, out)]
 
@@ -240,7 +262,7 @@ def _heatmap(frame: pd.DataFrame, out: Path) -> list[str]:
     shown = frame[frame["method"] == "together"]
     if not len(shown):
         return []
-    groups = list(shown.groupby(["stream", "buffer"], sort=False))
+    groups = list(shown.groupby([_title(shown), "buffer"], sort=False))
     figure = Figure((3.2 * len(groups), 3.4), layout="constrained")
     means = [np.mean([np.array(load) for load in runs["expert load"]], axis=0) for _, runs in groups]
     most = max(mean_TE.max() for mean_TE in means)
@@ -252,6 +274,12 @@ def _heatmap(frame: pd.DataFrame, out: Path) -> list[str]:
     figure.colorbar(image, ax=figure.axes, label="share of the task's choices")
     figure.savefig(out / "experts.png", dpi=120)
     return ["experts.png"]
+
+
+def _title(frame: pd.DataFrame) -> pd.Series:
+    """Name of the stream of each run, with its scenario where that is not the stream's own."""
+    said = frame["scenario"].notna() if "scenario" in frame else np.zeros(len(frame), bool)
+    return frame["stream"].where(~said, frame["stream"] + " by " + frame["scenario"].astype(str))
 
 
 def _mean(runs: pd.DataFrame, name: str) -> float | None:
@@ -289,14 +317,14 @@ def _tries(setup: ContinualSetup) -> Iterator[Tried]:
 
 
 @cache
-def _loaded(name: str) -> Stream:
-    return load(name)
+def _loaded(name: str, scenario: Scenario | None) -> Stream:
+    return load(name, scenario)
 
 
 def _run(
     setup: ContinualSetup, rate: float, weight: float | None, seed: int, split: str, scratch: bool = False
 ) -> Result:
-    method, stream = METHODS[setup.method], _loaded(setup.stream)
+    method, stream = METHODS[setup.method], _loaded(setup.stream, setup.scenario)
     learned = method.of(setup.buffer)
     if weight is not None:
         learned = method.weighted(learned, weight)

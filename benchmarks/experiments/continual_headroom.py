@@ -25,6 +25,9 @@ from experts.continual.result import Result
 WORTH = 0.02  # accuracy over the best schedule from which on an environment is worth building
 NOISY = ", wrong labels"
 KINDS = "known length", "unknown length", "recurring", "raw images"
+RATES = (0.5, 1.0, 2.0, 4.0)  # times 0.003
+WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of the replay
+FREEZINGS = (0.0, 0.1, 1.0)
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS: dict[str, dict[str, Any]] = {
     f"{kind}, {data}": {"kind": kind, "data": data}
@@ -44,7 +47,7 @@ class HeadroomSetup(Arguments):
 
     kind: Literal["known length", "unknown length", "recurring", "raw images"]
     data: Literal["digits", "fashion-mnist"] = "digits"
-    constants: int = 16
+    constants: int = 24
     schedules: int = 36
     contexts: int = 2
     selecting: int = 2
@@ -67,9 +70,9 @@ class TaskChoice:
 
 
 CONSTANTS = (
-    *(TaskChoice(rate, weight) for rate in (0.5, 1.0, 2.0) for weight in (0.5, 1.0, 2.0, 4.0)),
-    *(TaskChoice(add=True, freezing=freezing) for freezing in (0.0, 0.1, 1.0)),
-    TaskChoice(freezing=0.1),
+    *(TaskChoice(rate, weight) for rate in RATES for weight in WEIGHTS),
+    *(TaskChoice(2.0, 4.0, add=True, freezing=freezing) for freezing in FREEZINGS),
+    TaskChoice(2.0, 4.0, freezing=0.1),
 )
 
 
@@ -168,10 +171,10 @@ def _of_other_seeds(by: np.ndarray, judged: np.ndarray, among: int) -> np.ndarra
 def _candidates(setup: HeadroomSetup, tasks: int) -> list[list[TaskChoice]]:
     """Constants, then random schedules, the same for all contexts."""
     random = np.random.default_rng(0)
-    rates = (0.0, 0.5, 1.0, 2.0) if setup.kind == "recurring" else (0.5, 1.0, 2.0)
+    rates = (0.0, *RATES) if setup.kind == "recurring" else RATES
 
     def drawn() -> TaskChoice:
-        rate, weight, freezing = (float(random.choice(each)) for each in (rates, (0.5, 1.0, 2.0, 4.0), (0.0, 0.1, 1.0)))
+        rate, weight, freezing = (float(random.choice(each)) for each in (rates, WEIGHTS, FREEZINGS))
         return TaskChoice(rate, weight, bool(random.integers(2)), freezing)
 
     return [[each] * tasks for each in CONSTANTS[: setup.constants]] + [

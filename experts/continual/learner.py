@@ -27,8 +27,9 @@ from experts.continual.stream import Stream, StreamBatch, steps_of
 
 USED = 0.5  # times an even share: the load from which on an expert counts as used by a task
 CLIP = 5.0
-EVALUATED = 2048  # inputs at once
 LOOKED_AT = 512  # inputs of a new task, for its signature
+REMEMBERED = 2048  # inputs of a task that has been learned, for what is kept of it
+AT_ONCE = 512  # inputs that are evaluated together; more do not fit the cache
 Control = Callable[[int, Strategy], Strategy]
 
 
@@ -194,7 +195,7 @@ class StreamLearner:
         if self.only:
             self._retrain()
             return
-        x = self._some_inputs(EVALUATED)
+        x = self._some_inputs(REMEMBERED)
         tasks_BT = self.objective.tasks_of(self.network, x, self.task)
         if self.importance:
             generator = torch.Generator().manual_seed(self.number())
@@ -238,11 +239,11 @@ class StreamLearner:
     def _evaluate(self, number: int) -> tuple[float, np.ndarray]:
         """Accuracy on a task, and the share of its choices by expert `[E]`."""
         labels, right, loads = self.stream.tasks[number][self.split][1], 0, []
-        for start in range(0, len(labels), EVALUATED):
-            x = self._inputs(self.split, number, slice(start, start + EVALUATED))
+        for start in range(0, len(labels), AT_ONCE):
+            x = self._inputs(self.split, number, slice(start, start + AT_ONCE))
             logits, statistics = self.network(x, self.objective.tasks_of(self.network, x, number))
             guesses = self.objective.of_task(logits, number).argmax(1).numpy()
-            right += int((guesses == labels[start : start + EVALUATED]).sum())
+            right += int((guesses == labels[start : start + AT_ONCE]).sum())
             loads.append(statistics.load.numpy() * len(x))
         return right / len(labels), np.sum(loads, 0) / len(labels)
 
