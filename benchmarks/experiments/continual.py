@@ -1,9 +1,9 @@
 """Which way of learning task after task forgets least, at equal bytes of images?
 
 Each method learns a stream by mini-batches; images come raw, classes always in the same order. Its learning rate, then
-its weight, are tuned for each buffer on validation data by a seed of their own, by three to five runs. Closed-form
+its weight, are tuned for each buffer on validation data by a seed of their own, by three to seven runs. Closed-form
 classifiers and joint training stand beside. A buffer of n has the bytes of n raw images: methods with small images keep
-more of them.
+more of them, and closed forms have as many features as fit.
 """
 
 from __future__ import annotations
@@ -30,40 +30,61 @@ TUNING_SEED = 1000
 RATES = (1e-3, 3e-3, 1e-2)
 SMALL_SIDE = 14
 SMALL_BITS: Literal[4] = 4
-MORE = (28 * 28 * 8) // (SMALL_SIDE**2 * SMALL_BITS)  # small images in the bytes of a raw one
+ROW, SMALL_ROW = 28 * 28 + 4, SMALL_SIDE**2 * SMALL_BITS // 8 + 4  # bytes of an image with its label and task
+SMALL_LOGITS_ROW = SMALL_ROW + 4 * 10
+SMALL_NETWORK = 354_000  # bytes of the network for small images and four added experts
+PER_TASK = 32  # raw images in the bytes of an added expert
+BUFFERS = (50, 200, 500, 2000)
+ONE = (200,)
+NONE = 0  # buffer of methods without one
 Learned = Strategy | ClosedForm
 Tried = tuple[float, float | None, float]  # learning rate, weight (None: the method's own), validation accuracy
 
 
 @dataclass(frozen=True)
 class Method:
-    """`of(buffer)` makes a strategy; `weights` are values to try, `weighted` sets one; `of_task`: needs the task."""
+    """`of(buffer)` makes a strategy; `weights` are values to try, `weighted` sets one. `per_task` raw images more are
+    kept for each task after the first. `of_task`: needs the task."""
 
     of: Callable[[int], Learned]
     weights: tuple[float, ...] = ()
     weighted: Callable[[Any, float], Learned] = lambda learned, weight: learned
-    buffered: bool = True
+    buffers: tuple[int, ...] = BUFFERS
+    per_task: int = 0
     of_task: bool = False
+
+    @property
+    def buffered(self) -> bool:
+        """Whether it keeps images, or is as large as those that do."""
+        return self.buffers != (NONE,)
 
 
 GROWING = Expansion(8, similarity=1.0)
-EXPERTS_BYTES = 125  # raw images in the bytes of the four experts that GROWING adds
 EWC, MAS = Penalty("ewc", 10.0), Penalty("mas", 1.0)
-SHRINKAGES = (1e-3, 1e-2, 1e-1)
+SHRINKAGES = (1e-5, 1e-4, 1e-3, 1e-1)  # beside 1e-2
 
 
 def _er(kind: Literal["fifo", "reservoir", "balanced"] = "reservoir", **more: Any) -> Callable[[int], Strategy]:
-    return lambda buffer: Strategy(replay=Replay(kind, buffer), **more)
+    return lambda buffer: Strategy(replay=Replay(kind, buffer, 64), **more)
 
 
 def _der(kind: Literal["reservoir", "balanced"] = "reservoir", **more: Any) -> Callable[[int], Strategy]:
     weight = more.pop("weight", 1.0)
-    return lambda buffer: Strategy(replay=Replay(kind, buffer, weight=weight, logits=0.3), all_classes=True, **more)
+    return lambda buffer: Strategy(replay=Replay(kind, buffer, 32, weight=weight, logits=0.3), all_classes=True, **more)
 
 
-def _small(batch_size: int = 32, **more: Any) -> Callable[[int], Strategy]:
-    return lambda buffer: Strategy(
-        replay=Replay("balanced", MORE * buffer, batch_size), asymmetric=True, side=SMALL_SIDE, bits=SMALL_BITS, **more
+def _gdumb(buffer: int | None) -> Strategy:
+    return Strategy(replay=Replay("balanced", buffer, 96, only=True))
+
+
+def _small(made: Callable[[int], Strategy], row: int = SMALL_ROW) -> Callable[[int], Strategy]:
+    return lambda buffer: replace(made(buffer * ROW // row), side=SMALL_SIDE, bits=SMALL_BITS)
+
+
+def _small_form(kind: Literal["slda", "ridge"]) -> Callable[[int], ClosedForm]:
+    """On as many random features as fit the bytes of a network and a buffer."""
+    return lambda buffer: ClosedForm(
+        kind, "random", int(((SMALL_NETWORK + ROW * buffer) / 2) ** 0.5) - 10, side=SMALL_SIDE, bits=SMALL_BITS
     )
 
 
@@ -81,84 +102,95 @@ def _set_distillation(strategy: Strategy, weight: float) -> Strategy:
     return replace(strategy, distillation=weight)
 
 
-def _set_replayed(strategy: Strategy, count: float) -> Strategy:
-    assert strategy.replay is not None
-    return replace(strategy, replay=replace(strategy.replay, batch_size=int(count)))
-
-
 def _set_freezing(strategy: Strategy, weight: float) -> Strategy:
     return replace(strategy, freezing=weight)
+
+
+def _set_similarity(strategy: Strategy, weight: float) -> Strategy:
+    assert strategy.expansion is not None
+    return replace(strategy, expansion=replace(strategy.expansion, similarity=weight))
 
 
 def _set_shrinkage(form: ClosedForm, weight: float) -> ClosedForm:
     return replace(form, shrinkage=weight)
 
 
-def _closed(kind: Literal["slda", "ridge"], features: Literal["pixels", "random", "trunk"], size: int = 64) -> Method:
-    return Method(lambda buffer: ClosedForm(kind, features, size), SHRINKAGES, _set_shrinkage, False)
+def _closed(
+    kind: Literal["slda", "ridge"], features: Literal["pixels", "random", "trunk"], size: int = 64, small: bool = False
+) -> Method:
+    form = ClosedForm(kind, features, size)
+    if small:
+        form = replace(form, side=SMALL_SIDE, bits=SMALL_BITS)
+    return Method(lambda buffer: form, SHRINKAGES, _set_shrinkage, (NONE,))
 
 
+def _expanding(expansion: Expansion = GROWING, **more: Any) -> Callable[[int], Strategy]:
+    return _er(expansion=expansion, freezing=0.1, **more)
+
+
+# Each step learns 96 inputs: 32 new and 64 old ones, or 32 old and 32 for their logits, or 96 where nothing is new.
 METHODS: dict[str, Method] = {
-    "no replay": Method(lambda buffer: Strategy(), buffered=False),
-    "EWC": Method(lambda buffer: Strategy(regularizer=EWC), (100.0,), _set_penalty, False),
-    "MAS": Method(lambda buffer: Strategy(regularizer=MAS), (10.0,), _set_penalty, False),
-    "distillation": Method(lambda buffer: Strategy(distillation=1.0), (3.0,), _set_distillation, False),
-    "expansion": Method(lambda buffer: Strategy(expansion=GROWING, freezing=0.1), (0.0,), _set_freezing, False),
-    "ER, FIFO": Method(_er("fifo"), (64,), _set_replayed),
-    "ER": Method(_er(), (64,), _set_replayed),
-    "ER, 125 images more": Method(
-        lambda buffer: Strategy(replay=Replay("reservoir", buffer + EXPERTS_BYTES)), (64,), _set_replayed
-    ),
-    "ER, balanced": Method(_er("balanced"), (64,), _set_replayed),
+    "no replay": Method(lambda buffer: Strategy(), buffers=(NONE,)),
+    "EWC": Method(lambda buffer: Strategy(regularizer=EWC), (100.0,), _set_penalty, (NONE,)),
+    "MAS": Method(lambda buffer: Strategy(regularizer=MAS), (10.0,), _set_penalty, (NONE,)),
+    "distillation": Method(lambda buffer: Strategy(distillation=1.0), (3.0,), _set_distillation, (NONE,)),
+    "expansion": Method(lambda buffer: Strategy(expansion=GROWING, freezing=0.1), (0.0,), _set_freezing, (NONE,)),
+    "ER": Method(_er()),
+    "ER, bytes of the experts": Method(_er(), per_task=PER_TASK, buffers=ONE),
+    "ER, FIFO": Method(_er("fifo"), buffers=ONE),
+    "ER, balanced": Method(_er("balanced")),
+    "ER, even draws": Method(_er(balance="sampling"), buffers=ONE),
+    "ER, class weights": Method(_er(balance="weights"), buffers=ONE),
+    "ER, bfloat16": Method(_er(precision="bfloat16"), buffers=ONE),
     "ER + EWC": Method(_er(regularizer=EWC), (1.0, 100.0), _set_penalty),
     "ER + MAS": Method(_er(regularizer=MAS), (0.1, 10.0), _set_penalty),
     "ER + distillation": Method(_er(distillation=0.3), (0.1, 1.0), _set_distillation),
     "ER + freezing": Method(_er(freezing=0.1), (0.0,), _set_freezing),
-    "ER + expansion": Method(_er(expansion=GROWING, freezing=0.1), (0.0, 1.0), _set_freezing),
-    "ER + expansion, task gate": Method(
-        _er(expansion=GROWING, freezing=0.1, gate="task"), (0.0, 1.0), _set_freezing, of_task=True
+    "ER + expansion": Method(_expanding(), (0.0, 1.0), _set_freezing),
+    "ER + expansion, reuse": Method(_expanding(Expansion(8, similarity=0.9)), (0.7, 0.8), _set_similarity, ONE),
+    "ER + expansion, merge": Method(
+        _expanding(Expansion(5, similarity=1.0, merge=True)), (0.0, 1.0), _set_freezing, ONE
     ),
-    "ER + domain gate": Method(_er(gate="domain"), (64,), _set_replayed),
-    "ER-ACE": Method(_er("balanced", asymmetric=True), (64,), _set_replayed),
-    "DER": Method(_der(weight=0.0), (0.1, 1.0), _set_logits),
+    "ER + domain gate": Method(_er(gate="domain"), buffers=ONE),
+    "ER, task gate": Method(_er(gate="task"), buffers=ONE, of_task=True),
+    "ER + expansion, task gate": Method(_expanding(gate="task"), (0.0, 1.0), _set_freezing, ONE, of_task=True),
+    "ER-ACE": Method(_er("balanced", asymmetric=True)),
+    "DER": Method(_der(weight=0.0), (0.1, 1.0), _set_logits, ONE),
     "DER++": Method(_der(), (0.1, 1.0), _set_logits),
-    "DER++, ACE, shift": Method(_der("balanced", asymmetric=True, shift=2), (0.1, 1.0), _set_logits),
-    "GDumb": Method(lambda buffer: Strategy(replay=Replay("balanced", buffer, only=True)), (64, 96), _set_replayed),
-    "GDumb, small images": Method(
-        lambda buffer: Strategy(
-            replay=Replay("balanced", MORE * buffer, only=True), side=SMALL_SIDE, bits=SMALL_BITS
-        ), (64, 96), _set_replayed,
+    "DER++, ACE, shift": Method(_der("balanced", asymmetric=True, shift=2), (0.1, 1.0), _set_logits, ONE),
+    "DER++, small images": Method(_small(_der("balanced"), SMALL_LOGITS_ROW), (0.1, 1.0), _set_logits),
+    "GDumb": Method(_gdumb),
+    "GDumb, small images": Method(_small(_gdumb)),
+    "ER-ACE, small images": Method(_small(_er("balanced", asymmetric=True))),
+    "together": Method(
+        _small(_er("balanced", asymmetric=True, expansion=GROWING, freezing=0.1)), (0.0, 1.0), _set_freezing
     ),
-    "ER-ACE, small images": Method(_small(), (64,), _set_replayed),
-    "together": Method(_small(64, expansion=GROWING, freezing=0.1), (1.0,), _set_freezing),
+    "SLDA, small images": Method(_small_form("slda"), SHRINKAGES, _set_shrinkage),
+    "ridge, small images": Method(_small_form("ridge"), SHRINKAGES, _set_shrinkage),
     "SLDA, pixels": _closed("slda", "pixels"),
     "SLDA, trunk": _closed("slda", "trunk"),
-    "SLDA, 200 random features": _closed("slda", "random", 200),
+    "SLDA, trunk, small images": _closed("slda", "trunk", small=True),
     "SLDA, 1000 random features": _closed("slda", "random", 1000),
     "ridge, trunk": _closed("ridge", "trunk"),
-    "ridge, 200 random features": _closed("ridge", "random", 200),
+    "ridge, trunk, small images": _closed("ridge", "trunk", small=True),
     "ridge, 1000 random features": _closed("ridge", "random", 1000),
-    "joint": Method(
-        lambda buffer: Strategy(replay=Replay("balanced", None, only=True)), (64, 96), _set_replayed, False
-    ),
-}  # fmt: skip
-BUFFERS = (50, 200, 500, 2000)
+    "joint": Method(lambda buffer: _gdumb(None), buffers=(NONE,)),
+}
 STREAMS = ("split-digits", "split-fashion-mnist")
-EXPANDED = ("ER", "ER, 125 images more", "ER + expansion", "ER + expansion, task gate")
+EXPANDED = ("ER", "ER, bytes of the experts", "ER + expansion", "ER, task gate", "ER + expansion, task gate")
+FORWARD = ("ER", "together")  # whose forward transfer is measured
 OTHERS: dict[str, dict[str, Any]] = {  # where added experts may help
     "split-fashion-mnist-433": {},
     "digits-fashion-mnist": {"epochs": 3},
     "rotated-digits": {"epochs": 3},
     "split-fashion-mnist by task": {"stream": "split-fashion-mnist", "scenario": "task"},
 }
-NONE = 0  # buffer of methods without one
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS: dict[str, dict[str, Any]] = {
     f"{stream}, {name}" + (f", {buffer}" if method.buffered else ""): {
-        "stream": stream, "method": name, "buffer": buffer,
+        "stream": stream, "method": name, "buffer": buffer, "scratch": name in FORWARD and buffer in ONE,
     }
-    for stream in STREAMS for name, method in METHODS.items() if not method.of_task
-    for buffer in (BUFFERS if method.buffered else (NONE,))
+    for stream in STREAMS for name, method in METHODS.items() if not method.of_task for buffer in method.buffers
 } | {
     f"{title}, {name}, 200": {"stream": title, "method": name, "buffer": 200, **more}
     for title, more in OTHERS.items() for name in EXPANDED
@@ -168,7 +200,7 @@ QUICK = {
     "seeds": [0, 1],
     "setups": {
         name: {"stream": "split-digits", "method": name, "buffer": 50 if METHODS[name].buffered else NONE}
-        for name in ("together", "ridge, 200 random features")
+        for name in ("together", "ridge, 1000 random features")
     },
     "settings": {"epochs": 1, "rates": [1e-2]},
 }
@@ -214,7 +246,8 @@ def measure(setup: ContinualSetup, seed: int, split: str, folder: Path) -> tuple
     return row | {
         "accuracies": [line[: task + 1] for task, line in enumerate(found.accuracy.tolist())],
         "expert load": found.expert_load.tolist(), "tried": tried,
-    }, {"seconds": seconds}  # fmt: skip
+        "bytes after": found.bytes_after, "parameters after": found.parameters,
+    }, {"seconds": seconds, "seconds of tasks": found.seconds}  # fmt: skip
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
@@ -222,10 +255,14 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
     tables: dict[str, list[dict[str, Any]]] = {}
     for (stream, buffer), group in frame.groupby([_title(frame), "buffer"], sort=False):
         title = f"{stream}, " + (f"{buffer} raw images" if buffer else "without a buffer")
+        plain = group[group["method"] == "ER"].set_index("seed")["accuracy"]
         for method, runs in group.groupby("method", sort=False):
             values = runs["accuracy"].to_numpy(float)
+            over = (runs.set_index("seed")["accuracy"] - plain).dropna().to_numpy(float)
             tables.setdefault(title, []).append({
                 "method": method, "accuracy": float(values.mean()), "95 %": seeds_interval(values),
+                "over ER": float(over.mean()) if len(over) else None,
+                "over ER, 95 %": seeds_interval(over) if len(over) else None,
                 "forgetting": float(runs["forgetting"].mean()),
                 "online accuracy": _mean(runs, "online accuracy"), "transfer": _mean(runs, "transfer"),
                 "experts": float(runs["experts"].mean()),
@@ -233,14 +270,15 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             })  # fmt: skip
     return {"tables": tables, "notes": [
         "Accuracy: mean over the tasks after the last one, on test. Forgetting: mean over tasks of the best accuracy "
-        "before minus the last one. kB: network, replay, penalties and statistics. Seconds: of one thread. Online "
-        "accuracy: on batches before they are learned, among the task's own classes. Transfer: that "
-        "minus the one of a network that begins with the task (--set scratch=true).",
+        "before minus the last one. Over ER: difference at the same buffer and seed. kB: of what is kept between "
+        "tasks: network, replay, penalties and statistics. Seconds: of one thread; GDumb and joint training begin anew "
+        "after each task, of which the last alone takes a third. Online accuracy: on batches before they are learned, "
+        "among the task's own classes. Transfer: that minus the one of a network that begins with the task.",
     ]}  # fmt: skip
 
 
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
-    """Plot accuracy against bytes, and how often each task chooses each expert."""
+    """Plot accuracy against bytes, growth, and how often each task chooses each expert."""
     names = []
     for stream, group in frame.groupby(_title(frame), sort=False):
         figure = Figure((9, 5.5), layout="constrained")
@@ -255,22 +293,45 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         names.append(f"{stream}.png".replace(" ", "-"))
         figure.savefig(out / names[-1], dpi=120)
-    return [*names, *_heatmap(frame, out)]
+    return [*names, *_growth(frame, out), *_heatmap(frame, out)]
+
+
+def _growth(frame: pd.DataFrame, out: Path) -> list[str]:
+    """Plot what is kept, and the time, task by task."""
+    shown = frame[frame["buffer"].isin((NONE, *ONE))]
+    if not len(shown):
+        return []
+    groups = list(shown.groupby(_title(shown), sort=False))
+    figure = Figure((4 * len(groups) + 3, 6), layout="constrained")
+    axes = figure.subplots(2, len(groups), squeeze=False)
+    for column, (stream, runs) in zip(axes.T, groups, strict=True):
+        for number, (method, several) in enumerate(runs.groupby("method", sort=False)):
+            for axis, name, scale in zip(column, ("bytes after", "seconds of tasks"), (1e3, 1), strict=True):
+                values = np.mean(several[name].tolist(), axis=0) / scale
+                marker = "osv^D"[number // 10 % 5]
+                axis.plot(range(1, len(values) + 1), values, marker=marker, ms=3, lw=1, label=method)
+        column[0].set(title=str(stream), ylabel="kB kept", yscale="log")
+        column[1].set(xlabel="task", ylabel="seconds", yscale="log")
+    axes[0, -1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(out / "growth.png", dpi=120)
+    return ["growth.png"]
 
 
 def _heatmap(frame: pd.DataFrame, out: Path) -> list[str]:
     shown = frame[frame["method"] == "together"]
     if not len(shown):
         return []
-    groups = list(shown.groupby([_title(shown), "buffer"], sort=False))
-    figure = Figure((3.2 * len(groups), 3.4), layout="constrained")
-    means = [np.mean([np.array(load) for load in runs["expert load"]], axis=0) for _, runs in groups]
-    most = max(mean_TE.max() for mean_TE in means)
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axis, mean_TE, ((stream, buffer), runs) in zip(axes, means, groups, strict=True):
-        image = axis.imshow(mean_TE, vmin=0, vmax=most, cmap="viridis")
-        axis.set(xlabel="expert", ylabel="task", title=f"{stream}\n{buffer} images, {len(runs)} seeds")
-        axis.title.set_fontsize(8)
+    groups, seeds = list(shown.groupby([_title(shown), "buffer"], sort=False)), sorted(shown["seed"].unique())
+    figure = Figure((1.8 * len(groups) + 1, 1.5 * len(seeds) + 0.5), layout="constrained")
+    axes = figure.subplots(len(seeds), len(groups), squeeze=False)
+    for column, ((stream, buffer), runs) in zip(axes.T, groups, strict=True):
+        for axis, seed in zip(column, seeds, strict=True):
+            for load_TE in runs.loc[runs["seed"] == seed, "expert load"]:
+                image = axis.imshow(np.array(load_TE), vmin=0, vmax=1, cmap="viridis")
+            axis.set(xticks=[], yticks=[], ylabel=f"seed {seed}")
+        column[0].set_title(f"{stream}\n{buffer} images", fontsize=7)
+        column[-1].set_xlabel("expert")
+    figure.supylabel("task", fontsize=9)
     figure.colorbar(image, ax=figure.axes, label="share of the task's choices")
     figure.savefig(out / "experts.png", dpi=120)
     return ["experts.png"]
@@ -278,8 +339,9 @@ def _heatmap(frame: pd.DataFrame, out: Path) -> list[str]:
 
 def _title(frame: pd.DataFrame) -> pd.Series:
     """Name of the stream of each run, with its scenario where that is not the stream's own."""
-    said = frame["scenario"].notna() if "scenario" in frame else np.zeros(len(frame), bool)
-    return frame["stream"].where(~said, frame["stream"] + " by " + frame["scenario"].astype(str))
+    if "scenario" not in frame:
+        return frame["stream"]
+    return frame["stream"].where(frame["scenario"].isna(), frame["stream"] + " by " + frame["scenario"].astype(str))
 
 
 def _mean(runs: pd.DataFrame, name: str) -> float | None:
@@ -291,7 +353,7 @@ def _mean(runs: pd.DataFrame, name: str) -> float | None:
 def _tuned(setup: ContinualSetup, folder: Path) -> tuple[float, float | None, list[Tried]]:
     """Learning rate and weight of the best validation accuracy, and all that were tried, once for all seeds."""
     method = METHODS[setup.method]
-    said = [setup.model_dump(), asdict(method.of(setup.buffer or 1)), method.weights]
+    said = [setup.model_dump(exclude={"scratch"}), asdict(method.of(setup.buffer or 1)), method.weights]
     path = folder / "tuning" / f"{sha256_of(json.dumps(said, sort_keys=True).encode())[:16]}.json"
     tried = found_once(path, lambda: {"setup": setup.model_dump(), "tried": list(_tries(setup))})["tried"]
     rate, weight, _ = max(tried, key=lambda each: each[2])
@@ -325,7 +387,7 @@ def _run(
     setup: ContinualSetup, rate: float, weight: float | None, seed: int, split: str, scratch: bool = False
 ) -> Result:
     method, stream = METHODS[setup.method], _loaded(setup.stream, setup.scenario)
-    learned = method.of(setup.buffer)
+    learned = method.of(setup.buffer + method.per_task * (len(stream.tasks) - 1))
     if weight is not None:
         learned = method.weighted(learned, weight)
     epochs = (8 if setup.stream == "split-digits" else 2) if setup.epochs is None else setup.epochs

@@ -26,7 +26,6 @@ class Buffer:
         self.logits = np.zeros((0, num_classes if settings.logits else 0), np.float32)
         self.offered = np.zeros(num_classes, np.int64)  # inputs of each class so far
         self._counts = np.zeros(num_classes, np.int64)
-        self._labels = np.zeros(0, np.int64)  # of the places, ahead of `labels` within `add`
 
     def __len__(self) -> int:
         return self.count
@@ -41,10 +40,10 @@ class Buffer:
         logits: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """Offer inputs of a task, one after the other."""
+        self._reserve(rows)
         places = self._places(labels, random)
         took = [(place, number) for number, place in enumerate(places) if place >= 0]
         last = dict(took)  # of two that took the same place the later one stays
-        self._reserve(rows)
         if not last:
             return
         places_n, numbers_n = (np.fromiter(each, np.int64) for each in (last.keys(), last.values()))
@@ -82,9 +81,6 @@ class Buffer:
             setattr(self, name, state[name].copy())
         self.count = len(labels)
         self._counts = np.bincount(labels, minlength=self.num_classes).astype(np.int64)
-        if self.settings.kind == "balanced" and self.settings.size is not None:
-            self._labels = np.full(self.settings.size, -1)
-            self._labels[: self.count] = labels
 
     def _places(self, labels: np.ndarray, random: np.random.Generator) -> list[int]:
         """The place that each input takes, -1 for none."""
@@ -94,8 +90,6 @@ class Buffer:
             self.seen, self.count = self.seen + count, self.count + count
             return places
         if self.settings.kind == "balanced":
-            if not len(self._labels):
-                self._labels = np.full(size, -1)
             return [self._balanced(int(label), size, random) for label in labels]
         order = self.seen + np.arange(count)
         if self.settings.kind == "fifo":
@@ -118,26 +112,26 @@ class Buffer:
         else:
             largest = int(counts.argmax())
             if counts[label] < counts[largest]:
-                victims = np.flatnonzero(self._labels == largest)
+                victims = np.flatnonzero(self.labels[:size] == largest)
             elif random.integers(self.offered[label]) < counts[label]:
-                victims = np.flatnonzero(self._labels == label)
+                victims = np.flatnonzero(self.labels[:size] == label)
             else:
                 return -1
             place = int(victims[random.integers(len(victims))])
-            counts[self._labels[place]] -= 1
+            counts[self.labels[place]] -= 1
         counts[label] += 1
-        self._labels[place] = label
+        self.labels[place] = label
         self.seen += 1
         return place
 
     def _reserve(self, rows: np.ndarray) -> None:
-        """Arrays of at least `count` places."""
+        """Arrays with places for these inputs."""
         if self.rows.shape[1:] != rows.shape[1:] or self.rows.dtype != rows.dtype:
             self.rows = np.zeros((0, *rows.shape[1:]), rows.dtype)
-        have = len(self.rows)
-        if self.count <= have:
+        size, needed = self.settings.size, self.count + len(rows)
+        if len(self.rows) >= (needed if size is None else size):
             return
-        wanted = self.settings.size if self.settings.size is not None else self.count + GROWTH
+        wanted = needed + GROWTH if size is None else size
         for name in self.ARRAYS:
             old = getattr(self, name)
             new = np.zeros((wanted, *old.shape[1:]), old.dtype)

@@ -9,17 +9,18 @@ Shape legend: n inputs, D features, C classes.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 
+from experts.continual.inputs import Encoding
 from experts.continual.learner import StreamLearner
 from experts.continual.network import ContinualNetwork
 from experts.continual.result import Curves, Result
 from experts.continual.strategy import NetworkShape, Strategy
-from experts.continual.stream import Stream, components, flat
+from experts.continual.stream import Stream, components
 from experts.threads import reproducible
 
 CHUNK = 2048  # inputs at once
@@ -32,12 +33,14 @@ class ClosedForm:
     """`kind` "slda" or "ridge" on `features`: the pixels; `size` principal components of the first task; `size` random
     rectified features of the pixels (Rahimi & Recht 2008); or those of a network's trunk, trained on the first task
     and not changed afterwards. `shrinkage` is the share of the identity in the covariance, or the ridge's weight
-    relative to the mean of the diagonal."""
+    relative to the mean of the diagonal. `side` and `bits` make small images, as in `Strategy`."""
 
     kind: Literal["slda", "ridge"] = "slda"
     features: Features = "trunk"
     size: int = 64
     shrinkage: float = 1e-2
+    side: int | None = None
+    bits: Literal[1, 2, 4, 8] = 8
 
     def __post_init__(self) -> None:
         if self.kind not in ("slda", "ridge") or self.features not in get_args(Features):
@@ -52,7 +55,8 @@ class ClosedForm:
         self, stream: Stream, seed: int = 0, *, split: str = "test", strategy: Strategy | None = None,
         shape: NetworkShape | None = None,
     ) -> Result:  # fmt: skip
-        """Learn a stream; `strategy` and `shape` are those of the network whose trunk is used."""
+        """Learn a stream; `strategy` and `shape` are those of the network whose trunk is used, on images of this
+        `side` and `bits`."""
         if split not in ("validation", "test"):
             raise ValueError(f"split={split!r} is not one of validation, test")
         with reproducible(seed):
@@ -87,18 +91,28 @@ class ClosedForm:
 
 
 class _Sums:
-    """Sums from which both classifiers are solved, float64."""
+    """Sums from which both classifiers are solved, float32; they are solved in float64."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         self.counts = np.zeros(num_classes)
-        self.of_class = np.zeros((num_classes, width))
-        self.squares = np.zeros((width, width))
+        self._of_class = np.zeros((num_classes, width), np.float32)
+        self._squares = np.zeros((width, width), np.float32)
 
     def add(self, features: np.ndarray, labels: np.ndarray) -> None:
         one_hot = np.eye(len(self.counts))[labels]
         self.counts += one_hot.sum(0)
-        self.of_class += one_hot.T @ features
-        self.squares += features.T @ features
+        self._of_class += one_hot.T @ features
+        self._squares += features.T @ features
+
+    @property
+    def of_class(self) -> np.ndarray:
+        """Sums of the features of each class `[C, D]`."""
+        return self._of_class.astype(np.float64)
+
+    @property
+    def squares(self) -> np.ndarray:
+        """Sum of the features' outer products `[D, D]`."""
+        return self._squares.astype(np.float64)
 
     def slda(self, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
         """Weights `[D, C]` and bias `[C]` of the discriminant; classes without inputs score minus infinity."""
@@ -121,9 +135,9 @@ class _Sums:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what must be kept in float32, one triangle of the matrix of squares."""
-        width = len(self.squares)
-        return 4 * (width * (width + 1) // 2 + self.of_class.size + self.counts.size)
+        """Bytes of what must be kept, one triangle of the matrix of squares."""
+        width = len(self._squares)
+        return 4 * (width * (width + 1) // 2 + self._of_class.size + self.counts.size)
 
 
 class _Extractor:
@@ -135,7 +149,8 @@ class _Extractor:
         self.network: ContinualNetwork | None = None
         self.matrix, self.shift = np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
         self.kind, size = settings.features, settings.size
-        first = flat(stream.tasks[0]["train"][0])
+        self.encoding = Encoding(stream.shape, settings.side, settings.bits)
+        first = self._flat(stream.tasks[0]["train"][0])
         self.width = first.shape[1]
         if self.kind == "pca":
             self.shift, self.matrix = components(first, size)
@@ -146,28 +161,36 @@ class _Extractor:
             self.matrix, self.shift = drawn.astype(np.float32), random.uniform(-1, 1, size).astype(np.float32)
         elif self.kind == "trunk":
             alone = Stream("first task", "domain", stream.tasks[:1])
-            self.learner = StreamLearner(alone, strategy, seed, shape)
-            self.learner.run(lambda share, text: None, lambda: None, 10**9)
-            self.network = self.learner.network
+            small = replace(strategy, side=settings.side, bits=settings.bits)
+            learner = StreamLearner(alone, small, seed, shape, "validation")
+            learner.run(lambda share, text: None, lambda: None, 10**9)
+            self.network = learner.network
         self.width = shape.d_model if self.network is not None else (self.matrix.shape[1] or self.width)
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         if self.network is not None:
             with torch.no_grad():
                 parts = np.array_split(inputs, -(-len(inputs) // CHUNK))
-                encoding, network = self.learner.encoding, self.network
-                found = [network.features(encoding.decode(encoding.encode(part))).numpy() for part in parts]
+                found = [self.network.features(self._decoded(part)).numpy() for part in parts]
             return np.concatenate(found).astype(np.float64)
-        x = flat(inputs)
+        x = self._flat(inputs)
         if self.kind == "pca":
             x = (x - self.shift) @ self.matrix
         elif self.kind == "random":
             x = np.maximum(x @ self.matrix + self.shift, 0)
         return x.astype(np.float64)
 
+    def _decoded(self, inputs: np.ndarray) -> torch.Tensor:
+        return self.encoding.decode(self.encoding.encode(inputs))
+
+    def _flat(self, inputs: np.ndarray) -> np.ndarray:
+        return self._decoded(inputs).numpy().reshape(len(inputs), -1)
+
     @property
     def nbytes(self) -> int:
-        """Bytes of what turns inputs into features; random features are made anew of their seed, and count too."""
+        """Bytes of what turns inputs into features; random ones are made anew of a seed and a deviation."""
+        if self.kind == "random":
+            return 16
         if self.network is not None:
             return 4 * sum(weights.numel() for weights in self.network.trunk.parameters())
         return self.matrix.nbytes + self.shift.nbytes

@@ -178,8 +178,25 @@ class StreamLearner:
                 own = self.objective.of_task(logits, batch.task, masked=self.stream.scenario != "domain")
                 self.curves.count(own, batch.labels)
             self._descend(self.optimizer, loss, 1 - self.step / self.steps(self.task))
-        if self.buffer is not None and self.step < self.per_epoch(self.task):
-            self.buffer.add(rows, batch.labels, batch.task, random, None if logits is None else logits.numpy())
+        self._offer(rows, batch, random, logits)
+
+    def _offer(
+        self, rows: np.ndarray, batch: StreamBatch, random: np.random.Generator, logits: torch.Tensor | None
+    ) -> None:
+        """Offer inputs to the replay, once a task."""
+        replay = self.strategy.replay
+        if self.buffer is None or replay is None or not replay.keep:
+            return
+        if self.step // self.per_epoch(self.task) != (self.strategy.epochs - 1 if replay.confident else 0):
+            return
+        kept = np.ones(len(rows), np.bool_)
+        if replay.confident:
+            assert logits is not None
+            own = self.objective.of_task(logits, batch.task, masked=self.stream.scenario != "domain").softmax(1)
+            kept = (own.gather(1, torch.from_numpy(batch.labels)[:, None]) >= replay.confident)[:, 0].numpy()
+        self.buffer.add(
+            rows[kept], batch.labels[kept], batch.task, random, None if logits is None else logits.numpy()[kept]
+        )
 
     def _descend(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, rate: float) -> None:
         for group in optimizer.param_groups:
@@ -196,6 +213,7 @@ class StreamLearner:
             self._retrain()
             return
         x = self._some_inputs(REMEMBERED)
+        self.network.signatures[self.task] = self.network.features(x).mean(0)
         tasks_BT = self.objective.tasks_of(self.network, x, self.task)
         if self.importance:
             generator = torch.Generator().manual_seed(self.number())
@@ -203,7 +221,6 @@ class StreamLearner:
                 self.importance.update(
                     self.network, x, tasks_BT, generator, lambda logits: self.objective.of_task(logits, self.task)
                 )
-        self.network.signatures[self.task] = self.network.features(x).mean(0)
         load_E = self.network(x, tasks_BT)[1].load.double().numpy()
         self.loads_TE = np.concatenate([self.loads_TE, load_E[None]])
 
@@ -225,8 +242,6 @@ class StreamLearner:
             loads.append(load_E.tolist())
         parameters = sum(weights.numel() for weights in self.network.parameters())
         others = [part.nbytes for part in (self.buffer, self.importance) if part is not None]
-        if self.snapshot is not None:
-            others.append(4 * sum(weights.numel() for weights in self.snapshot.parameters()))
         self.curves.append(
             accuracy=accuracy.tolist(), expert_load=loads, parameters=parameters,
             bytes_after=4 * parameters + self.network.signatures.nbytes + sum(others),
@@ -250,8 +265,7 @@ class StreamLearner:
     def _from_scratch(self) -> list[float]:
         """Online accuracy and accuracy of a new network on this task alone."""
         task = self.stream.tasks[self.task]
-        first = min(task.classes)
-        moved = {split: (x, y - first) for split, (x, y) in task.splits.items()}
+        moved = {split: (x, np.searchsorted(np.sort(task.classes), y)) for split, (x, y) in task.splits.items()}
         stream = Stream.of_arrays(task.name, [moved], names=[task.name])
         plain = replace(self.strategy, replay=None, regularizer=None, expansion=None, distillation=0.0, gate="input",
                         balance="none")  # fmt: skip

@@ -134,7 +134,7 @@ class Objective:
 
     def _divergence(self, logits: torch.Tensor, known: torch.Tensor, task: int) -> torch.Tensor:
         """Kullback-Leibler divergence from a snapshot's classes; of each earlier task's where the task is given."""
-        groups: list[Any] = [slice(known.shape[1])]
+        groups: list[Any] = [slice(self.stream.classes_until(task - 1))]
         if self.stream.scenario == "task":
             groups = [list(each.classes) for each in self.stream.tasks[:task]]
         total = logits.new_zeros(())

@@ -69,17 +69,12 @@ class Importance:
         """Follow two experts that became one: its importance is the sum of both, its anchor what it is now."""
         named = shared(network)
         for name, dimension in PER_EXPERT.items():
-            if name not in self.importance:
-                continue
             held, anchor = (part[name].movedim(dimension, 0) for part in (self.importance, self.anchor))
-            if other >= len(held):  # it came after the last anchor
-                continue
             left = [expert for expert in range(len(held)) if expert != other]
             held = held.clone()
             held[one] += held[other]
-            now = named[name].movedim(dimension, 0)[one]
             anchor = anchor[left].clone()
-            anchor[one] = now[tuple(slice(size) for size in anchor[one].shape)]  # of the tasks known then
+            anchor[one] = named[name].movedim(dimension, 0)[one]
             self.importance[name] = held[left].movedim(0, dimension).contiguous()
             self.anchor[name] = anchor.movedim(0, dimension).contiguous()
 

@@ -25,8 +25,8 @@ class Result:
     `online [T]` is the accuracy on the batches of the first epoch before they are learned, among the task's own
     classes, `scratch` the same of a new network that learns the task alone, and its accuracy on it, `[T, 2]`, if asked
     for. `expert_load [T, E]` is the share of each task's choices that each expert gets in the end. `parameters`,
-    `bytes_after` (of the network in float32, the replay and the penalties), `experts` and `seconds` are lists of a
-    value after each task.
+    `bytes_after` (of what is kept between tasks: the network in float32, the replay and the penalties), `experts` and
+    `seconds` are lists of a value after each task.
     """
 
     stream: str
@@ -72,7 +72,7 @@ class Result:
 
     @property
     def bytes(self) -> int:
-        """Bytes of everything kept after the last task."""
+        """Bytes of what is kept after the last task."""
         return self.bytes_after[-1]
 
     def summary(self) -> dict[str, float]:

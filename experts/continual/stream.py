@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from cost.files import sha256_of
 from experts import data
 from experts.data import DataError
 
@@ -90,6 +92,12 @@ class Stream:
             made.append(StreamTask(title, tuple(range(start, start + size)), moved))
             start += 0 if scenario == "domain" else size
         return cls(name, scenario, tuple(made))
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of all inputs and labels."""
+        parts = (part for task in self.tasks for split in TASK_SPLITS for part in task[split])
+        return sha256_of("".join(sha256_of(part.tobytes()) for part in parts).encode())
 
     @property
     def num_classes(self) -> int:
