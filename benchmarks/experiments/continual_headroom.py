@@ -1,10 +1,14 @@
 """Is there a decision in continual learning that is worth learning?
 
-Before each task a schedule sets the learning rate, the weight of the replay, whether an expert is added and how much
-those of earlier tasks learn. Constants and random schedules are judged in contexts: orders of the classes, and which
-segments come again or have wrong labels. A learned policy would adapt to the context, so what it could gain is the best
-schedule of each context over the best one for all. Chosen on validation by a few runs and judged by another run on
-test, that gain is a lower bound, as few runs choose badly; the maximum of the runs that choose is an upper one.
+Before each task a schedule sets the learning rate, the weight of the replay, whether an expert is added, how much
+those of earlier tasks learn, and whether the replay keeps inputs of the task. Constants, random schedules, and strong
+constants with one task changed are judged in contexts: orders of the classes, and which segments come again or have
+wrong labels. A learned policy would adapt to the context, so what it could gain is the best schedule of each context
+over the best one for all. Chosen on validation by a few runs and judged by another run on test, that gain is a lower
+bound, as few runs choose badly; by the runs that choose it is an upper one, among the schedules that were tried.
+
+Where labels are wrong, a detector that knows in which segments stands beside a rule that does not: the replay keeps
+only inputs whose label the network itself believes.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ KINDS = "known length", "unknown length", "recurring", "raw images"
 RATES = (0.5, 1.0, 2.0, 4.0)  # times 0.003
 WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of the replay
 FREEZINGS = (0.0, 0.1, 1.0)
+CONFIDENCES = (0.1, 0.3, 0.6)  # with which the network must believe a label for the replay to keep it
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS: dict[str, dict[str, Any]] = {
     f"{kind}, {data}": {"kind": kind, "data": data}
@@ -36,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 QUICK = {
     "seeds": [0, 1],
     "setups": {kind: {"kind": kind, "data": "digits"} for kind in ("unknown length", "recurring")},
-    "settings": {"constants": 2, "schedules": 1, "contexts": 1, "selecting": 1, "most": 48, "epochs": 1},
+    "settings": {"constants": 2, "schedules": 2, "contexts": 1, "selecting": 1, "most": 48, "epochs": 1},
 }
 
 
@@ -67,8 +72,11 @@ class TaskChoice:
     weight: float = 1.0
     add: bool = False
     freezing: float = 1.0
+    keep: bool = True
+    confident: float = 0.0
 
 
+STRONG = tuple(TaskChoice(rate, weight) for rate in (1.0, 2.0) for weight in (2.0, 4.0))
 CONSTANTS = (
     *(TaskChoice(rate, weight) for rate in RATES for weight in WEIGHTS),
     *(TaskChoice(2.0, 4.0, add=True, freezing=freezing) for freezing in FREEZINGS),
@@ -77,22 +85,22 @@ CONSTANTS = (
 
 
 def measure(setup: HeadroomSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Accuracies `[contexts, candidates]` of the runs that choose, and of the run that judges; the last candidates of a
-    recurring stream are the constants, but for a rate of 0 in segments with wrong labels: what a perfect detector does.
-    """
-    chosen, judged = [], []
+    """Accuracies `[contexts, candidates]` of the runs that choose, and of the run that judges, and how many candidates
+    are of each group."""
+    chosen, judged, counts = [], [], dict[str, int]()
     for number in range(setup.contexts):
         context = seed * setup.contexts + number
         stream = _stream(setup, context)
-        candidates = _candidates(setup, len(stream.tasks))
-        candidates += _informed(setup, stream)
+        groups = _candidates(setup, stream)
+        counts = {name: len(group) for name, group in groups.items()}
+        candidates = [each for group in groups.values() for each in group]
         runs = np.array(
             [[_value(setup, stream, each, 100 * context + again, "test" if again == setup.selecting else "validation")
               for each in candidates] for again in range(setup.selecting + 1)]
         )  # fmt: skip
         chosen.append(runs[:-1].mean(0).tolist())
         judged.append(runs[-1].tolist())
-    return {"chosen by": chosen, "judged by": judged}, {}
+    return {"chosen by": chosen, "judged by": judged, "groups": counts}, {}
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
@@ -100,8 +108,8 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
     rows = []
     for setup, group in frame.groupby("setup", sort=False):
         every = [np.array(group[name].tolist()) for name in ("chosen by", "judged by")]  # [seeds, contexts, S]
-        constants = int(group["constants"].iloc[0])
-        ends = constants + int(group["schedules"].iloc[0])
+        counts = group["groups"].iloc[0]
+        constants, ends = counts["constants"], counts["constants"] + counts["schedules"]
         by, judged = (each[..., :ends] for each in every)
         constant, schedule = (_of_other_seeds(by, judged, among) for among in (constants, ends))
         best = by.argmax(2)
@@ -116,14 +124,15 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             "headroom, 95 %": seeds_interval(gain),
             "headroom, at most": float((promised - chosen).mean()),
             "worth it": _verdict(float(gain.mean()), float((promised - chosen).mean())),
-            **_knowing(every[0][..., ends:], every[1][..., ends:], schedule),
+            **_with_wrong_labels(every[0], every[1], counts),
         })  # fmt: skip
     return {"tables": {"Accuracy": rows}, "notes": [
         "Accuracy after the last task; with unknown length its mean over time. Best constant and best schedule are "
         "chosen by the other seeds, whose contexts differ, and judged by this one. Headroom: best schedule of each "
         "context, chosen on validation and judged on test, minus the best schedule: a lower bound. At most: both on "
         f"validation, by the runs that choose. Worth it: yes if the lower is {WORTH:g}, no if the upper is less. "
-        "Detector: the best constant with a rate of 0 in the segments with wrong labels.",
+        "Rule: a constant whose replay keeps only inputs whose label the network believes after the segment. Detector: "
+        "a constant whose replay keeps nothing of the segments with wrong labels, learned or not.",
     ]}  # fmt: skip
 
 
@@ -147,12 +156,24 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     return ["headroom.png"]
 
 
-def _knowing(by: np.ndarray, judged: np.ndarray, schedule: np.ndarray) -> dict[str, Any]:
-    """Gain of a constant that knows which segments have wrong labels over the best schedule."""
-    if not by.shape[2]:
-        return {"detector - schedule": None, "detector - schedule, 95 %": None}
-    gain = _of_other_seeds(by, judged, by.shape[2]) - schedule
-    return {"detector - schedule": float(gain.mean()), "detector - schedule, 95 %": seeds_interval(gain)}
+def _with_wrong_labels(by: np.ndarray, judged: np.ndarray, counts: dict[str, int]) -> dict[str, Any]:
+    """Gain of the rule over the best constant, and of the detector over the rule."""
+    if "rule" not in counts:
+        return {}
+    ends = np.cumsum(list(counts.values()))
+    places = dict(zip(counts, (np.arange(end - size, end) for end, size in zip(ends, counts.values(), strict=True)),
+                      strict=True))  # fmt: skip
+
+    def best(*names: str) -> np.ndarray:
+        among = np.concatenate([places[name] for name in names])
+        return _of_other_seeds(by[..., among], judged[..., among], len(among))
+
+    constant, rule, detector = best("constants"), best("constants", "rule"), best("constants", "detector")
+    return {
+        "best rule": float(rule.mean()), "rule - constant": float((rule - constant).mean()),
+        "rule - constant, 95 %": seeds_interval(rule - constant), "detector": float(detector.mean()),
+        "detector - rule": float((detector - rule).mean()), "detector - rule, 95 %": seeds_interval(detector - rule),
+    }  # fmt: skip
 
 
 def _verdict(least: float, most: float) -> str:
@@ -168,25 +189,37 @@ def _of_other_seeds(by: np.ndarray, judged: np.ndarray, among: int) -> np.ndarra
     return np.array(found)
 
 
-def _candidates(setup: HeadroomSetup, tasks: int) -> list[list[TaskChoice]]:
-    """Constants, then random schedules, the same for all contexts."""
-    random = np.random.default_rng(0)
-    rates = (0.0, *RATES) if setup.kind == "recurring" else RATES
+def _candidates(setup: HeadroomSetup, stream: Stream) -> dict[str, list[list[TaskChoice]]]:
+    """Constants and schedules, the same for all contexts; where labels are wrong also the detector and the rule."""
+    random, tasks, recurring = np.random.default_rng(0), len(stream.tasks), setup.kind == "recurring"
+    rates = (0.0, *RATES) if recurring else RATES
 
     def drawn() -> TaskChoice:
         rate, weight, freezing = (float(random.choice(each)) for each in (rates, WEIGHTS, FREEZINGS))
-        return TaskChoice(rate, weight, bool(random.integers(2)), freezing)
+        keep = not recurring or bool(random.random() < 0.8)
+        return TaskChoice(rate, weight, bool(random.integers(2)), freezing, keep)
 
-    return [[each] * tasks for each in CONSTANTS[: setup.constants]] + [
-        [drawn() for _ in range(tasks)] for _ in range(setup.schedules)
-    ]
+    def changed() -> list[TaskChoice]:
+        schedule = [STRONG[random.integers(len(STRONG))]] * tasks
+        schedule[random.integers(tasks)] = drawn()
+        return schedule
 
-
-def _informed(setup: HeadroomSetup, stream: Stream) -> list[list[TaskChoice]]:
-    if setup.kind != "recurring":
-        return []
-    return [[replace(each, rate=0.0) if task.name.endswith(NOISY) else each for task in stream.tasks]
-            for each in CONSTANTS[: setup.constants]]  # fmt: skip
+    found = {
+        "constants": [[each] * tasks for each in CONSTANTS[: setup.constants]],
+        "schedules": [
+            changed() if number % 2 else [drawn() for _ in range(tasks)] for number in range(setup.schedules)
+        ],
+    }
+    if not recurring:
+        return found
+    noisy = [task.name.endswith(NOISY) for task in stream.tasks]
+    unkept = [replace(each, rate=rate * each.rate, keep=False) for rate in (0.0, 1.0) for each in STRONG]
+    return found | {
+        "detector": [
+            [other if wrong else each for wrong in noisy] for each, other in zip(STRONG * 2, unkept, strict=True)
+        ],
+        "rule": [[replace(each, confident=least)] * tasks for least in CONFIDENCES for each in STRONG],
+    }
 
 
 def _value(setup: HeadroomSetup, stream: Stream, schedule: list[TaskChoice], seed: int, split: str) -> float:
@@ -199,8 +232,9 @@ def _value(setup: HeadroomSetup, stream: Stream, schedule: list[TaskChoice], see
         choice = schedule[task]
         assert given.replay is not None
         return replace(
-            given, replay=replace(given.replay, weight=choice.weight), learning_rate=given.learning_rate * choice.rate,
-            expansion=given.expansion if choice.add else None, freezing=choice.freezing,
+            given, learning_rate=given.learning_rate * choice.rate, freezing=choice.freezing,
+            replay=replace(given.replay, weight=choice.weight, keep=choice.keep, confident=choice.confident),
+            expansion=given.expansion if choice.add else None,
         )  # fmt: skip
 
     shape = NetworkShape(num_experts=2)
