@@ -1,4 +1,4 @@
-"""RLlib's PPO on MoERouting-v0, in an environment of its own, as Ray pins gymnasium 1.2: pip install '.[ray]'."""
+"""RLlib's PPO on MoERouting-v0, in an environment of its own, as Ray pins gymnasium 1.2: pip install . 'ray[rllib]'."""
 
 import sys
 
@@ -10,7 +10,11 @@ from ray.tune.registry import register_env
 
 from agents.evaluate import evaluate
 
-ENV, ARGUMENTS, BATCH = "moe_envs:MoERouting-v0", {"bundle": "digits", "cost_weight": 0.4}, 4096
+ENV, ARGUMENTS, BATCH = (
+    "moe_envs:MoERouting-v0",
+    {"bundle": "digits", "cost_weight": 0.4, "observation": "features"},
+    4096,
+)
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
 
 if __name__ == "__main__":

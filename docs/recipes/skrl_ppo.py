@@ -12,7 +12,7 @@ from skrl.utils.model_instantiators.torch import categorical_model, deterministi
 
 from agents.evaluate import evaluate, make_rows
 
-ENV, ARGUMENTS, ROWS = "moe_envs:MoERouting-v0", {"bundle": "digits", "cost_weight": 0.4}, 64
+ENV, ARGUMENTS, ROWS = "moe_envs:MoERouting-v0", {"bundle": "digits", "cost_weight": 0.4, "observation": "features"}, 64
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 400_000
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tianshou.utils.net.discrete import DiscreteActor, DiscreteCritic
 
 from agents.evaluate import evaluate
 
-ENV, ARGUMENTS, ROWS = "moe_envs:MoERouting-v0", {"bundle": "digits", "cost_weight": 0.4}, 16
+ENV, ARGUMENTS, ROWS = "moe_envs:MoERouting-v0", {"bundle": "digits", "cost_weight": 0.4, "observation": "features"}, 16
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
 
 if __name__ == "__main__":

@@ -15,7 +15,12 @@ from torchrl.objectives.value import GAE
 
 from agents.evaluate import evaluate
 
-ENV, ARGUMENTS, ROWS, ROLLOUT = "moe_envs:MoERouting-v0", {"bundle": "digits", "cost_weight": 0.4}, 8, 2048
+ENV, ARGUMENTS, ROWS, ROLLOUT = (
+    "moe_envs:MoERouting-v0",
+    {"bundle": "digits", "cost_weight": 0.4, "observation": "features"},
+    8,
+    2048,
+)
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
 
 if __name__ == "__main__":

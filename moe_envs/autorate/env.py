@@ -275,17 +275,17 @@ class MoEAutoRateEnv(SingleEnv):
     | `over_best` | 1 | log of the validation loss over the best one, times 5 |
     | `over_first` | 1 | log of the validation loss over that before the training |
     | `best_over_first` | 1 | log of the best validation loss over that before the training |
-    | `since_best` | 1 | decisions since the best validation loss, or since going back to it, over 5 |
+    | `since_best` | 1 | decisions since the best validation loss, or since restoring its state, over 5 |
     | `step_size` | 1 | log10 of the norm of the last step over that of the weights, plus 3 |
-    | `straightness` | 1 | log of the way of the weights over that of a random walk with as many steps |
-    | `turn` | 1 | cosine between the last two ways of the weights |
+    | `straightness` | 1 | log of the distance that the weights moved over that of a random walk with as many steps |
+    | `turn` | 1 | cosine between the last two displacements of the weights |
     | `growth` | 1 | log of the norm of the weights over that before the training |
     | `from_highest` | 1 | log10 of the rate over the highest one so far |
-    | `from_bad` | 1 | log10 of the rate over the last one that was gone back from, 0 if there is none |
-    | `backs` | 1 | log2 of one plus the times that the training went back |
+    | `from_bad` | 1 | log10 of the rate over that at the last restore, 0 if there was none |
+    | `backs` | 1 | log2 of one plus the number of restores |
     | `diverged` | 1 | 1 if the last steps diverged and were undone |
     | `offset` | 1 | log10 of the rate over the estimated best one |
-    | `rating` | 8 | how close each action brings the rate to it; going back, where it got worse or the network died |
+    | `rating` | 8 | score of each action, at most 0: how near to it; of restoring 0 where the loss got worse |
 
     ## Rewards
     R = quality - cost_weight * cost. Quality is 0.3 times the decrease of the log of the best validation loss. At the

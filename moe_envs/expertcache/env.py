@@ -319,8 +319,8 @@ class MoEExpertCacheEnv(SingleEnv):
     | `squared` | K | 0..1 | their squares |
     | `missing` | K | 0..1 | 1 for the experts that are not in memory |
     | `demand` | K | -1..1 | predicted demand for the best experts |
-    | `gain` | K | -1..1 | demand less the lowest of experts in memory that are not asked for; 0 if not missing |
-    | `substitute` | K | 0..1 | probability of the best expert in memory that is not asked for, over theirs |
+    | `gain` | K | -1..1 | demand minus the lowest of experts in memory that are not requested; 0 if not missing |
+    | `substitute` | K | 0..1 | probability of the best unrequested expert in memory, over that of each requested one |
     | `layer` | L | 0..1 | one-hot layer |
     | `count` | 1 | 0..1 | missing experts, over K |
     | `mass` | 1 | 0..1 | probability of the best experts together |
@@ -345,9 +345,8 @@ class MoEExpertCacheEnv(SingleEnv):
     episode `expertcache/loads_per_token` and `expertcache/hit_rate`, the share of requests that were in memory.
 
     ## Starting State
-    A stream of the split, drawn at random; its first token stands before the router of the first layer. In memory are
-    the experts that texts of `rl_train` ask for most often. `reset(options={"stream": number})` starts a certain
-    stream.
+    A stream of the split, drawn at random; the first decision is for its first token in the first layer. In memory are
+    the experts that texts of `rl_train` request most often. `reset(options={"stream": number})` selects one.
 
     ## Episode End
     Terminated after the last token of the stream; never truncated by itself.

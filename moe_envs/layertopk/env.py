@@ -271,8 +271,8 @@ class MoELayerTopKEnv(SingleEnv):
     `layertopk/experts_used`, those of the episode so far.
 
     ## Starting State
-    A passage of the split, drawn at random; its first token stands before the router of the first layer.
-    `reset(options={"passage": number})` starts a certain one, so that it can be replayed.
+    A passage of the split, drawn at random; the first decision is for its first token in the first layer.
+    `reset(options={"passage": number})` selects one, so that it can be replayed.
 
     ## Episode End
     Terminated after the last token of the passage; never truncated by itself.

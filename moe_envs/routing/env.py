@@ -183,9 +183,9 @@ class MoERoutingEnv(SteppedBatch):
     | `gate` | E | 0..1 | gate probabilities of the current input |
     | `batch_worth` | E | -price..1 | mean worth over the batch |
     | `batch_gate` | E | 0..E | mean gate probability over the whole batch, times E; 1 if uniform |
-    | `plan` | E | -4..4 | return of the best pool of experts with each expert, less that of the best without it |
-    | `detour` | E | -5..0 | 0 for the experts of the best pool, else their plan less 1 |
-    | `experts_used` | E | 0..1 | 1 for experts already paid in this batch |
+    | `plan` | E | -4..4 | best return of a pool with this expert, minus that of a pool without it |
+    | `detour` | E | -5..0 | 0 for experts in the best pool, else `plan` - 1 |
+    | `experts_used` | E | 0..1 | 1 for experts already used in this batch |
     | `edges` | E | 0..1 | mean edge weight from those experts to each expert; only for models with an expert graph |
     | `prices` | E | 0..first use | price of running each expert now |
     | `cost` | 1 | 0..all experts for all inputs | cost of this batch so far |
@@ -213,7 +213,7 @@ class MoERoutingEnv(SteppedBatch):
     `routing/experts_used`, the number of distinct experts used in this batch so far.
 
     ## Starting State
-    The next mini-batch of the row, out of 4,096 per split; no expert is paid.
+    The next mini-batch of the row, out of 4,096 per split; no expert has been used.
 
     ## Episode End
     Terminated after the last input of the batch; never truncated by itself.

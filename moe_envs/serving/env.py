@@ -229,9 +229,9 @@ class MoEServingEnv(SingleEnv):
 
     ## Action Space
     `Discrete(1 + 7 * L * O)` for L levels and O orders. 0 waits until the next arrival, 5 ms at most; where a deadline
-    is nearer than the fastest batch and 10 ms it is masked, and sends up to 64 rows at the best level. The others are
-    caps of 1, 2, 4, 8, 16, 32 or 64 rows, times levels (the best first), times orders:
-    `env.unwrapped.choices.parts(action)`. With one class of requests there is one order. With several a batch takes
+    is closer than the time of the fastest batch plus 10 ms, waiting is masked, and choosing it anyway sends up to 64
+    rows at the best level. The others are caps of 1, 2, 4, 8, 16, 32 or 64 rows, times levels (the best first), times
+    orders: `env.unwrapped.choices.parts(action)`. With one class of requests there is one order. With several a batch takes
     those with the first deadline, or those with the highest value per row, or those of one class.
 
     ## Observation Space
@@ -250,15 +250,15 @@ class MoEServingEnv(SingleEnv):
 
     ## Rewards
     R = quality - cost_weight * cost. Quality is minus the value that is lost, over the value of all requests of the
-    episode: a late answer or a request given up loses all of its value, an answer at a lower level care * loss of it,
-    where loss is the level's loss of quality (of the language model 1 minus the ratio of perplexities, of a classifier
-    of accuracies). So a perfect server has 0. With `answers="latency"` nothing is given up, and an answer also loses
-    its latency over the deadline. Cost is the time that the model runs, over the length of the episode; energy is
+    episode: a late answer or a request given up loses all of its value, an answer at a lower level the share
+    care * loss, where loss is the level's loss of quality (of the language model 1 minus the ratio of perplexities, of
+    a classifier of accuracies). So a perfect server has 0. With `answers="latency"` nothing is given up, and an answer
+    also loses its latency over the deadline. Cost is the time that the model runs, over the length of the episode; energy is
     relative to that of the best level, always busy.
 
-    Steps take different times, so `info["discount"]` is exp(-elapsed / 2 s). Our learners multiply `gamma` by it. Two
-    traps are avoided so: a constant discount for each decision makes waiting worth its while, and a reward for each
-    answer, discounted by time, makes it pay to send at once.
+    Steps take different times, so `info["discount"]` is exp(-elapsed / 2 s). Our learners multiply `gamma` by it. This
+    avoids two failures: with a constant discount for each decision waiting pays, and with a reward for each answer,
+    discounted by time, sending at once does.
 
     `info` has `reward/quality`, `reward/cost`, `cost/time` [s], `cost/memory` [B] (0), `cost/energy` [J],
     `vector_reward` (quality, -time, -memory, -energy, relative), `discount`, and `serving/time` [s], `serving/elapsed`
