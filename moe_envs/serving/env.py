@@ -231,8 +231,8 @@ class MoEServingEnv(SingleEnv):
     `Discrete(1 + 7 * L * O)` for L levels and O orders. 0 waits until the next arrival, 5 ms at most; where a deadline
     is closer than the time of the fastest batch plus 10 ms, waiting is masked, and choosing it anyway sends up to 64
     rows at the best level. The others are caps of 1, 2, 4, 8, 16, 32 or 64 rows, times levels (the best first), times
-    orders: `env.unwrapped.choices.parts(action)`. With one class of requests there is one order. With several a batch takes
-    those with the first deadline, or those with the highest value per row, or those of one class.
+    orders: `env.unwrapped.choices.parts(action)`. With one class of requests there is one order. With several a batch
+    takes those with the first deadline, or those with the highest value per row, or those of one class.
 
     ## Observation Space
     A `Box` of float32; `env.unwrapped.observation_layout` maps each name to its slice, bounds and meaning.
@@ -253,8 +253,8 @@ class MoEServingEnv(SingleEnv):
     episode: a late answer or a request given up loses all of its value, an answer at a lower level the share
     care * loss, where loss is the level's loss of quality (of the language model 1 minus the ratio of perplexities, of
     a classifier of accuracies). So a perfect server has 0. With `answers="latency"` nothing is given up, and an answer
-    also loses its latency over the deadline. Cost is the time that the model runs, over the length of the episode; energy is
-    relative to that of the best level, always busy.
+    also loses its latency over the deadline. Cost is the time that the model runs, over the length of the episode;
+    energy is relative to that of the best level, always busy.
 
     Steps take different times, so `info["discount"]` is exp(-elapsed / 2 s). Our learners multiply `gamma` by it. This
     avoids two failures: with a constant discount for each decision waiting pays, and with a reward for each answer,
