@@ -2,7 +2,7 @@
 
 from experts.continual.closed_form import ClosedForm
 from experts.continual.result import Result
-from experts.continual.running import run
+from experts.continual.running import predictor, run
 from experts.continual.strategy import Expansion, NetworkShape, Penalty, Replay, Strategy
 from experts.continual.stream import Stream, StreamTask, load
 
@@ -17,5 +17,6 @@ __all__ = [
     "Stream",
     "StreamTask",
     "load",
+    "predictor",
     "run",
 ]

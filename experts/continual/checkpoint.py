@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save as to_bytes
 
 from cost.arguments import one_line
 from cost.files import read_arrays, sealed, sha256_of, write_bytes
+from experts.continual.inputs import Encoding
 from experts.continual.learner import StreamLearner
 from experts.continual.network import of_weights
 from experts.continual.result import Curves, as_content
+from experts.continual.strategy import NetworkShape
 from experts.data import DataError
 
 
@@ -35,6 +39,7 @@ def save(learner: StreamLearner, path: Path) -> None:
     said = json.dumps({
         "run": _digest(learner), "task": learner.task, "step": learner.step, "begun": learner.begun,
         "seconds": learner.seconds, "curves": learner.curves.content(), "chosen": learner.chosen,
+        "shape": as_content(learner.shape), "inputs": learner.stream.shape,
     })  # fmt: skip
     write_bytes(path, to_bytes(arrays, sealed(arrays, said)))
 
@@ -52,6 +57,35 @@ def restore(learner: StreamLearner, path: Path) -> None:
         _take(learner, said, {name: torch.from_numpy(each.copy()) for name, each in read.items()})
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise DataError(f"{path} does not fit the run: {one_line(error)}") from error
+
+
+def predictor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The network of a checkpoint: inputs `[n, ...]` as the stream has them to class logits `[n, C]`.
+
+    Raises `DataError` for a file that is damaged, absent or of a run that has not begun, and for a gate that needs the
+    task.
+    """
+    metadata, read = read_arrays(path, DataError, "run the stream with folder=")
+    try:
+        said = json.loads(metadata["settings"])
+        last = said["chosen"][-1]
+        if last["gate"] == "task":
+            raise ValueError("its gate needs the task")
+        encoding = Encoding(tuple(said["inputs"]), last["side"], last["bits"])
+        shape = NetworkShape(**said["shape"] | {"channels": tuple(said["shape"]["channels"])})
+        weights = {name[8:]: torch.from_numpy(each.copy()) for name, each in read.items() if name[:8] == "network/"}
+        network = of_weights(encoding.decoded, shape, weights)
+    except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise DataError(f"{path} gives no predictor: {one_line(error)}") from error
+
+    @torch.no_grad()
+    def predict(inputs: np.ndarray) -> np.ndarray:
+        x = encoding.decode(encoding.encode(inputs))
+        tasks_BT = network.similar_tasks(x) if last["gate"] == "domain" else None
+        logits: np.ndarray = network(x, tasks_BT)[0].numpy()
+        return logits
+
+    return predict
 
 
 def _take(learner: StreamLearner, said: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from cost.files import alone
 from experts.continual import checkpoint
 from experts.continual.learner import Control, StreamLearner
@@ -58,3 +60,9 @@ def run(
             found = learner.result()
             found.save(path / RESULT)
             return found
+
+
+def predictor(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The network that a run with this `folder` has trained so far: inputs `[n, ...]` as the stream has them to class
+    logits `[n, C]`; raises `DataError` where there is none."""
+    return checkpoint.predictor(Path(folder) / CHECKPOINT)
