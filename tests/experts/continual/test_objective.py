@@ -67,7 +67,9 @@ def step(blobs: Stream) -> Callable[[Strategy], Step]:
         loss, logits = objective.new(network, memory, x, y, 2, np.random.default_rng(1))
         _, statistics = network(torch.from_numpy(rows))
         balance = BALANCE * load_balancing_loss(statistics.logits, statistics.chosen)
-        return Step(float((loss - balance).detach()), logits, torch.from_numpy(y), torch.from_numpy(x), network, memory, drawn)
+        return Step(
+            float((loss - balance).detach()), logits, torch.from_numpy(y), torch.from_numpy(x), network, memory, drawn
+        )
 
     return made
 
