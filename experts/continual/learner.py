@@ -187,7 +187,8 @@ class StreamLearner:
         replay = self.strategy.replay
         if self.buffer is None or replay is None or not replay.keep:
             return
-        if self.step // self.per_epoch(self.task) != (self.strategy.epochs - 1 if replay.confident else 0):
+        late = replay.late or replay.confident > 0
+        if self.step // self.per_epoch(self.task) != (self.strategy.epochs - 1 if late else 0):
             return
         kept = np.ones(len(rows), np.bool_)
         if replay.confident:

@@ -34,9 +34,10 @@ class Replay:
     a new network is trained on what is kept (GDumb, Prabhu et al. 2020), in as many steps as all tasks had so far;
     without a `size` that is joint training, the bound.
 
-    Inputs are offered in the first epoch of a task. A control may set `keep` to False: then a task offers none. With
-    `confident` > 0 they are offered in the last epoch instead, and only those whose label the network gives at least
-    this probability among the task's classes: wrong labels are learned last (Arpit et al. 2017).
+    Inputs are offered in the first epoch of a task, or with `late` in the last one, when kept logits are those of a
+    network that has learned them. A control may set `keep` to False: then a task offers none. With `confident` > 0 only
+    inputs are offered, late, whose label the network gives at least this probability among the task's classes: wrong
+    labels are learned last (Arpit et al. 2017).
     """
 
     kind: ReplayKind = "reservoir"
@@ -45,14 +46,15 @@ class Replay:
     weight: float = 1.0
     logits: float = 0.0
     only: bool = False
+    late: bool = False
     keep: bool = True
     confident: float = 0.0
 
     def __post_init__(self) -> None:
         _require("kind", self.kind, get_args(ReplayKind))
         _require_from("confident", self.confident, 0, 1)
-        if self.confident and self.only:
-            raise ValueError("confident needs a network that learns the inputs, which only=True does not have")
+        if (self.confident or self.late) and self.only:
+            raise ValueError("late and confident need a network that learns the inputs, which only=True does not have")
         if self.size is not None:
             _require_from("size", self.size, 1)
         _require_from("batch_size", self.batch_size, 1)

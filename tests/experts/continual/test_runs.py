@@ -238,6 +238,19 @@ def test_a_control_keeps_tasks_out_of_the_replay(blobs: Stream) -> None:
     assert set(learner.buffer.tasks[: len(learner.buffer)].tolist()) == {0, 2, 3}
 
 
+def test_late_logits_are_of_a_network_that_has_learned(blobs: Stream) -> None:
+    right = []
+    for late in (False, True):
+        replay = Replay("balanced", 400, logits=0.1, late=late)
+        learner = StreamLearner(blobs, replace(QUICK, epochs=4, replay=replay), 0, SMALL)
+        learner.run(lambda share, text: None, lambda: None, 1000)
+        buffer = learner.buffer
+        assert buffer is not None
+        assert len(buffer) == sum(len(task["train"][1]) for task in blobs.tasks)
+        right.append((np.nan_to_num(buffer.logits, nan=-9).argmax(1) == buffer.labels)[: len(buffer)].mean())
+    assert right[1] > right[0] + 0.1
+
+
 def test_a_confident_replay_leaves_wrong_labels_out(blobs: Stream) -> None:
     random, tasks = np.random.default_rng(1), list[StreamTask]()
     for task in blobs.tasks:
