@@ -122,4 +122,4 @@ def controller_of(text: str) -> MakeController:
     policy, config = runs.load(Path(folder))
     if not config["env"].endswith("MoEServing-v0"):
         raise ValueError(f"{folder} is a run of {config['env']}, not of MoEServing-v0")
-    return partial(PolicyController, policy, config["env_kwargs"].get("cost_weight", 0.1))
+    return partial(PolicyController, policy, config["cost_weight"])
