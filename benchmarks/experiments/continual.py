@@ -130,7 +130,8 @@ def _expanding(expansion: Expansion = GROWING, **more: Any) -> Callable[[int], S
     return _er(expansion=expansion, freezing=0.1, **more)
 
 
-# Each step learns 96 inputs: 32 new and 64 old ones, or 32 old and 32 for their logits, or 96 where nothing is new.
+# A step of methods with a replay learns 96 inputs: 32 new and 64 old ones (32 of these for their logits in DER), or 96
+# where nothing is new; without a replay, and in the first task, it learns the 32 new ones.
 METHODS: dict[str, Method] = {
     "no replay": Method(lambda buffer: Strategy(), buffers=(NONE,)),
     "EWC": Method(lambda buffer: Strategy(regularizer=EWC), (100.0,), _set_penalty, (NONE,)),
@@ -210,8 +211,8 @@ QUICK = {
 
 
 class ContinualSetup(Arguments):
-    """`buffer` counts raw images; `rates` are the learning rates to try; `epochs` are those of each task, 8 for the
-    digits and 2 for others by default. `scratch` also trains a new network on each task, for the forward transfer."""
+    """`buffer` counts raw images; `rates` are the learning rates to try; `epochs` are those of each task, 8 for
+    split-digits and 2 for others by default. `scratch` also trains a new network on each task, for the transfer."""
 
     stream: Literal["split-digits", "split-fashion-mnist"] | str = "split-fashion-mnist"
     scenario: Scenario | None = None
@@ -288,7 +289,7 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
         axis = figure.subplots()
         for number, (method, runs) in enumerate(group.groupby("method", sort=False)):
             line = runs.groupby("buffer")[["bytes", "accuracy"]].mean()
-            marker = "osv^D"[number // 10]
+            marker = "osv^D"[number // 10 % 5]
             axis.plot(line["bytes"] / 1e3, line["accuracy"], marker=marker, ms=4, lw=1, label=method)
         axis.set(xscale="log", xlabel="kB of network, replay and statistics", ylabel="accuracy after the last task",
                  title=str(stream))  # fmt: skip
@@ -356,7 +357,8 @@ def _mean(runs: pd.DataFrame, name: str) -> float | None:
 def _tuned(setup: ContinualSetup, folder: Path) -> tuple[float, float | None, list[Tried]]:
     """Learning rate and weight of the best validation accuracy, and all that were tried, once for all seeds."""
     method = METHODS[setup.method]
-    said = [setup.model_dump(exclude={"scratch"}), asdict(method.of(setup.buffer or 1)), method.weights]
+    plain = asdict(method.of(setup.buffer or 1))
+    said = [setup.model_dump(exclude={"scratch"}), plain, method.weights, method.per_task, _epochs(setup), TUNING_SEED]
     path = folder / "tuning" / f"{sha256_of(json.dumps(said, sort_keys=True).encode())[:16]}.json"
     tried = found_once(path, lambda: {"setup": setup.model_dump(), "tried": list(_tries(setup))})["tried"]
     rate, weight, _ = max(tried, key=lambda each: each[2])
@@ -386,6 +388,10 @@ def _loaded(name: str, scenario: Scenario | None) -> Stream:
     return load(name, scenario)
 
 
+def _epochs(setup: ContinualSetup) -> int:
+    return (8 if setup.stream == "split-digits" else 2) if setup.epochs is None else setup.epochs
+
+
 def _run(
     setup: ContinualSetup, rate: float, weight: float | None, seed: int, split: str, scratch: bool = False
 ) -> Result:
@@ -393,7 +399,7 @@ def _run(
     learned = method.of(setup.buffer + method.per_task * (len(stream.tasks) - 1))
     if weight is not None:
         learned = method.weighted(learned, weight)
-    epochs = (8 if setup.stream == "split-digits" else 2) if setup.epochs is None else setup.epochs
+    epochs = _epochs(setup)
     if isinstance(learned, Strategy):
         return run(stream, replace(learned, learning_rate=rate, epochs=epochs), seed, split=split, scratch=scratch)
     return learned.run(stream, seed, split=split, strategy=Strategy(learning_rate=rate, epochs=epochs))

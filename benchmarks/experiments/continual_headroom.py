@@ -72,6 +72,7 @@ class TaskChoice:
     weight: float = 1.0
     add: bool = False
     freezing: float = 1.0
+    late: bool = False
     keep: bool = True
     confident: float = 0.0
 
@@ -123,16 +124,17 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             "best of each context": float(hindsight.mean()), "headroom": float(gain.mean()),
             "headroom, 95 %": seeds_interval(gain),
             "headroom, at most": float((promised - chosen).mean()),
-            "worth it": _verdict(float(gain.mean()), float((promised - chosen).mean())),
+            "worth it": _verdict(seeds_interval(gain), float((promised - chosen).mean())),
             **_with_wrong_labels(every[0], every[1], counts),
         })  # fmt: skip
     return {"tables": {"Accuracy": rows}, "notes": [
         "Accuracy after the last task; with unknown length its mean over time. Best constant and best schedule are "
         "chosen by the other seeds, whose contexts differ, and judged by this one. Headroom: best schedule of each "
         "context, chosen on validation and judged on test, minus the best schedule: a lower bound. At most: both on "
-        f"validation, by the runs that choose. Worth it: yes if the lower is {WORTH:g}, no if the upper is less. "
-        "Rule: a constant whose replay keeps only inputs whose label the network believes after the segment. Detector: "
-        "a constant whose replay keeps nothing of the segments with wrong labels, learned or not.",
+        f"validation, by the runs that choose. Worth it: yes if the interval of the headroom is above {WORTH:g}, no if "
+        "what it is at most is below. Rule: a constant whose replay keeps only inputs whose label the network believes "
+        "at the end of the segment. Detector: a constant whose replay keeps nothing of the segments with wrong labels, "
+        "which are learned or not. Both beside constants whose replay is filled at the end of a segment, too.",
     ]}  # fmt: skip
 
 
@@ -168,16 +170,18 @@ def _with_wrong_labels(by: np.ndarray, judged: np.ndarray, counts: dict[str, int
         among = np.concatenate([places[name] for name in names])
         return _of_other_seeds(by[..., among], judged[..., among], len(among))
 
-    constant, rule, detector = best("constants"), best("constants", "rule"), best("constants", "detector")
+    plain = "constants", "late"
+    constant, rule, detector = best(*plain), best(*plain, "rule"), best(*plain, "detector")
     return {
-        "best rule": float(rule.mean()), "rule - constant": float((rule - constant).mean()),
+        "best constant, also late": float(constant.mean()), "best rule": float(rule.mean()),
+        "rule - constant": float((rule - constant).mean()),
         "rule - constant, 95 %": seeds_interval(rule - constant), "detector": float(detector.mean()),
         "detector - rule": float((detector - rule).mean()), "detector - rule, 95 %": seeds_interval(detector - rule),
     }  # fmt: skip
 
 
-def _verdict(least: float, most: float) -> str:
-    return "yes" if least >= WORTH else "no" if most < WORTH else "not known"
+def _verdict(gain: tuple[float, float] | None, most: float) -> str:
+    return "yes" if gain and gain[0] >= WORTH else "no" if most < WORTH else "not known"
 
 
 def _of_other_seeds(by: np.ndarray, judged: np.ndarray, among: int) -> np.ndarray:
@@ -213,11 +217,12 @@ def _candidates(setup: HeadroomSetup, stream: Stream) -> dict[str, list[list[Tas
     if not recurring:
         return found
     noisy = [task.name.endswith(NOISY) for task in stream.tasks]
-    unkept = [replace(each, rate=rate * each.rate, keep=False) for rate in (0.0, 1.0) for each in STRONG]
+    late = [replace(each, late=True) for each in STRONG]
+    unkept = [(each, replace(each, keep=False)) for each in (*STRONG, *late)]
+    unkept += [(each, replace(each, keep=False, rate=0.0)) for each in STRONG]
     return found | {
-        "detector": [
-            [other if wrong else each for wrong in noisy] for each, other in zip(STRONG * 2, unkept, strict=True)
-        ],
+        "late": [[each] * tasks for each in late],
+        "detector": [[other if wrong else each for wrong in noisy] for each, other in unkept],
         "rule": [[replace(each, confident=least)] * tasks for least in CONFIDENCES for each in STRONG],
     }
 
@@ -233,7 +238,8 @@ def _value(setup: HeadroomSetup, stream: Stream, schedule: list[TaskChoice], see
         assert given.replay is not None
         return replace(
             given, learning_rate=given.learning_rate * choice.rate, freezing=choice.freezing,
-            replay=replace(given.replay, weight=choice.weight, keep=choice.keep, confident=choice.confident),
+            replay=replace(given.replay, weight=choice.weight, late=choice.late, keep=choice.keep,
+                           confident=choice.confident),
             expansion=given.expansion if choice.add else None,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from cost.arguments import one_line
 from cost.files import read_arrays, sealed, sha256_of, write_bytes
 from experts.continual.inputs import Encoding
-from experts.continual.learner import StreamLearner
+from experts.continual.learner import AT_ONCE, StreamLearner
 from experts.continual.network import of_weights
 from experts.continual.result import Curves, as_content
 from experts.continual.strategy import NetworkShape
@@ -60,7 +60,7 @@ def restore(learner: StreamLearner, path: Path) -> None:
 
 
 def predictor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The network of a checkpoint: inputs `[n, ...]` as the stream has them to class logits `[n, C]`.
+    """The network of a checkpoint: inputs `[n, ...]` as the stream has them to logits `[n, C]` of all classes so far.
 
     Raises `DataError` for a file that is damaged, absent or of a run that has not begun, and for a gate that needs the
     task.
@@ -69,10 +69,12 @@ def predictor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     try:
         said = json.loads(metadata["settings"])
         last = said["chosen"][-1]
-        if last["gate"] == "task":
-            raise ValueError("its gate needs the task")
+        if last["gate"] not in ("input", "domain"):
+            raise ValueError(f"its gate needs the {last['gate']}")
         encoding = Encoding(tuple(said["inputs"]), last["side"], last["bits"])
         shape = NetworkShape(**said["shape"] | {"channels": tuple(said["shape"]["channels"])})
+        if any(not isinstance(getattr(shape, name), int) for name in ("d_model", "d_ff", "num_experts", "k")):
+            raise ValueError(f"its shape is {shape}")
         weights = {name[8:]: torch.from_numpy(each.copy()) for name, each in read.items() if name[:8] == "network/"}
         network = of_weights(encoding.decoded, shape, weights)
     except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
@@ -80,10 +82,11 @@ def predictor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
     @torch.no_grad()
     def predict(inputs: np.ndarray) -> np.ndarray:
-        x = encoding.decode(encoding.encode(inputs))
-        tasks_BT = network.similar_tasks(x) if last["gate"] == "domain" else None
-        logits: np.ndarray = network(x, tasks_BT)[0].numpy()
-        return logits
+        found = [np.zeros((0, network.num_classes), np.float32)]
+        for start in range(0, len(inputs), AT_ONCE):
+            x = encoding.decode(encoding.encode(inputs[start : start + AT_ONCE]))
+            found.append(network(x, network.similar_tasks(x) if last["gate"] == "domain" else None)[0].numpy())
+        return np.concatenate(found)
 
     return predict
 

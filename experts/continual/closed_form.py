@@ -81,7 +81,7 @@ class ClosedForm:
                     masked[list(stream.tasks[other].classes)] = 0
                     scores = scores + masked
                 accuracy[other] = float((scores.argmax(1) == y).mean())
-            parameters = extractor.nbytes // 4 + weights.size + bias.size
+            parameters = extractor.parameters + weights.size + bias.size
             curves.append(
                 accuracy=accuracy.tolist(), expert_load=[[1.0]] * (number + 1), parameters=parameters,
                 bytes_after=extractor.nbytes + sums.nbytes, experts=1, seconds=seconds,
@@ -187,10 +187,13 @@ class _Extractor:
         return self._decoded(inputs).numpy().reshape(len(inputs), -1)
 
     @property
+    def parameters(self) -> int:
+        """Numbers that turn inputs into features."""
+        if self.network is not None:
+            return sum(weights.numel() for weights in self.network.trunk.parameters())
+        return self.matrix.size + self.shift.size
+
+    @property
     def nbytes(self) -> int:
         """Bytes of what turns inputs into features; random ones are made anew of a seed and a deviation."""
-        if self.kind == "random":
-            return 16
-        if self.network is not None:
-            return 4 * sum(weights.numel() for weights in self.network.trunk.parameters())
-        return self.matrix.nbytes + self.shift.nbytes
+        return 16 if self.kind == "random" else 4 * self.parameters

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 4096
+LEAST_SIDE = 4
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,12 @@ class Encoding:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        if self.side is not None and (len(self.shape) != 3 or self.side > self.shape[1]):
-            raise ValueError(f"side={self.side}: the inputs have the shape {self.shape}")
+        if self.side is not None and (len(self.shape) != 3 or not LEAST_SIDE <= self.side <= self.shape[1]):
+            raise ValueError(
+                f"side={self.side}: must be from {LEAST_SIDE} to that of the inputs, of the shape {self.shape}"
+            )
+        if self.bits not in (1, 2, 4, 8):
+            raise ValueError(f"bits={self.bits!r} is not 1, 2, 4 or 8")
         if self.bits != 8 and len(self.shape) != 3:
             raise ValueError(f"bits={self.bits} is for images; the inputs have the shape {self.shape}")
 
@@ -33,10 +38,14 @@ class Encoding:
         return (self.shape[0], side, side) if len(self.shape) == 3 else self.shape
 
     def encode(self, inputs: np.ndarray) -> np.ndarray:
-        """Rows `[n, bytes]` uint8 of images uint8, or the features themselves."""
+        """Rows `[n, bytes]` uint8 of images uint8, or the features themselves; raises `ValueError` for others."""
+        wanted = np.uint8 if len(self.shape) == 3 else np.float32
+        if inputs.shape[1:] != self.shape or inputs.dtype != wanted:
+            said = f"inputs {inputs.shape} {inputs.dtype}"
+            raise ValueError(f"{said}: [n, {', '.join(map(str, self.shape))}] {np.dtype(wanted)} is needed")
         if len(self.shape) != 3:
             return np.ascontiguousarray(inputs)
-        return np.concatenate([self._packed(part) for part in np.array_split(inputs, -(-len(inputs) // CHUNK))])
+        return np.concatenate([self._packed(part) for part in np.array_split(inputs, max(1, -(-len(inputs) // CHUNK)))])
 
     def decode(self, rows: np.ndarray) -> torch.Tensor:
         """Inputs `[n, ...]` float32; pixels in 0..1."""

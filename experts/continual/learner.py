@@ -168,7 +168,7 @@ class StreamLearner:
             yield from (batch for number, batch in enumerate(batches) if number >= skipped)
 
     def _learn(self, batch: StreamBatch) -> None:
-        """One step, which also offers the inputs of the first epoch to the replay."""
+        """One step, which also offers its inputs to the replay."""
         random = np.random.default_rng([self.seed, self.number()])
         rows, logits = self.encoding.encode(batch.inputs), None
         if not self.only:
@@ -229,6 +229,8 @@ class StreamLearner:
     def _retrain(self) -> None:
         """Train a new network on what is kept, in as many steps as all tasks so far had."""
         assert self.buffer is not None
+        if not len(self.buffer):
+            return
         random = np.random.default_rng([self.seed, self.number(), 1])
         self.network = self._new_network(self.task)
         optimizer, steps = self.new_optimizer(), sum(self.steps(task) for task in range(self.task + 1))

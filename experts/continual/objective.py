@@ -69,10 +69,10 @@ class Objective:
         if len(matched):
             assert memory.buffer is not None
             assert replay is not None
-            loss = loss + replay.logits * _mismatch(matched, memory.buffer.logits[drawn[1]])
+            loss = loss + replay.logits * mismatch(matched, memory.buffer.logits[drawn[1]])
         if memory.snapshot is not None:
             known = self._known(memory.snapshot, x[: len(labels)], numbers[: len(labels)])
-            loss = loss + self.strategy.distillation * self._divergence(own, known, task)
+            loss = loss + self.strategy.distillation * self.divergence(own, known, task)
         if memory.importance is not None and memory.importance.anchor:
             loss = loss + memory.importance.loss(network)
         return loss, own.detach()
@@ -132,9 +132,9 @@ class Objective:
         y = torch.from_numpy(buffer.labels[places].astype(np.int64))
         return F.cross_entropy(self.of_task(logits, buffer.tasks[places].astype(np.int64)), y)
 
-    def _divergence(self, logits: torch.Tensor, known: torch.Tensor, task: int) -> torch.Tensor:
+    def divergence(self, logits: torch.Tensor, known: torch.Tensor, task: int) -> torch.Tensor:
         """Kullback-Leibler divergence from a snapshot's classes; of each earlier task's where the task is given."""
-        groups: list[Any] = [slice(self.stream.classes_until(task - 1))]
+        groups = [sorted({label for each in self.stream.tasks[:task] for label in each.classes})]
         if self.stream.scenario == "task":
             groups = [list(each.classes) for each in self.stream.tasks[:task]]
         total = logits.new_zeros(())
@@ -149,7 +149,7 @@ class Objective:
         return found
 
 
-def _mismatch(logits: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
+def mismatch(logits: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
     """Mean squared distance from kept logits, of the classes known then."""
     wanted = torch.from_numpy(kept)[:, : logits.shape[1]]
     known = ~wanted.isnan()

@@ -86,12 +86,20 @@ class Importance:
 
     def restore(self, state: dict[str, torch.Tensor], network: ContinualNetwork) -> None:
         """Take over a `state()`; raises `ValueError` where it does not fit the network."""
+        named = shared(network)
+        if state and set(state) != {f"{kind}/{name}" for kind in ("importance", "anchor") for name in named}:
+            raise ValueError("the penalty is of other weights than the network has")
         for whole, each in state.items():
             kind, _, name = whole.partition("/")
-            own = shared(network).get(name)
-            if own is None or own.ndim != each.ndim or any(a > b for a, b in zip(each.shape, own.shape, strict=True)):
+            own = named[name]
+            if own.ndim != each.ndim or any(a > b for a, b in zip(each.shape, own.shape, strict=True)):
                 raise ValueError(f"{whole} {tuple(each.shape)} does not fit the network")
             (self.importance if kind == "importance" else self.anchor)[name] = each
+        for name, dimension in PER_EXPERT.items() if state else ():
+            if self.importance[name].shape != self.anchor[name].shape:
+                raise ValueError(f"importance and anchor of {name} differ in shape")
+            if self.importance[name].shape[dimension] < named[name].shape[dimension] - 1:
+                raise ValueError(f"the penalty of {name} is of fewer experts than the network has")
 
 
 PER_EXPERT = {"moe.gate.weight": 0, "gate_bias": 0, "task_bias": 1}  # the dimension of the experts

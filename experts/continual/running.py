@@ -38,8 +38,9 @@ def run(
     from it, and the result is written at the end. `scratch` also trains a new network on each task alone.
 
     `control(task, strategy)` gives the strategy of each task, called in their order, from the first one again when a
-    run goes on. It may change what a task learns by, not what is kept: `replay.kind`, `replay.size`, `replay.only`,
-    whether logits are kept, `side`, `bits`, `all_classes`, `regularizer.kind`. Accuracies are those of `split`,
+    run goes on. It may change what a task learns by and what it offers to the replay (`keep`, `late`, `confident`), not
+    the form of what is kept: `replay.kind`, `replay.size`, `replay.only`, whether logits are kept, `side`, `bits`,
+    `all_classes`, `regularizer.kind`. Accuracies are those of `split`,
     "validation" or "test". Raises `ValueError` for a strategy that does not fit the stream, and `DataError` for a
     folder of another run.
     """
@@ -64,5 +65,5 @@ def run(
 
 def predictor(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
     """The network that a run with this `folder` has trained so far: inputs `[n, ...]` as the stream has them to class
-    logits `[n, C]`; raises `DataError` where there is none."""
+    logits `[n, C]`; raises `DataError` where there is none, or where its gate needs the task."""
     return checkpoint.predictor(Path(folder) / CHECKPOINT)

@@ -60,6 +60,10 @@ class Replay:
         _require_from("batch_size", self.batch_size, 1)
         _require_from("weight", self.weight, 0)
         _require_from("logits", self.logits, 0)
+        if self.only and self.logits:
+            raise ValueError("logits are those of a network that learns the inputs, which only=True does not have")
+        if not (self.weight or self.logits or self.only):
+            raise ValueError("weight=0 and logits=0 replay nothing")
         if self.size is None and not self.only:
             raise ValueError("size=None keeps all inputs, which only a joint training does: set only=True")
 

@@ -285,7 +285,7 @@ class MoEAutoRateEnv(SingleEnv):
     | `backs` | 1 | log2 of one plus the number of restores |
     | `diverged` | 1 | 1 if the last steps diverged and were undone |
     | `offset` | 1 | log10 of the rate over the estimated best one |
-    | `rating` | 8 | score of each action, at most 0: how near to it; of restoring 0 where the loss got worse |
+    | `rating` | 8 | score of an action: how near to it; of restoring 0 where it helps |
 
     ## Rewards
     R = quality - cost_weight * cost. Quality is 0.3 times the decrease of the log of the best validation loss. At the

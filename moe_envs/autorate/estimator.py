@@ -31,7 +31,7 @@ LARGEST = 1e6  # number in the file
 LAYOUT = layout((
     *PARTS,
     ("offset", 1, -BOUND, BOUND, "log10 of the rate over the estimated best one"),
-    ("rating", len(FACTORS) + 1, -BOUND, 0.0, "how close each action brings the rate to it"),
+    ("rating", len(FACTORS) + 1, -BOUND, 0.0, "score of an action: how near to it; of restoring 0 where it helps"),
 ))  # fmt: skip
 
 

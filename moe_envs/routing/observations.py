@@ -67,8 +67,14 @@ class View:
             [
                 ("batch_worth", experts, lowest, 1, "mean worth over the batch"),
                 ("batch_gate", experts, 0, experts, "mean gate probability over the batch, times E: 1 if even"),
-                ("plan", experts, -PLAN_BOUND, PLAN_BOUND, "what leaving each expert out of the best pool would lose"),
-                ("detour", experts, -PLAN_BOUND - 1, 0, "0 for the experts of the best pool, else their plan less 1"),
+                (
+                    "plan",
+                    experts,
+                    -PLAN_BOUND,
+                    PLAN_BOUND,
+                    "best return of a pool with this expert, minus that of a pool without it",
+                ),
+                ("detour", experts, -PLAN_BOUND - 1, 0, "0 for experts in the best pool, else `plan` - 1"),
             ],
             by_place=True,
         )

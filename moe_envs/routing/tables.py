@@ -114,14 +114,14 @@ class RoutingTables:
 
     def _lay_out(self, view: View) -> None:
         experts = self.num_experts
-        edges = [("edges", experts, 0, 1, "mean edge from the experts already paid to each, in the expert graph")]
+        edges = [("edges", experts, 0, 1, "mean edge from the experts already used to each, in the expert graph")]
         highest = float((self.first_price + self.input_price).max()) * 1.001 + 1e-6
         prices = [("prices", experts, 0, highest, "price of running each expert now, in correct answers")]
         self.layout = layout(
             [
                 *view.of_input,
                 *view.of_batch,
-                ("experts_used", experts, 0, 1, "1 for experts already paid in this batch"),
+                ("experts_used", experts, 0, 1, "1 for experts already used in this batch"),
                 *(edges if self.edges is not None else []),
                 *(prices if view.by_place else []),
                 ("cost", 1, 0, self.max_cost * 1.001, "cost of this batch so far, relative to the top-2 gate's"),

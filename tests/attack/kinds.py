@@ -424,7 +424,7 @@ def _stream() -> continual.Stream:
 def learn_stream(folder: Path) -> continual.Result:
     strategy = continual.Strategy(
         replay=continual.Replay("balanced", 6, batch_size=4, logits=0.1), epochs=1, batch_size=8, distillation=0.1,
-        regularizer=continual.Penalty(samples=2), expansion=continual.Expansion(3, 1.0),
+        regularizer=continual.Penalty(samples=2), expansion=continual.Expansion(3, 1.0, merge=True),
     )  # fmt: skip
     shape = continual.NetworkShape(trunk="linear", d_model=4, d_ff=2, num_experts=2)
     return continual.run(_stream(), strategy, shape=shape, folder=folder / "run")
@@ -432,8 +432,9 @@ def learn_stream(folder: Path) -> continual.Result:
 
 def _use_learned(folder: Path) -> Any:
     kept = continual.Result.load(folder / "run" / RESULT)
+    predicted = continual.predictor(folder / "run")(np.zeros((2, 3), np.float32)).tolist()
     again = learn_stream(folder)
-    return again.accuracy.tolist(), kept.accuracy.tolist(), kept.bytes, kept.seconds, kept.tasks
+    return again.accuracy.tolist(), kept.accuracy.tolist(), kept.bytes, kept.seconds, kept.tasks, predicted
 
 
 KINDS: dict[str, Kind] = {

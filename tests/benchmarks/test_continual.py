@@ -1,9 +1,15 @@
 """Scores of the experiments on continual learning, worked out by hand."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.experiments import continual
 from benchmarks.runner.experiments import find
+from experts.continual import NetworkShape, Replay
+from experts.continual.buffer import Buffer
+from experts.continual.inputs import Encoding
+from experts.continual.network import ContinualNetwork
 
 
 def test_differences_are_of_the_same_seed_and_buffer() -> None:
@@ -23,11 +29,11 @@ def test_differences_are_of_the_same_seed_and_buffer() -> None:
 
 
 def test_headroom_is_chosen_by_other_seeds_and_judged_by_another_run() -> None:
-    groups = {"constants": 2, "schedules": 1, "detector": 1, "rule": 1}
+    groups = {"constants": 2, "schedules": 1, "late": 1, "detector": 1, "rule": 1}
     frame = pd.DataFrame({
         "setup": "recurring", "seed": [0, 1], "groups": [groups, groups],
-        "chosen by": [[[0.5, 0.6, 0.7, 0.9, 0.8]], [[0.6, 0.5, 0.4, 0.9, 0.8]]],
-        "judged by": [[[0.50, 0.55, 0.65, 0.80, 0.74]], [[0.58, 0.48, 0.38, 0.84, 0.76]]],
+        "chosen by": [[[0.5, 0.6, 0.7, 0.1, 0.9, 0.8]], [[0.6, 0.5, 0.4, 0.1, 0.9, 0.8]]],
+        "judged by": [[[0.50, 0.55, 0.65, 0.1, 0.80, 0.74]], [[0.58, 0.48, 0.38, 0.1, 0.84, 0.76]]],
     })  # fmt: skip
     (row,) = find("continual-headroom").score(frame)["tables"]["Accuracy"]
     # Seed 0 takes what was best for seed 1, the first constant; seed 1 the second one, or the schedule.
@@ -35,7 +41,21 @@ def test_headroom_is_chosen_by_other_seeds_and_judged_by_another_run() -> None:
     assert row["best schedule"] == pytest.approx((0.50 + 0.38) / 2)
     assert row["best of each context"] == pytest.approx((0.65 + 0.58) / 2)
     assert row["headroom"] == pytest.approx((0.15 + 0.20) / 2)
+    assert row["headroom, 95 %"] == pytest.approx([0.175 - 0.3177, 0.175 + 0.3177], abs=1e-3)  # 12.706 * 0.025
     assert row["headroom, at most"] == pytest.approx((0.7 + 0.6) / 2 - (0.5 + 0.4) / 2)
     assert (row["best rule"], row["detector"]) == (pytest.approx(0.75), pytest.approx(0.82))
     assert row["detector - rule"] == pytest.approx(0.07)
-    assert row["worth it"] == "yes"
+    assert row["worth it"] == "not known"
+
+
+def test_bytes_of_methods_are_those_of_what_they_keep() -> None:
+    buffer = Buffer(Replay("fifo", 3), 10)
+    images = np.zeros((3, 1, 28, 28), np.uint8)
+    buffer.add(Encoding((1, 28, 28)).encode(images), np.zeros(3, int), 0, np.random.default_rng(0))
+    assert buffer.nbytes == 3 * continual.ROW
+    small = Encoding((1, 28, 28), continual.SMALL_SIDE, continual.SMALL_BITS)
+    network, grown = (ContinualNetwork(small.decoded, 10, NetworkShape(), count) for count in (4, 8))
+    bytes_of = [4 * sum(weights.numel() for weights in each.parameters()) for each in (network, grown)]
+    assert bytes_of[1] == pytest.approx(continual.SMALL_NETWORK, rel=0.01)
+    assert (bytes_of[1] - bytes_of[0]) / 4 == pytest.approx(continual.PER_TASK * continual.ROW, rel=0.02)
+    assert len(small.encode(images)[0]) + 4 == continual.SMALL_ROW

@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experts.continual import Penalty, Replay, Strategy, Stream
+from experts.continual import Replay, Strategy, Stream
 from experts.continual.buffer import Buffer
 from experts.continual.inputs import Encoding
 from experts.continual.network import ContinualNetwork
-from experts.continual.objective import BALANCE, TEMPERATURE, Memory, Objective
-from experts.continual.penalties import Importance
+from experts.continual.objective import BALANCE, TEMPERATURE, Memory, Objective, mismatch
 from experts.losses import load_balancing_loss
 from tests.experts.continual.conftest import QUICK, SMALL
 
@@ -116,11 +115,15 @@ def test_distillation_is_of_the_classes_before(step: Callable[[Strategy], Step],
     assert found.loss == pytest.approx(float(found.entropy + 0.7 * divergence), abs=1e-5)
 
 
-def test_a_penalty_is_quadratic() -> None:
-    network = ContinualNetwork((6,), 4, SMALL)
-    importance = Importance(Penalty("ewc", 2.0, samples=8))
-    importance.update(network, torch.randn(8, 6), None, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        network.head.bias += 0.1
-    by_hand = 0.5 * 2.0 * 0.01 * importance.importance["head.bias"].sum()
-    assert float(importance.loss(network).detach()) == pytest.approx(float(by_hand))
+def test_logits_of_classes_that_were_not_known_are_not_matched() -> None:
+    logits, kept = torch.arange(6.0).reshape(2, 3), np.array([[1, np.nan, np.nan], [3, 6, np.nan]], np.float32)
+    assert float(mismatch(logits, kept)) == pytest.approx((1 + 0 + 4) / 3)
+
+
+def test_distillation_follows_the_classes_in_the_order_of_the_tasks(blobs: Stream) -> None:
+    turned = Stream("turned", "class", blobs.tasks[::-1])
+    objective = Objective(turned, replace(QUICK, distillation=0.7), Encoding((6,)))
+    logits, known = torch.randn(5, 8), torch.randn(5, 8)
+    other = known.clone()
+    other[:, :6] = 0  # of tasks to come
+    assert torch.equal(objective.divergence(logits, known, 1), objective.divergence(logits, other, 1))

@@ -53,6 +53,23 @@ def test_a_balanced_replay_keeps_classes_even(labels: list[int], size: int, seed
     assert not wanting.any() or kept[wanting].min() >= kept.max() - 1
 
 
+@pytest.mark.parametrize("kind", ["fifo", "reservoir", "balanced"])
+def test_a_restored_buffer_goes_on_as_the_first(kind: Any) -> None:
+    random = [np.random.default_rng(3), np.random.default_rng(3)]
+    settings = Replay(kind, 7, logits=1.0)
+    whole, again = Buffer(settings, 10), Buffer(settings, 10)
+    labels, drawn = np.random.default_rng(0).integers(10, size=60), np.random.default_rng(1)
+    for part in np.array_split(np.arange(60), 9):
+        rows, logits = part.astype(np.float32)[:, None], drawn.random((len(part), 10), np.float32)
+        for buffer, own in zip((whole, again), random, strict=True):
+            buffer.add(rows, labels[part], 0, own, logits)
+        fresh = Buffer(settings, 10)
+        fresh.restore(again.state())
+        again = fresh
+    for name in Buffer.ARRAYS:
+        np.testing.assert_array_equal(getattr(again, name)[: len(again)], getattr(whole, name)[: len(whole)])
+
+
 def test_bytes_are_those_of_the_arrays() -> None:
     buffer = Buffer(Replay("fifo", 5, logits=1.0), 10)
     rows = Encoding((1, 28, 28), side=14, bits=4).encode(np.zeros((7, 1, 28, 28), np.uint8))

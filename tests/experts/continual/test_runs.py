@@ -99,6 +99,7 @@ def test_strategies_that_do_not_fit_the_stream(blobs: Stream, change: dict[str, 
         lambda: Penalty("l2"), lambda: Penalty(weight=-1), lambda: Expansion(0), lambda: Expansion(similarity=2),
         lambda: Strategy(bits=3), lambda: Strategy(freezing=2), lambda: Strategy(balance="sampling"),
         lambda: Strategy(gate="x"), lambda: NetworkShape(k=5), lambda: ClosedForm("lda"), lambda: ClosedForm(size=0),
+        lambda: Replay(only=True, logits=0.1), lambda: Replay(weight=0), lambda: Replay(only=True, late=True),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(make: Any) -> None:
@@ -124,7 +125,15 @@ class Killed(Exception):
     """Stands for the end of a process between two steps."""
 
 
-@pytest.mark.parametrize("strategy", [EVERYTHING, replace(QUICK, replay=Replay("balanced", 20, only=True))])
+INTERRUPTED = [
+    EVERYTHING,
+    replace(QUICK, replay=Replay("balanced", 20, only=True)),
+    replace(QUICK, epochs=2, replay=Replay("reservoir", 20, logits=0.1, late=True, confident=0.4)),
+    replace(QUICK, epochs=2, replay=Replay("fifo", 20, late=True)),
+]
+
+
+@pytest.mark.parametrize("strategy", INTERRUPTED)
 def test_an_interrupted_run_goes_on_exactly(digits: Stream, strategy: Strategy, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     whole = run(digits, strategy, 5, shape=SMALL)
@@ -137,7 +146,7 @@ def test_an_interrupted_run_goes_on_exactly(digits: Stream, strategy: Strategy, 
         learn(self, batch)
 
     monkeypatch.setattr(StreamLearner, "_learn", stops)
-    for _ in range(40):
+    for _ in range(80):
         try:
             found = run(digits, strategy, 5, shape=SMALL, folder=tmp_path, save_every=1)
             break
@@ -224,8 +233,18 @@ def test_a_trained_network_predicts(digits: Stream, tmp_path: Path) -> None:
     predict = predictor(tmp_path)
     right = [(predict(task["test"][0]).argmax(1) == task["test"][1]).mean() for task in digits.tasks]
     np.testing.assert_allclose(right, found.accuracy[-1])
+    assert predict(digits.tasks[0]["test"][0][:0]).shape == (0, 10)
+    for wrong in (np.zeros((2, 784), np.uint8), np.zeros((2, 3, 28, 28), np.uint8), np.zeros((2, 1, 28, 28))):
+        with pytest.raises(ValueError, match="is needed"):
+            predict(wrong)
     with pytest.raises(DataError, match="checkpoint"):
         predictor(tmp_path / "elsewhere")
+
+
+def test_a_gate_that_needs_the_task_predicts_nothing_alone(blobs: Stream, tmp_path: Path) -> None:
+    run(Stream("given", "task", blobs.tasks), replace(QUICK, gate="task"), shape=SMALL, folder=tmp_path)
+    with pytest.raises(DataError, match="needs the task"):
+        predictor(tmp_path)
 
 
 def test_a_control_keeps_tasks_out_of_the_replay(blobs: Stream) -> None:
@@ -268,5 +287,6 @@ def test_a_confident_replay_leaves_wrong_labels_out(blobs: Stream) -> None:
         kept = {row.tobytes(): label for row, label in zip(learner.buffer.rows, learner.buffer.labels, strict=True)}
         true = {row.tobytes(): label for task in blobs.tasks for row, label in zip(*task["train"], strict=True)}
         shares.append(np.mean([true[row] != label for row, label in kept.items() if row in true]))
+        assert len(kept) > 200
     assert shares[0] > 0.2
     assert shares[1] < 0.1
