@@ -305,18 +305,23 @@ def _growth(frame: pd.DataFrame, out: Path) -> list[str]:
     shown = frame[frame["buffer"].isin((NONE, *ONE))]
     if not len(shown):
         return []
-    groups = list(shown.groupby(_title(shown), sort=False))
-    figure = Figure((4 * len(groups) + 3, 6), layout="constrained")
+    groups, every = list(shown.groupby(_title(shown), sort=False)), shown["method"].unique().tolist()
+    lines: dict[str, Any] = {}
+    figure = Figure((4 * len(groups) + 3, 7), layout="constrained")
     axes = figure.subplots(2, len(groups), squeeze=False)
     for column, (stream, runs) in zip(axes.T, groups, strict=True):
-        for number, (method, several) in enumerate(runs.groupby("method", sort=False)):
+        for method, several in runs.groupby("method", sort=False):
+            number = every.index(method)
             for axis, name, scale in zip(column, ("bytes after", "seconds of tasks"), (1e3, 1), strict=True):
                 values = np.mean(several[name].tolist(), axis=0) / scale
                 marker = "osv^D"[number // 10 % 5]
-                axis.plot(range(1, len(values) + 1), values, marker=marker, ms=3, lw=1, label=method)
+                (line,) = axis.plot(
+                    range(1, len(values) + 1), values, marker=marker, ms=3, lw=1, color=f"C{number % 10}"
+                )
+                lines[str(method)] = line
         column[0].set(title=str(stream), ylabel="kB kept", yscale="log")
         column[1].set(xlabel="task", ylabel="seconds", yscale="log")
-    axes[0, -1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(list(lines.values()), list(lines), fontsize=7, loc="outside right upper")
     figure.savefig(out / "growth.png", dpi=120)
     return ["growth.png"]
 
