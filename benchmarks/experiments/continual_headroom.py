@@ -91,8 +91,8 @@ def measure(setup: HeadroomSetup, seed: int, split: str, folder: Path) -> tuple[
     chosen, judged, counts = [], [], dict[str, int]()
     for number in range(setup.contexts):
         context = seed * setup.contexts + number
-        stream = _stream(setup, context)
-        groups = _candidates(setup, stream)
+        stream = stream_of(setup, context)
+        groups = candidates_of(setup, stream)
         counts = {name: len(group) for name, group in groups.items()}
         candidates = [each for group in groups.values() for each in group]
         runs = np.array(
@@ -193,7 +193,7 @@ def _of_other_seeds(by: np.ndarray, judged: np.ndarray, among: int) -> np.ndarra
     return np.array(found)
 
 
-def _candidates(setup: HeadroomSetup, stream: Stream) -> dict[str, list[list[TaskChoice]]]:
+def candidates_of(setup: HeadroomSetup, stream: Stream) -> dict[str, list[list[TaskChoice]]]:
     """Constants and schedules, the same for all contexts; where labels are wrong also the detector and the rule."""
     random, tasks, recurring = np.random.default_rng(0), len(stream.tasks), setup.kind == "recurring"
     rates = (0.0, *RATES) if recurring else RATES
@@ -201,7 +201,7 @@ def _candidates(setup: HeadroomSetup, stream: Stream) -> dict[str, list[list[Tas
     def drawn() -> TaskChoice:
         rate, weight, freezing = (float(random.choice(each)) for each in (rates, WEIGHTS, FREEZINGS))
         keep = not recurring or bool(random.random() < 0.8)
-        return TaskChoice(rate, weight, bool(random.integers(2)), freezing, keep)
+        return TaskChoice(rate, weight, bool(random.integers(2)), freezing, keep=keep)
 
     def changed() -> list[TaskChoice]:
         schedule = [STRONG[random.integers(len(STRONG))]] * tasks
@@ -250,7 +250,7 @@ def _value(setup: HeadroomSetup, stream: Stream, schedule: list[TaskChoice], see
     return found.average if setup.kind == "unknown length" else found.final
 
 
-def _stream(setup: HeadroomSetup, context: int) -> Stream:
+def stream_of(setup: HeadroomSetup, context: int) -> Stream:
     stream = load(f"split-{setup.data}", order=context)
     tasks = []
     for task in stream.tasks:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.experiments import continual
+from benchmarks.experiments import continual, continual_headroom
 from benchmarks.runner.experiments import find
 from experts.continual import NetworkShape, Replay
 from experts.continual.buffer import Buffer
@@ -46,6 +46,15 @@ def test_headroom_is_chosen_by_other_seeds_and_judged_by_another_run() -> None:
     assert (row["best rule"], row["detector"]) == (pytest.approx(0.75), pytest.approx(0.82))
     assert row["detector - rule"] == pytest.approx(0.07)
     assert row["worth it"] == "not known"
+
+
+@pytest.mark.parametrize("kind", ["known length", "recurring"])
+def test_schedules_leave_tasks_out_only_where_segments_come_again(kind: str) -> None:
+    setup = continual_headroom.HeadroomSetup(kind=kind, most=8)  # type: ignore[arg-type]
+    groups = continual_headroom.candidates_of(setup, continual_headroom.stream_of(setup, 0))
+    every = [choice for schedule in groups["schedules"] for choice in schedule]
+    assert any(not choice.keep for choice in every) == (kind == "recurring")
+    assert not any(choice.late or choice.confident for choice in every)
 
 
 def test_bytes_of_methods_are_those_of_what_they_keep() -> None:
