@@ -251,6 +251,7 @@ def _value(setup: HeadroomSetup, stream: Stream, schedule: list[TaskChoice], see
 
 
 def stream_of(setup: HeadroomSetup, context: int) -> Stream:
+    """The stream of a setup in one context: an order of the classes, and of the segments."""
     stream = load(f"split-{setup.data}", order=context)
     tasks = []
     for task in stream.tasks:
