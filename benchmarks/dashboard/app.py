@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dash
+import dash_bootstrap_components
 import numpy as np
 from dash import Dash, Input, Output
 
@@ -21,10 +22,11 @@ from benchmarks.dashboard.data import TrainedRun, Watched
 html: Any = dash.html
 dcc: Any = dash.dcc
 dash_table: Any = dash.dash_table
+dbc: Any = dash_bootstrap_components
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head>{%metas%}<title>{%title%}</title>{%favicon%}{%css%}
 <style>body{font-family:system-ui,sans-serif;max-width:1200px;margin:0 auto;padding:0 1rem;color:#1a1a1a}
-label{display:block;margin:.5rem 0 .2rem}
+label{margin:.5rem .4rem .2rem 0}fieldset{border:0;padding:0;margin:.5rem 0}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}</style>
 </head><body>{%app_entry%}<footer>{%config%}{%scripts%}{%renderer%}</footer></body></html>"""
 TABS = {"curves": "Learning curves", "pareto": "Pareto fronts", "experts": "Experts", "costs": "Cost profile",
@@ -46,7 +48,7 @@ def create_dashboard(
             id="tabs", value="curves" if found or watched is None else "server",
             children=[dcc.Tab(label=label, value=name) for name, label in TABS.items()],
         ),
-        html.Div(id="page"),
+        dcc.Loading(html.Div(id="page"), delay_show=300),
         dcc.Interval(id="clock", interval=int(1e3 * SECONDS), disabled=watched is None),
     ])  # fmt: skip
 
@@ -84,12 +86,13 @@ def create_dashboard(
         (("server-figures", "children"), [("clock", "n_intervals")], show_server),
     ):
         app.callback(Output(*output), [Input(*each) for each in inputs])(answer)
+    figures.curves(data.bands(data.read_runs(found)[0]), [], False)  # read, and load Plotly, before the first page
     return app
 
 
 def _graph(figure: Any, about: str) -> Any:
     """A figure with a name for those who do not see it."""
-    return html.Div(dcc.Graph(figure=figure, config={"displaylogo": False}), role="img", **{"aria-label": about})
+    return html.Div(dcc.Graph(figure=figure, config={"displaylogo": False}), role="figure", **{"aria-label": about})
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:
@@ -97,9 +100,20 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     if not rows:
         return html.P("Nothing to show.")
     return dash_table.DataTable(
-        rows, [{"name": name, "id": name} for name in rows[0]], sort_action="native", page_size=20,
+        rows, [{"name": name, "id": name} for name in rows[0]], sort_action="native",
+        page_action="none", style_table={"maxHeight": "30rem", "overflowY": "auto"},
         style_cell={"textAlign": "left", "padding": "4px 8px"}, style_header={"fontWeight": "bold"},
     )  # fmt: skip
+
+
+def _choose(about: str, options: list[str], name: str) -> list[Any]:
+    """A menu that the browser itself knows; Dash's own has no name for those who listen."""
+    menu = dbc.Select(id=name, options=_options(options), value=options[0])
+    return [html.Label(about, htmlFor=name), menu]
+
+
+def _options(names: list[str]) -> list[dict[str, str]]:
+    return [{"label": each, "value": each} for each in names]
 
 
 def _problems(problems: list[str]) -> list[Any]:
@@ -119,10 +133,11 @@ def _curves_page(found: list[Path]) -> Any:
     groups = list(dict.fromkeys(each.group for each in trained))
     return [
         html.H2(TABS["curves"]), *_problems(problems),
-        html.Label("Show", htmlFor="curves-of"),
-        dcc.RadioItems({"training": "training", "validation": "validation"}, "training", id="curves-of", inline=True),
-        html.Label("Runs", htmlFor="curves-groups"),
-        dcc.Checklist(groups, groups, id="curves-groups"),
+        *_choose("Show", ["training", "validation"], "curves-of"),
+        html.Fieldset([
+            html.Legend("Runs"),
+            dbc.Checklist(id="curves-groups", options=_options(groups), value=groups),
+        ]),
         html.Div(id="curves-figure"),
         html.P("Training: means over seeds with 95 % intervals (t) where there are several."),
         _table([_row(each) for each in trained]),
@@ -149,8 +164,7 @@ def _experts_page(model: str, watched: Watched | None) -> Any:
     domains = ["all", *data.routing(model)]
     page = [
         html.H2(TABS["experts"]),
-        html.Label("Domain", htmlFor="experts-domain"),
-        dcc.RadioItems(domains, "all", id="experts-domain", inline=True),
+        *_choose("Domain", domains, "experts-domain"),
         html.Div(id="experts-figure"),
     ]  # fmt: skip
     if watched is not None:
@@ -163,11 +177,9 @@ def _experts_page(model: str, watched: Watched | None) -> Any:
 
 
 def _costs_page() -> Any:
-    names = list(data.profiles())
     return [
         html.H2(TABS["costs"]),
-        html.Label("Profile", htmlFor="costs-profile"),
-        dcc.RadioItems(names, names[0], id="costs-profile"),
+        *_choose("Profile", list(data.profiles()), "costs-profile"),
         html.Div(id="costs-figure"),
     ]
 

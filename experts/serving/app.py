@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
@@ -27,13 +27,17 @@ from experts.serving.batching import DeadlineError, QueueFullError
 from experts.serving.control import CAPS, NEVER, MakeController
 from experts.serving.gate import Gate
 from experts.serving.generation import Writing
-from experts.serving.payload import IMAGES, JSON, NPY, RefusedError, encoded, parse_json, read, rows_of
+from experts.serving.payload import IMAGES, JSON, LARGEST, NPY, RefusedError, encoded, parse_json, read, rows_of, whole
 from experts.serving.served import Texts
 from experts.serving.server import Limits, Load, Server
 
 log = logging.getLogger("moe_envs.serve")
+EVENTS = "text/event-stream"
 LOOK = 0.5  # seconds between two looks whether a client that waits for a text is still there
 INLINE = 32_768  # bytes of JSON that are parsed in the event loop, which takes less than a change of threads
+
+
+WHOLE = BeforeValidator(whole)
 
 
 class Asked(BaseModel):
@@ -49,11 +53,11 @@ class ToWrite(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     prompt: str
-    tokens: Annotated[int, Field(ge=1)] = 100
+    tokens: Annotated[int, Field(ge=1), WHOLE] = 100
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    k: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = None
+    k: Annotated[int, Field(ge=1), WHOLE] | None = None
     stream: bool = False
 
 
@@ -63,11 +67,11 @@ class Completion(BaseModel):
     model_config = ConfigDict(strict=True)
     model: str | None = None
     prompt: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    n: Literal[1] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = None
+    n: Annotated[Literal[1], WHOLE] | None = None
     stream: bool | None = None
 
     def to_write(self) -> ToWrite:
@@ -118,24 +122,34 @@ class Api:
     def add_to(self, app: FastAPI) -> None:
         """Add all endpoints to an application."""
         errors: Any = {code: {"description": text, "content": _SENTENCE} for code, text in _ERRORS.items()}
-        for path, answer, summary, body in (
-            ("/predict", self.predict, "Answers to rows of inputs", _inputs(self.server)),
-            ("/generate", self.generate, "A text after a prompt", {JSON: ToWrite.model_json_schema()}),
-            ("/v1/completions", self.completions, "The same in OpenAI's form", {JSON: Completion.model_json_schema()}),
-            ("/reload", self.reload, "Load the model again", None),
+        texts: Any = errors | {200: {"description": "A text, or its events", "content": {JSON: {}, EVENTS: {}}}}
+        ready: Any = {503: {"description": "not yet, or no more", "content": {JSON: {}}}}
+        counters: Any = {200: {"description": "Counters", "content": {"text/plain": {}}}}
+        for path, answer, summary, body, answers in (
+            ("/predict", self.predict, "Answers to rows of inputs", _inputs(self.server), errors),
+            ("/generate", self.generate, "A text after a prompt", _to_write(self.server, ToWrite), texts),
+            (
+                "/v1/completions",
+                self.completions,
+                "The same in OpenAI's form",
+                _to_write(self.server, Completion),
+                texts,
+            ),
+            ("/reload", self.reload, "Load the model again", None, errors),
         ):
             app.add_api_route(
-                path, answer, methods=["POST"], summary=summary, responses=errors,
+                path, answer, methods=["POST"], summary=summary, responses=answers,
                 openapi_extra=None if body is None else _body(body),
             )  # fmt: skip
-        for path, get, summary in (
-            ("/health", self.health, "Live and ready"),
-            ("/health/live", self.live, "The process answers"),
-            ("/health/ready", self.health, "Requests are answered"),
-            ("/metrics", self.metrics, "Counters in Prometheus' format"),
-            ("/model", self.model, "What the model is, and its measured seconds"),
+        for path, get, summary, answers in (
+            ("/health", self.health, "Live and ready", ready),
+            ("/health/live", self.live, "The process answers", ready),
+            ("/health/ready", self.health, "Requests are answered", ready),
+            ("/metrics", self.metrics, "Counters in Prometheus' format", counters),
+            ("/model", self.model, "What the model is, and its measured seconds", None),
         ):
-            app.add_api_route(path, get, methods=["GET"], summary=summary)
+            kind = PlainTextResponse if get == self.metrics else JSONResponse
+            app.add_api_route(path, get, methods=["GET"], summary=summary, responses=answers, response_class=kind)
 
     async def predict(self, request: Request) -> Response:
         """Queue the rows and answer with what the model says."""
@@ -318,7 +332,7 @@ class _Text:
                 yield _event({"detail": str(error)})
             yield "data: [DONE]\n\n"
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        return StreamingResponse(events(), media_type=EVENTS)
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -349,21 +363,31 @@ def _body(contents: dict[str, Any]) -> dict[str, Any]:
 
 def _inputs(server: Server) -> dict[str, Any]:
     """The schema of `/predict`'s bodies."""
-    text = server.served.dtype == "int64"
-    ids = {
-        "type": "array",
-        "items": {"type": "integer", "minimum": 0},
-        "minItems": 1,
-        "maxItems": server.served.shape[0],
-    }
-    size = server.served.shape[0]
-    numbers = {"type": "array", "items": {"type": "number"}, "minItems": size, "maxItems": size}
-    rows = {"type": "array", "minItems": 1, "maxItems": CAPS[-1],
-            "items": {"anyOf": [{"type": "string"}, ids]} if text else numbers}  # fmt: skip
+    served, size = server.served, server.served.shape[0]
+    text = isinstance(served, Texts)
+    number = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
+    row: dict[str, Any] = {"type": "array", "items": number, "minItems": size, "maxItems": size}
+    if isinstance(served, Texts):
+        token = {"type": "integer", "minimum": 0, "maximum": served.model.settings.vocabulary - 1}
+        row = {"anyOf": [{"type": "string"}, row | {"items": token, "minItems": 1}]}
+    rows = {"type": "array", "minItems": 1, "maxItems": CAPS[-1], "items": row}
     own = Asked.model_json_schema()
+    own["properties"]["request_class"] = {"enum": [*(each.name for each in server.limits.classes), None]}
     schema = own | {"title": "Inputs", "properties": {"inputs": rows} | own["properties"], "required": ["inputs"]}
     raw = {"type": "string", "format": "binary"}
     return {JSON: schema} | ({} if text else dict.fromkeys((*IMAGES, NPY[0]), raw))
+
+
+def _to_write(server: Server, form: type[BaseModel]) -> dict[str, Any]:
+    """The schema of bodies that ask for a text, with what the model sets."""
+    schema = form.model_json_schema()
+    if isinstance(server.served, Texts):
+        settings = server.served.model.settings
+        for name, most in (("tokens", settings.context - 1), ("max_tokens", settings.context - 1), ("k", settings.k)):
+            for each in (found := schema["properties"].get(name, {})).get("anyOf", [found]):
+                if each.get("type") == "integer":
+                    each["maximum"] = most
+    return {JSON: schema}
 
 
 def _answer(status: int, detail: str, **headers: str) -> JSONResponse:

@@ -165,6 +165,7 @@ class Batcher:
                             asked.answers.set_exception(error)
                     queue.clear()
                 self._rows[:] = 0
+                await asyncio.sleep(WAIT)  # what fails again and again must not take the event loop
 
     async def _step(self) -> None:
         """Wait for a request, or as the controller says, or run a batch."""

@@ -66,6 +66,11 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return found
 
 
+def whole(value: Any) -> Any:
+    """A number such as 1.0 as an integer, which it is in JSON; all else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def rows_of(raw: bytes, media_type: str, served: Served) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Rows of a body, and what else its JSON says. Raises `RefusedError` with a sentence for the sender."""
     kind = media_type.partition(";")[0].strip().lower()
@@ -116,8 +121,8 @@ def _texts(inputs: list[Any], served: Any) -> list[np.ndarray]:
     for each in inputs:
         if isinstance(each, str):
             ids = encoded(served, each)[-context:]
-        elif isinstance(each, list) and all(type(token) is int for token in each):
-            ids = each
+        elif isinstance(each, list) and all(type(whole(token)) is int for token in each):
+            ids = [int(token) for token in each]
         else:
             raise RefusedError(422, "each row must be a text or a list of token ids")
         if not 1 <= len(ids) <= context:

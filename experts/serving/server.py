@@ -95,7 +95,9 @@ class Server:
         return self._started and not self.batcher.alive
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Begin to answer, once."""
+        if self._started:
+            raise RuntimeError("this application was started before: create_app makes another")
         torch.set_num_threads(1)
         gc.collect()
         gc.freeze()  # a collection of all objects of torch would stop the event loop for long

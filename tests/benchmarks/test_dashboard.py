@@ -133,6 +133,13 @@ def _listens(port: int) -> bool:
         return found.connect_ex(("127.0.0.1", port)) == 0
 
 
+def _barriers(browser: Any) -> dict[str, list[str]]:
+    """What axe finds serious for people who see badly or use no mouse, and where."""
+    axe = pytest.importorskip("axe_core_python.selenium")
+    return {each["id"]: [node["html"] for node in each["nodes"]]
+            for each in axe.Axe().run(browser)["violations"] if each["impact"] in ("serious", "critical")}  # fmt: skip
+
+
 def test_the_page_in_a_browser(folder: Path, browser: Any) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -148,10 +155,13 @@ def test_the_page_in_a_browser(folder: Path, browser: Any) -> None:
         browser.get(f"http://127.0.0.1:{port}")
         wait("#curves-figure .main-svg")
         assert "MoERouting-v0 ppo own bundle=digits" in browser.page_source
+        found = _barriers(browser)
         for tab, selector in (("Pareto fronts", "#page .main-svg"), ("Experts", "#experts-figure .main-svg"),
                               ("Cost profile", "#costs-figure .main-svg"), ("Server", "[role=alert]")):  # fmt: skip
             next(each for each in browser.find_elements(By.CSS_SELECTOR, ".tab") if each.text == tab).click()
             wait(selector)
+            found |= {f"{tab}: {name}": where for name, where in _barriers(browser).items()}
+        assert found == {}
         assert "does not answer" in browser.find_element(By.CSS_SELECTOR, "[role=alert]").text
         severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
         assert [each for each in severe if "favicon" not in each["message"]] == []

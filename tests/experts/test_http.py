@@ -1,6 +1,7 @@
 """The server's process: it closes what does not come, refuses too many, and lives through them."""
 
 import asyncio
+import itertools
 import socket
 import threading
 import time
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 
 pytest.importorskip("uvicorn")
 import uvicorn
@@ -160,3 +162,27 @@ def test_each_request_is_a_span(app: Any) -> None:
         _ask(port, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: seven\r\nConnection: close\r\n\r\n")
     (span,) = (each for each in exporter.get_finished_spans() if each.parent is None)
     assert (span.name, span.attributes["request.id"]) == ("GET /health", "seven")
+
+
+@pytest.mark.parametrize(("model", "examples"), [("digits", 40), ("language", 4)])
+def test_answers_are_of_the_schema(model: str, examples: int) -> None:
+    """For requests drawn from the OpenAPI schema, and for such that break it."""
+    schemathesis = pytest.importorskip("schemathesis")
+    modes, errors = schemathesis.GenerationMode, schemathesis.checks.not_a_server_error
+    drawn = settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+                     suppress_health_check=list(HealthCheck))  # fmt: skip
+    with listening(create_app(model, rate=1e6)) as (port, _):
+        schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
+        operations = [each.ok() for each in schema.get_all_operations()]
+        assert len(operations) == 9
+        for operation, mode in itertools.product(operations, modes):
+            if mode is modes.NEGATIVE and not len(operation.body):
+                continue  # there is nothing to break
+
+            @drawn
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def check(case: Any) -> None:
+                answer = case.call_and_validate(excluded_checks=[errors])
+                assert answer.status_code < 500 or answer.status_code == 504  # a deadline that was too short
+
+            check()
