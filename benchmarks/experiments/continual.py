@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks.results.pareto import front
 from benchmarks.results.statistics import seeds_interval
 from benchmarks.runner.kept import found_once
 from benchmarks.runner.setup import Arguments
@@ -37,6 +38,8 @@ PER_TASK = 32  # raw images in the bytes of an added expert
 BUFFERS = (50, 200, 500, 2000)
 ONE = (200,)
 NONE = 0  # buffer of methods without one
+USUAL = "ER", "DER++", "GDumb", "together", "joint"  # in every plot
+FEW = 10  # methods that a plot tells apart without choosing
 Learned = Strategy | ClosedForm
 Tried = tuple[float, float | None, float]  # learning rate, weight (None: the method's own), validation accuracy
 
@@ -284,20 +287,41 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     """Plot accuracy against bytes, growth, and how often each task chooses each expert."""
     names = []
-    for stream, group in frame.groupby(_title(frame), sort=False):
+    for stream, runs in frame.groupby(_title(frame), sort=False):
         figure = Figure((9, 5.5), layout="constrained")
-        axis = figure.subplots()
-        for number, (method, runs) in enumerate(group.groupby("method", sort=False)):
-            line = runs.groupby("buffer")[["bytes", "accuracy"]].mean()
-            marker = "osv^D"[number // 10 % 5]
-            axis.plot(line["bytes"] / 1e3, line["accuracy"], marker=marker, ms=4, lw=1, label=method)
+        axis, told = figure.subplots(), _told_apart(runs)
+        for method, several in runs.groupby("method", sort=False):
+            line = several.groupby("buffer")[["bytes", "accuracy"]].mean()
+            axis.plot(line["bytes"] / 1e3, line["accuracy"], ms=4, lw=1, **_style(str(method), told))
         axis.set(xscale="log", xlabel="kB of network, replay and statistics", ylabel="accuracy after the last task",
                  title=str(stream))  # fmt: skip
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        _legend(figure)
         names.append(f"{stream}.png".replace(" ", "-"))
         figure.savefig(out / names[-1], dpi=120)
     return [*names, *_growth(frame, out), *_heatmap(frame, out)]
+
+
+def _told_apart(runs: pd.DataFrame) -> list[str]:
+    """Methods with a colour each: of many, the usual ones and those that no other beats in bytes and accuracy."""
+    methods = runs["method"].unique().tolist()
+    points = runs.groupby(["method", "buffer"])[["bytes", "accuracy"]].mean()
+    best = set(points.index.get_level_values("method")[front(points.to_numpy(dtype=float))])
+    return methods if len(methods) <= FEW else [each for each in methods if each in best or each in USUAL]
+
+
+def _style(method: str, told: list[str]) -> dict[str, Any]:
+    if method not in told:
+        return {"color": "0.8", "marker": ".", "zorder": 1, "label": "others"}
+    number = told.index(method)
+    return {"color": f"C{number % 10}", "marker": "os"[number // 10 % 2], "label": method}
+
+
+def _legend(figure: Figure) -> None:
+    """Beside the axes, each name once, "others" last."""
+    lines = {str(line.get_label()): line for axis in figure.axes for line in axis.get_lines()}
+    names = sorted(lines, key=lambda name: name == "others")
+    figure.legend([lines[name] for name in names], names, fontsize=7, loc="outside right upper")
 
 
 def _growth(frame: pd.DataFrame, out: Path) -> list[str]:
@@ -305,23 +329,18 @@ def _growth(frame: pd.DataFrame, out: Path) -> list[str]:
     shown = frame[frame["buffer"].isin((NONE, *ONE))]
     if not len(shown):
         return []
-    groups, every = list(shown.groupby(_title(shown), sort=False)), shown["method"].unique().tolist()
-    lines: dict[str, Any] = {}
+    groups = list(shown.groupby(_title(shown), sort=False))
+    told = list(dict.fromkeys(method for _, runs in groups for method in _told_apart(runs)))
     figure = Figure((4 * len(groups) + 3, 7), layout="constrained")
     axes = figure.subplots(2, len(groups), squeeze=False)
     for column, (stream, runs) in zip(axes.T, groups, strict=True):
         for method, several in runs.groupby("method", sort=False):
-            number = every.index(method)
             for axis, name, scale in zip(column, ("bytes after", "seconds of tasks"), (1e3, 1), strict=True):
                 values = np.mean(several[name].tolist(), axis=0) / scale
-                marker = "osv^D"[number // 10 % 5]
-                (line,) = axis.plot(
-                    range(1, len(values) + 1), values, marker=marker, ms=3, lw=1, color=f"C{number % 10}"
-                )
-                lines[str(method)] = line
+                axis.plot(range(1, len(values) + 1), values, ms=3, lw=1, **_style(str(method), told))
         column[0].set(title=str(stream), ylabel="kB kept", yscale="log")
         column[1].set(xlabel="task", ylabel="seconds", yscale="log")
-    figure.legend(list(lines.values()), list(lines), fontsize=7, loc="outside right upper")
+    _legend(figure)
     figure.savefig(out / "growth.png", dpi=120)
     return ["growth.png"]
 
