@@ -5,7 +5,7 @@ Shape legend: n rows, C request classes, L quality levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ def _integer(high: int) -> Callable[[np.random.Generator], int]:
 
 
 def families(env: MoEServingVectorEnv) -> dict[str, Family]:
-    """The rules and the ranges in which their settings are searched."""
+    """The rules and the ranges in which their settings are searched; thresholds choose between levels."""
     choices, service, levels = env.choices, env.service, len(env.service.levels)
     deadline = min(each.deadline for each in env.classes)
     order, level = {"order": _integer(choices.orders)}, {"level": _integer(levels)}
@@ -114,7 +114,7 @@ def families(env: MoEServingVectorEnv) -> dict[str, Family]:
         rates = [each * env.capacity / 100 for each in own["rates"]]  # in per cent of what the best level serves
         return Thresholds(choices, service, **(own | {"rates": sorted(rates), "queues": sorted(own["queues"])}))
 
-    return {
+    found = {
         "fixed": Family(
             lambda env, own: Fixed(choices, **own), {"cap": _cap, "timeout": _between(1e-4, deadline)} | order | level
         ),
@@ -141,22 +141,28 @@ def families(env: MoEServingVectorEnv) -> dict[str, Family]:
              "margin": _between(1e-3, deadline / 2), "scale": _integer(4)} | order,
         ),
     }  # fmt: skip
+    return {name: each for name, each in found.items() if levels > 1 or name != "thresholds"}
 
 
 def tuned(
-    family: Family, env: VectorEnv[Any, Any, Any], tries: int | None = None,
+    family: Family, envs: Sequence[VectorEnv[Any, Any, Any]], tries: int | None = None,
     report: Callable[[float], object] = lambda share: None,
 ) -> ServingRule:  # fmt: skip
     """The best of `tries` random settings, then of as many changes to it, by the mean return on the same validation
-    episodes."""
+    episodes of all environments."""
     random, best, settings, tries = np.random.default_rng(0), -np.inf, dict[str, Any](), tries or TRIES
     for number in range(2 * tries):
         tried = family.drawn(random) if number < tries else family.near(settings, random)
-        found = float(play(_rule(family, tried), env, env.num_envs, seed=0)["return"].mean())
+        found = mean_return(_rule(family, tried), envs)
         if found > best:
             best, settings = found, tried
         report((number + 1) / (2 * tries))
     return _rule(family, settings)
+
+
+def mean_return(rule: ServingRule, envs: Sequence[VectorEnv[Any, Any, Any]]) -> float:
+    """Of an episode of each row of all environments."""
+    return float(np.mean([play(rule, env, env.num_envs, seed=0)["return"].mean() for env in envs]))
 
 
 def _rule(family: Family, settings: dict[str, Any]) -> ServingRule:
@@ -165,16 +171,39 @@ def _rule(family: Family, settings: dict[str, Any]) -> ServingRule:
 
 def tuned_rule(name: str, tries: int | None = None, **env_kwargs: Any) -> ServingRule:
     """The tuned rule of one of the `families`."""
-    env = _validation(ID, **env_kwargs)
+    env = _episodes(ID, "validation", **env_kwargs)
     try:
-        return tuned(families(env.unwrapped)[name], env, tries)  # type: ignore[arg-type]
+        return tuned(families(env.unwrapped)[name], [env], tries)  # type: ignore[arg-type]
     finally:
         env.close()
 
 
-def _validation(env_id: str, **env_kwargs: Any) -> VectorEnv[Any, Any, Any]:
+def best_rule(
+    tries: int | None = None, report: Callable[[float], object] = lambda share: None, **env_kwargs: Any
+) -> dict[str, Any]:
+    """The best of the tuned rules, as `moe-serve --controller` takes it, and SlackFit as it is among them, by the mean
+    return on validation with Poisson and bursty arrivals; and the returns of both on test."""
+    made = {split: [_episodes(ID, split, trace=trace, **env_kwargs) for trace in ("poisson", "bursts")]
+            for split in ("validation", "test")}  # fmt: skip
+    env: Any = made["validation"][0].unwrapped
+    every = families(env)
+    plain = ServingRule(lambda env: SlackFit(env.choices, env.service))
+    rules = {"slackfit": plain}
+    for number, (name, family) in enumerate(every.items()):
+        share = lambda done, number=number: report((number + done) / len(every))  # noqa: E731
+        found = tuned(family, made["validation"], tries, share)
+        rules[text_of(name, found.about, env)] = found
+    scores = {text: mean_return(rule, made["validation"]) for text, rule in rules.items()}
+    text = max(scores, key=lambda each: scores[each])
+    returns = {"test": mean_return(rules[text], made["test"]), "slackfit_test": mean_return(plain, made["test"])}
+    for each in (*made["validation"], *made["test"]):
+        each.close()
+    return {"controller": text, "validation": scores[text]} | returns
+
+
+def _episodes(env_id: str, split: str, **env_kwargs: Any) -> VectorEnv[Any, Any, Any]:
     mode = AutoresetMode.SAME_STEP.value
-    given = env_kwargs | {"split": "validation"}
+    given = env_kwargs | {"split": split}
     return gymnasium.make_vec(env_id, TUNED, "vector_entry_point", autoreset_mode=mode, **given)
 
 
@@ -187,7 +216,8 @@ def text_of(name: str, settings: Mapping[str, Any], env: MoEServingVectorEnv) ->
     for key in own.keys() & {"queues", "rates"}:
         scale = env.capacity / 100 if key == "rates" else 1.0
         own[key] = "/".join(f"{each * scale:.6g}" for each in sorted(own[key]))
-    parts = [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in own.items()]
+    parts = [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
+             for key, value in own.items() if value != ""]  # fmt: skip
     return f"{NAMES.get(name, name)}:{','.join(parts)}"
 
 
@@ -195,7 +225,7 @@ def baselines(
     env_id: str, *, report: Callable[[float], object] = lambda share: None, **env_kwargs: Any
 ) -> dict[str, Any]:
     """Random choices, everything at once at the best level, and the tuned rules."""
-    made: Any = _validation(env_id, **env_kwargs)
+    made: Any = _episodes(env_id, "validation", **env_kwargs)
     env: MoEServingVectorEnv = made.unwrapped
     found: dict[str, Any] = {
         "random choices": RandomChoices(len(env.choices)),
@@ -203,7 +233,7 @@ def baselines(
     }
     every = families(env)
     for number, (name, family) in enumerate(every.items()):
-        found[name] = tuned(family, made, None, lambda share, number=number: report((number + share) / len(every)))  # type: ignore[misc]
+        found[name] = tuned(family, [made], None, lambda share, number=number: report((number + share) / len(every)))  # type: ignore[misc]
     made.close()
     return found
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from benchmarks.cli.terminal import Json, _version, console_of, require_writable, write
+from benchmarks.cli.terminal import Json, _version, bar, console_of, require_writable, write
+from experts.serving.control import DEADLINE
 
 if TYPE_CHECKING:
     from experts.serving.runners import Source
@@ -30,8 +31,17 @@ def _export(
     ] = "onnx",
     model_version: Annotated[str, typer.Option(help="Semantic version of the model.")] = "0.1.0",
     measured: Annotated[
-        bool, typer.Option("--measured", help="Time an ONNX file beside PyTorch, and write that to the manifest.")
+        bool,
+        typer.Option(
+            "--measured",
+            help="Time an ONNX file beside PyTorch, tune the server's rule by its times, and write both to the "
+            "manifest; takes minutes.",
+        ),
     ] = False,
+    deadline: Annotated[
+        float, typer.Option(help="With --measured: seconds until an answer is worth nothing, as of moe-serve.")
+    ] = DEADLINE,
+    tries: Annotated[int, typer.Option(min=1, help="With --measured: half of the settings of a rule to try.")] = 10,
     json_file: Json = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
@@ -41,11 +51,18 @@ def _export(
 
     Example: moe-export fashion-mnist --format onnx --out exported/fashion-mnist
     """
-    from experts.serving.export import export
+    from experts.serving.export import add_controller, export
 
     require_writable(json_file)
     chosen: Any = form
-    manifest = export(source_of(model), out, chosen, model_version, measured=measured)
+    source = source_of(model)
+    manifest = export(source, out, chosen, model_version, measured=measured)
+    if measured and not source.batch:
+        from benchmarks.programs.controller import tuned_controller
+
+        with bar() as add:
+            tuned = tuned_controller(str(out), deadline, tries, add("tuning the server's rules"))
+        manifest = add_controller(out, tuned)
     write(json_file, manifest)
     parity, console = manifest["parity"], console_of(json_file)
     console.print(
@@ -59,6 +76,11 @@ def _export(
         console.print(
             f"{what}: {row['runtime']}, {row['threads']} threads, batch {row['batch']}: {1e3 * row['median']:.3g} ms"
         )
+    if found := manifest.get("controller"):
+        console.print(
+            f"controller for a deadline of {found['deadline']:g} s: {found['controller']} (simulated return "
+            f"{found['test']:.4f}, SlackFit's {found['slackfit_test']:.4f})", soft_wrap=True,
+        )  # fmt: skip
     console.print(f"[green]saved[/] {out}", soft_wrap=True)
 
 

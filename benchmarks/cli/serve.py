@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.cli.terminal import _version, errors, pairs
+from experts.serving.control import DEADLINE, RequestClass
 
 app = typer.Typer(pretty_exceptions_enable=False)
 KEYS = "MOE_SERVE_KEYS"
@@ -39,7 +40,9 @@ def _serve(
             "--class", help='Class of requests as "name:deadline=0.1,value=1,size=1,care=1"; can be repeated.'
         ),
     ] = None,
-    deadline: Annotated[float, typer.Option(help="Seconds until an answer is worth nothing, without --class.")] = 1.0,
+    deadline: Annotated[
+        float, typer.Option(help="Seconds until an answer is worth nothing, without --class.")
+    ] = DEADLINE,
     queue: Annotated[int, typer.Option(min=1, help="Rows that may wait; more are answered 429.")] = 1024,
     rate: Annotated[float, typer.Option(min=0, help="Requests a second of a client; 0 for any number.")] = 0.0,
     burst: Annotated[
@@ -66,8 +69,6 @@ def _serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(f"moe-serve needs {error.name}: pip install 'moe-envs[serve]'") from error
-    from experts.serving.control import RequestClass
-
     named = [_class_of(each) for each in request_class or ()] or [RequestClass(deadline=deadline)]
     limits: dict[str, Any] = {
         "classes": tuple(named), "queue_size": queue, "rate": rate, "burst": burst, "body_bytes": body_bytes,
@@ -95,10 +96,8 @@ def _serve(
     run(service, host, port, connections)
 
 
-def _class_of(text: str) -> Any:
+def _class_of(text: str) -> RequestClass:
     """The request class of "name:deadline=0.1,value=2"; raises `ValueError` where a part is not known."""
-    from experts.serving.control import RequestClass
-
     name, _, rest = text.partition(":")
     given = pairs([part for part in rest.split(",") if part], "--class")
     known = set(RequestClass.__dataclass_fields__) - {"name"}

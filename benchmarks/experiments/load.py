@@ -15,18 +15,15 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from agents.deploy.serving import load
-from benchmarks.programs.sender import FAILED, Connections, Sent, request, send_all, send_at
-from benchmarks.programs.service import Serving, service
+from benchmarks.programs.sender import FAILED, HOST, Connections, Sent, request, run_loop, send_all, send_at
+from benchmarks.programs.service import Serving, predictions, service
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.setup import Arguments
 from experts.serving.arrivals import arrivals
@@ -35,7 +32,6 @@ from experts.serving.sources import of_bundle
 
 What = Literal["ceiling", "arrivals", "overload", "reloads", "hostile"]
 SEEDS = (0, 1, 2)
-HOST = "127.0.0.1"
 SETTINGS: dict[str, dict[str, Any]] = {
     "ceiling": {"what": "ceiling"},
     "one after the other": {"what": "ceiling", "connections": 1},
@@ -82,8 +78,7 @@ def measure(setup: LoadSetup, seed: int, split: str, folder: Path) -> tuple[dict
         export(of_bundle(setup.model), model, "onnx", "1.0.0")
     options = ["--deadline", str(setup.deadline)]
     options += [] if setup.controller == "default" else ["--controller", setup.controller]
-    rows = load(model).examples(64)
-    asked = [request("/predict", json.dumps({"inputs": [np.round(row, 4).tolist()]}).encode()) for row in rows]
+    asked = predictions(model)
     with service(model, *options) as server:
         warm = run_loop(send_all(asked, 2.0 if setup.seconds > 1 else 0.2, HOST, server.port))
         assert (warm.status == 200).any(), warm.answers[:1]
@@ -214,11 +209,6 @@ def _opened(port: int, begun: bytes) -> socket.socket:
     found = socket.create_connection((HOST, port))
     found.sendall(begun)
     return found
-
-
-def run_loop(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine, by uvloop where it is installed."""
-    return import_module("uvloop" if find_spec("uvloop") else "asyncio").run(work)
 
 
 def _about(sent: Sent, server: Serving) -> dict[str, Any]:

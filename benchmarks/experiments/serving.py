@@ -19,9 +19,8 @@ import pandas as pd
 
 from agents.baselines import serving as rules
 from agents.evaluate import evaluate
-from benchmarks.experiments.load import HOST, run_loop
-from benchmarks.programs.sender import request, send_all, send_at
-from benchmarks.programs.service import service
+from benchmarks.programs.sender import HOST, run_loop, send_all, send_at
+from benchmarks.programs.service import predictions, service
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.kept import run_of
 from benchmarks.runner.setup import Arguments
@@ -85,12 +84,7 @@ def _simulated(text: str, env: MoEServingVectorEnv, setup: ServingSetup, kwargs:
 
 def _served(text: str, setup: ServingSetup, times: np.ndarray, env: MoEServingVectorEnv) -> dict[str, Any]:
     """Value of the answers, share of the time in the model, latencies and levels."""
-    from agents.deploy.serving import load
-
-    asked = [
-        request("/predict", json.dumps({"inputs": [row.tolist()]}).encode()) for row in load(setup.model).examples(64)
-    ]
-    deadline = setup.deadline
+    asked, deadline = predictions(setup.model), setup.deadline
     with service(setup.model, "--deadline", str(deadline), "--controller", text) as server:
         run_loop(send_all(asked, 1.0, HOST, server.port, connections=4))
         before = run_loop(_busy(server.port))

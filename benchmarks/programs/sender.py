@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
+HOST = "127.0.0.1"
 FAILED = 0  # status of a request whose connection broke or timed out
 
 
@@ -24,6 +28,11 @@ class Sent:
     status: np.ndarray
     answers: list[bytes]
     seconds: float
+
+
+def run_loop(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine, by uvloop where it is installed."""
+    return import_module("uvloop" if find_spec("uvloop") else "asyncio").run(work)
 
 
 def request(path: str, body: bytes, media_type: str = "application/json", method: str = "POST") -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 
+from benchmarks.programs.sender import request
 from experts.data import DataError
 
 READY = re.compile(r"http://127\.0\.0\.1:(\d+)")
@@ -37,6 +40,14 @@ class Serving:
         """Seconds of processor time so far."""
         times = self.process.cpu_times()
         return float(times.user + times.system)
+
+
+def predictions(model: str) -> list[bytes]:
+    """64 requests for predictions, of one row each, of the model's examples."""
+    from agents.deploy.serving import load
+
+    rows = [np.round(row, 4).tolist() for row in load(model).examples(64)]
+    return [request("/predict", json.dumps({"inputs": [row]}).encode()) for row in rows]
 
 
 @contextmanager

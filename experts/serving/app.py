@@ -87,8 +87,8 @@ def create_app(
     model_path: Path | str, controller: MakeController | None = None, load: Load = models.load, **limits: Any
 ) -> FastAPI:
     """The web service of a model: a bundle, a reference model or a language model by name or folder, or an exported
-    ONNX folder. `controller` makes what decides when a batch is sent (default: `control.default`), `limits` are those
-    of `Limits`. The model is loaded and timed at once; raises what `load` raises."""
+    ONNX folder. `controller` makes what decides when a batch is sent (default: `control.recommended`), `limits` are
+    those of `Limits`. The model is loaded and timed at once; raises what `load` raises."""
     return app_of(Server(model_path, controller, load, Limits(**limits)))
 
 

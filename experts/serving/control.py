@@ -7,8 +7,8 @@ Shape legend: n queues, C request classes, L quality levels, R time scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ CAPS = (1, 2, 4, 8, 16, 32, 64)  # largest numbers of rows of a batch
 SCALES = (0.02, 0.1, 0.5, 2.5)  # seconds over which arrival rates are averaged
 WAIT = 0.005  # seconds that a controller waits at most before it is asked again
 NEVER = 10.0  # seconds of slack of an empty queue
+DEADLINE = 1.0  # seconds until an answer of `moe-serve` is worth nothing
 WAITS = 0  # the choice to wait
 
 
@@ -315,6 +316,16 @@ RULES: dict[str, tuple[type[Any], bool]] = {  # whether it takes the measured ti
 def default(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
     """What decides where nothing else is asked for: SlackFit by the times measured, which never waits."""
     return SlackFit(choices, service)
+
+
+def recommended(manifest: Mapping[str, Any], classes: Sequence[RequestClass]) -> MakeController:
+    """The rule that was tuned for the model at its export, if these are the requests it was tuned for; else the
+    default."""
+    found, deadline = manifest.get("controller"), classes[0].deadline
+    usual = list(classes) == [replace(RequestClass(), deadline=deadline)]
+    if not usual or not isinstance(found, dict) or found.get("deadline") != deadline:
+        return default
+    return rule_of(str(found.get("controller")))
 
 
 def rule_of(text: str) -> MakeController:

@@ -93,6 +93,13 @@ def export(
     return manifest
 
 
+def add_controller(folder: Path | str, found: dict[str, Any]) -> dict[str, Any]:
+    """Write into the manifest of an exported model which rule should decide in its server; returns the manifest."""
+    manifest = _read(Path(folder))[0] | {"controller": found}
+    save_json(Path(folder) / MANIFEST, manifest)
+    return manifest
+
+
 def _timed(source: Source, form: Format, path: Path) -> dict[str, Any]:
     if not form.startswith("onnx"):
         raise ExportError(f"format={form!r} is not timed here; only ONNX is")

@@ -17,7 +17,7 @@ from cost.arguments import one_line
 from experts.language import LanguageModel
 from experts.serving import served as models
 from experts.serving.batching import Batcher
-from experts.serving.control import Choices, MakeController, RequestClass, default
+from experts.serving.control import Choices, MakeController, RequestClass, recommended
 from experts.serving.generation import PLACES, Writer
 from experts.serving.limits import Keys, TokenBuckets
 from experts.serving.metrics import Metrics
@@ -67,7 +67,8 @@ class Server:
         self.metrics, self.keys = Metrics(), Keys(self.limits.keys)
         self.buckets = TokenBuckets(self.limits.rate, self.limits.burst)
         choices = Choices(len(self.served.levels), len(self.limits.classes))
-        self.controller = (controller or default)(choices, self.service, self.limits.classes)
+        make = controller or recommended(self.served.manifest, self.limits.classes)
+        self.controller = make(choices, self.service, self.limits.classes)
         self.batcher = Batcher(
             self.run, self.controller, choices, self.service, self.limits.classes, self.limits.queue_size, self._ran
         )

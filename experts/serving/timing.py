@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cost import profile as profiles
+from cost.files import sha256_of
 from cost.profile import Profile
 from experts import language
 from experts.profiles import shipped_or_measured
@@ -26,7 +28,8 @@ def service_of(model: str, costs: str) -> Service:
     found = _loaded(model)
     folder = language.find(model)
     shipped = folder / FILE if (folder / FILE).exists() else None
-    name = f"serving-{found.manifest['version'].partition('+')[2]}-{Path(model).name}"
+    version, files = found.manifest["version"].partition("+")[2], found.manifest.get("files")
+    name = f"serving-{version or sha256_of(json.dumps(files).encode())[:12]}-{Path(model).name}"
     profile = shipped_or_measured(name, "batches", shipped, costs, lambda: measure_service(found))
     operations = [profile.operations[f"batch {level}"] for level in found.levels]
     seconds = np.array([operation.median for operation in operations])

@@ -91,7 +91,10 @@ class MoEServingVectorEnv(BatchedEnv):
         self.fastest = float(self.table[:, 1].min())
         self.capacity = capacity(self.service)
         self.plan = ServingPlan(self.choices, self.service, self.classes, cost_weight)
-        reference = Cost(seconds, 1.0, float(self.joules[0, -1] / self.table[0, -1]) * seconds)
+        watts = float(self.joules[0, -1] / self.table[0, -1])
+        if energy_weight and not watts:
+            raise ValueError(f"energy_weight={energy_weight}: the energy of batches of {model} is not known")
+        reference = Cost(seconds, 1.0, watts * seconds or 1.0)
         reward = Reward.of(cost_weight, reference, Cost(time_weight, memory_weight, energy_weight))
         super().__init__(num_envs, parts_of(self.choices), spaces.Discrete(len(self.choices)), reward, **face)
         self.traffic = Traffic(
