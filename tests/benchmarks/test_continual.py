@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.experiments import continual, continual_headroom
+from benchmarks.experiments.continual import methods
 from benchmarks.runner.experiments import find
 from experts.continual import NetworkShape, Replay
 from experts.continual.buffer import Buffer
@@ -61,10 +62,10 @@ def test_bytes_of_methods_are_those_of_what_they_keep() -> None:
     buffer = Buffer(Replay("fifo", 3), 10)
     images = np.zeros((3, 1, 28, 28), np.uint8)
     buffer.add(Encoding((1, 28, 28)).encode(images), np.zeros(3, int), 0, np.random.default_rng(0))
-    assert buffer.nbytes == 3 * continual.ROW
-    small = Encoding((1, 28, 28), continual.SMALL_SIDE, continual.SMALL_BITS)
+    assert buffer.nbytes == 3 * methods.ROW
+    small = Encoding((1, 28, 28), methods.SMALL_SIDE, methods.SMALL_BITS)
     network, grown = (ContinualNetwork(small.decoded, 10, NetworkShape(), count) for count in (4, 8))
     bytes_of = [4 * sum(weights.numel() for weights in each.parameters()) for each in (network, grown)]
-    assert bytes_of[1] == pytest.approx(continual.SMALL_NETWORK, rel=0.01)
-    assert (bytes_of[1] - bytes_of[0]) / 4 == pytest.approx(continual.PER_TASK * continual.ROW, rel=0.02)
-    assert len(small.encode(images)[0]) + 4 == continual.SMALL_ROW
+    assert bytes_of[1] == pytest.approx(methods.SMALL_NETWORK, rel=0.01)
+    assert (bytes_of[1] - bytes_of[0]) / 4 == pytest.approx(methods.PER_TASK * methods.ROW, rel=0.02)
+    assert len(small.encode(images)[0]) + 4 == methods.SMALL_ROW
