@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.experiments import continual, continual_headroom
+from benchmarks.experiments import continual_headroom
 from benchmarks.experiments.continual import methods
 from benchmarks.runner.experiments import find
 from experts.continual import NetworkShape, Replay

@@ -89,7 +89,7 @@ def _heatmap(frame: pd.DataFrame, out: Path) -> list[str]:
             for load_TE in runs.loc[runs["seed"] == seed, "expert load"]:
                 image = axis.imshow(np.array(load_TE), vmin=0, vmax=1, cmap="viridis")
             axis.set(xticks=[], yticks=[], ylabel=f"seed {seed}")
-        column[0].settitle_of(f"{stream}\n{buffer} images", fontsize=7)
+        column[0].set_title(f"{stream}\n{buffer} images", fontsize=7)
         column[-1].set_xlabel("expert")
     figure.supylabel("task", fontsize=9)
     figure.colorbar(image, ax=figure.axes, label="share of the task's choices")
