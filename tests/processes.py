@@ -1,5 +1,6 @@
 """Processes that tests start and stop: none outlives its test, and no wait for one lasts for ever."""
 
+import socket
 import subprocess
 import threading
 import time
@@ -30,6 +31,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         assert not ended, f"the process ended with {process.returncode} too early"
         ended = process.poll() is not None  # and look once more at what it did last
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 class Here:

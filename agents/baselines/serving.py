@@ -6,7 +6,9 @@ Shape legend: n rows, C request classes, L quality levels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -15,11 +17,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from agents.baselines.serving_bound import Foresight, Optimal
 from agents.evaluate import play
+from cost.arguments import choose
 from experts.serving.control import CAPS, Adaptive, Controller, Fixed, Regression, ServingPlan, SlackFit, Thresholds
 from moe_envs.serving.env import MoEServingVectorEnv
 
 ID = "moe_envs:MoEServing-v0"
 TUNED = 32  # validation episodes on which rules are compared
+TRACES = "poisson", "bursts"
 TRIES = 40  # random settings of a rule, of which the best is taken, and as many near it
 Make = Callable[[MoEServingVectorEnv], Controller]
 
@@ -169,36 +173,52 @@ def _rule(family: Family, settings: dict[str, Any]) -> ServingRule:
     return ServingRule(lambda env: family.make(env, settings), settings)
 
 
+def all_tuned(
+    envs: Sequence[VectorEnv[Any, Any, Any]], tries: int | None = None,
+    report: Callable[[float], object] = lambda share: None,
+) -> dict[str, ServingRule]:  # fmt: skip
+    """Each rule as it is best on the validation episodes of all environments."""
+    of: Any = envs[0].unwrapped
+    every, found = families(of), dict[str, ServingRule]()
+    for number, (name, family) in enumerate(every.items()):
+        found[name] = tuned(family, envs, tries, partial(_report_part, report, number, len(every)))
+    return found
+
+
+def _report_part(report: Callable[[float], object], number: int, parts: int, share: float) -> None:
+    report((number + share) / parts)
+
+
 def tuned_rule(name: str, tries: int | None = None, **env_kwargs: Any) -> ServingRule:
     """The tuned rule of one of the `families`."""
-    env = _episodes(ID, "validation", **env_kwargs)
-    try:
-        return tuned(families(env.unwrapped)[name], [env], tries)  # type: ignore[arg-type]
-    finally:
-        env.close()
+    with closing(_episodes(ID, "validation", **env_kwargs)) as env:
+        of: Any = env.unwrapped
+        every = families(of)
+        choose("rule", name, every)
+        return tuned(every[name], [env], tries)
 
 
 def best_rule(
     tries: int | None = None, report: Callable[[float], object] = lambda share: None, **env_kwargs: Any
 ) -> dict[str, Any]:
-    """The best of the tuned rules, as `moe-serve --controller` takes it, and SlackFit as it is among them, by the mean
-    return on validation with Poisson and bursty arrivals; and the returns of both on test."""
-    made = {split: [_episodes(ID, split, trace=trace, **env_kwargs) for trace in ("poisson", "bursts")]
-            for split in ("validation", "test")}  # fmt: skip
-    env: Any = made["validation"][0].unwrapped
-    every = families(env)
-    plain = ServingRule(lambda env: SlackFit(env.choices, env.service))
-    rules = {"slackfit": plain}
-    for number, (name, family) in enumerate(every.items()):
-        share = lambda done, number=number: report((number + done) / len(every))  # noqa: E731
-        found = tuned(family, made["validation"], tries, share)
-        rules[text_of(name, found.about, env)] = found
-    scores = {text: mean_return(rule, made["validation"]) for text, rule in rules.items()}
-    text = max(scores, key=lambda each: scores[each])
-    returns = {"test": mean_return(rules[text], made["test"]), "slackfit_test": mean_return(plain, made["test"])}
-    for each in (*made["validation"], *made["test"]):
-        each.close()
-    return {"controller": text, "validation": scores[text]} | returns
+    """Which of the tuned rules and SlackFit as it is has the best mean return on validation, over Poisson and bursty
+    arrivals. Returns the `rule` as `moe-serve --controller` takes it, its returns on validation and test, and that of
+    SlackFit on test."""
+    with ExitStack() as stack:
+        made = {
+            split: [stack.enter_context(closing(_episodes(ID, split, trace=trace, **env_kwargs))) for trace in TRACES]
+            for split in ("validation", "test")
+        }
+        of: Any = made["validation"][0].unwrapped
+        plain = ServingRule(lambda env: SlackFit(env.choices, env.service))
+        found = all_tuned(made["validation"], tries, report)
+        rules = {"slackfit": plain} | {text_of(name, rule.about, of): rule for name, rule in found.items()}
+        scores = {text: mean_return(rule, made["validation"]) for text, rule in rules.items()}
+        best = max(scores, key=lambda text: scores[text])
+        return {
+            "rule": best, "validation_return": scores[best], "test_return": mean_return(rules[best], made["test"]),
+            "slackfit_test_return": mean_return(plain, made["test"]),
+        }  # fmt: skip
 
 
 def _episodes(env_id: str, split: str, **env_kwargs: Any) -> VectorEnv[Any, Any, Any]:
@@ -217,7 +237,7 @@ def text_of(name: str, settings: Mapping[str, Any], env: MoEServingVectorEnv) ->
         scale = env.capacity / 100 if key == "rates" else 1.0
         own[key] = "/".join(f"{each * scale:.6g}" for each in sorted(own[key]))
     parts = [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
-             for key, value in own.items() if value != ""]  # fmt: skip
+             for key, value in own.items()]  # fmt: skip
     return f"{NAMES.get(name, name)}:{','.join(parts)}"
 
 
@@ -225,17 +245,13 @@ def baselines(
     env_id: str, *, report: Callable[[float], object] = lambda share: None, **env_kwargs: Any
 ) -> dict[str, Any]:
     """Random choices, everything at once at the best level, and the tuned rules."""
-    made: Any = _episodes(env_id, "validation", **env_kwargs)
-    env: MoEServingVectorEnv = made.unwrapped
-    found: dict[str, Any] = {
-        "random choices": RandomChoices(len(env.choices)),
-        "at once, best level": ServingRule(lambda env: Fixed(env.choices)),
-    }
-    every = families(env)
-    for number, (name, family) in enumerate(every.items()):
-        found[name] = tuned(family, [made], None, lambda share, number=number: report((number + share) / len(every)))  # type: ignore[misc]
-    made.close()
-    return found
+    with closing(_episodes(env_id, "validation", **env_kwargs)) as made:
+        env: Any = made.unwrapped
+        return {
+            "random choices": RandomChoices(len(env.choices)),
+            "at once, best level": ServingRule(lambda env: Fixed(env.choices)),
+            **all_tuned([made], None, report),
+        }
 
 
 def bound(env_id: str, **env_kwargs: Any) -> Foresight | Optimal | None:

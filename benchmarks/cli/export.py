@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from benchmarks.cli.terminal import Json, _version, bar, console_of, require_writable, write
-from experts.serving.control import DEADLINE
+from experts.serving.control import DEADLINE, NEVER
 
 if TYPE_CHECKING:
     from experts.serving.runners import Source
@@ -39,9 +39,13 @@ def _export(
         ),
     ] = False,
     deadline: Annotated[
-        float, typer.Option(help="With --measured: seconds until an answer is worth nothing, as of moe-serve.")
+        float,
+        typer.Option(min=0.001, max=NEVER, help="With --measured: seconds until an answer of the server is worth 0."),
     ] = DEADLINE,
-    tries: Annotated[int, typer.Option(min=1, help="With --measured: half of the settings of a rule to try.")] = 10,
+    tries: Annotated[
+        int,
+        typer.Option(min=1, help="With --measured: random settings to try of each rule, and changes to the best."),
+    ] = 4,
     json_file: Json = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
@@ -51,18 +55,18 @@ def _export(
 
     Example: moe-export fashion-mnist --format onnx --out exported/fashion-mnist
     """
-    from experts.serving.export import add_controller, export
+    from experts.serving.export import add_tuned_rule, export
 
     require_writable(json_file)
     chosen: Any = form
     source = source_of(model)
     manifest = export(source, out, chosen, model_version, measured=measured)
-    if measured and not source.batch:
-        from benchmarks.programs.controller import tuned_controller
+    if measured and not source.batch and source.language is None:
+        from benchmarks.programs.tuning import tuned_rule_of_server
 
         with bar() as add:
-            tuned = tuned_controller(str(out), deadline, tries, add("tuning the server's rules"))
-        manifest = add_controller(out, tuned)
+            tuned = tuned_rule_of_server(str(out), deadline, tries, add("tuning the server's rules"))
+        manifest = add_tuned_rule(out, tuned)
     write(json_file, manifest)
     parity, console = manifest["parity"], console_of(json_file)
     console.print(
@@ -76,11 +80,13 @@ def _export(
         console.print(
             f"{what}: {row['runtime']}, {row['threads']} threads, batch {row['batch']}: {1e3 * row['median']:.3g} ms"
         )
-    if found := manifest.get("controller"):
+    if found := manifest.get("tuned_rule"):
         console.print(
-            f"controller for a deadline of {found['deadline']:g} s: {found['controller']} (simulated return "
-            f"{found['test']:.4f}, SlackFit's {found['slackfit_test']:.4f})", soft_wrap=True,
+            f"rule of the server for a deadline of {found['deadline']:g} s: {found['rule']} (simulated return "
+            f"{found['test_return']:.4f}, SlackFit's {found['slackfit_test_return']:.4f})", soft_wrap=True,
         )  # fmt: skip
+    elif measured:
+        console.print("no rule was tuned: moe-serve takes ONNX of classifiers, and tunes for batches of any size")
     console.print(f"[green]saved[/] {out}", soft_wrap=True)
 
 

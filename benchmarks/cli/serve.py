@@ -31,7 +31,8 @@ def _serve(
         typer.Option(
             help="What decides when a batch is sent, how large, at which level: plan, slackfit, thresholds, fixed, "
             "regression or adaptive, with parameters as fixed:cap=16,timeout=0.005, or policy:RUN_DIR of "
-            "MoEServing-v0. Default: slackfit."
+            "MoEServing-v0. Default: the rule that moe-export --measured tuned for this deadline on this machine, else "
+            "slackfit."
         ),
     ] = None,
     request_class: Annotated[
@@ -90,9 +91,7 @@ def _serve(
     levels = ", ".join(
         f"{name} ({share:.1%})" for name, share in zip(server.served.levels, server.served.quality, strict=True)
     )
-    errors.print(
-        f"{model} {server.version}: levels {levels}; {type(server.controller).__name__} decides", soft_wrap=True
-    )
+    errors.print(f"{model} {server.version}: levels {levels}; {controller or server.rule} decides", soft_wrap=True)
     run(service, host, port, connections)
 
 

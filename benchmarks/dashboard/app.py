@@ -48,7 +48,7 @@ def create_dashboard(
             id="tabs", value="curves" if found or watched is None else "server",
             children=[dcc.Tab(label=label, value=name) for name, label in TABS.items()],
         ),
-        dcc.Loading(html.Div(id="page"), delay_show=300),
+        dcc.Loading(html.Div(id="page"), delay_show=300, target_components={"page": "children"}),
         dcc.Interval(id="clock", interval=int(1e3 * SECONDS), disabled=watched is None),
     ])  # fmt: skip
 
@@ -86,8 +86,13 @@ def create_dashboard(
         (("server-figures", "children"), [("clock", "n_intervals")], show_server),
     ):
         app.callback(Output(*output), [Input(*each) for each in inputs])(answer)
-    figures.curves(data.bands(data.read_runs(found)[0]), [], False)  # read, and load Plotly, before the first page
+    _warm_up(found)
     return app
+
+
+def _warm_up(found: list[Path]) -> None:
+    """Read the runs and load Plotly before the first page asks for them."""
+    figures.curves(data.bands(data.read_runs(found)[0]), [], False)
 
 
 def _graph(figure: Any, about: str) -> Any:

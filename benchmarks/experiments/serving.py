@@ -7,7 +7,6 @@ otherwise idle machine.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
 from functools import cache
@@ -20,7 +19,7 @@ import pandas as pd
 from agents.baselines import serving as rules
 from agents.evaluate import evaluate
 from benchmarks.programs.sender import HOST, run_loop, send_all, send_at
-from benchmarks.programs.service import predictions, service
+from benchmarks.programs.service import busy_seconds, predictions, service
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.kept import run_of
 from benchmarks.runner.setup import Arguments
@@ -87,9 +86,9 @@ def _served(text: str, setup: ServingSetup, times: np.ndarray, env: MoEServingVe
     asked, deadline = predictions(setup.model), setup.deadline
     with service(setup.model, "--deadline", str(deadline), "--controller", text) as server:
         run_loop(send_all(asked, 1.0, HOST, server.port, connections=4))
-        before = run_loop(_busy(server.port))
+        before = run_loop(busy_seconds(server.port))
         sent = run_loop(send_at(times, asked, HOST, server.port))
-        busy = (run_loop(_busy(server.port)) - before) / setup.seconds
+        busy = (run_loop(busy_seconds(server.port)) - before) / setup.seconds
     quality = dict(zip(env.service.levels, env.service.quality.tolist(), strict=True))
     fine = (sent.status == 200) & (sent.latency <= deadline)
     levels = Counter(json.loads(each)["level"] for each, good in zip(sent.answers, fine, strict=True) if good)
@@ -99,15 +98,6 @@ def _served(text: str, setup: ServingSetup, times: np.ndarray, env: MoEServingVe
         "p95": float(np.percentile(sent.latency, 95)),
         "levels": {name: levels[name] / max(1, int(fine.sum())) for name in quality},
     }  # fmt: skip
-
-
-async def _busy(port: int) -> float:
-    """Seconds that the server's model has run."""
-    reader, writer = await asyncio.open_connection(HOST, port)
-    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    text = (await reader.read()).decode()
-    writer.close()
-    return sum(float(line.split()[1]) for line in text.splitlines() if line.startswith("moe_batch_seconds_sum"))
 
 
 @cache

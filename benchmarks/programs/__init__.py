@@ -1,1 +1,1 @@
-"""Programs that run in a separate process or Python environment."""
+"""Programs that run in a separate process or Python environment, and what asks them."""

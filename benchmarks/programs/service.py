@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 
-from benchmarks.programs.sender import request
+from benchmarks.cli.serve import KEYS
+from benchmarks.programs.sender import HOST, request
 from experts.data import DataError
 
 READY = re.compile(r"http://127\.0\.0\.1:(\d+)")
@@ -50,12 +52,21 @@ def predictions(model: str) -> list[bytes]:
     return [request("/predict", json.dumps({"inputs": [row]}).encode()) for row in rows]
 
 
+async def busy_seconds(port: int) -> float:
+    """Seconds that the model of a server has run."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    return sum(float(line.split()[1]) for line in text.splitlines() if line.startswith("moe_batch_seconds_sum"))
+
+
 @contextmanager
 def service(model: str, *options: str) -> Iterator[Serving]:
     """A server on a free port of this machine, stopped at the end; raises `DataError` with what it says if it does not
     start."""
     command = [sys.executable, "-c", CODE, model, "--port", "0", "--quiet", *options]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = {name: value for name, value in os.environ.items() if name != KEYS} | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, text=True, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         timer = threading.Timer(SECONDS, process.kill)
         timer.start()

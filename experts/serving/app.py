@@ -27,7 +27,18 @@ from experts.serving.batching import DeadlineError, QueueFullError
 from experts.serving.control import CAPS, NEVER, MakeController
 from experts.serving.gate import Gate
 from experts.serving.generation import Writing
-from experts.serving.payload import IMAGES, JSON, LARGEST, NPY, RefusedError, encoded, parse_json, read, rows_of, whole
+from experts.serving.payload import (
+    IMAGES,
+    JSON,
+    LARGEST,
+    NPY,
+    RefusedError,
+    as_integer,
+    encoded,
+    parse_json,
+    read,
+    rows_of,
+)
 from experts.serving.served import Texts
 from experts.serving.server import Limits, Load, Server
 
@@ -37,7 +48,7 @@ LOOK = 0.5  # seconds between two looks whether a client that waits for a text i
 INLINE = 32_768  # bytes of JSON that are parsed in the event loop, which takes less than a change of threads
 
 
-WHOLE = BeforeValidator(whole)
+WHOLE = BeforeValidator(as_integer)
 
 
 class Asked(BaseModel):
@@ -87,8 +98,8 @@ def create_app(
     model_path: Path | str, controller: MakeController | None = None, load: Load = models.load, **limits: Any
 ) -> FastAPI:
     """The web service of a model: a bundle, a reference model or a language model by name or folder, or an exported
-    ONNX folder. `controller` makes what decides when a batch is sent (default: `control.recommended`), `limits` are
-    those of `Limits`. The model is loaded and timed at once; raises what `load` raises."""
+    ONNX folder. `controller` makes what decides when a batch is sent (default: the rule tuned at the export, or
+    SlackFit), `limits` are those of `Limits`. The model is loaded and timed at once; raises what `load` raises."""
     return app_of(Server(model_path, controller, load, Limits(**limits)))
 
 
@@ -123,8 +134,9 @@ class Api:
         """Add all endpoints to an application."""
         errors: Any = {code: {"description": text, "content": _SENTENCE} for code, text in _ERRORS.items()}
         texts: Any = errors | {200: {"description": "A text, or its events", "content": {JSON: {}, EVENTS: {}}}}
-        ready: Any = {503: {"description": "not yet, or no more", "content": {JSON: {}}}}
-        counters: Any = {200: {"description": "Counters", "content": {"text/plain": {}}}}
+        refused: Any = {code: errors[code] for code in (401, 429)}
+        ready: Any = refused | {503: {"description": "not yet, or no more", "content": {JSON: {}}}}
+        counters: Any = refused | {200: {"description": "Counters", "content": {"text/plain": {}}}}
         for path, answer, summary, body, answers in (
             ("/predict", self.predict, "Answers to rows of inputs", _inputs(self.server), errors),
             ("/generate", self.generate, "A text after a prompt", _to_write(self.server, ToWrite), texts),
@@ -146,7 +158,7 @@ class Api:
             ("/health/live", self.live, "The process answers", ready),
             ("/health/ready", self.health, "Requests are answered", ready),
             ("/metrics", self.metrics, "Counters in Prometheus' format", counters),
-            ("/model", self.model, "What the model is, and its measured seconds", None),
+            ("/model", self.model, "What the model is, and its measured seconds", refused),
         ):
             kind = PlainTextResponse if get == self.metrics else JSONResponse
             app.add_api_route(path, get, methods=["GET"], summary=summary, responses=answers, response_class=kind)
@@ -235,7 +247,7 @@ class Api:
         server, service = self.server, self.server.service
         seconds = {name: dict(zip(map(str, service.sizes), row, strict=True))
                    for name, row in zip(service.levels, service.seconds.tolist(), strict=True)}  # fmt: skip
-        about = {"seconds": seconds, "controller": type(server.controller).__name__}
+        about = {"seconds": seconds, "controller": server.rule}
         return JSONResponse(server.served.manifest | about)
 
     async def _read(self, request: Request) -> bytes:
@@ -384,7 +396,8 @@ def _to_write(server: Server, form: type[BaseModel]) -> dict[str, Any]:
     if isinstance(server.served, Texts):
         settings = server.served.model.settings
         for name, most in (("tokens", settings.context - 1), ("max_tokens", settings.context - 1), ("k", settings.k)):
-            for each in (found := schema["properties"].get(name, {})).get("anyOf", [found]):
+            field = schema["properties"].get(name, {})
+            for each in field.get("anyOf", [field]):
                 if each.get("type") == "integer":
                     each["maximum"] = most
     return {JSON: schema}

@@ -8,13 +8,14 @@ Shape legend: n queues, C request classes, L quality levels, R time scales.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
 
 from cost.arguments import choose
+from cost.machine import fingerprint
 
 CAPS = (1, 2, 4, 8, 16, 32, 64)  # largest numbers of rows of a batch
 SCALES = (0.02, 0.1, 0.5, 2.5)  # seconds over which arrival rates are averaged
@@ -318,14 +319,13 @@ def default(choices: Choices, service: Service, classes: Sequence[RequestClass])
     return SlackFit(choices, service)
 
 
-def recommended(manifest: Mapping[str, Any], classes: Sequence[RequestClass]) -> MakeController:
-    """The rule that was tuned for the model at its export, if these are the requests it was tuned for; else the
-    default."""
-    found, deadline = manifest.get("controller"), classes[0].deadline
-    usual = list(classes) == [replace(RequestClass(), deadline=deadline)]
-    if not usual or not isinstance(found, dict) or found.get("deadline") != deadline:
-        return default
-    return rule_of(str(found.get("controller")))
+def tuned_rule_of(manifest: Mapping[str, Any], classes: Sequence[RequestClass]) -> str | None:
+    """The rule that was tuned for a model at its export, if that was on this machine and for these requests."""
+    found, deadline = manifest.get("tuned_rule"), classes[0].deadline
+    if not isinstance(found, dict) or manifest.get("fingerprint") != fingerprint():
+        return None
+    fits = list(classes) == [RequestClass(deadline=deadline)] and found.get("deadline") == deadline
+    return str(found.get("rule")) if fits else None
 
 
 def rule_of(text: str) -> MakeController:

@@ -93,9 +93,9 @@ def export(
     return manifest
 
 
-def add_controller(folder: Path | str, found: dict[str, Any]) -> dict[str, Any]:
+def add_tuned_rule(folder: Path | str, found: dict[str, Any]) -> dict[str, Any]:
     """Write into the manifest of an exported model which rule should decide in its server; returns the manifest."""
-    manifest = _read(Path(folder))[0] | {"controller": found}
+    manifest = _read(Path(folder))[0] | {"tuned_rule": found}
     save_json(Path(folder) / MANIFEST, manifest)
     return manifest
 

@@ -66,7 +66,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return found
 
 
-def whole(value: Any) -> Any:
+def as_integer(value: Any) -> Any:
     """A number such as 1.0 as an integer, which it is in JSON; all else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -121,7 +121,7 @@ def _texts(inputs: list[Any], served: Any) -> list[np.ndarray]:
     for each in inputs:
         if isinstance(each, str):
             ids = encoded(served, each)[-context:]
-        elif isinstance(each, list) and all(type(whole(token)) is int for token in each):
+        elif isinstance(each, list) and all(type(as_integer(token)) is int for token in each):
             ids = [int(token) for token in each]
         else:
             raise RefusedError(422, "each row must be a text or a list of token ids")

@@ -17,7 +17,7 @@ from cost.arguments import one_line
 from experts.language import LanguageModel
 from experts.serving import served as models
 from experts.serving.batching import Batcher
-from experts.serving.control import Choices, MakeController, RequestClass, recommended
+from experts.serving.control import DEADLINE, Choices, MakeController, RequestClass, default, rule_of, tuned_rule_of
 from experts.serving.generation import PLACES, Writer
 from experts.serving.limits import Keys, TokenBuckets
 from experts.serving.metrics import Metrics
@@ -40,7 +40,7 @@ class Limits:
     rate: float = 0.0
     burst: float | None = None
     keys: Sequence[str] = ()
-    classes: Sequence[RequestClass] = (RequestClass(deadline=1.0),)
+    classes: Sequence[RequestClass] = (RequestClass(deadline=DEADLINE),)
     text_seconds: float = 120.0
     texts: int = PLACES
     text_queue: int = 64
@@ -67,8 +67,10 @@ class Server:
         self.metrics, self.keys = Metrics(), Keys(self.limits.keys)
         self.buckets = TokenBuckets(self.limits.rate, self.limits.burst)
         choices = Choices(len(self.served.levels), len(self.limits.classes))
-        make = controller or recommended(self.served.manifest, self.limits.classes)
+        tuned = None if controller else tuned_rule_of(self.served.manifest, self.limits.classes)
+        make = controller or (rule_of(tuned) if tuned else default)
         self.controller = make(choices, self.service, self.limits.classes)
+        self.rule = f"{tuned} (tuned at the export)" if tuned else type(self.controller).__name__
         self.batcher = Batcher(
             self.run, self.controller, choices, self.service, self.limits.classes, self.limits.queue_size, self._ran
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +30,20 @@ def service_of(model: str, costs: str) -> Service:
     found = _loaded(model)
     folder = language.find(model)
     shipped = folder / FILE if (folder / FILE).exists() else None
-    version, files = found.manifest["version"].partition("+")[2], found.manifest.get("files")
-    name = f"serving-{version or sha256_of(json.dumps(files).encode())[:12]}-{Path(model).name}"
+    name = f"serving-{_identity(found.manifest)}-{Path(model).name}"
     profile = shipped_or_measured(name, "batches", shipped, costs, lambda: measure_service(found))
     operations = [profile.operations[f"batch {level}"] for level in found.levels]
     seconds = np.array([operation.median for operation in operations])
     joules = np.array([[each.energy.fixed + each.energy.slope * n for n in SIZES] for each in operations])
     return Service(found.levels, SIZES, np.minimum.accumulate(seconds), np.array(found.quality), joules)
+
+
+def _identity(manifest: Mapping[str, Any]) -> str:
+    """Of a model whose times are kept; those of an exported file are its runtime's, too."""
+    if "files" not in manifest:
+        return str(manifest["version"].partition("+")[2])
+    said = [manifest["files"], importlib.metadata.version("onnxruntime")]
+    return sha256_of(json.dumps(said).encode())[:12]
 
 
 @lru_cache(maxsize=4)

@@ -81,15 +81,16 @@ class MoEServingVectorEnv(BatchedEnv):
         self.in_time = answers == "in time"
         if not self.in_time and len(self.classes) > 1:
             raise ValueError('answers="latency" is for one class of requests')
-        self.service = with_overhead(service_of(model, costs), overhead)
+        self.service = service_of(model, costs)  # what controllers know
+        served = with_overhead(self.service, overhead)
         self.load, self.seconds, self.choices = (
             (low, high),
             seconds,
             Choices(len(self.service.levels), len(self.classes)),
         )
-        self.table, self.joules = self.service.table(CAPS[-1]), self.service.energy(CAPS[-1])
+        self.table, self.joules = served.table(CAPS[-1]), served.energy(CAPS[-1])
         self.fastest = float(self.table[:, 1].min())
-        self.capacity = capacity(self.service)
+        self.capacity = capacity(served)
         self.plan = ServingPlan(self.choices, self.service, self.classes, cost_weight)
         watts = float(self.joules[0, -1] / self.table[0, -1])
         if energy_weight and not watts:
@@ -257,7 +258,7 @@ class MoEServingEnv(SingleEnv):
     care * loss, where loss is the level's loss of quality (of the language model 1 minus the ratio of perplexities, of
     a classifier of accuracies). So a perfect server has 0. With `answers="latency"` nothing is given up, and an answer
     also loses its latency over the deadline. Cost is the time that the model runs, over the length of the episode;
-    energy is relative to that of the best level, always busy.
+    energy is relative to that of the best level, always busy, and 0 for models whose energy is not known.
 
     Steps take different times, so `info["discount"]` is exp(-elapsed / 2 s). Our learners multiply `gamma` by it. This
     avoids two failures: with a constant discount for each decision waiting pays, and with a reward for each answer,
@@ -288,7 +289,7 @@ class MoEServingEnv(SingleEnv):
     | `seconds` | 8.0 | length of the arrivals |
     | `model` | `"language"` | what is served, texts of 64 tokens; or a bundle or reference model |
     | `costs` | `"reference"` | the shipped times (of the language model), or this `"machine"`'s |
-    | `overhead` | 0.0 | seconds that a row takes beside the model, as HTTP does |
+    | `overhead` | 0.0 | seconds that a row takes beside the model, as HTTP does; rules do not know it |
     | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 

@@ -1,6 +1,5 @@
 """The dashboard reads runs and servers, and its page works in a browser."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -14,12 +13,13 @@ import pandas as pd
 import pytest
 
 from agents import runs
-from tests.processes import running, wait_until
+from tests.processes import free_port, running, wait_until
 
 pytest.importorskip("dash")
 from benchmarks.dashboard import data, figures
 
 ENV = "moe_envs:MoERouting-v0"
+PARETO = '[aria-label="Quality against cost of each run"]'
 SHORT: dict[str, Any] = {"n_envs": 4, "n_steps": 32, "batch_size": 64, "total_timesteps": 512}
 
 
@@ -148,7 +148,7 @@ def test_the_page_in_a_browser(folder: Path, browser: Any) -> None:
         return WebDriverWait(browser, 120).until(lambda page: page.find_elements(By.CSS_SELECTOR, selector))
 
     code = "from benchmarks.cli.main import dashboard; dashboard()"
-    port = 18_000 + os.getpid() % 10_000
+    port = free_port()
     command = [sys.executable, "-c", code, str(folder), "--server", "http://127.0.0.1:9", "--port", str(port)]
     with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: _listens(port), process)
@@ -156,7 +156,7 @@ def test_the_page_in_a_browser(folder: Path, browser: Any) -> None:
         wait("#curves-figure .main-svg")
         assert "MoERouting-v0 ppo own bundle=digits" in browser.page_source
         found = _barriers(browser)
-        for tab, selector in (("Pareto fronts", "#page .main-svg"), ("Experts", "#experts-figure .main-svg"),
+        for tab, selector in (("Pareto fronts", f"{PARETO} .main-svg"), ("Experts", "#experts-figure .main-svg"),
                               ("Cost profile", "#costs-figure .main-svg"), ("Server", "[role=alert]")):  # fmt: skip
             next(each for each in browser.find_elements(By.CSS_SELECTOR, ".tab") if each.text == tab).click()
             wait(selector)

@@ -8,16 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from agents import runs
-from agents.baselines import serving as rules
 from benchmarks.cli.export import app
-from benchmarks.programs import controller
-from experts.serving.control import Choices, MakeController, RequestClass, Service, default, recommended, rule_of
-from experts.serving.export import load_exported
+from experts.serving.control import Fixed, RequestClass, SlackFit, tuned_rule_of
+from experts.serving.export import add_tuned_rule, load_exported
+from experts.serving.server import Limits, Server
 
 pytest.importorskip("onnxruntime")
 runner = CliRunner()
-SERVICE = Service(("onnx",), (1, 64), np.array([[0.001, 0.01]]), np.ones(1), np.zeros((1, 2)))
-CLASSES, OTHERS = (RequestClass(deadline=0.2),), (RequestClass(deadline=0.3),)
 
 
 def test_a_bundle_and_its_manifest(tmp_path: Path) -> None:
@@ -40,25 +37,30 @@ def test_a_policy_routes_its_bundle(tmp_path: Path) -> None:
     assert exported.run(np.zeros((8, 64), dtype=np.float32)).shape == (8, 10)
 
 
-def test_the_rule_of_its_server_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "TUNED", 2)
-    monkeypatch.setattr(controller, "EPISODE", 0.1)
-    monkeypatch.setattr(controller, "SECONDS", 0.3)
+def test_the_rule_of_its_server_is_tuned(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = runner.invoke(app, ["digits", "--out", str(out), "--measured", "--deadline", "0.2", "--tries", "1"])
+    done = runner.invoke(app, ["digits", "--out", str(out), "--measured", "--deadline", "0.02", "--tries", "1"])
     assert done.exit_code == 0, done.output
     found = load_exported(out).manifest
     assert found["recommended"]["single"]["batch"] == 1
-    tuned = found["controller"]
-    assert tuned["http_s"] > 0
-    assert tuned["controller"] in done.output.replace("\n", "")
-    assert tuned["test"] == pytest.approx(tuned["slackfit_test"], abs=0.2)
+    tuned = found["tuned_rule"]
+    assert tuned["rule"] in done.output.replace("\n", "")
+    assert (tuned["deadline"], tuned["seconds"]) == (0.02, 0.08)
+    assert -2 < tuned["test_return"] < 0
+    limits = Limits(classes=(RequestClass(deadline=0.02),))
+    assert Server(out, limits=limits).rule == f"{tuned['rule']} (tuned at the export)"
 
-    def decides(make: MakeController, classes: tuple[RequestClass]) -> type:
-        return type(make(Choices(1, 1), SERVICE, classes))
 
-    assert decides(recommended(found, CLASSES), CLASSES) is decides(rule_of(tuned["controller"]), CLASSES)
-    assert decides(recommended(found, OTHERS), OTHERS) is decides(default, OTHERS)
+def test_a_tuned_rule_decides_where_it_was_tuned_for(tmp_path: Path) -> None:
+    assert runner.invoke(app, ["digits", "--out", str(tmp_path)]).exit_code == 0
+    add_tuned_rule(tmp_path, {"rule": "fixed:cap=8", "deadline": 0.2})
+    controller = Server(tmp_path, limits=Limits(classes=(RequestClass(deadline=0.2),))).controller
+    assert isinstance(controller, Fixed)
+    assert controller.cap == 8
+    for others in ((RequestClass(deadline=0.3),), (RequestClass(deadline=0.2, size=4),)):
+        assert isinstance(Server(tmp_path, limits=Limits(classes=others)).controller, SlackFit)
+    elsewhere = json.loads((tmp_path / "manifest.json").read_text()) | {"fingerprint": {"cpu": "another"}}
+    assert tuned_rule_of(elsewhere, (RequestClass(deadline=0.2),)) is None
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 import httpx
+import psutil
 
 from benchmarks.programs.service import CODE, service
 from experts import bundle
-from tests.processes import running, wait_until
+from tests.processes import free_port, running, wait_until
 
 ASK = {"prompt": "In the", "tokens": 60, "seed": 0, "stream": True}
 
@@ -36,7 +37,7 @@ def test_a_text_that_is_being_written_is_ended_before_the_server() -> None:
 
 def test_several_processes_serve_one_model() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra ray")
-    url = f"http://127.0.0.1:{20_000 + os.getpid() % 10_000}"
+    url = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-c", CODE, "digits", "--port", url.rpartition(":")[2], "--workers", "2", "--quiet"]
 
     def ready() -> bool:
@@ -52,5 +53,7 @@ def test_several_processes_serve_one_model() -> None:
         assert {each.status_code for each in answers} == {200}
         assert len({each.json()["predictions"][0]["label"] for each in answers}) == 1
         assert client.post(f"{url}/predict", json={"inputs": [[1]]}).status_code == 422
+        names = [" ".join(each.cmdline()) for each in psutil.Process(process.pid).children(recursive=True)]
+        assert sum("ServeReplica" in name for name in names) == 2
         process.send_signal(signal.SIGINT)
         process.wait(60)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from experts import bundle, language
 from experts.serving.batching import Batcher, DeadlineError, QueueFullError
-from experts.serving.control import CAPS, NEVER, Choices, RequestClass, Seen, Service, rule_of
+from experts.serving.control import CAPS, NEVER, WAIT, Choices, RequestClass, Seen, Service, rule_of
 from experts.serving.export import export
 from experts.serving.limits import TokenBuckets
 from experts.serving.sources import of_bundle
@@ -483,3 +483,32 @@ def test_request_classes_are_checked() -> None:
     for wrong in ({"deadline": 0}, {"deadline": 2 * NEVER}, {"value": -1}, {"size": 0}):
         with pytest.raises(ValueError, match="needs"):
             RequestClass(**wrong)  # type: ignore[arg-type]
+
+
+def test_an_application_is_started_once() -> None:
+    app = create_app("digits")
+    with TestClient(app):
+        pass
+    with pytest.raises(RuntimeError, match="started before"), TestClient(app):
+        pass
+
+
+def test_a_queue_that_fails_again_and_again_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices, failures = Choices(len(SERVICE.levels), 1), list[int]()
+
+    def fails() -> None:
+        failures.append(1)
+        raise ValueError("always")
+
+    async def wait() -> None:
+        batcher = Batcher(
+            lambda rows, level: rows, rule_of("fixed:cap=1")(choices, SERVICE, ONE), choices, SERVICE, ONE
+        )
+        monkeypatch.setattr(batcher, "_step", fails)
+        batcher.start()
+        await asyncio.sleep(0.2)
+        assert batcher.alive
+        await batcher.stop()
+
+    asyncio.run(wait())
+    assert 1 < len(failures) <= 0.2 / WAIT + 2

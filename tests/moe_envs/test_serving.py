@@ -9,7 +9,7 @@ import pytest
 
 from experts.data import DataError
 from experts.serving.arrivals import arrivals, trace
-from experts.serving.control import WAIT, must_send
+from experts.serving.control import WAIT, Service, must_send
 from moe_envs.serving import MoEServingVectorEnv
 from moe_envs.serving.env import HORIZON
 
@@ -187,3 +187,19 @@ def test_a_policy_that_only_waits_still_answers() -> None:
     while not ended:
         _, _, ended, _, info = env.step(0)
     assert info["serving/answered"] >= info["serving/in_time"] > 0
+
+
+def test_what_a_row_takes_beside_the_model_is_not_known_to_rules() -> None:
+    plain, slow = vector(), vector(overhead=0.001)
+    np.testing.assert_allclose(slow.table[:, 8], plain.table[:, 8] + 0.008)
+    np.testing.assert_array_equal(slow.service.seconds, plain.service.seconds)
+    assert 1 / slow.capacity == pytest.approx(1 / plain.capacity + 0.001)
+
+
+def test_energy_that_is_not_known_has_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = vector().service
+    unknown = Service(known.levels, known.sizes, known.seconds, known.quality, 0 * known.joules)
+    monkeypatch.setattr("experts.serving.timing.service_of", lambda model, costs: unknown)
+    assert vector().reward.relative.reference.energy == 1
+    with pytest.raises(ValueError, match="the energy of batches of language is not known"):
+        vector(energy_weight=0.5)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from experts.continual import ClosedForm, Expansion, Penalty, Replay, Strategy
 
-CLASSES = 10  # of all tasks
+CLASSES = 10  # of the streams on which small images are compared
 SMALL_SIDE = 14
 SMALL_BITS: Literal[4] = 4
 ROW, SMALL_ROW = 28 * 28 + 4, SMALL_SIDE**2 * SMALL_BITS // 8 + 4  # bytes of an image with its label and task
