@@ -90,13 +90,13 @@ def measure(setup: LoadSetup, seed: int, split: str, folder: Path) -> tuple[dict
 
 def _ceiling(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
     connections = min(setup.connections, 32)
-    return _about(run_loop(send_all(asked, setup.seconds, HOST, server.port, connections=connections)), server)
+    return _about(run_loop(send_all(asked, setup.seconds, HOST, server.port, connections=connections)), server, setup)
 
 
 def _arrivals(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
     memory = server.memory
     sent = run_loop(send_at(times, asked, HOST, server.port, connections=setup.connections))
-    return _about(sent, server) | {"growth": server.memory / memory - 1}
+    return _about(sent, server, setup) | {"growth": server.memory / memory - 1}
 
 
 def _overload(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _reloads(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.nd
     sent, statuses = run_loop(both())
     other = statuses.total() - statuses[200] - statuses[409]
     named = {"loaded": statuses[200], "damaged": statuses[409], "other": other}
-    return _about(sent, server) | named | {f"{name}_s": float(np.median(each)) for name, each in seconds.items()}
+    return _about(sent, server, setup) | named | {f"{name}_s": float(np.median(each)) for name, each in seconds.items()}
 
 
 def _hostile(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.ndarray, place: Path) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _hostile(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.nd
     statuses = Counter(mean.status.tolist())
     wrong = sum(count for status, count in statuses.items() if not 400 <= status < 500)
     growth = server.memory / memory - 1
-    return _about(honest, server) | {"statuses": {str(key): value for key, value in sorted(statuses.items())},
+    return _about(honest, server, setup) | {"statuses": {str(key): value for key, value in sorted(statuses.items())},
                                      "not_4xx": wrong, "growth": growth}  # fmt: skip
 
 
@@ -211,12 +211,13 @@ def _opened(port: int, begun: bytes) -> socket.socket:
     return found
 
 
-def _about(sent: Sent, server: Serving) -> dict[str, Any]:
+def _about(sent: Sent, server: Serving, setup: LoadSetup) -> dict[str, Any]:
     fine = sent.status == 200
+    in_time = fine & (sent.latency <= setup.deadline)
     quantiles = np.percentile(sent.latency[fine], [50, 95, 99]).tolist() if fine.any() else [float("nan")] * 3
     levels = Counter(json.loads(each)["level"] for each, good in zip(sent.answers, fine, strict=True) if good)
     return {
-        "sent": len(fine), "answered": float(fine.sum() / sent.seconds), "p50": quantiles[0], "p95": quantiles[1],
+        "sent": len(fine), "answered": float(fine.sum() / sent.seconds), "in_time": float(in_time.sum() / sent.seconds), "p50": quantiles[0], "p95": quantiles[1],
         "p99": quantiles[2], "refused": float((sent.status == 429).mean()), "late": float((sent.status == 504).mean()),
         "errors": float(((sent.status >= 500) & (sent.status != 504) | (sent.status == FAILED)).mean()),
         "levels": {name: count / max(1, int(fine.sum())) for name, count in sorted(levels.items())},
@@ -230,7 +231,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
     for setup, rows in frame.groupby("setup", sort=False):
         rates = rows["answered"].to_numpy(dtype=float)
         loads.append({
-            "setting": setup, "answered a second": float(rates.mean()),
+            "setting": setup, "answered a second": float(rates.mean()), "in time": float(rows["in_time"].mean()),
             "95 %": list(mean_interval(rates)) if len(rates) > 1 else None,
             **{f"{name} ms": 1e3 * float(rows[name].mean()) for name in ("p50", "p95", "p99")},
             **{name: float(rows[name].mean()) for name in ("refused", "late", "errors")},
@@ -243,7 +244,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         if extra:
             more.append({"setting": setup, **extra})
     return {"tables": {"Load": loads} | ({"More": more} if more else {}), "notes": [
-        "answered a second: status 200; refused: 429; late: 504, the deadline passed; errors: other 5xx and broken "
+        "answered a second: status 200; in time: of these within the deadline; refused: 429; late: 504, the deadline passed; errors: other 5xx and broken "
         "connections. Latencies of what was answered, from the time at which it should have been sent.",
         "growth: of the memory in the run. recovered: seconds after an overload until each answer at half of the "
         f"answered rate came within {1e3 * LATE:.0f} ms. loaded: reloads of a whole file; damaged: of one that was "

@@ -20,6 +20,8 @@ from experts.continual.result import Curves, as_content
 from experts.continual.strategy import NetworkShape
 from experts.data import DataError
 
+FILE = "checkpoint.safetensors"
+
 
 def save(learner: StreamLearner, path: Path) -> None:
     """Write the state of a run."""

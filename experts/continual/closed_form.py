@@ -8,23 +8,32 @@ Shape legend: n inputs, D features, C classes.
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+from safetensors.torch import save as to_bytes
 
+from cost.arguments import one_line
+from cost.files import alone, read_arrays, sealed, write_bytes
+from experts.continual import checkpoint
 from experts.continual.inputs import Encoding
 from experts.continual.learner import StreamLearner
-from experts.continual.network import ContinualNetwork
-from experts.continual.result import Curves, Result
+from experts.continual.network import ContinualNetwork, of_weights
+from experts.continual.result import Curves, Result, as_content
 from experts.continual.strategy import NetworkShape, Strategy
 from experts.continual.stream import Stream, components
+from experts.data import DataError
 from experts.threads import reproducible
 
 CHUNK = 2048  # inputs at once
-LEAST = 1e-9  # variance
+LEAST, LEAST_DEVIATION = 1e-9, 1e-6  # variance, and standard deviation of inputs
+FILE = "closed-form.safetensors"
 Features = Literal["pixels", "pca", "random", "trunk"]
 
 
@@ -53,41 +62,51 @@ class ClosedForm:
 
     def run(
         self, stream: Stream, seed: int = 0, *, split: str = "test", strategy: Strategy | None = None,
-        shape: NetworkShape | None = None,
+        shape: NetworkShape | None = None, folder: str | Path | None = None,
     ) -> Result:  # fmt: skip
         """Learn a stream; `strategy` and `shape` are those of the network whose trunk is used, on images of this
-        `side` and `bits`."""
+        `side` and `bits`. The classifier is written to `folder`, for `experts.continual.predictor`."""
         if split not in ("validation", "test"):
             raise ValueError(f"split={split!r} is not one of validation, test")
+        shape = shape or NetworkShape()
         with reproducible(seed):
-            return self._run(stream, seed, split, strategy or Strategy(), shape or NetworkShape())
+            result, classifier = self._run(stream, seed, split, strategy or Strategy(), shape)
+        if folder is not None:
+            with alone(Path(folder), DataError):
+                if (Path(folder) / checkpoint.FILE).exists():
+                    raise DataError(f"{folder} holds the run of a network: name another folder")
+                classifier.save(Path(folder) / FILE, self, shape)
+        return result
 
-    def _run(self, stream: Stream, seed: int, split: str, strategy: Strategy, shape: NetworkShape) -> Result:
+    def _run(
+        self, stream: Stream, seed: int, split: str, strategy: Strategy, shape: NetworkShape
+    ) -> tuple[Result, _Classifier]:
         began = time.perf_counter()
-        extractor = _Extractor(self, stream, seed, strategy, shape)
+        extractor = _fitted(self, stream, seed, strategy, shape)
         sums, curves = _Sums(extractor.width, stream.num_classes), Curves()
         for number, task in enumerate(stream.tasks):
             inputs, labels = task["train"]
             for start in range(0, len(labels), CHUNK):
                 sums.add(extractor(inputs[start : start + CHUNK]), labels[start : start + CHUNK])
-            weights, bias = sums.slda(self.shrinkage) if self.kind == "slda" else sums.ridge(self.shrinkage)
+            solved = sums.slda(self.shrinkage) if self.kind == "slda" else sums.ridge(self.shrinkage)
+            classifier = _Classifier(extractor, *solved)
             seconds = time.perf_counter() - began
             accuracy = np.full(len(stream.tasks), np.nan)
             for other in range(number + 1):
                 x, y = stream.tasks[other][split]
-                scores = extractor(x) @ weights + bias
+                scores = classifier(x)
                 if stream.scenario == "task":
                     masked = np.full(stream.num_classes, -np.inf)
                     masked[list(stream.tasks[other].classes)] = 0
                     scores = scores + masked
                 accuracy[other] = float((scores.argmax(1) == y).mean())
-            parameters = extractor.parameters + weights.size + bias.size
+            parameters = extractor.parameters + sum(each.size for each in solved)
             curves.append(
                 accuracy=accuracy.tolist(), expert_load=[[1.0]] * (number + 1), parameters=parameters,
                 bytes_after=extractor.nbytes + sums.nbytes, experts=1, seconds=seconds,
             )  # fmt: skip
             began = time.perf_counter()
-        return curves.result(stream, seed, split, False)
+        return curves.result(stream, seed, split, False), classifier
 
 
 class _Sums:
@@ -140,32 +159,22 @@ class _Sums:
         return 4 * (width * (width + 1) // 2 + self._of_class.size + self.counts.size)
 
 
+@dataclass(frozen=True)
 class _Extractor:
     """Inputs `[n, ...]` to features `[n, D]`, fixed after the first task."""
 
-    def __init__(
-        self, settings: ClosedForm, stream: Stream, seed: int, strategy: Strategy, shape: NetworkShape
-    ) -> None:
-        self.network: ContinualNetwork | None = None
-        self.matrix, self.shift = np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
-        self.kind, size = settings.features, settings.size
-        self.encoding = Encoding(stream.shape, settings.side, settings.bits)
-        first = self._flat(stream.tasks[0]["train"][0])
-        self.width = first.shape[1]
-        if self.kind == "pca":
-            self.shift, self.matrix = components(first, size)
-        elif self.kind == "random":
-            random = np.random.default_rng(seed)
-            deviation = max(float(first.std()), 1e-6)
-            drawn = random.standard_normal((self.width, size)) / (deviation * self.width**0.5)
-            self.matrix, self.shift = drawn.astype(np.float32), random.uniform(-1, 1, size).astype(np.float32)
-        elif self.kind == "trunk":
-            alone = Stream("first task", "domain", stream.tasks[:1])
-            small = replace(strategy, side=settings.side, bits=settings.bits)
-            learner = StreamLearner(alone, small, seed, shape, "validation")
-            learner.run(lambda share, text: None, lambda: None, 10**9)
-            self.network = learner.network
-        self.width = shape.d_model if self.network is not None else (self.matrix.shape[1] or self.width)
+    kind: Features
+    encoding: Encoding
+    matrix: np.ndarray
+    shift: np.ndarray
+    network: ContinualNetwork | None
+
+    @property
+    def width(self) -> int:
+        """Number of features."""
+        if self.network is not None:
+            return self.network.shape.d_model
+        return int(self.matrix.shape[1]) if self.matrix.size else int(np.prod(self.encoding.decoded))
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         if self.network is not None:
@@ -197,3 +206,72 @@ class _Extractor:
     def nbytes(self) -> int:
         """Bytes of what turns inputs into features; random ones are made anew of a seed and a deviation."""
         return 16 if self.kind == "random" else 4 * self.parameters
+
+
+def _fitted(
+    settings: ClosedForm, stream: Stream, seed: int, strategy: Strategy, shape: NetworkShape
+) -> _Extractor:  # fmt: skip
+    """The features of the first task of a stream."""
+    encoding = Encoding(stream.shape, settings.side, settings.bits)
+    plain = _Extractor("pixels", encoding, np.zeros((0, 0), np.float32), np.zeros(0, np.float32), None)
+    if settings.features == "trunk":
+        only = Stream("first task", "domain", stream.tasks[:1])
+        small = replace(strategy, side=settings.side, bits=settings.bits)
+        learner = StreamLearner(only, small, seed, shape, "validation")
+        learner.run(lambda share, text: None, lambda: None, 10**9)
+        return replace(plain, kind="trunk", network=learner.network)
+    first, random = plain(stream.tasks[0]["train"][0]).astype(np.float32), np.random.default_rng(seed)
+    if settings.features == "pca":
+        shift, matrix = components(first, settings.size)
+        return replace(plain, kind="pca", shift=shift, matrix=matrix)
+    if settings.features == "random":
+        deviation = max(float(first.std()), LEAST_DEVIATION)
+        drawn = random.standard_normal((first.shape[1], settings.size)) / (deviation * first.shape[1] ** 0.5)
+        shift = random.uniform(-1, 1, settings.size).astype(np.float32)
+        return replace(plain, kind="random", matrix=drawn.astype(np.float32), shift=shift)
+    return plain
+
+
+@dataclass(frozen=True)
+class _Classifier:
+    """Inputs `[n, ...]` to scores `[n, C]`; minus infinity for classes that were not seen."""
+
+    extractor: _Extractor
+    weights_DC: np.ndarray
+    bias_C: np.ndarray
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        return np.asarray(self.extractor(inputs) @ self.weights_DC + self.bias_C)
+
+    def save(self, path: Path, settings: ClosedForm, shape: NetworkShape) -> None:
+        """Write it, sealed."""
+        of = self.extractor
+        arrays = {name: torch.from_numpy(each) for name, each in (
+            ("weights", self.weights_DC), ("bias", self.bias_C), ("matrix", of.matrix), ("shift", of.shift),
+        )}  # fmt: skip
+        if of.network is not None:
+            arrays |= {f"network/{name}": each for name, each in of.network.state_dict().items()}
+        arrays = {name: each.detach().contiguous().clone() for name, each in arrays.items()}
+        said = {"form": asdict(settings), "inputs": of.encoding.shape, "shape": as_content(shape)}
+        write_bytes(path, to_bytes(arrays, sealed(arrays, json.dumps(said))))
+
+
+def predictor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A saved classifier: inputs `[n, ...]` as the stream has them to scores `[n, C]`; raises `DataError` for a file
+    that is damaged."""
+    metadata, read = read_arrays(path, DataError, "learn the stream again")
+    try:
+        said = json.loads(metadata["settings"])
+        settings = ClosedForm(**said["form"])
+        encoding = Encoding(tuple(said["inputs"]), settings.side, settings.bits)
+        network = None
+        if settings.features == "trunk":
+            shape = NetworkShape(**said["shape"] | {"channels": tuple(said["shape"]["channels"])})
+            weights = {name[8:]: torch.from_numpy(each.copy()) for name, each in read.items() if name[:8] == "network/"}
+            network = of_weights(encoding.decoded, shape, weights)
+        extractor = _Extractor(settings.features, encoding, read["matrix"], read["shift"], network)
+        if read["weights"].shape != (extractor.width, *read["bias"].shape):
+            raise ValueError(f"weights {read['weights'].shape} do not fit {extractor.width} features")
+    except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        raise DataError(f"{path} gives no predictor: {one_line(error)}") from error
+    return _Classifier(extractor, read["weights"], read["bias"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cost.files import alone
-from experts.continual import checkpoint
+from experts.continual import checkpoint, closed_form
 from experts.continual.learner import Control, StreamLearner
 from experts.continual.result import Result
 from experts.continual.strategy import NetworkShape, Strategy
@@ -16,7 +16,7 @@ from experts.continual.stream import Stream
 from experts.data import DataError
 from experts.threads import reproducible
 
-CHECKPOINT, RESULT = "checkpoint.safetensors", "result.json"
+RESULT = "result.json"
 
 
 def run(
@@ -56,14 +56,17 @@ def run(
             return learner.result()
         path = Path(folder)
         with alone(path, DataError):
-            checkpoint.restore(learner, path / CHECKPOINT)
-            learner.run(progress, lambda: checkpoint.save(learner, path / CHECKPOINT), save_every)
+            if (path / closed_form.FILE).exists():
+                raise DataError(f"{path} holds a closed form: name another folder")
+            checkpoint.restore(learner, path / checkpoint.FILE)
+            learner.run(progress, lambda: checkpoint.save(learner, path / checkpoint.FILE), save_every)
             found = learner.result()
             found.save(path / RESULT)
             return found
 
 
 def predictor(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The network that a run with this `folder` has trained so far: inputs `[n, ...]` as the stream has them to class
-    logits `[n, C]`; raises `DataError` where there is none, or where its gate needs the task."""
-    return checkpoint.predictor(Path(folder) / CHECKPOINT)
+    """The network that a run with this `folder` has trained so far, or its closed form: inputs `[n, ...]` as the stream
+    has them to class logits `[n, C]`. Raises `DataError` where there is none, or where its gate needs the task."""
+    form = Path(folder) / closed_form.FILE
+    return closed_form.predictor(form) if form.exists() else checkpoint.predictor(Path(folder) / checkpoint.FILE)

@@ -260,9 +260,9 @@ class MoEServingEnv(SingleEnv):
     also loses its latency over the deadline. Cost is the time that the model runs, over the length of the episode;
     energy is relative to that of the best level, always busy, and 0 for models whose energy is not known.
 
-    Steps take different times, so `info["discount"]` is exp(-elapsed / 2 s). Our learners multiply `gamma` by it. This
-    avoids two failures: with a constant discount for each decision waiting pays, and with a reward for each answer,
-    discounted by time, sending at once does.
+    Steps take different times, so `info["discount"]` is exp(-elapsed / 2 s). Our learners multiply `gamma` by it. A
+    constant discount for each decision would reward waiting; a reward for each answer, discounted by time, would
+    reward sending at once.
 
     `info` has `reward/quality`, `reward/cost`, `cost/time` [s], `cost/memory` [B] (0), `cost/energy` [J],
     `vector_reward` (quality, -time, -memory, -energy, relative), `discount`, and `serving/time` [s], `serving/elapsed`
@@ -279,12 +279,12 @@ class MoEServingEnv(SingleEnv):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
-    | `trace` | `"poisson"` | or `"bursts"` (4 times the rate for half a second, every 2.5 s), or a file of a trace |
-    | `split` | `"train"` | `"train"`, `"validation"`, `"test"`: the first 60 %, next 20 %, last 20 % of a trace |
+    | `trace` | `"poisson"` | or `"bursts"` (about 0.5 s at 4 times the rate, every 2.5 s), or a file of a trace |
+    | `split` | `"train"` | or `"validation"`, `"test"`: 60, 20 and 20 % of a file, by time; else other random numbers |
     | `load` | (0.5, 1.1) | arriving rows over what the best level serves in large batches; a number or a range |
     | `classes` | `"one"` | or `"mixed"`: interactive, careful and bulk requests |
     | `deadline` | 0.25 | seconds until an answer is worth nothing, with one class |
-    | `answers` | `"in time"` | or `"latency"`, for which the optimum is known |
+    | `answers` | `"in time"` | or `"latency"`, whose optimum is known for Poisson arrivals and one `load` |
     | `cost_weight` | 0.1 | lambda of the reward |
     | `seconds` | 8.0 | length of the arrivals |
     | `model` | `"language"` | what is served, texts of 64 tokens; or a bundle or reference model |

@@ -437,6 +437,15 @@ def _use_learned(folder: Path) -> Any:
     return again.accuracy.tolist(), kept.accuracy.tolist(), kept.bytes, kept.seconds, kept.tasks, predicted
 
 
+def _solve_stream(folder: Path) -> continual.Result:
+    shape = continual.NetworkShape(trunk="linear", d_model=4, d_ff=2, num_experts=2)
+    return continual.ClosedForm("ridge", "trunk").run(_stream(), shape=shape, folder=folder / "run")
+
+
+def _use_solved(folder: Path) -> Any:
+    return continual.predictor(folder / "run")(np.zeros((2, 3), np.float32)).tolist()
+
+
 KINDS: dict[str, Kind] = {
     "checkpoint": Kind(
         ("agents.checkpoints", "agents.resumable", "agents.episodes"), _checkpoint, _use_checkpoint,
@@ -498,6 +507,9 @@ KINDS: dict[str, Kind] = {
     "stream of tasks": Kind(
         ("experts.continual.checkpoint", "experts.continual.result"), learn_stream, _use_learned, (DataError,),
         lambda path: _seal_json(path) if path.suffix == ".json" else _seal_arrays(path),
+    ),
+    "closed form of a stream": Kind(
+        ("experts.continual.closed_form",), _solve_stream, _use_solved, (DataError,), _seal_arrays,
     ),
     "estimator": Kind(("moe_envs.autorate.estimator",), _estimator, _use_estimator, (DataError,), _seal_json),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Closed forms: equal to scikit-learn, independent of the order."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from experts.continual import (
     Replay,
     Stream,
     load,
+    predictor,
     run,
 )
+from experts.data import DataError
 from tests.experts.continual.conftest import QUICK, SMALL
 
 
@@ -24,6 +27,22 @@ def test_closed_forms_learn_the_stream(blobs: Stream, kind: Any, features: Any) 
     assert found.final > (0.5 if features in ("pca", "trunk") else 0.8)
     assert found.bytes == found.bytes_after[0]
     assert np.isnan(found.online).all()
+
+
+@pytest.mark.parametrize("features", ["pixels", "pca", "random", "trunk"])
+def test_a_closed_form_is_kept(blobs: Stream, features: Any, tmp_path: Path) -> None:
+    found = ClosedForm("ridge", features, 20).run(blobs, strategy=QUICK, shape=SMALL, folder=tmp_path)
+    predict = predictor(tmp_path)
+    again = [float((predict(x).argmax(1) == y).mean()) for x, y in (task["test"] for task in blobs.tasks)]
+    assert again == found.accuracy[-1].tolist()
+    with pytest.raises(DataError, match="holds a closed form"):
+        run(blobs, QUICK, shape=SMALL, folder=tmp_path)
+
+
+def test_a_closed_form_does_not_take_the_place_of_a_network(blobs: Stream, tmp_path: Path) -> None:
+    run(blobs, QUICK, shape=SMALL, folder=tmp_path)
+    with pytest.raises(DataError, match="holds the run of a network"):
+        ClosedForm("ridge", "pixels").run(blobs, folder=tmp_path)
 
 
 def test_a_closed_form_does_not_depend_on_the_order(blobs: Stream) -> None:
