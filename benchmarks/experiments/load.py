@@ -217,7 +217,8 @@ def _about(sent: Sent, server: Serving, setup: LoadSetup) -> dict[str, Any]:
     quantiles = np.percentile(sent.latency[fine], [50, 95, 99]).tolist() if fine.any() else [float("nan")] * 3
     levels = Counter(json.loads(each)["level"] for each, good in zip(sent.answers, fine, strict=True) if good)
     return {
-        "sent": len(fine), "answered": float(fine.sum() / sent.seconds), "in_time": float(in_time.sum() / sent.seconds), "p50": quantiles[0], "p95": quantiles[1],
+        "sent": len(fine), "answered": float(fine.sum() / sent.seconds),
+        "in_time": float(in_time.sum() / sent.seconds), "p50": quantiles[0], "p95": quantiles[1],
         "p99": quantiles[2], "refused": float((sent.status == 429).mean()), "late": float((sent.status == 504).mean()),
         "errors": float(((sent.status >= 500) & (sent.status != 504) | (sent.status == FAILED)).mean()),
         "levels": {name: count / max(1, int(fine.sum())) for name, count in sorted(levels.items())},
@@ -244,8 +245,8 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         if extra:
             more.append({"setting": setup, **extra})
     return {"tables": {"Load": loads} | ({"More": more} if more else {}), "notes": [
-        "answered a second: status 200; in time: of these within the deadline; refused: 429; late: 504, the deadline passed; errors: other 5xx and broken "
-        "connections. Latencies of what was answered, from the time at which it should have been sent.",
+        "answered a second: status 200; in time: of these within the deadline; refused: 429; late: 504, the deadline "
+        "passed; errors: other 5xx and broken connections. Latencies of what was answered, from the time at which it should have been sent.",
         "growth: of the memory in the run. recovered: seconds after an overload until each answer at half of the "
         f"answered rate came within {1e3 * LATE:.0f} ms. loaded: reloads of a whole file; damaged: of one that was "
         "refused; other: neither. not_4xx: hostile requests with another status than 4xx.",
