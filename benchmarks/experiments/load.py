@@ -232,10 +232,11 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
     for setup, rows in frame.groupby("setup", sort=False):
         rates = rows["answered"].to_numpy(dtype=float)
         loads.append({
-            "setting": setup, "answered a second": float(rates.mean()), "in time": float(rows["in_time"].mean()),
-            "95 %": list(mean_interval(rates)) if len(rates) > 1 else None,
+            "setting": setup, "answered a second": float(rates.mean()),
+            "95 %": list(mean_interval(rates)) if len(rates) > 1 else None, "in time": float(rows["in_time"].mean()),
             **{f"{name} ms": 1e3 * float(rows[name].mean()) for name in ("p50", "p95", "p99")},
             **{name: float(rows[name].mean()) for name in ("refused", "late", "errors")},
+            "levels": pd.DataFrame(rows["levels"].tolist()).fillna(0).mean().to_dict(),
             "MB": float(rows["memory"].mean()) / 1e6,
         })  # fmt: skip
         extra = {name: rows[name].iloc[0] for name in (
@@ -246,7 +247,8 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             more.append({"setting": setup, **extra})
     return {"tables": {"Load": loads} | ({"More": more} if more else {}), "notes": [
         "answered a second: status 200; in time: of these within the deadline; refused: 429; late: 504, the deadline "
-        "passed; errors: other 5xx and broken connections. Latencies of what was answered, from the time at which it should have been sent.",
+        "passed; errors: other 5xx and broken connections. Latencies of what was answered, from the time at which it "
+        "should have been sent; levels are shares of the answers.",
         "growth: of the memory in the run. recovered: seconds after an overload until each answer at half of the "
         f"answered rate came within {1e3 * LATE:.0f} ms. loaded: reloads of a whole file; damaged: of one that was "
         "refused; other: neither. not_4xx: hostile requests with another status than 4xx.",
