@@ -19,12 +19,13 @@ demo: $(READY)
 	$(BIN)/moe-benchmark run demo --out runs/demo --jobs 2
 
 test: lint type
-	$(BIN)/pytest -n 2 --dist worksteal --cov --durations=10 --cov-report=term-missing:skip-covered
+	$(BIN)/pytest -n logical --dist worksteal --cov --durations=30 --cov-report=term-missing:skip-covered
 	$(BIN)/python tests/coverage_floors.py
 
-# Slow tests: the runner through twenty kills of its processes, and of Ray's workers.
+# Slow tests: the runner through twenty kills of its processes, and of Ray's workers; all experiments, twice.
 test-long: $(READY)
-	MOE_ENVS_KILLS=20 $(BIN)/pytest --durations=10 tests/benchmarks/test_runner.py tests/benchmarks/test_ray.py
+	MOE_ENVS_KILLS=20 MOE_ENVS_LONG=1 $(BIN)/pytest --durations=10 tests/benchmarks/test_runner.py \
+		tests/benchmarks/test_ray.py tests/benchmarks/test_experiments.py
 
 # The attack on arguments, files and processes with all its cases.
 test-attack: $(READY)

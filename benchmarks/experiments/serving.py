@@ -33,7 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for trace in ("poisson", "bursts") for load in (0.5, 0.8, 1.1)
 }  # fmt: skip
 QUICK = {"seeds": [0], "setups": {"short": {
-    "load": 0.3, "seconds": 2, "timesteps": 64, "compared": [], "tune": 2, "episode": 1, "episodes": 2,
+    "load": 0.3, "seconds": 2, "timesteps": 64, "compared": [], "tune": 2, "episode": 1,
+    "episodes": 2,
 }}}  # fmt: skip
 Rule = Literal["fixed", "regression (BentoML)", "adaptive (Clipper)", "SlackFit", "plan", "thresholds"]
 RULES: list[Rule] = ["fixed", "regression (BentoML)", "adaptive (Clipper)", "SlackFit", "plan", "thresholds"]
