@@ -18,7 +18,18 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from agents.baselines.serving_bound import Foresight, Optimal
 from agents.evaluate import play
 from cost.arguments import choose
-from experts.serving.control import CAPS, Adaptive, Controller, Fixed, Regression, ServingPlan, SlackFit, Thresholds
+from experts.serving.control import (
+    CAPS,
+    Adaptive,
+    ByClass,
+    Controller,
+    Fixed,
+    Regression,
+    RequestClass,
+    ServingPlan,
+    SlackFit,
+    Thresholds,
+)
 from moe_envs.serving.env import MoEServingVectorEnv
 
 ID = "moe_envs:MoEServing-v0"
@@ -88,8 +99,11 @@ class Family:
 def _near(old: Any, new: Any, random: np.random.Generator) -> Any:
     if isinstance(old, float):
         return float(old * np.exp(random.normal(0, 0.3)))
-    if isinstance(old, list):
+    if isinstance(old, list) and isinstance(old[0], float):
         return [float(each * np.exp(random.normal(0, 0.3))) for each in old]
+    if isinstance(old, list):
+        place = int(random.integers(len(old)))
+        return [*old[:place], new[place], *old[place + 1 :]]
     return new
 
 
@@ -103,6 +117,13 @@ def _between(low: float, high: float) -> Callable[[np.random.Generator], float]:
 
 def _integer(high: int) -> Callable[[np.random.Generator], int]:
     return lambda random: int(random.integers(high))
+
+
+def _of_classes(
+    env: MoEServingVectorEnv, draw: Callable[[RequestClass], Callable[[np.random.Generator], Any]]
+) -> Callable[[np.random.Generator], list[Any]]:
+    """A list with a value of each class of requests."""
+    return lambda random: [draw(each)(random) for each in env.classes]
 
 
 def families(env: MoEServingVectorEnv) -> dict[str, Family]:
@@ -145,7 +166,15 @@ def families(env: MoEServingVectorEnv) -> dict[str, Family]:
              "margin": _between(1e-3, deadline / 2), "scale": _integer(4)} | order,
         ),
     }  # fmt: skip
-    return {name: each for name, each in found.items() if levels > 1 or name != "thresholds"}
+    if levels < 2:
+        del found["thresholds"]
+    if len(env.classes) > 1:
+        found["by class"] = Family(lambda env, own: ByClass(choices, service, **own), {
+            "levels": _of_classes(env, lambda each: _integer(levels)), "caps": _of_classes(env, lambda each: _cap),
+            "fills": _of_classes(env, lambda each: _cap), "queues": _of_classes(env, lambda each: _between(1, 256)),
+            "leads": _of_classes(env, lambda each: _between(1e-3, each.deadline / 2)),
+        })  # fmt: skip
+    return found
 
 
 def tuned(
@@ -227,15 +256,19 @@ def _episodes(env_id: str, split: str, **env_kwargs: Any) -> VectorEnv[Any, Any,
     return gymnasium.make_vec(env_id, TUNED, "vector_entry_point", autoreset_mode=mode, **given)
 
 
-NAMES = {"regression (BentoML)": "regression", "adaptive (Clipper)": "adaptive", "SlackFit": "slackfit"}
+NAMES = {
+    "regression (BentoML)": "regression", "adaptive (Clipper)": "adaptive", "SlackFit": "slackfit",
+    "by class": "by-class",
+}  # fmt: skip
 
 
 def text_of(name: str, settings: Mapping[str, Any], env: MoEServingVectorEnv) -> str:
     """A rule of one of the `families` with these settings, as `moe-serve --controller` takes it."""
     own = dict(settings)
-    for key in own.keys() & {"queues", "rates"}:
-        scale = env.capacity / 100 if key == "rates" else 1.0
-        own[key] = "/".join(f"{each * scale:.6g}" for each in sorted(own[key]))
+    for key in [key for key, value in own.items() if isinstance(value, list)]:
+        scale = env.capacity / 100 if key == "rates" else 1
+        values = sorted(own[key]) if name == "thresholds" else own[key]
+        own[key] = "/".join(f"{each * scale:.6g}" for each in values)
     parts = [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
              for key, value in own.items()]  # fmt: skip
     return f"{NAMES.get(name, name)}:{','.join(parts)}"

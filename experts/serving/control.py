@@ -307,10 +307,48 @@ class ServingPlan:
         return np.where(send, self.choices.number(cap, level, self.order), WAITS)
 
 
+@dataclass
+class ByClass:
+    """Batches of one class of requests each. A class is ready when `fills[class]` rows of it wait, or its first
+    deadline is as near as its batch takes and `leads[class]` seconds more; of those that are ready the one with the
+    first deadline less lead is served, up to `caps[class]` rows at `levels[class]`, or at the level below if more than
+    `queues[class]` rows wait in all classes."""
+
+    choices: Choices
+    service: Service
+    levels: Sequence[int] = ()
+    caps: Sequence[int] = ()
+    fills: Sequence[int] = ()
+    leads: Sequence[float] = ()
+    queues: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        count = self.choices.classes
+        of_class = {name: getattr(self, name) for name in ("levels", "caps", "fills", "leads", "queues")}
+        if count < 2 or any(len(each) != count for each in of_class.values()):
+            raise ValueError(f"by-class is for several classes, and needs {', '.join(of_class)} of each of the {count}")
+        if not all(0 <= each < self.choices.levels for each in self.levels):
+            raise ValueError(f"levels={self.levels}: the model has {self.choices.levels}, from 0, the best")
+        self._table = self.service.table(self.choices.caps[-1])
+        self._levels, self._caps, self._fills, self._leads, self._queues = map(np.asarray, of_class.values())
+
+    def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
+        """Choices `[n]`."""
+        crowded = seen.queue.sum(1)[:, None] > self._queues
+        level = np.minimum(self._levels + crowded, self.choices.levels - 1)  # [n, C]
+        seconds = self._table[level, np.minimum(seen.queue, self._caps).astype(int)]
+        left = seen.slack - self._leads
+        ready = (seen.queue > 0) & ((seen.queue >= self._fills) | (left <= seconds))
+        number, rows = np.where(ready, left, np.inf).argmin(1), np.arange(len(left))
+        sent = self.choices.number(self._caps[number], level[rows, number], 2 + number)
+        return np.where(ready.any(1), sent, WAITS)
+
+
 MakeController = Callable[[Choices, Service, Sequence[RequestClass]], Controller]
 RULES: dict[str, tuple[type[Any], bool]] = {  # whether it takes the measured times
     "plan": (ServingPlan, True), "slackfit": (SlackFit, True), "thresholds": (Thresholds, True),
     "fixed": (Fixed, False), "regression": (Regression, True), "adaptive": (Adaptive, False),
+    "by-class": (ByClass, True),
 }  # fmt: skip
 
 
@@ -343,7 +381,8 @@ def rule_of(text: str) -> MakeController:
             numbers = [float(each) if "." in each or "e" in each else int(each) for each in value.split("/")]
         except ValueError:
             raise ValueError(f"{part!r} is not {key}=NUMBER") from None
-        given[key] = numbers if key in ("queues", "rates") else numbers[0]
+        several = str(signature(rule).parameters[key].annotation).startswith("Sequence")
+        given[key] = numbers if several else numbers[0]
 
     def make(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
         if not 0 <= given.get("level", 0) < choices.levels:
