@@ -29,7 +29,8 @@ def _serve(
     controller: Annotated[
         str | None,
         typer.Option(
-            help="What decides when a batch is sent, how large, at which level: plan, slackfit, thresholds, fixed, "
+            help="What decides when a batch is sent, how large, at which level: plan, slackfit, thresholds, by-class, "
+            "fixed, "
             "regression or adaptive, with parameters as fixed:cap=16,timeout=0.005, or policy:RUN_DIR of "
             "MoEServing-v0. Default: the rule that moe-export --measured tuned for this deadline on this machine, else "
             "slackfit."

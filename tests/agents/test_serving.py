@@ -66,6 +66,19 @@ def test_rules_are_tuned_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rules.bound(ID, answers="latency") is None
 
 
+def test_a_tuned_rule_of_classes_is_written_for_a_server() -> None:
+    env = MoEServingVectorEnv(2, classes="mixed", **SHORT)
+    family = rules.families(env)["by class"]
+    random = np.random.default_rng(0)
+    own = family.near(family.near(family.drawn(random), random), random)
+    again = controller_of(rules.text_of("by class", own, env))(env.choices, env.service, env.classes)
+    made = family.make(env, own)
+    assert {name: list(getattr(again, name)) for name in own} == {
+        name: pytest.approx(list(getattr(made, name)), rel=1e-4) for name in own
+    }
+    assert "by class" not in rules.families(MoEServingVectorEnv(1, **SHORT))
+
+
 class Timed(gymnasium.Env[np.ndarray, int]):
     """Pays 1 after each step; step i takes i seconds, and a reward counts half a second later."""
 

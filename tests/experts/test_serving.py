@@ -441,6 +441,30 @@ def test_rules_by_hand() -> None:
     assert _decided("adaptive:timeout=0", _seen(1)) == (1, 0)
 
 
+def test_one_class_at_a_time_by_hand() -> None:
+    classes, choices = (RequestClass("a"), RequestClass("b", deadline=1.0)), Choices(2, 2)
+    text = "by-class:levels=1/0,caps=8/4,fills=4/8,leads=0.01/0.1,queues=20/100"
+    rule = rule_of(text)(choices, SERVICE, classes)
+
+    def decided(queue: list[int], slack: list[float]) -> tuple[int, int, int] | None:
+        seen = Seen(np.array([queue]), np.zeros((1, 2)), np.array([slack]), np.ones(1), np.zeros((1, 4)),
+                    np.zeros((1, 2)), np.zeros(1))  # fmt: skip
+        choice = rule.decide(seen, np.array([True]))
+        return None if choice[0] == 0 else tuple(int(each[0]) for each in choices.parts(choice))  # type: ignore[return-value]
+
+    assert decided([3, 7], [0.5, 0.5]) is None  # neither is full or near
+    assert decided([4, 7], [0.5, 0.5]) == (8, 1, 2)
+    assert decided([3, 8], [0.5, 0.5]) == (4, 0, 3)
+    assert decided([4, 8], [0.5, 0.55]) == (4, 0, 3)  # 0.45 is before 0.49
+    assert decided([1, 2], [0.0104, 0.5]) == (8, 1, 2)  # 0.5 ms and 10 ms
+    assert decided([0, 2], [NEVER, 0.1015]) == (4, 0, 3)  # 2 ms and 0.1 s
+    assert decided([10, 95], [0.5, 0.3]) == (4, 1, 3)  # more than 100 rows wait
+    with pytest.raises(ValueError, match="for several classes, and needs levels, caps, fills, leads, queues"):
+        rule_of(text)(Choices(2), SERVICE, ONE)
+    with pytest.raises(ValueError, match="the model has 1, from 0"):
+        rule_of(text)(Choices(1, 2), SERVICE, classes)
+
+
 def test_the_adaptive_cap_grows_and_shrinks() -> None:
     choices = Choices(1)
     rule = rule_of("adaptive:target=0.1,decrease=0.5")(choices, SERVICE, (RequestClass(),))
