@@ -35,6 +35,7 @@ def test_a_text_that_is_being_written_is_ended_before_the_server() -> None:
             httpx.get(f"{url}/health")
 
 
+@pytest.mark.skipif("MOE_ENVS_LONG" not in os.environ, reason="takes a minute: make test-long")
 def test_several_processes_serve_one_model() -> None:
     pytest.importorskip("ray.serve", reason="needs the extra ray")
     url = f"http://127.0.0.1:{free_port()}"
