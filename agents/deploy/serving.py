@@ -23,12 +23,11 @@ from experts.serving.control import (
     RequestClass,
     Seen,
     Service,
-    ServingPlan,
     must_send,
     rule_of,
 )
 from experts.serving.served import Served, classes
-from moe_envs.serving.observations import observed, parts_of
+from moe_envs.serving.observations import Observer, parts_of
 
 
 def routed_of_run(folder: Path) -> tuple[RoutedMoE, Bundle]:
@@ -83,9 +82,10 @@ class PolicyController:
     """
 
     def __init__(
-        self, policy: Any, cost_weight: float, choices: Choices, service: Service, classes: Sequence[RequestClass]
-    ) -> None:
-        self.policy, self.plan = policy, ServingPlan(choices, service, classes, cost_weight)
+        self, policy: Any, rule: str, cost_weight: float, choices: Choices, service: Service,
+        classes: Sequence[RequestClass],
+    ) -> None:  # fmt: skip
+        self.policy, self.observer = policy, Observer(rule, cost_weight, choices, service, classes)
         self.masked = takes_masks(policy)
         self._choices, self._state = len(choices), None
         self._fastest = float(service.seconds[:, 0].min())
@@ -106,7 +106,7 @@ class PolicyController:
             allowed = np.ones((len(starts), self._choices), dtype=np.bool_)
             allowed[:, WAITS] = seen.slack.min(1) >= must_send(self._fastest)
             more = {"action_masks": allowed}
-        observation = observed(seen, self.plan)
+        observation = self.observer(seen)
         found, self._state = self.policy.predict(
             observation, state=self._state, episode_start=starts, deterministic=True, **more
         )
@@ -122,4 +122,4 @@ def controller_of(text: str) -> MakeController:
     policy, config = runs.load(Path(folder))
     if not config["env"].endswith("MoEServing-v0"):
         raise ValueError(f"{folder} is a run of {config['env']}, not of MoEServing-v0")
-    return partial(PolicyController, policy, config["cost_weight"])
+    return partial(PolicyController, policy, config["env_kwargs"].get("rule", "plan"), config["cost_weight"])

@@ -20,11 +20,10 @@ from experts.serving.control import (
     RequestClass,
     Seen,
     Service,
-    ServingPlan,
     must_send,
 )
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
-from moe_envs.serving.observations import capacity, observed, parts_of
+from moe_envs.serving.observations import Observer, capacity, parts_of
 from moe_envs.serving.picture import ServingPicture
 from moe_envs.serving.traffic import MOST_SECONDS, Traffic
 
@@ -63,6 +62,7 @@ class MoEServingVectorEnv(BatchedEnv):
         model: str = "language",
         costs: str = "reference",
         overhead: NonNegative = 0.0,
+        rule: str = "plan",
         time_weight: NonNegative = 1.0,
         memory_weight: NonNegative = 0.0,
         energy_weight: NonNegative = 0.0,
@@ -91,7 +91,7 @@ class MoEServingVectorEnv(BatchedEnv):
         self.table, self.joules = served.table(CAPS[-1]), served.energy(CAPS[-1])
         self.fastest = float(self.table[:, 1].min())
         self.capacity = capacity(served)
-        self.plan = ServingPlan(self.choices, self.service, self.classes, cost_weight)
+        self.observer = Observer(rule, cost_weight, self.choices, self.service, self.classes)
         watts = float(self.joules[0, -1] / self.table[0, -1])
         if energy_weight and not watts:
             raise ValueError(f"energy_weight={energy_weight}: the energy of batches of {model} is not known")
@@ -209,7 +209,7 @@ class MoEServingVectorEnv(BatchedEnv):
         return allowed
 
     def _observe(self) -> np.ndarray:
-        observation = observed(self.seen(), self.plan)
+        observation = self.observer(self.seen())
         observation[self._ended] = 0
         return observation
 
@@ -250,7 +250,7 @@ class MoEServingEnv(SingleEnv):
     | `load` | 4 | arrival rate over what the best level serves, averaged over 0.02, 0.1, 0.5 and 2.5 s |
     | `last` | 2 | rows of the last batch over 64, its seconds over the first class's deadline |
     | `waited` | 1 | mean wait of served requests over the first class's deadline |
-    | `plan` | actions | one-hot choice of the rule `experts.serving.control.ServingPlan`, from which our PPO starts |
+    | `plan` | actions | one-hot choice of `rule`, from which our PPO starts |
 
     ## Rewards
     R = quality - cost_weight * cost. Quality is minus the value that is lost, over the value of all requests of the
@@ -290,6 +290,7 @@ class MoEServingEnv(SingleEnv):
     | `model` | `"language"` | what is served, texts of 64 tokens; or a bundle or reference model |
     | `costs` | `"reference"` | the shipped times (of the language model), or this `"machine"`'s |
     | `overhead` | 0.0 | seconds that a row takes beside the model, as HTTP does; rules do not know it |
+    | `rule` | `"plan"` | the rule in the observation, as `moe-serve --controller` takes it; best a tuned one |
     | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
