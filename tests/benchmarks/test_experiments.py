@@ -15,7 +15,7 @@ from benchmarks.runner.matrix import jobs_of, named
 from benchmarks.runner.rows import read
 from tests.processes import Here
 
-SLOW = {"serving", "load", "unseen", "layertopk", "transfer"}  # whose metrics repeat in `make test-long`
+SLOW = {"serving", "load", "layertopk", "expertcache", "unseen", "transfer", "live"}  # repeat in `make test-long`
 EXTRA = {"jax": "jax", "layer": "transformers"}
 
 
