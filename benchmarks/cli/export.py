@@ -66,7 +66,7 @@ def _export(
 
         with bar() as add:
             tuned = tuned_rule_of_server(str(out), deadline, tries, add("tuning the server's rules"))
-        manifest = add_tuned_rule(out, tuned)
+        manifest = add_tuned_rule(out, manifest["files"], tuned)
     write(json_file, manifest)
     parity, console = manifest["parity"], console_of(json_file)
     console.print(

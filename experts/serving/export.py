@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from cost.arguments import one_line
-from cost.files import load_json, read_verified, replacing, save_json, sha256_of
+from cost.files import load_json, locked, read_verified, replacing, save_json, sha256_of
 from cost.machine import provenance
 from cost.timing import torch_threads
 from experts.data import DataError
@@ -93,10 +93,16 @@ def export(
     return manifest
 
 
-def add_tuned_rule(folder: Path | str, found: dict[str, Any]) -> dict[str, Any]:
-    """Write into the manifest of an exported model which rule should decide in its server; returns the manifest."""
-    manifest = _read(Path(folder))[0] | {"tuned_rule": found}
-    save_json(Path(folder) / MANIFEST, manifest)
+def add_tuned_rule(folder: Path | str, files: dict[str, str], found: dict[str, Any]) -> dict[str, Any]:
+    """Write into the manifest of an exported model which rule should decide in its server; returns the manifest. Raises
+    `ExportError` where the model is no longer of the `files` for which the rule was tuned."""
+    place = Path(folder)
+    with locked(place):
+        manifest, read = _read(place)
+        if read.files != files:
+            raise ExportError(f"{place} was exported again while its rule was tuned, which is not written")
+        manifest |= {"tuned_rule": found}
+        save_json(place / MANIFEST, manifest)
     return manifest
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from agents import runs
 from benchmarks.cli.export import app
 from experts.serving.control import Fixed, RequestClass, SlackFit, tuned_rule_of
-from experts.serving.export import add_tuned_rule, load_exported
+from experts.serving.export import ExportError, add_tuned_rule, load_exported
 from experts.serving.server import Limits, Server
 
 pytest.importorskip("onnxruntime")
@@ -53,7 +53,10 @@ def test_the_rule_of_its_server_is_tuned(tmp_path: Path) -> None:
 
 def test_a_tuned_rule_decides_where_it_was_tuned_for(tmp_path: Path) -> None:
     assert runner.invoke(app, ["digits", "--out", str(tmp_path)]).exit_code == 0
-    add_tuned_rule(tmp_path, {"rule": "fixed:cap=8", "deadline": 0.2})
+    files = load_exported(tmp_path).manifest["files"]
+    add_tuned_rule(tmp_path, files, {"rule": "fixed:cap=8", "deadline": 0.2})
+    with pytest.raises(ExportError, match="exported again"):
+        add_tuned_rule(tmp_path, files | {"model.onnx": "0"}, {"rule": "slackfit", "deadline": 0.2})
     controller = Server(tmp_path, limits=Limits(classes=(RequestClass(deadline=0.2),))).controller
     assert isinstance(controller, Fixed)
     assert controller.cap == 8
