@@ -38,8 +38,8 @@ class Observer:
     def __init__(
         self, rule: str, cost_weight: float, choices: Choices, service: Service, classes: Sequence[RequestClass]
     ) -> None:
-        if rule.partition(":")[0] in ("adaptive", "regression"):
-            raise ValueError(f"rule={rule!r}: it remembers batches; give plan, slackfit, thresholds, fixed or by-class")
+        if rule.partition(":")[0] == "adaptive":
+            raise ValueError(f"rule={rule!r}: it remembers batches, which an observation cannot; give another rule")
         make = rule_of(f"plan:price={float(cost_weight)!r}" if rule == "plan" else rule)
         self.rule, self._choices = make(choices, service, classes), len(choices)
         self._capacity, self._deadline = capacity(service), np.array([each.deadline for each in classes])

@@ -9,7 +9,7 @@ import pytest
 
 from experts.data import DataError
 from experts.serving.arrivals import arrivals, trace
-from experts.serving.control import WAIT, Service, must_send
+from experts.serving.control import WAIT, Service, must_send, rule_of
 from moe_envs.serving import MoEServingVectorEnv
 from moe_envs.serving.env import HORIZON
 
@@ -203,3 +203,20 @@ def test_energy_that_is_not_known_has_no_price(monkeypatch: pytest.MonkeyPatch) 
     assert vector().reward.relative.reference.energy == 1
     with pytest.raises(ValueError, match="the energy of batches of language is not known"):
         vector(energy_weight=0.5)
+
+
+def test_the_rule_of_the_observation_is_the_one_that_was_asked_for() -> None:
+    text = "by-class:levels=0/0/2,caps=8/8/16,fills=4/8/8,queues=3/100/10,leads=0.01/0.1/1"
+    for rule in ("slackfit", "regression", text):
+        env = vector(4, rule=rule, classes="mixed", trace="bursts")
+        part = env.observation_layout["plan"].slice
+        observation, _ = env.reset(seed=0)
+        made = rule_of(rule)(env.choices, env.service, env.classes)
+        for _ in range(20):
+            chosen = made.decide(env.seen(), np.zeros(4, dtype=np.bool_))
+            going = ~env._ended
+            assert going.any()
+            assert observation[going, part].argmax(1).tolist() == chosen[going].tolist()
+            observation, *_ = env.step(chosen)
+    with pytest.raises(ValueError, match="remembers batches"):
+        vector(rule="adaptive")
