@@ -450,7 +450,8 @@ def test_one_class_at_a_time_by_hand() -> None:
         seen = Seen(np.array([queue]), np.zeros((1, 2)), np.array([slack]), np.ones(1), np.zeros((1, 4)),
                     np.zeros((1, 2)), np.zeros(1))  # fmt: skip
         choice = rule.decide(seen, np.array([True]))
-        return None if choice[0] == 0 else tuple(int(each[0]) for each in choices.parts(choice))  # type: ignore[return-value]
+        cap, level, order = (int(each[0]) for each in choices.parts(choice))
+        return None if choice[0] == 0 else (cap, level, order)
 
     assert decided([3, 7], [0.5, 0.5]) is None  # neither is full or near
     assert decided([4, 7], [0.5, 0.5]) == (8, 1, 2)
