@@ -8,7 +8,9 @@ evaluated on test.
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,12 @@ class Problem:
     def __init__(self, env_id: str) -> None:
         self.env_id = moe_envs.full_id(env_id)
         self.splits = {name: dict(kwargs) for name, kwargs in moe_envs.find(env_id).boards.items()}
+
+    def within(self, env: Mapping[str, Any]) -> Problem:
+        """The same problem with these arguments of the environment in all splits."""
+        found = copy.copy(self)
+        found.splits = {name: kwargs | env for name, kwargs in self.splits.items()}
+        return found
 
     def prepared(self, policy: str, agent: Any, total: int) -> Callable[[Any], object]:
         """Return the callback after each update of a learner; may modify the agent before training."""
@@ -91,14 +99,15 @@ class Problem:
 
 
 class BoardSetup(BaseModel):
-    """`policy` is a learner of the board, `baselines`, `bound`, or your own as "module:attribute"; `timesteps` and
-    `episodes` override the defaults."""
+    """`policy` is a learner of the board, `baselines`, `bound`, or your own as "module:attribute"; `timesteps`,
+    `episodes` and arguments of the environment (`env`) override the defaults."""
 
     model_config = ConfigDict(extra="forbid")
 
     policy: str
     timesteps: int | None = Field(default=None, ge=1)
     episodes: int | None = Field(default=None, ge=2)
+    env: dict[str, Any] = Field(default={})
 
     @property
     def imports(self) -> tuple[str, ...]:
@@ -135,7 +144,7 @@ class Leaderboard:
 
     def measure(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> tuple[Row, Row]:
         """Train and evaluate a learner, or evaluate a user policy, all baselines or the bound."""
-        problem, episodes = self.problem, setup.episodes
+        problem, episodes = self.problem.within(setup.env), setup.episodes
         if setup.policy == BASELINES:
             return {"policies": _plain(problem.baselines(split, episodes, folder))}, {}
         if setup.policy == BOUND:
@@ -143,7 +152,7 @@ class Leaderboard:
         if ":" in setup.policy:
             policy = own_policy(setup.policy, problem.env_id, seed, problem.splits[split])
             return {"policies": _plain({setup.policy: problem.judged(policy, split, episodes, folder)})}, {}
-        trained = self._trained(setup, seed, split, folder)
+        trained = self._trained(problem, setup, seed, split, folder)
         found = {setup.policy: problem.judged(trained.agent, split, episodes, folder)}
         curve = [{"steps": look.steps, "validation": look.score} for look in trained.curve]
         seconds = {
@@ -163,9 +172,11 @@ class Leaderboard:
                 )
             if setup.episodes is not None and not self.problem.episodic:
                 raise ValueError(f"episodes={setup.episodes}: nothing is judged by episodes here")
+            self.problem.within(setup.env)
+        if len({json.dumps(setup.env, sort_keys=True) for setup in setups.values()}) > 1:
+            raise ValueError("setups with different arguments of the environment (env) cannot be compared")
 
-    def _trained(self, setup: BoardSetup, seed: int, split: str, folder: Path) -> training.Trained:
-        problem = self.problem
+    def _trained(self, problem: Problem, setup: BoardSetup, seed: int, split: str, folder: Path) -> training.Trained:
         algo, backend = {**problem.learners, **problem.extras}[setup.policy]
         more = {"total_timesteps": setup.timesteps} if setup.timesteps else {}
         return training.train(

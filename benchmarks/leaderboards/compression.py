@@ -47,6 +47,12 @@ class Compression(Problem):
             HELD_OUT: ["fashion-mnist-conv-3", "fashion-mnist-conv-4"]
         }
 
+    def within(self, env: Mapping[str, Any]) -> Problem:
+        """The same problem with these arguments of the environment; its models stay."""
+        if "model" in env:
+            raise ValueError("the board's models are those of its splits; name no model in env")
+        return super().within(env)
+
     def prepared(self, policy: str, agent: Any, total: int) -> Callable[[Any], object]:
         """Train PPO with action masks, the first three fifths of the steps on the sum of sensitivities."""
         env: Any = agent.get_env().unwrapped

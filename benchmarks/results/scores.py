@@ -84,7 +84,8 @@ def score(
         row["over"] = {other: _improvement(tables, name, units, of_task) for other, of_task in others.items()}
         rows.append(row | {"beats": _beats(frame, name, tables, best)})
     usual = {"timesteps", "episodes"} & set(frame)
-    settings = {key: sorted(set(frame[key].dropna().astype(int).tolist())) for key in sorted(usual)}
+    settings: Row = {key: sorted(set(frame[key].dropna().astype(int).tolist())) for key in sorted(usual)}
+    settings["env"] = [f"{key}={value}" for key, value in frame["env"].iloc[0].items()] if "env" in frame else []
     return {"env": env, "settings": settings, "rows": rows, "tasks": tasks,
             "reference_point": list(reference), "hypervolume": _volumes(tables, reference, group)}  # fmt: skip
 

@@ -228,6 +228,38 @@ def test_a_board_by_its_commands(tmp_path: Path) -> None:
     assert [each["differing"] for each in json.loads((tmp_path / "found.json").read_text())] == [[]]
 
 
+class First:
+    """A policy that always makes the first choice."""
+
+    def predict(self, observation: np.ndarray, *rest: Any, **more: Any) -> tuple[np.ndarray, None]:
+        return np.zeros(len(observation), dtype=np.int64), None
+
+
+FIRST = First()
+
+
+def test_a_board_in_the_user_s_own_setting(tmp_path: Path) -> None:
+    board, trace = board_of("MoEServing-v0"), tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP\n" + "\n".join(f"{second}" for second in range(1000)))
+    rows = []
+    for env in ({"seconds": 0.5, "load": 0.5}, {"seconds": 0.5, "load": 0.5, "trace": str(trace)}):
+        setup = {"policy": f"{__name__}:FIRST", "episodes": 2, "env": env}
+        found, _ = board.measure(board.Setup(**setup), 0, "poisson, one", tmp_path)
+        rows.append({"setup": "mine", "seed": 0, "split": "poisson, one", **setup, **found})
+    scores = [each["policies"][f"{__name__}:FIRST"]["poisson, one"]["test"] for each in rows]
+    assert scores[0] != scores[1]
+    assert f"env seconds=0.5, load=0.5, trace={trace}" in board.text(board.score(pd.DataFrame(rows[1:])))
+    assert board.problem.splits["poisson, one"] == {"trace": "poisson", "classes": "one"}
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    setups = {"mine": {"policy": "PPO", "env": {"load": 0.5}}, "other": {"policy": "PPO"}}
+    with pytest.raises(RunnerError, match="different arguments of the environment"):
+        jobs_of(Matrix(experiment="MoEServing-v0", setups=setups))
+    with pytest.raises(RunnerError, match="models are those of its splits"):
+        jobs_of(Matrix(experiment="MoECompression-v0", settings={"env": {"model": "digits"}}))
+
+
 def test_unknown_policies_are_told_before_anything_runs() -> None:
     with pytest.raises(RunnerError, match="'DQN' of the setup 'mine' is none of PPO, SB3 PPO, base"):
         jobs_of(Matrix(experiment="MoEMetaOpt-v0", setups={"mine": {"policy": "DQN"}}))
