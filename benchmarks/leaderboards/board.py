@@ -55,7 +55,7 @@ class Problem:
     def within(self, env: Mapping[str, Any]) -> Problem:
         """The same problem with these arguments of the environment in all splits."""
         found = copy.copy(self)
-        found.splits = {name: kwargs | env for name, kwargs in self.splits.items()}
+        found.splits = {name: kwargs | dict(env) for name, kwargs in self.splits.items()}
         return found
 
     def prepared(self, policy: str, agent: Any, total: int) -> Callable[[Any], object]:
