@@ -1,4 +1,4 @@
-"""Baselines for MoEServing-v0: the rules of `experts.serving.control`, tuned on the validation split, and bounds.
+"""Baselines for MoEServing-v0: the rules of `experts.serving.rules`, tuned on the validation split, and bounds.
 
 Shape legend: n rows, C request classes, L quality levels.
 """
@@ -18,18 +18,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from agents.baselines.serving_bound import Foresight, Optimal
 from agents.evaluate import play
 from cost.arguments import choose
-from experts.serving.control import (
-    CAPS,
-    Adaptive,
-    ByClass,
-    Controller,
-    Fixed,
-    Regression,
-    RequestClass,
-    ServingPlan,
-    SlackFit,
-    Thresholds,
-)
+from experts.serving.control import CAPS, Controller, RequestClass
+from experts.serving.rules import Adaptive, ByClass, Fixed, Regression, ServingPlan, SlackFit, Thresholds
 from moe_envs.serving.env import MoEServingVectorEnv
 
 ID = "moe_envs:MoEServing-v0"

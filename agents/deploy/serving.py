@@ -16,16 +16,8 @@ from agents.evaluate import takes_masks
 from experts import bundle
 from experts.bundle import Bundle
 from experts.serving import served as models
-from experts.serving.control import (
-    WAITS,
-    Choices,
-    MakeController,
-    RequestClass,
-    Seen,
-    Service,
-    must_send,
-    rule_of,
-)
+from experts.serving.control import WAITS, Choices, MakeController, RequestClass, Seen, Service, must_send
+from experts.serving.rules import rule_of
 from experts.serving.served import Served, classes
 from moe_envs.serving.observations import Observer, parts_of
 
@@ -115,7 +107,7 @@ class PolicyController:
 
 def controller_of(text: str) -> MakeController:
     """The controller of "policy:RUN_DIR", a run of MoEServing-v0, or a rule as "fixed:cap=16"
-    (`experts.serving.control.rule_of`). Raises `ValueError` for a run of another environment."""
+    (`experts.serving.rules.rule_of`). Raises `ValueError` for a run of another environment."""
     name, _, folder = text.partition(":")
     if name != "policy":
         return rule_of(text)

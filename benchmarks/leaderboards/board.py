@@ -198,7 +198,7 @@ class Leaderboard:
 
     def score(self, frame: pd.DataFrame) -> Row:
         """Verdicts per task, and scores per learner over all tasks."""
-        problem = self.problem
+        problem = self.problem.within(frame["env"].iloc[0] if "env" in frame else {})
         found = score(frame, problem.env_id, moe_envs.find(problem.env_id).reference_point, problem.unit, problem.group)
         return found | {"bound_is": problem.bound_is, "tables": report.tables(found, problem.bound_is)}
 

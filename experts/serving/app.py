@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import time
@@ -14,84 +13,31 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
+from experts.serving import bodies
 from experts.serving import served as models
 from experts.serving.batching import DeadlineError, QueueFullError
-from experts.serving.control import CAPS, NEVER, MakeController
+from experts.serving.control import CAPS, MakeController
 from experts.serving.gate import Gate
-from experts.serving.generation import Writing
 from experts.serving.payload import (
-    IMAGES,
     JSON,
-    LARGEST,
-    NPY,
     RefusedError,
-    as_integer,
-    encoded,
     parse_json,
     read,
     rows_of,
 )
-from experts.serving.served import Texts
 from experts.serving.server import Limits, Load, Server
+from experts.serving.texts import RequestedText
 
 log = logging.getLogger("moe_envs.serve")
-EVENTS = "text/event-stream"
-LOOK = 0.5  # seconds between two looks whether a client that waits for a text is still there
 INLINE = 32_768  # bytes of JSON that are parsed in the event loop, which takes less than a change of threads
-
-
-WHOLE = BeforeValidator(as_integer)
-
-
-class Asked(BaseModel):
-    """What a request says beside its `inputs`; `request_class` is one of the server's classes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    deadline_ms: Annotated[float, Field(gt=0, le=1e3 * NEVER)] | None = None
-    request_class: str | None = None
-
-
-class ToWrite(BaseModel):
-    """How a text is written; `k` is the number of experts of a token."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    prompt: str
-    tokens: Annotated[int, Field(ge=1), WHOLE] = 100
-    temperature: Annotated[float, Field(ge=0, le=100)] = 0.8
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = None
-    k: Annotated[int, Field(ge=1), WHOLE] | None = None
-    stream: bool = False
-
-
-class Completion(BaseModel):
-    """The same in OpenAI's form, as far as this server knows it; other fields are ignored."""
-
-    model_config = ConfigDict(strict=True)
-    model: str | None = None
-    prompt: str
-    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = None
-    n: Annotated[Literal[1], WHOLE] | None = None
-    stream: bool | None = None
-
-    def to_write(self) -> ToWrite:
-        """With OpenAI's defaults."""
-        return ToWrite(
-            prompt=self.prompt, tokens=self.max_tokens or 16, seed=self.seed, stream=bool(self.stream),
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-        )  # fmt: skip
 
 
 def create_app(
@@ -132,26 +78,26 @@ class Api:
 
     def add_to(self, app: FastAPI) -> None:
         """Add all endpoints to an application."""
-        errors: Any = {code: {"description": text, "content": _SENTENCE} for code, text in _ERRORS.items()}
-        texts: Any = errors | {200: {"description": "A text, or its events", "content": {JSON: {}, EVENTS: {}}}}
+        errors: Any = bodies.ERRORS
+        texts: Any = errors | {200: {"description": "A text, or its events", "content": {JSON: {}, bodies.EVENTS: {}}}}
         refused: Any = {code: errors[code] for code in (401, 429)}
         ready: Any = refused | {503: {"description": "not yet, or no more", "content": {JSON: {}}}}
         counters: Any = refused | {200: {"description": "Counters", "content": {"text/plain": {}}}}
         for path, answer, summary, body, answers in (
-            ("/predict", self.predict, "Answers to rows of inputs", _inputs(self.server), errors),
-            ("/generate", self.generate, "A text after a prompt", _to_write(self.server, ToWrite), texts),
+            ("/predict", self.predict, "Answers to rows of inputs", bodies.inputs(self.server), errors),
+            ("/generate", self.generate, "A text after a prompt", bodies.to_write(self.server, bodies.ToWrite), texts),
             (
                 "/v1/completions",
                 self.completions,
                 "The same in OpenAI's form",
-                _to_write(self.server, Completion),
+                bodies.to_write(self.server, bodies.Completion),
                 texts,
             ),
             ("/reload", self.reload, "Load the model again", None, errors),
         ):
             app.add_api_route(
                 path, answer, methods=["POST"], summary=summary, responses=answers,
-                openapi_extra=None if body is None else _body(body),
+                openapi_extra=None if body is None else bodies.body_of(body),
             )  # fmt: skip
         for path, get, summary, answers in (
             ("/health", self.health, "Live and ready", ready),
@@ -172,7 +118,7 @@ class Api:
         else:
             loop = asyncio.get_running_loop()
             rows, more = await loop.run_in_executor(server.parsers, rows_of, raw, media, server.served)
-        asked = Asked.model_validate(more)
+        asked = bodies.Asked.model_validate(more)
         deadline = None if asked.deadline_ms is None else asked.deadline_ms / 1e3
         number, size = self._class(asked.request_class), sum(server.served.weight(row) for row in rows)
         if size > min(CAPS[-1], self.limits.queue_size):
@@ -194,8 +140,8 @@ class Api:
 
     async def generate(self, request: Request) -> Response:
         """Write a text, at once or as events."""
-        asked = ToWrite.model_validate(await self._object(request))
-        text = await _Text.of(self.server, asked, request)
+        asked = bodies.ToWrite.model_validate(await self._object(request))
+        text = await RequestedText.of(self.server, asked, request)
         if asked.stream:
             return await text.stream(lambda piece, end: {"text": piece} | ({"finish_reason": end} if end else {}))
         whole, end = await text.whole()
@@ -203,8 +149,8 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         """Write a text, asked and answered in OpenAI's form."""
-        asked = Completion.model_validate(await self._object(request)).to_write()
-        text = await _Text.of(self.server, asked, request)
+        asked = bodies.Completion.model_validate(await self._object(request)).to_write()
+        text = await RequestedText.of(self.server, asked, request)
         name = self.server.served.manifest["source"]["name"]
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -265,92 +211,6 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self.server.parsers, parse_json, raw)
 
 
-class _Text:
-    """A text that a request asks for."""
-
-    @classmethod
-    async def of(cls, server: Server, asked: ToWrite, request: Request) -> Self:
-        """The text of a request, whose prompt is encoded beside the event loop."""
-        served = server.text_model()
-        loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(server.parsers, encoded, served, asked.prompt)
-        return cls(server, served, asked, ids, request)
-
-    def __init__(self, server: Server, served: Texts, asked: ToWrite, ids: list[int], request: Request) -> None:
-        settings = served.model.settings
-        if asked.tokens >= settings.context:
-            raise RefusedError(422, f"tokens: must be from 1 to {settings.context - 1}, the context less one")
-        if asked.k is not None and asked.k > settings.k:
-            raise RefusedError(422, f"k: the model runs 1 to {settings.k} experts for a token")
-        self.ids = ids[-(settings.context - asked.tokens) :]
-        self.server, self.served, self.request = server, served, request
-        self.count, self.version = 0, server.version
-        self.writing = Writing(
-            self.ids, asked.tokens, asked.k or settings.k, asked.temperature, asked.top_p, asked.seed,
-            time.monotonic() + server.limits.text_seconds,
-        )  # fmt: skip
-
-    async def pieces(self) -> AsyncIterator[str]:
-        """The text as it is written; bytes of a letter that is not whole wait for the rest."""
-        tokens, said = list[int](), ""
-        try:
-            async for token in self.server.writer.write(self.writing):
-                tokens.append(token)
-                self.count += 1
-                text = self.served.model.decode(tokens)
-                if not text.endswith("\ufffd"):
-                    yield text[len(said) :]
-                    said = text
-            rest = self.served.model.decode(tokens)[len(said) :]
-            if rest:
-                yield rest
-        finally:
-            self.server.metrics.tokens.inc(self.count)
-            self.request.state.said |= {"tokens": self.count, "version": self.version}
-
-    @property
-    def end(self) -> str:
-        """Why the text ends."""
-        return "length" if self.count >= self.writing.tokens else "stop"
-
-    async def whole(self) -> tuple[str, str]:
-        """The text, and why it ends; it is given up where the client leaves."""
-
-        async def written() -> str:
-            return "".join([piece async for piece in self.pieces()])
-
-        task = asyncio.get_running_loop().create_task(written())
-        while not (await asyncio.wait([task], timeout=LOOK))[0]:
-            if await self.request.is_disconnected():
-                task.cancel()
-                raise RefusedError(499, "the client left")
-        return await task, self.end
-
-    async def stream(self, form: Any) -> Response:
-        """Server-sent events, of which the last says [DONE]; what goes wrong before the first is an error status."""
-        pieces = self.pieces()
-        first = await anext(pieces, None)
-
-        async def events() -> AsyncIterator[str]:
-            try:
-                if first is not None:
-                    yield _event(form(first, None))
-                async for piece in pieces:
-                    yield _event(form(piece, None))
-                yield _event(form("", self.end))
-            except Exception as error:
-                if not isinstance(error, DeadlineError | QueueFullError):
-                    log.exception("request %s failed", self.request.state.id)
-                yield _event({"detail": str(error)})
-            yield "data: [DONE]\n\n"
-
-        return StreamingResponse(events(), media_type=EVENTS)
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
-
-
 def _count_experts(server: Server, answers: list[dict[str, Any]]) -> None:
     """How often each expert ran, of a language model for the last token by layer."""
     counter = server.metrics.experts
@@ -359,48 +219,6 @@ def _count_experts(server: Server, answers: list[dict[str, Any]]) -> None:
             names = [f"{number}/{each}" for each in expert] if isinstance(expert, list) else [str(expert)]
             for name in names:
                 counter.labels(name).inc()
-
-
-_SENTENCE = {JSON: {"schema": {"type": "object", "properties": {"detail": {"type": "string"}}, "required": ["detail"]}}}
-_ERRORS = {
-    400: "no JSON", 401: "no API key", 403: "not from here", 404: "another kind of model", 408: "the body was too slow",
-    409: "the old model goes on", 413: "too large", 415: "another media type", 422: "not what the model takes",
-    429: "too many requests; Retry-After says when to come again", 503: "not ready", 504: "the deadline passed",
-}  # fmt: skip
-
-
-def _body(contents: dict[str, Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {kind: {"schema": each} for kind, each in contents.items()}}}
-
-
-def _inputs(server: Server) -> dict[str, Any]:
-    """The schema of `/predict`'s bodies."""
-    served, size = server.served, server.served.shape[0]
-    text = isinstance(served, Texts)
-    number = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
-    row: dict[str, Any] = {"type": "array", "items": number, "minItems": size, "maxItems": size}
-    if isinstance(served, Texts):
-        token = {"type": "integer", "minimum": 0, "maximum": served.model.settings.vocabulary - 1}
-        row = {"anyOf": [{"type": "string"}, row | {"items": token, "minItems": 1}]}
-    rows = {"type": "array", "minItems": 1, "maxItems": CAPS[-1], "items": row}
-    own = Asked.model_json_schema()
-    own["properties"]["request_class"] = {"enum": [*(each.name for each in server.limits.classes), None]}
-    schema = own | {"title": "Inputs", "properties": {"inputs": rows} | own["properties"], "required": ["inputs"]}
-    raw = {"type": "string", "format": "binary"}
-    return {JSON: schema} | ({} if text else dict.fromkeys((*IMAGES, NPY[0]), raw))
-
-
-def _to_write(server: Server, form: type[BaseModel]) -> dict[str, Any]:
-    """The schema of bodies that ask for a text, with what the model sets."""
-    schema = form.model_json_schema()
-    if isinstance(server.served, Texts):
-        settings = server.served.model.settings
-        for name, most in (("tokens", settings.context - 1), ("max_tokens", settings.context - 1), ("k", settings.k)):
-            field = schema["properties"].get(name, {})
-            for each in field.get("anyOf", [field]):
-                if each.get("type") == "integer":
-                    each["maximum"] = most
-    return {JSON: schema}
 
 
 def _answer(status: int, detail: str, **headers: str) -> JSONResponse:

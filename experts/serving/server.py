@@ -17,11 +17,12 @@ from cost.arguments import one_line
 from experts.language import LanguageModel
 from experts.serving import served as models
 from experts.serving.batching import Batcher
-from experts.serving.control import DEADLINE, Choices, MakeController, RequestClass, default, rule_of, tuned_rule_of
+from experts.serving.control import DEADLINE, Choices, MakeController, RequestClass
 from experts.serving.generation import PLACES, Writer
 from experts.serving.limits import Keys, TokenBuckets
 from experts.serving.metrics import Metrics
 from experts.serving.payload import RefusedError
+from experts.serving.rules import default, rule_of, tuned_rule_of
 from experts.serving.served import Served, Texts
 
 log = logging.getLogger("moe_envs.serve")

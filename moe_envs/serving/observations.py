@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experts.serving.control import CAPS, SCALES, Choices, RequestClass, Seen, Service, rule_of
+from experts.serving.control import CAPS, SCALES, Choices, RequestClass, Seen, Service
+from experts.serving.rules import rule_of
 from moe_envs.core.spaces import Layout, layout
 
 LOAD, AGES = 8.0, 2.0  # largest load and age over deadline that are seen
@@ -33,7 +34,7 @@ def parts_of(choices: Choices) -> Layout:
 
 class Observer:
     """Observations of queues, with the choice of a rule: "plan" at the cost weight as its price, or another one as
-    `experts.serving.control.rule_of` takes it, without a memory of its own. Raises `ValueError` for others."""
+    `experts.serving.rules.rule_of` takes it, without a memory of its own. Raises `ValueError` for others."""
 
     def __init__(
         self, rule: str, cost_weight: float, choices: Choices, service: Service, classes: Sequence[RequestClass]

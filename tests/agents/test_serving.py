@@ -16,7 +16,8 @@ from agents.evaluate import evaluate
 from agents.ppo import PPO
 from agents.rollouts import Collector, Rows
 from experts.serving.batching import Batcher
-from experts.serving.control import Choices, Fixed, RequestClass, Service
+from experts.serving.control import Choices, RequestClass, Service
+from experts.serving.rules import Fixed
 from moe_envs.serving import MoEServingVectorEnv
 
 ID = "moe_envs:MoEServing-v0"

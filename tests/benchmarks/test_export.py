@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from agents import runs
 from benchmarks.cli.export import app
-from experts.serving.control import Fixed, RequestClass, SlackFit, tuned_rule_of
+from experts.serving.control import RequestClass
 from experts.serving.export import ExportError, add_tuned_rule, load_exported
+from experts.serving.rules import Fixed, SlackFit, tuned_rule_of
 from experts.serving.server import Limits, Server
 
 pytest.importorskip("onnxruntime")

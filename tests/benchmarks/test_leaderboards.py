@@ -249,6 +249,8 @@ def test_a_board_in_the_user_s_own_setting(tmp_path: Path) -> None:
     scores = [each["policies"][f"{__name__}:FIRST"]["poisson, one"]["test"] for each in rows]
     assert scores[0] != scores[1]
     assert f"env seconds=0.5, load=0.5, trace={trace}" in board.text(board.score(pd.DataFrame(rows[1:])))
+    assert board.score(pd.DataFrame(rows))["bound_is"] == "a server that knows the future"
+    assert board.score(pd.DataFrame([rows[0] | {"env": {"answers": "latency"}}]))["bound_is"] == "the optimum"
     assert board.problem.splits["poisson, one"] == {"trace": "poisson", "classes": "one"}
 
 

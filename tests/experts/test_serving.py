@@ -17,9 +17,10 @@ from PIL import Image
 
 from experts import bundle, language
 from experts.serving.batching import Batcher, DeadlineError, QueueFullError
-from experts.serving.control import CAPS, NEVER, WAIT, Choices, RequestClass, Seen, Service, rule_of
+from experts.serving.control import CAPS, NEVER, WAIT, Choices, RequestClass, Seen, Service
 from experts.serving.export import export
 from experts.serving.limits import TokenBuckets
+from experts.serving.rules import rule_of
 from experts.serving.sources import of_bundle
 
 pytest.importorskip("fastapi")

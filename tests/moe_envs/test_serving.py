@@ -9,7 +9,8 @@ import pytest
 
 from experts.data import DataError
 from experts.serving.arrivals import arrivals, trace
-from experts.serving.control import WAIT, Service, must_send, rule_of
+from experts.serving.control import WAIT, Service, must_send
+from experts.serving.rules import rule_of
 from moe_envs.serving import MoEServingVectorEnv
 from moe_envs.serving.env import HORIZON
 
