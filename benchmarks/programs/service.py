@@ -44,12 +44,15 @@ class Serving:
         return float(times.user + times.system)
 
 
-def predictions(model: str) -> list[bytes]:
-    """64 requests for predictions, of one row each, of the model's examples."""
+def predictions(model: str, rows: int = 1, request_class: str | None = None) -> list[bytes]:
+    """64 requests for predictions, of so many rows each, of the model's examples."""
     from agents.deploy.serving import load
 
-    rows = [np.round(row, 4).tolist() for row in load(model).examples(64)]
-    return [request("/predict", json.dumps({"inputs": [row]}).encode()) for row in rows]
+    every = [np.round(row, 4).tolist() for row in load(model).examples(64)]
+    several = [[every[(number + more) % len(every)] for more in range(rows)] for number in range(len(every))]
+    return [
+        request("/predict", json.dumps({"inputs": each, "request_class": request_class}).encode()) for each in several
+    ]
 
 
 async def busy_seconds(port: int) -> float:
