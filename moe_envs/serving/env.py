@@ -109,6 +109,7 @@ class MoEServingVectorEnv(BatchedEnv):
         self._last = np.zeros((num_envs, 2))
         self._answered, self._in_time = np.zeros((2, num_envs), dtype=np.int64)
         self._ended = np.zeros(num_envs, dtype=np.bool_)
+        self._seen = self._look()
 
     def _begin(self, rows: np.ndarray) -> None:
         drawn = self._draw(rows, EPISODES)
@@ -127,9 +128,9 @@ class MoEServingVectorEnv(BatchedEnv):
         sends = running & ~waits
         actions = np.where(actions == WAITS, self.choices.number(CAPS[-1], 0), actions)
         cap, level, order = self.choices.parts(actions)
-        queue = self.traffic.queue(self.now)
-        taken = self.traffic.taken(queue, cap, order, self._worth_of_row)
-        taken[~sends] = 0
+        queue, chosen = self.traffic.queue(self.now), sends.nonzero()[0]
+        taken = np.zeros_like(queue)
+        taken[chosen] = self.traffic.taken(chosen, queue[chosen], cap[chosen], order[chosen], self._worth_of_row)
         rows = taken @ self.traffic.size
         seconds = np.where(sends, self.table[level, np.minimum(rows, CAPS[-1])], 0.0)
         end = self.now + seconds
@@ -186,21 +187,23 @@ class MoEServingVectorEnv(BatchedEnv):
 
     def seen(self) -> Seen:
         """What a controller sees."""
+        return self._seen
+
+    def _look(self) -> Seen:
         traffic, now = self.traffic, self.now
         queue = traffic.queue(now)
         there, oldest = queue > 0, traffic.oldest()
         age = np.where(there, now[:, None] - oldest, 0.0)
         slack = np.where(there, oldest + traffic.deadline - now[:, None], NEVER).clip(0, NEVER)
-        return Seen(
-            queue * traffic.size, age, slack, np.maximum(now - traffic.last(now), 0.0), traffic.rates(now),
-            self._last.copy(), self._waited.copy(),
-        )  # fmt: skip
+        last, rates = traffic.recent(now)
+        since = np.maximum(now - last, 0.0)
+        return Seen(queue * traffic.size, age, slack, since, rates, self._last.copy(), self._waited.copy())
 
     def may_wait(self) -> np.ndarray:
         """Rows `[n]` whose first deadline is not too near to wait; with "latency" those to which more requests come."""
         if not self.in_time:
             return self.traffic.next(self.now) <= MOST_SECONDS
-        return np.asarray(self.seen().slack.min(1) >= must_send(self.fastest))
+        return np.asarray(self._seen.slack.min(1) >= must_send(self.fastest))
 
     def action_masks(self) -> np.ndarray:
         """Mask `[n, actions]`: waiting is not possible where a deadline is near."""
@@ -209,7 +212,8 @@ class MoEServingVectorEnv(BatchedEnv):
         return allowed
 
     def _observe(self) -> np.ndarray:
-        observation = self.observer(self.seen())
+        self._seen = self._look()
+        observation = self.observer(self._seen)
         observation[self._ended] = 0
         return observation
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experts.serving.arrivals import SYNTHETIC, arrivals, at_rate, trace
-from experts.serving.control import CAPS, SCALES, RequestClass
+from experts.serving.control import SCALES, RequestClass
 
 APART = 1e3  # seconds between the times of two rows, so that one sorted array holds them all
 FINE = 2.0**30  # times are multiples of its inverse, so that sums with multiples of APART are exact
@@ -108,15 +108,12 @@ class Traffic:
         return np.asarray(np.take_along_axis(self.every, np.minimum(place, self.every.shape[1] - 1)[:, None], 1)[:, 0]
                           - self._of_row)  # fmt: skip
 
-    def last(self, now: np.ndarray) -> np.ndarray:
-        """Times `[n]` of the last arrivals."""
-        place = np.maximum(self._came(now) - 1, 0)
-        return np.asarray(np.take_along_axis(self.every, place[:, None], 1)[:, 0] - self._of_row)
-
-    def rates(self, now: np.ndarray) -> np.ndarray:
-        """Rows a second, exponentially averaged over `SCALES`, `[n, R]`."""
-        sums = np.take_along_axis(self.sums, self._came(now)[:, None, None], 2)[..., 0]
-        return np.asarray(sums * np.exp(-now[:, None] / np.array(SCALES)) / np.array(SCALES))
+    def recent(self, now: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Times `[n]` of the last arrivals, and rows a second, exponentially averaged over `SCALES`, `[n, R]`."""
+        came = self._came(now)
+        last = np.take_along_axis(self.every, np.maximum(came - 1, 0)[:, None], 1)[:, 0] - self._of_row
+        sums = np.take_along_axis(self.sums, came[:, None, None], 2)[..., 0]
+        return last, np.asarray(sums * np.exp(-now[:, None] / np.array(SCALES)) / np.array(SCALES))
 
     def _came(self, now: np.ndarray) -> np.ndarray:
         rows, most = self.every.shape
@@ -127,24 +124,28 @@ class Traffic:
         place = np.minimum(self.heads, self.times.shape[2] - 1)[..., None]
         return np.asarray(np.take_along_axis(self.times, place, 2)[..., 0] - self.apart)
 
-    def taken(self, queue: np.ndarray, cap: np.ndarray, order: np.ndarray, worth: np.ndarray) -> np.ndarray:
-        """Requests `[n, C]` of a batch of at most `cap` rows `[n]`, at least one request: by their deadlines (order 0),
-        by `worth` `[C]` (1), or of class order - 2, all if none of that class waits."""
-        if len(self.size) == 1:
+    def taken(
+        self, rows: np.ndarray, queue: np.ndarray, cap: np.ndarray, order: np.ndarray, worth: np.ndarray
+    ) -> np.ndarray:
+        """Requests `[m, C]` of a batch of at most `cap` rows `[m]` in each of these m rows, at least one request: by
+        their deadlines (order 0), by `worth` `[C]` (1), or of class order - 2, all if none of that class waits."""
+        classes = np.arange(len(self.size))
+        if len(classes) == 1:
             return np.minimum(queue, np.maximum(cap // self.size[0], 1)[:, None])
-        window = np.arange(CAPS[-1])
-        place = np.minimum(self.heads[..., None] + window, self.times.shape[2] - 1)
-        due = np.take_along_axis(self.times, place, 2) - self.apart[..., None] + self.deadline[:, None]
+        window = np.arange(cap.max(initial=1))
+        place = np.minimum(self.heads[rows][..., None] + window, self.times.shape[2] - 1)
+        times = self.times[rows[:, None, None], classes[:, None], place]
+        due = times - self.apart[rows][..., None] + self.deadline[:, None]
         there = window < queue[..., None]
         alone = (order >= 2) & np.take_along_axis(queue, np.maximum(order - 2, 0)[:, None], 1)[:, 0].astype(bool)
-        there &= ~alone[:, None, None] | (np.arange(len(self.size)) == (order - 2)[:, None])[..., None]
+        there &= ~alone[:, None, None] | (classes == (order - 2)[:, None])[..., None]
         key = np.where((order == 1)[:, None, None], due - APART * worth[:, None], due)
-        key = np.where(there, key, np.inf).reshape(len(queue), -1)
+        key = np.where(there, key, np.inf).reshape(len(rows), len(classes) * len(window))
         first = key.argsort(1, kind="stable")
-        rows = np.where(there, self.size[:, None], 0).reshape(len(queue), -1)
-        rows = np.take_along_axis(rows, first, 1)
-        goes = (rows.cumsum(1) <= cap[:, None]) & (rows > 0)
-        goes[:, 0] = True
+        sizes = np.where(there, self.size[:, None], 0).reshape(key.shape)
+        sizes = np.take_along_axis(sizes, first, 1)
+        goes = (sizes.cumsum(1) <= cap[:, None]) & (sizes > 0)
+        goes[:, :1] = True
         chosen = np.zeros_like(goes)
         np.put_along_axis(chosen, first, goes, 1)
         return np.asarray(chosen.reshape(there.shape).sum(2))
