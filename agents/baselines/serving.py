@@ -242,7 +242,7 @@ def best_rule(
 
 def _episodes(env_id: str, split: str, **env_kwargs: Any) -> VectorEnv[Any, Any, Any]:
     mode = AutoresetMode.SAME_STEP.value
-    given = env_kwargs | {"split": split}
+    given = {"rule": "fixed"} | env_kwargs | {"split": split}  # the cheapest one in observations that no rule looks at
     return gymnasium.make_vec(env_id, TUNED, "vector_entry_point", autoreset_mode=mode, **given)
 
 

@@ -112,5 +112,6 @@ def live(watched: Watched) -> list[go.Figure]:
         levels.add_scatter(x=time, y=[each["levels"].get(level, 0) for each in history], name=level)
     figures = [requests, latency, queue, levels]
     for figure in figures:
-        figure.update_layout(height=320)
+        figure.update_layout(height=320, showlegend=True)
+        figure.update_yaxes(rangemode="tozero")
     return figures
