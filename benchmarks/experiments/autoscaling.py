@@ -22,7 +22,7 @@ from experts.serving.arrivals import synthetic, trace_times
 SEEDS = (0,)
 EVERY, TOLERANCE, WINDOW = 15, 0.1, 300  # seconds, share, seconds
 SETTINGS: dict[str, dict[str, Any]] = {
-    "waves": {}, "waves, slow start": {"start": 120}, "waves, target 80 %": {"target": 0.8},
+    "target 60 %": {}, "target 60 %, slow start": {"start": 120}, "target 80 %": {"target": 0.8},
 }  # fmt: skip
 QUICK: dict[str, Any] = {"seeds": [0], "setups": {"short": {"seconds": 600}}}
 
