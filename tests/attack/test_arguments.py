@@ -108,7 +108,7 @@ def test_arguments_of_environments(env_id: str, face: str, attack: Outcomes) -> 
         return gymnasium.make_vec(env_id, vectorization_mode="vector_entry_point", **kwargs)
 
     for argument, hint in hints.items():
-        for name, junk in some(JUNK.items(), 3):
+        for name, junk in some(JUNK.items(), 5):
             if argument == "num_envs" and name == "1e11":
                 continue  # a number; no memory has so many rows
 
@@ -183,7 +183,7 @@ def test_arguments_of_learners(learner: type[PPO] | type[REINFORCE], attack: Out
         "verbose": int | bool,
     }
     for argument, hint in (hints | more).items():
-        for name, junk in some(JUNK.items(), 3):
+        for name, junk in some(JUNK.items(), 5):
             if argument == "n_envs" and name == "int64":
                 continue
             attack.attempt(
