@@ -12,11 +12,14 @@ import copy
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from inspect import signature
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 import moe_envs
 from agents import baselines as rules
@@ -42,6 +45,7 @@ class Problem:
     episodes: Mapping[str, int] = {"validation": 1000, "test": 2000}
     first_seed = 10_000
     episodic = True  # whether policies are evaluated by episodes
+    settable = True  # whether it can be run with other arguments of the environment
     bound_is = "exact bound"
     about = (
         "Scores are mean returns of {test:,} test episodes, the same for all policies; everything is chosen on "
@@ -53,7 +57,12 @@ class Problem:
         self.splits = {name: dict(kwargs) for name, kwargs in moe_envs.find(env_id).boards.items()}
 
     def within(self, env: Mapping[str, Any]) -> Problem:
-        """The same problem with these arguments of the environment in all splits."""
+        """The same problem with these arguments of the environment in all splits; raises `ValueError` for others."""
+        if env and not self.settable:
+            raise ValueError(f"the leaderboard of {self.env_id} has a setting of its own, without env")
+        known = self._arguments() if env else set()
+        if unknown := sorted(set(env) - known):
+            raise ValueError(f"env: {unknown[0]!r} is none of {', '.join(sorted(known))}")
         found = copy.copy(self)
         found.splits = {name: kwargs | dict(env) for name, kwargs in self.splits.items()}
         return found
@@ -91,6 +100,12 @@ class Problem:
         """Group of tasks that share a cost-quality plane: "DATA, ..."."""
         return task.partition(",")[0]
 
+    def _arguments(self) -> set[str]:
+        """Arguments of the environment but the split and those of all environments."""
+        made: Any = gymnasium.make(self.env_id, disable_env_checker=True, **moe_envs.find(self.env_id).small).unwrapped
+        every = signature(type(getattr(made, "vector", made)).__init__).parameters.values()
+        return {each.name for each in every if each.kind is each.KEYWORD_ONLY} - {"split"}
+
     def _played(self, policy: Any, split: str, on: str, episodes: int | None) -> pd.DataFrame:
         arguments = rules.on_split(self.env_id, self.splits[split], on)
         count = episodes or self.episodes[on]
@@ -108,6 +123,12 @@ class BoardSetup(BaseModel):
     timesteps: int | None = Field(default=None, ge=1)
     episodes: int | None = Field(default=None, ge=2)
     env: dict[str, Any] = Field(default={})
+
+    @model_serializer(mode="wrap")
+    def _dumped(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without an empty `env`, as in the rows of boards that were published before there was one."""
+        found: dict[str, Any] = dump(self)
+        return {name: value for name, value in found.items() if name != "env" or value}
 
     @property
     def imports(self) -> tuple[str, ...]:
@@ -162,7 +183,8 @@ class Leaderboard:
         return {"policies": _plain(found), "curve": curve}, seconds
 
     def check(self, setups: dict[str, BoardSetup], splits: list[str]) -> None:
-        """Raise `ValueError` for an unknown policy."""
+        """Raise `ValueError` for an unknown policy, for settings that a board does not have, and where policies would
+        not be compared in the same environment, or two splits be the same."""
         known = *self.problem.learners, *self.problem.extras, *self.ONCE
         for name, setup in setups.items():
             if setup.policy not in known and ":" not in setup.policy:
@@ -172,9 +194,15 @@ class Leaderboard:
                 )
             if setup.episodes is not None and not self.problem.episodic:
                 raise ValueError(f"episodes={setup.episodes}: nothing is judged by episodes here")
-            self.problem.within(setup.env)
-        if len({json.dumps(setup.env, sort_keys=True) for setup in setups.values()}) > 1:
+        if len({json.dumps(setup.model_dump(mode="json").get("env"), sort_keys=True) for setup in setups.values()}) > 1:
             raise ValueError("setups with different arguments of the environment (env) cannot be compared")
+        env = next(iter(setups.values())).env
+        changed = self.problem.within(env).splits
+        for one, other in combinations(splits, 2):
+            if env and changed[one] == changed[other]:
+                raise ValueError(
+                    f"with these arguments (env) {one!r} and {other!r} are the same: choose one by --split"
+                )
 
     def _trained(self, problem: Problem, setup: BoardSetup, seed: int, split: str, folder: Path) -> training.Trained:
         algo, backend = {**problem.learners, **problem.extras}[setup.policy]

@@ -29,6 +29,7 @@ class Compression(Problem):
 
     learners = {"PPO": ("ppo", "own")}
     extras = {name: ("ppo", "own") for name in WARM if name != "PPO"}
+    settable = False  # budgets, models and plans are the board's own
     bound_is = "best of all plans"
     episodic = False  # one plan per budget is evaluated
     about = (
@@ -46,12 +47,6 @@ class Compression(Problem):
         self.judged_on: Mapping[str, list[str]] = {split: kwargs["model"] for split, kwargs in self.splits.items()} | {
             HELD_OUT: ["fashion-mnist-conv-3", "fashion-mnist-conv-4"]
         }
-
-    def within(self, env: Mapping[str, Any]) -> Problem:
-        """The same problem with these arguments of the environment; its models stay."""
-        if "model" in env:
-            raise ValueError("the board's models are those of its splits; name no model in env")
-        return super().within(env)
 
     def prepared(self, policy: str, agent: Any, total: int) -> Callable[[Any], object]:
         """Train PPO with action masks, the first three fifths of the steps on the sum of sensitivities."""

@@ -37,6 +37,7 @@ class MetaOpt(Problem):
     learners = {name: each for name, each in LEARNERS.items() if name != "REINFORCE"}
     looks = 5  # each evaluation takes 256 trainings
     episodes = {"validation": 128, "test": 256}
+    settable = False  # starts and searches are the board's own
     bound_is = f"found by a search, {SEARCHED_CONTEXTS} trainings"
     about = (
         "Scores are minus the mean decisions until the target, one more than the 30 allowed where it is not reached, "

@@ -85,7 +85,8 @@ def score(
         rows.append(row | {"beats": _beats(frame, name, tables, best)})
     usual = {"timesteps", "episodes"} & set(frame)
     settings: Row = {key: sorted(set(frame[key].dropna().astype(int).tolist())) for key in sorted(usual)}
-    settings["env"] = [f"{key}={value}" for key, value in frame["env"].iloc[0].items()] if "env" in frame else []
+    if "env" in frame:
+        settings["env"] = [f"{key}={value}" for key, value in frame["env"].iloc[0].items()]
     return {"env": env, "settings": settings, "rows": rows, "tasks": tasks,
             "reference_point": list(reference), "hypervolume": _volumes(tables, reference, group)}  # fmt: skip
 

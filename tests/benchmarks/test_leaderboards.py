@@ -250,7 +250,9 @@ def test_a_board_in_the_user_s_own_setting(tmp_path: Path) -> None:
     assert scores[0] != scores[1]
     assert f"env seconds=0.5, load=0.5, trace={trace}" in board.text(board.score(pd.DataFrame(rows[1:])))
     assert board.score(pd.DataFrame(rows))["bound_is"] == "a server that knows the future"
-    assert board.score(pd.DataFrame([rows[0] | {"env": {"answers": "latency"}}]))["bound_is"] == "the optimum"
+    assert (
+        board.score(pd.DataFrame([rows[0] | {"env": {"answers": "latency", "load": 0.5}}]))["bound_is"] == "the optimum"
+    )
     assert board.problem.splits["poisson, one"] == {"trace": "poisson", "classes": "one"}
 
 
@@ -258,8 +260,14 @@ def test_what_cannot_be_compared_is_refused() -> None:
     setups = {"mine": {"policy": "PPO", "env": {"load": 0.5}}, "other": {"policy": "PPO"}}
     with pytest.raises(RunnerError, match="different arguments of the environment"):
         jobs_of(Matrix(experiment="MoEServing-v0", setups=setups))
-    with pytest.raises(RunnerError, match="models are those of its splits"):
-        jobs_of(Matrix(experiment="MoECompression-v0", settings={"env": {"model": "digits"}}))
+    for name, env, message in (
+        ("MoECompression-v0", {"budget": 1}, "a setting of its own"),
+        ("MoEServing-v0", {"split": "test"}, "'split' is none of"),
+        ("MoEServing-v0", {"lod": 0.5}, "'lod' is none of answers"),
+        ("MoEServing-v0", {"trace": "poisson"}, "are the same"),
+    ):
+        with pytest.raises(RunnerError, match=message):
+            jobs_of(Matrix(experiment=name, settings={"env": env}))
 
 
 def test_unknown_policies_are_told_before_anything_runs() -> None:
