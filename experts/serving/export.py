@@ -42,6 +42,7 @@ DIFFERENCE = 1e-4  # of a prediction's logits, relative to the largest of all if
 # Share of predictions that must be so close, as a router's ties can fall the other way; share with the same best class.
 CLOSE, AGREEMENT = 0.99, 0.999
 BATCHES = (1, 7, 32)
+PREDICTIONS = 2000  # that are compared at least, so that a tenth of a point can be told
 
 
 class ExportError(DataError):
@@ -237,18 +238,24 @@ def _answers(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
 
 
 def _batch(source: Source, number: int) -> np.ndarray:
-    """The next rows of the examples, in a batch that the model takes; of texts a few tokens less each time."""
+    """A batch that the model takes: the next texts of the examples, a few tokens less each time, or, of a classifier,
+    inputs between two examples."""
     size = source.batch or BATCHES[number % len(BATCHES)]
     if not source.batch and number == 0:
         size = 4  # an export takes a batch of one for a constant
-    found = np.take(source.examples, np.arange(number, number + size), axis=0, mode="wrap")
-    return found if source.language is None else found[:, : max(2, found.shape[1] - 3 * number)]
+    if source.language is not None:
+        found = np.take(source.examples, np.arange(number, number + size), axis=0, mode="wrap")
+        return found[:, : max(2, found.shape[1] - 3 * number)]
+    random = np.random.default_rng(number)
+    one, other = source.examples[random.integers(len(source.examples), size=(2, size))]
+    share = random.random((size, *[1] * (one.ndim - 1)), dtype=np.float32)
+    return np.asarray(one + share * (other - one))
 
 
 def _parity(source: Source, run: Run) -> dict[str, float]:
     """How far an exported model's answers are from PyTorch's, on batches of several sizes."""
-    differences, largest, same, rows = list[np.ndarray](), 0.0, 0, 0
-    for number in range(2 * len(BATCHES)):
+    differences, largest, same, rows, number = list[np.ndarray](), 0.0, 0, 0, 0
+    while rows < PREDICTIONS or number < 2 * len(BATCHES):
         inputs = _batch(source, number)
         wanted, found = _answers(source.module, inputs), run(inputs)
         if wanted.shape != found.shape:
@@ -256,7 +263,7 @@ def _parity(source: Source, run: Run) -> dict[str, float]:
         differences.append(np.abs(found - wanted).max(-1).ravel())
         largest = max(largest, float(np.abs(wanted).max()))
         agree = found.argmax(-1) == wanted.argmax(-1)
-        same, rows = same + int(agree.sum()), rows + agree.size
+        same, rows, number = same + int(agree.sum()), rows + agree.size, number + 1
     every = np.concatenate(differences)
     return {
         "predictions": rows, "largest_difference": float(every.max()), "largest_logit": largest,

@@ -32,7 +32,8 @@ def test_a_classifier_in_every_format(digits: Source, form: Any, tmp_path: Path)
     assert manifest["version"] == "1.2.3-rc.1"
     assert manifest["input"] == {"name": "input", "dtype": "float32", "shape": ["batch", 64]}
     assert manifest["output"]["shape"] == ["batch", 10]
-    assert manifest["parity"]["same_top_1"] == 1
+    assert manifest["parity"]["predictions"] >= 2000
+    assert manifest["parity"]["same_top_1"] >= (0.99 if form == "onnx-int8" else 1)
     assert (manifest["parity"]["largest_difference"] < 1e-4) == (form != "onnx-int8")
     assert {*manifest["files"], "manifest.json"} == {path.name for path in (tmp_path / "out").iterdir()}
     if form.startswith("onnx"):
