@@ -8,15 +8,17 @@ processors. Run it on an otherwise idle machine.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import pandas as pd
+from pydantic import model_validator
 
 from agents.baselines import serving as rules
 from agents.evaluate import evaluate
-from benchmarks.programs.sender import HOST, run_loop, send_all, send_at
+from benchmarks.programs.sender import HOST, Sent, run_loop, send_all, send_at
 from benchmarks.programs.service import busy_seconds, predictions, service
 from benchmarks.programs.tuning import http_seconds
 from benchmarks.results.statistics import mean_interval
@@ -24,6 +26,7 @@ from benchmarks.runner.kept import found_once, run_of
 from benchmarks.runner.setup import Arguments
 from cost.files import sha256_of
 from experts.serving.arrivals import arrivals
+from experts.serving.control import RequestClass, Service
 from moe_envs.serving.env import SHARES, MoEServingVectorEnv
 
 DEFAULT, PPO = "SlackFit, not tuned", "PPO"
@@ -33,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for trace, classes in (("poisson", "one"), ("bursts", "one"), ("bursts", "mixed")) for load in (0.5, 0.8, 1.1)
 }  # fmt: skip
 QUICK = {"seeds": [0], "setups": {"short": {
-    "load": 0.3, "seconds": 2, "timesteps": 64, "compared": [], "tune": 2, "episode": 1, "episodes": 2,
+    "load": 0.3, "seconds": 2, "timesteps": 64, "compared": ["by class"], "tune": 1, "episode": 1, "episodes": 2,
     "costs": "reference", "classes": "mixed",
 }}}  # fmt: skip
 Rule = Literal["fixed", "regression (BentoML)", "adaptive (Clipper)", "SlackFit", "plan", "thresholds", "by class"]
@@ -42,9 +45,11 @@ ABOUT = "deadline", "value", "size", "care"  # of a class of requests, as `moe-s
 
 
 class ServingSetup(Arguments):
-    """Arrivals of a `trace` ("poisson", "bursts", or a file) at this `load` for `seconds` (the test part of a file).
-    Rules are the best of twice `tune` settings, and policies are trained, on episodes of `episode` seconds at `costs`,
-    of this machine with HTTP included."""
+    """Arrivals of a `trace` ("poisson", "bursts", or a file) at this `load` for `seconds` (the test part of a file), of
+    one class of requests with this `deadline` or of the environment's three ("mixed", which have their own).
+
+    Rules are the best of twice `tune` settings, and policies are trained, on episodes of `episode` seconds. The times
+    of batches are those of this machine, and a row's HTTP is added, or the shipped ones (`costs`)."""
 
     model: str = "language"
     trace: Literal["poisson", "bursts"] | str = "poisson"
@@ -60,15 +65,23 @@ class ServingSetup(Arguments):
     episodes: int = 256
     costs: Literal["machine", "reference"] = "machine"
 
+    @model_validator(mode="after")
+    def _without_effect(self) -> Self:
+        """Reset fields that have no effect, so that equal rows compare equal."""
+        if self.classes == "mixed":
+            self.deadline = type(self).model_fields["deadline"].default
+        return self
+
 
 Setup = ServingSetup
 
 
 def measure(setup: ServingSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What each controller is worth in the environment's test split and in the server."""
-    overhead = 0.0
-    if setup.costs == "machine":
-        overhead = found_once(folder / f"http-{_name(setup.model)}.json", lambda: {"s": http_seconds(setup.model)})["s"]
+    measured, overhead = setup.costs == "machine", 0.0
+    if measured:
+        place = folder / f"http-{sha256_of(setup.model.encode())[:8]}.json"
+        overhead = found_once(place, lambda: {"s": http_seconds(setup.model)})["s"]
     kwargs: dict[str, Any] = {
         "trace": setup.trace, "classes": setup.classes, "deadline": setup.deadline, "cost_weight": setup.cost_weight,
         "seconds": setup.episode, "model": setup.model, "costs": setup.costs, "overhead": overhead,
@@ -79,10 +92,11 @@ def measure(setup: ServingSetup, seed: int, split: str, folder: Path) -> tuple[d
     controllers |= {name: _tuned(name, setup.tune, folder, kwargs) for name in setup.compared if name in known}
     controllers[PPO] = f"policy:{run_of(folder, rules.ID, kwargs, seed, setup.timesteps)}"
     simulated = {name: _simulated(text, env, setup, kwargs) for name, text in controllers.items()}
-    sent = _requests(setup, env, np.random.default_rng(seed))
-    found = {name: _served(text, setup, sent, env) for name, text in controllers.items()}
-    named = {name: text for name, text in controllers.items() if name != PPO}
-    return {"simulated": simulated, "controllers": named}, {"served": found}
+    asked = _requests(setup, env, np.random.default_rng(seed))
+    served = {name: _served(text, setup, asked, env) for name, text in controllers.items()}
+    decided = {"simulated": simulated, "controllers": {name: text for name, text in controllers.items() if name != PPO}}
+    times = {"served": served, "overhead_s": overhead}
+    return ({}, times | decided) if measured else (decided, times)
 
 
 def _simulated(text: str, env: MoEServingVectorEnv, setup: ServingSetup, kwargs: dict[str, Any]) -> float:
@@ -122,25 +136,30 @@ def _served(text: str, setup: ServingSetup, asked: Requests, env: MoEServingVect
         before = run_loop(busy_seconds(server.port))
         sent = run_loop(send_at(asked.times, asked.raw, HOST, server.port))
         busy = (run_loop(busy_seconds(server.port)) - before) / setup.seconds
-    deadlines = np.array([each.deadline for each in env.classes])[asked.of_class]
-    fine = (sent.status == 200) & (sent.latency <= deadlines)
-    level = np.array([env.service.levels.index(json.loads(each)["level"]) if good else 0
-                      for each, good in zip(sent.answers, fine, strict=True)])  # fmt: skip
-    whole = np.array([each.value for each in env.classes])[asked.of_class].sum()
-    lost = 1 - float((env.value[asked.of_class, level] * fine).sum() / whole)
+    return outcome(sent, asked.of_class, env.classes, env.service, setup.cost_weight, busy)
+
+
+def outcome(
+    sent: Sent, of_class: np.ndarray, classes: Sequence[RequestClass], known: Service, cost_weight: float, busy: float
+) -> dict[str, Any]:
+    """What answers to requests of these classes `[N]` are worth, as in MoEServing-v0, when the model ran a share `busy`
+    of the time; and their P95 latencies."""
+    deadline, value, care = (
+        np.array([getattr(each, name) for each in classes])[of_class] for name in ("deadline", "value", "care")
+    )
+    answered = sent.status == 200
+    fine = answered & (sent.latency <= deadline)
+    level = np.array([known.levels.index(json.loads(each)["level"]) if good else 0
+                      for each, good in zip(sent.answers, answered, strict=True)])  # fmt: skip
+    worth = value * (1 - care * (1 - known.quality[level])).clip(0) * fine
+    lost = 1 - float(worth.sum() / value.sum())
+    latencies = {each.name: sent.latency[answered & (of_class == number)] for number, each in enumerate(classes)}
+    counts = np.bincount(level[fine], minlength=len(known.levels))
     return {
-        "return": -lost - setup.cost_weight * busy, "lost": lost, "busy": busy, "in time": float(fine.mean()),
-        "p95": [float(np.percentile(sent.latency[asked.of_class == number], 95)) for number in range(len(env.classes))],
-        "levels": dict(zip(env.service.levels, _shares(level[fine], len(env.service.levels)), strict=True)),
+        "return": -lost - cost_weight * busy, "lost": lost, "busy": busy, "in time": float(fine.mean()),
+        "p95": {name: float(np.percentile(found, 95)) if len(found) else None for name, found in latencies.items()},
+        "levels": dict(zip(known.levels, (counts / max(1, fine.sum())).tolist(), strict=True)),
     }  # fmt: skip
-
-
-def _shares(found: np.ndarray, count: int) -> list[float]:
-    return (np.bincount(found, minlength=count) / max(1, len(found))).tolist()
-
-
-def _name(model: str) -> str:
-    return sha256_of(model.encode())[:8]
 
 
 def _tuned(name: str, tries: int, folder: Path, kwargs: dict[str, Any]) -> str:
@@ -166,7 +185,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
                 "controller": name, "return": float(returns.mean()),
                 "95 %": list(mean_interval(returns)) if len(returns) > 1 else None,
                 **{key: float(np.mean([each[key] for each in served])) for key in ("lost", "busy", "in time")},
-                "p95 ms": (1e3 * np.mean([each["p95"] for each in served], axis=0)).round().tolist(),
+                "p95 ms": (1e3 * pd.DataFrame([each["p95"] for each in served]).mean()).round(1).to_dict(),
                 "levels": pd.DataFrame([each["levels"] for each in served]).mean().to_dict(),
                 "simulated": float(np.mean([row[name] for row in frame_rows["simulated"]])),
             })  # fmt: skip
@@ -178,8 +197,9 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
     return {"tables": tables, "notes": [
         "return: minus the lost value and cost_weight times busy, of the real server. lost: share of the requests' "
         "value that late, refused and worse answers lose; busy: share of the time in the model; levels: shares of the "
-        "answers in time. simulated: mean return in the environment at this load, on its test split. A seed has its "
-        "own training of PPO and arrivals.",
+        "answers in time; p95: latency of what was answered, by class. simulated: mean return in the environment at "
+        "this load, on its test split, where HTTP counts as time of the model. A seed has its own training of PPO and "
+        "arrivals.",
     ]}  # fmt: skip
 
 
@@ -188,14 +208,21 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     import matplotlib.pyplot as plt
 
     tables = {name: table for name, table in result["tables"].items() if not name.endswith(": controllers")}
-    figure, axes = plt.subplots(1, len(tables), figsize=(3.5 * len(tables), 4), layout="constrained", squeeze=False)
-    for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
+    columns = min(3, len(tables))
+    rows = -(-len(tables) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(row["controller"] for table in tables.values() for row in table))
+    for axis, (title, table) in zip(axes.flat, tables.items(), strict=False):
         for row in table:
-            axis.plot(row["simulated"], row["return"], "o", label=row["controller"])
+            name = row["controller"]
+            axis.plot(row["simulated"], row["return"], "o", color=f"C{names.index(name)}")
         axis.axline((table[0]["return"], table[0]["return"]), slope=1, color="0.7", linewidth=1)
-        axis.set(title=name, xlabel="return, simulated", ylabel="return in the server")
+        axis.set(title=title, xlabel="return, simulated", ylabel="return in the server")
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7)
+    shown = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(out / "controllers.png", dpi=110)
     plt.close(figure)
     return ["controllers.png"]

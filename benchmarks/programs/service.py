@@ -45,14 +45,14 @@ class Serving:
 
 
 def predictions(model: str, rows: int = 1, request_class: str | None = None) -> list[bytes]:
-    """64 requests for predictions, of so many rows each, of the model's examples."""
+    """64 requests for predictions, of so many of the model's examples each, of a class of requests (default: the
+    server's first)."""
     from agents.deploy.serving import load
 
     every = [np.round(row, 4).tolist() for row in load(model).examples(64)]
     several = [[every[(number + more) % len(every)] for more in range(rows)] for number in range(len(every))]
-    return [
-        request("/predict", json.dumps({"inputs": each, "request_class": request_class}).encode()) for each in several
-    ]
+    more = {} if request_class is None else {"request_class": request_class}
+    return [request("/predict", json.dumps({"inputs": each} | more).encode()) for each in several]
 
 
 async def busy_seconds(port: int) -> float:

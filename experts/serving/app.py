@@ -83,16 +83,12 @@ class Api:
         refused: Any = {code: errors[code] for code in (401, 429)}
         ready: Any = refused | {503: {"description": "not yet, or no more", "content": {JSON: {}}}}
         counters: Any = refused | {200: {"description": "Counters", "content": {"text/plain": {}}}}
+        inputs, texts_form = bodies.inputs_schema(self.server), bodies.text_schema(self.server, bodies.ToWrite)
+        completion = bodies.text_schema(self.server, bodies.Completion)
         for path, answer, summary, body, answers in (
-            ("/predict", self.predict, "Answers to rows of inputs", bodies.inputs(self.server), errors),
-            ("/generate", self.generate, "A text after a prompt", bodies.to_write(self.server, bodies.ToWrite), texts),
-            (
-                "/v1/completions",
-                self.completions,
-                "The same in OpenAI's form",
-                bodies.to_write(self.server, bodies.Completion),
-                texts,
-            ),
+            ("/predict", self.predict, "Answers to rows of inputs", inputs, errors),
+            ("/generate", self.generate, "A text after a prompt", texts_form, texts),
+            ("/v1/completions", self.completions, "The same in OpenAI's form", completion, texts),
             ("/reload", self.reload, "Load the model again", None, errors),
         ):
             app.add_api_route(

@@ -74,7 +74,7 @@ def body_of(contents: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {kind: {"schema": each} for kind, each in contents.items()}}}
 
 
-def inputs(server: Server) -> dict[str, Any]:
+def inputs_schema(server: Server) -> dict[str, Any]:
     """The schema of `/predict`'s bodies."""
     served, size = server.served, server.served.shape[0]
     text = isinstance(served, Texts)
@@ -91,7 +91,7 @@ def inputs(server: Server) -> dict[str, Any]:
     return {JSON: schema} | ({} if text else dict.fromkeys((*IMAGES, NPY[0]), raw))
 
 
-def to_write(server: Server, form: type[BaseModel]) -> dict[str, Any]:
+def text_schema(server: Server, form: type[BaseModel]) -> dict[str, Any]:
     """The schema of bodies that ask for a text, with what the model sets."""
     schema = form.model_json_schema()
     if isinstance(server.served, Texts):

@@ -2,7 +2,7 @@
 
 The same rules run in the server, for one queue, and in MoEServing-v0, for n queues at once.
 
-Shape legend: n queues, C request classes, L quality levels, R time scales.
+Shape legend: n queues, C request classes, L quality levels.
 """
 
 from __future__ import annotations

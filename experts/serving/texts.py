@@ -24,7 +24,7 @@ LOOK = 0.5  # seconds between two looks whether a client that waits for a text i
 
 
 class RequestedText:
-    """A text that a request asks for."""
+    """A text that is written for a request, as long as its client is there."""
 
     @classmethod
     async def of(cls, server: Server, asked: ToWrite, request: Request) -> Self:

@@ -186,7 +186,7 @@ class MoEServingVectorEnv(BatchedEnv):
         }
 
     def seen(self) -> Seen:
-        """What a controller sees."""
+        """What a controller sees, as of the last observation; its arrays cannot be written to."""
         return self._seen
 
     def _look(self) -> Seen:
@@ -197,7 +197,10 @@ class MoEServingVectorEnv(BatchedEnv):
         slack = np.where(there, oldest + traffic.deadline - now[:, None], NEVER).clip(0, NEVER)
         last, rates = traffic.recent(now)
         since = np.maximum(now - last, 0.0)
-        return Seen(queue * traffic.size, age, slack, since, rates, self._last.copy(), self._waited.copy())
+        found = Seen(queue * traffic.size, age, slack, since, rates, self._last.copy(), self._waited.copy())
+        for values in vars(found).values():
+            values.flags.writeable = False
+        return found
 
     def may_wait(self) -> np.ndarray:
         """Rows `[n]` whose first deadline is not too near to wait; with "latency" those to which more requests come."""

@@ -69,9 +69,9 @@ def attack(record_property: Callable[[str, object], None]) -> Iterator[Outcomes]
     assert not outcomes.bad, "\n".join([f"{len(outcomes.bad)} of {outcomes.counts.total()}", *outcomes.bad[:20]])
 
 
-def some(cases: Iterable[Case], every: int) -> list[Case]:
-    """Each `every`-th case in the short attack, all in the long one."""
-    return list(cases)[:: every if SCALE == 1 else 1]
+def some(cases: Iterable[Case], every: int, first: int = 0) -> list[Case]:
+    """Each `every`-th case in the short attack, from case `first % every` on, all in the long one."""
+    return list(cases)[first % every :: every] if SCALE == 1 else list(cases)
 
 
 @pytest.fixture

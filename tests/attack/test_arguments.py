@@ -107,8 +107,8 @@ def test_arguments_of_environments(env_id: str, face: str, attack: Outcomes) -> 
         kwargs = {"num_envs": 2} | small | kwargs
         return gymnasium.make_vec(env_id, vectorization_mode="vector_entry_point", **kwargs)
 
-    for argument, hint in hints.items():
-        for name, junk in some(JUNK.items(), 5):
+    for number, (argument, hint) in enumerate(hints.items()):
+        for name, junk in some(JUNK.items(), 5, number):
             if argument == "num_envs" and name == "1e11":
                 continue  # a number; no memory has so many rows
 
@@ -182,8 +182,8 @@ def test_arguments_of_learners(learner: type[PPO] | type[REINFORCE], attack: Out
         "n_envs": Annotated[int, annotated_types.Ge(1)],
         "verbose": int | bool,
     }
-    for argument, hint in (hints | more).items():
-        for name, junk in some(JUNK.items(), 5):
+    for number, (argument, hint) in enumerate((hints | more).items()):
+        for name, junk in some(JUNK.items(), 5, number):
             if argument == "n_envs" and name == "int64":
                 continue
             attack.attempt(

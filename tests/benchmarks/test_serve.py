@@ -11,10 +11,14 @@ import pytest
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 import httpx
+import numpy as np
 import psutil
 
+from benchmarks.experiments.serving import outcome
+from benchmarks.programs.sender import Sent
 from benchmarks.programs.service import CODE, service
 from experts import bundle
+from experts.serving.control import RequestClass, Service
 from tests.processes import free_port, running, wait_until
 
 ASK = {"prompt": "In the", "tokens": 60, "seed": 0, "stream": True}
@@ -58,3 +62,21 @@ def test_several_processes_serve_one_model() -> None:
         assert sum("ServeReplica" in name for name in names) == 2
         process.send_signal(signal.SIGINT)
         process.wait(60)
+
+
+def test_what_answers_are_worth_by_hand() -> None:
+    classes = (RequestClass("quick", deadline=0.1), RequestClass("careful", deadline=1.0, value=2.0, care=2.0))
+    known = Service(("best", "fast"), (1,), np.ones((2, 1)), np.array([1.0, 0.9]))
+    best, fast = b'{"level": "best"}', b'{"level": "fast"}'
+    answers = [best, fast, best, b"", fast, fast]
+    latency = np.array([0.05, 0.05, 0.2, 0.001, 0.5, 0.05])  # in time, in time, late, refused, in time, in time
+    sent = Sent(latency, np.array([200, 200, 200, 429, 200, 200]), answers, 1.0)
+    found = outcome(sent, np.array([0, 0, 0, 1, 1, 1]), classes, known, 0.1, 0.5)
+    worth = 1 + 0.9 + 2 * (2 * 0.8)
+    assert found["lost"] == pytest.approx(1 - worth / 9)
+    assert found["return"] == pytest.approx(worth / 9 - 1 - 0.05)
+    assert found["in time"] == pytest.approx(4 / 6)
+    assert found["levels"] == {"best": pytest.approx(1 / 4), "fast": pytest.approx(3 / 4)}
+    assert found["p95"] == {"quick": pytest.approx(0.185), "careful": pytest.approx(0.4775)}
+    nobody = Sent(np.ones(1), np.array([429]), [b""], 1.0)
+    assert outcome(nobody, np.array([1]), classes, known, 0.1, 0.0)["p95"] == {"quick": None, "careful": None}

@@ -125,6 +125,24 @@ def test_what_is_seen_is_what_waits() -> None:
     np.testing.assert_allclose(seen.since, 0.02)
 
 
+def test_what_is_seen_follows_every_change() -> None:
+    env, other = vector(3, classes="mixed", trace="bursts"), vector(3, classes="mixed", trace="bursts")
+    for each in (env, other):
+        each.reset(seed=1)
+        each.action_space.seed(0)
+    for step in range(60):
+        for each in (env, other):
+            each.step(each.action_space.sample())
+        if step % 7 == 3:
+            env.reset(options={"reset_mask": np.array([True, False, step % 2 == 0])})
+            other.restore(env.state())
+        for found, fresh in zip(vars(env.seen()).values(), vars(env._look()).values(), strict=True):
+            np.testing.assert_array_equal(found, fresh)
+        np.testing.assert_array_equal(env.action_masks(), other.action_masks())
+    with pytest.raises(ValueError, match="read-only"):
+        env.seen().slack[0] = 9.0
+
+
 def test_arrival_rates_are_exponential_averages() -> None:
     env = vector(3, load=1.0)
     env.reset(seed=3)
