@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for trace, classes in (("poisson", "one"), ("bursts", "one"), ("bursts", "mixed")) for load in (0.5, 0.8, 1.1)
 }  # fmt: skip
 QUICK = {"seeds": [0], "setups": {"short": {
-    "load": 0.3, "seconds": 2, "timesteps": 64, "compared": ["by class"], "tune": 1, "episode": 1, "episodes": 2,
+    "load": 0.3, "seconds": 2, "timesteps": 64, "compared": [], "tune": 1, "episode": 1, "episodes": 2,
     "costs": "reference", "classes": "mixed",
 }}}  # fmt: skip
 Rule = Literal["fixed", "regression (BentoML)", "adaptive (Clipper)", "SlackFit", "plan", "thresholds", "by class"]
@@ -89,7 +89,7 @@ def measure(setup: ServingSetup, seed: int, split: str, folder: Path) -> tuple[d
     env = MoEServingVectorEnv(1, **kwargs)
     known = rules.families(env)
     controllers = {DEFAULT: "slackfit"}
-    controllers |= {name: _tuned(name, setup.tune, folder, kwargs) for name in setup.compared if name in known}
+    controllers |= {name: tuned_text(name, setup.tune, folder, kwargs) for name in setup.compared if name in known}
     controllers[PPO] = f"policy:{run_of(folder, rules.ID, kwargs, seed, setup.timesteps)}"
     simulated = {name: _simulated(text, env, setup, kwargs) for name, text in controllers.items()}
     asked = _requests(setup, env, np.random.default_rng(seed))
@@ -162,7 +162,7 @@ def outcome(
     }  # fmt: skip
 
 
-def _tuned(name: str, tries: int, folder: Path, kwargs: dict[str, Any]) -> str:
+def tuned_text(name: str, tries: int, folder: Path, kwargs: dict[str, Any]) -> str:
     """The tuned rule as `moe-serve` takes it."""
 
     def search() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import psutil
@@ -47,12 +48,17 @@ class Serving:
 def predictions(model: str, rows: int = 1, request_class: str | None = None) -> list[bytes]:
     """64 requests for predictions, of so many of the model's examples each, of a class of requests (default: the
     server's first)."""
-    from agents.deploy.serving import load
-
-    every = [np.round(row, 4).tolist() for row in load(model).examples(64)]
+    every = _examples(model)
     several = [[every[(number + more) % len(every)] for more in range(rows)] for number in range(len(every))]
     more = {} if request_class is None else {"request_class": request_class}
     return [request("/predict", json.dumps({"inputs": each} | more).encode()) for each in several]
+
+
+@cache
+def _examples(model: str) -> list[list[float]]:
+    from agents.deploy.serving import load
+
+    return [np.round(row, 4).tolist() for row in load(model).examples(64)]
 
 
 async def busy_seconds(port: int) -> float:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,11 +15,12 @@ import httpx
 import numpy as np
 import psutil
 
-from benchmarks.experiments.serving import outcome
+from benchmarks.experiments.serving import outcome, tuned_text
 from benchmarks.programs.sender import Sent
 from benchmarks.programs.service import CODE, service
 from experts import bundle
 from experts.serving.control import RequestClass, Service
+from experts.serving.rules import rule_of
 from tests.processes import free_port, running, wait_until
 
 ASK = {"prompt": "In the", "tokens": 60, "seed": 0, "stream": True}
@@ -80,3 +82,14 @@ def test_what_answers_are_worth_by_hand() -> None:
     assert found["p95"] == {"quick": pytest.approx(0.185), "careful": pytest.approx(0.4775)}
     nobody = Sent(np.ones(1), np.array([429]), [b""], 1.0)
     assert outcome(nobody, np.array([1]), classes, known, 0.1, 0.0)["p95"] == {"quick": None, "careful": None}
+
+
+def test_a_rule_is_tuned_once(tmp_path: Path) -> None:
+    kwargs = {"classes": "mixed", "seconds": 0.5}
+    text = tuned_text("by class", 1, tmp_path, kwargs)
+    assert text.startswith("by-class:levels=")
+    rule_of(text)
+    (kept,) = tmp_path.glob("rule-*.json")
+    changed = kept.stat().st_mtime_ns
+    assert tuned_text("by class", 1, tmp_path, kwargs) == text
+    assert kept.stat().st_mtime_ns == changed
