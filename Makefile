@@ -22,10 +22,12 @@ test: lint type
 	$(BIN)/pytest -n logical --dist worksteal --cov --durations=30 --cov-report=term-missing:skip-covered
 	$(BIN)/python tests/coverage_floors.py
 
-# Slow tests: the runner through twenty kills of its processes, and of Ray's workers; all experiments, twice; replicas.
+# Slow tests: the runner through twenty kills of its processes, and of Ray's workers; all experiments, twice; replicas;
+# whole notebooks.
 test-long: $(READY)
 	MOE_ENVS_KILLS=20 MOE_ENVS_LONG=1 $(BIN)/pytest --durations=10 tests/benchmarks/test_runner.py \
-		tests/benchmarks/test_ray.py tests/benchmarks/test_experiments.py tests/benchmarks/test_serve.py
+		tests/benchmarks/test_ray.py tests/benchmarks/test_experiments.py tests/benchmarks/test_serve.py \
+		tests/test_notebooks.py
 
 # The attack on arguments, files and processes with all its cases.
 test-attack: $(READY)
