@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Unpack
 
 import numpy as np
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from gymnasium import spaces
 
 from cost.arguments import NonNegative, choose
@@ -25,6 +25,15 @@ FALLBACKS, QUALITIES = ("substitute", "skip"), ("divergence", "log-likelihood")
 STEEP, SURE = (0.26, 0.16, 0.35, 0.74), 300.0
 
 
+def capacity_of(capacity: float, experts: int) -> int:
+    """Experts of a layer that fit: `capacity` of them or, below 1, this share; `ValueError` for other numbers."""
+    if capacity > experts or (capacity > 1 and capacity != int(capacity)):
+        raise ValueError(
+            f"capacity={capacity}: a whole number up to the {experts} experts of a layer, or a share below 1"
+        )
+    return int(capacity) if capacity >= 1 else max(1, round(capacity * experts))
+
+
 class MoEExpertCacheVectorEnv(BatchedEnv):
     """MoEExpertCache-v0 over `num_envs` streams at once; see `MoEExpertCacheEnv` for the problem and its arguments."""
 
@@ -42,7 +51,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         text: Annotated[str | None, "the folder of a corpus"] = None,
         split: str = "rl_train",
         cost_weight: NonNegative = 0.2,
-        capacity: Annotated[int, Ge(1)] = 6,
+        capacity: Annotated[float, Gt(0)] = 6,
         weights: str = "int4",
         eviction: str = "predicted",
         fallback: str = "substitute",
@@ -67,9 +76,8 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         choose("costs", costs, COSTS)
         self.stepped = stepped = CachedModel.of(model, text, split, tokens, passages, weights, costs)
         self.layers, self.k, self.experts = stepped.layers, stepped.k, stepped.experts
-        if capacity > self.experts:
-            raise ValueError(f"capacity={capacity}: a layer has {self.experts} experts")
-        self.capacity, self.eviction, self.tokens = capacity, eviction, tokens * passages
+        self.capacity = held = capacity_of(capacity, self.experts)
+        self.eviction, self.tokens = eviction, tokens * passages
         self.substitute, self.by_divergence = fallback == "substitute", quality == "divergence"
         everything = Cost(*(stepped.loads[self.k] * self.layers * self.tokens).tolist())
         reward = Reward.of(cost_weight, everything, Cost(time_weight, memory_weight, energy_weight))
@@ -92,7 +100,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         self._uses, self._last, self._asked = empty.uses, empty.last, empty.tokens
         self._lately = np.zeros(n, dtype=np.float32)
         self._history = np.zeros((n, self.tokens, self.layers, self.experts), dtype=np.uint8)
-        often = np.argsort(-stepped.demand.frequency, axis=1, kind="stable")[:, :capacity]
+        often = np.argsort(-stepped.demand.frequency, axis=1, kind="stable")[:, :held]
         self._first = np.zeros(of_layers[1:], dtype=np.bool_)  # in memory at the start
         np.put_along_axis(self._first, often, True, axis=1)
 
@@ -358,7 +366,8 @@ class MoEExpertCacheEnv(SingleEnv):
     | `text` | None | folder of a corpus to take passages from, instead of those that come with the model |
     | `split` | `"rl_train"` | passages of `"rl_train"`, `"validation"` or `"test"` |
     | `cost_weight` | 0.2 | lambda of the reward |
-    | `capacity` | 6 | experts of each layer that fit into memory; `env.unwrapped.vector.memory` is their bytes |
+    | `capacity` | 6 | experts of each layer that fit into memory, or their share if it is below 1; \
+`env.unwrapped.vector.memory` is their bytes |
     | `weights` | `"int4"` | precision of the experts: `"float32"`, `"bfloat16"`, `"int8"` or `"int4"` |
     | `eviction` | `"predicted"` | what leaves: `"predicted"` demand, `"lru"`, `"lfu"`, `"ema"` (half-life 4 tokens), \
 `"static"`, `"learned"`, or `"belady"`, which sees the future |
