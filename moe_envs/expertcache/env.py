@@ -29,7 +29,7 @@ def capacity_of(capacity: float, experts: int) -> int:
     """Experts of a layer that fit: `capacity` of them or, below 1, this share; `ValueError` for other numbers."""
     if capacity > experts or (capacity > 1 and capacity != int(capacity)):
         raise ValueError(
-            f"capacity={capacity}: a whole number up to the {experts} experts of a layer, or a share below 1"
+            f"capacity={capacity:g}: a whole number up to the {experts} experts of a layer, or a share below 1"
         )
     return int(capacity) if capacity >= 1 else max(1, round(capacity * experts))
 

@@ -192,7 +192,7 @@ def test_streams_are_replayed_and_passages_stand_once_in_a_split() -> None:
 
 def test_what_is_not_possible_is_told() -> None:
     for wrong in (17, 2.5):
-        with pytest.raises(ValueError, match=f"capacity={wrong}: a whole number up to a layer's 16 experts"):
+        with pytest.raises(ValueError, match=f"capacity={wrong}: a whole number up to the 16 experts"):
             vector(1, capacity=wrong)
     assert [vector(1, capacity=each).capacity for each in (0.01, 0.375, 1, 16)] == [1, 6, 1, 16]
     with pytest.raises(DataError, match="split 'test' has 704 passages only"):
