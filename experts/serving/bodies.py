@@ -31,7 +31,7 @@ class ToWrite(BaseModel):
     tokens: Annotated[int, Field(ge=1), WHOLE] = 100
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**53), WHOLE] | None = None
     k: Annotated[int, Field(ge=1), WHOLE] | None = None
     stream: bool = False
 
@@ -45,7 +45,7 @@ class Completion(BaseModel):
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**53), WHOLE] | None = None
     n: Annotated[Literal[1], WHOLE] | None = None
     stream: bool | None = None
 
