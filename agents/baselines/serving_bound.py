@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from scipy.stats import poisson
 
-from experts.serving.control import WAIT, WAITS
+from experts.serving.control import WAIT, WAITS, must_send
 from moe_envs.serving.env import MoEServingVectorEnv
 
 LONGEST = 400  # requests in the queue; more are counted as so many
@@ -156,6 +156,8 @@ def planned(env: MoEServingVectorEnv, rows: np.ndarray) -> tuple[np.ndarray, np.
         gain += values[place, end, (head[:, None] + sent - first[place, end]).clip(0, width - 1)]
         gain.transpose(0, 2, 1)[waiting == 0] = -np.inf
         stay = values[row, now + 1, (head - first[:, now + 1, None]).clip(0, width - 1)]
+        left = np.take_along_axis(times, head.clip(0, times.shape[1] - 1), 1) + deadline - clock[now]
+        stay[(waiting > 0) & (left < must_send(env.fastest))] = -np.inf  # as the environment does not let it wait
         best = gain.argmax(1)
         most = np.take_along_axis(gain, best[:, None], 1)[:, 0]
         plan[:, now] = np.where(most >= stay, choices[best], WAITS)

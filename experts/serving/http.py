@@ -44,13 +44,13 @@ CROWDED = _last(b"503 Service Unavailable", b"too many connections")
 
 class Admission:
     """Refuses predictions beyond what can be answered in time, before their bodies are read. By Little's law there may
-    be half a deadline times the requests a second that were answered when it last refused. Requests count once they
-    have come whole."""
+    be half the longest deadline times the requests a second that were answered when it last refused: those of a class
+    with a shorter one expire in the queue. Requests count once they have come whole."""
 
     def __init__(self, app: FastAPI) -> None:
         server = app.state.server
         self.app, self.inside = app, 0
-        self.seconds = min(each.deadline for each in server.limits.classes) / 2
+        self.seconds = max(each.deadline for each in server.limits.classes) / 2
         self.capacity = min(FIRST, float(server.service.sizes[-1] / server.service.seconds[:, -1].min()))
         self._done, self._refused, self._since = 0, False, time.monotonic()
 

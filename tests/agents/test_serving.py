@@ -17,7 +17,7 @@ from agents.ppo import PPO
 from agents.rollouts import Collector, Rows
 from experts.serving.batching import Batcher
 from experts.serving.control import Choices, RequestClass, Service
-from experts.serving.rules import Fixed
+from experts.serving.rules import Fixed, rule_of
 from moe_envs.serving import MoEServingVectorEnv
 
 ID = "moe_envs:MoEServing-v0"
@@ -48,6 +48,14 @@ def test_who_knows_the_future_is_above_who_does_not() -> None:
     for rule in (Fixed, lambda choices: Fixed(choices, 16, 0.1, 1)):
         made = rules.ServingRule(lambda env, rule=rule: rule(env.choices))
         assert _return(made, 16, cost_weight=0.0, load=1.0) < ahead
+
+
+def test_who_knows_the_future_may_not_wait_where_nobody_may() -> None:
+    kwargs: dict[str, Any] = {"trace": "bursts", "load": 1.1, "seconds": 4.0, "deadline": 0.25}
+    ahead = _return(Foresight(), 16, **kwargs)
+    for name in ("plan", "slackfit"):
+        made = rules.ServingRule(lambda env, name=name: rule_of(name)(env.choices, env.service, env.classes))
+        assert _return(made, 16, **kwargs) < ahead
 
 
 def test_rules_are_tuned_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
