@@ -17,6 +17,7 @@ import uvicorn
 
 from experts.serving import http
 from experts.serving.app import create_app
+from experts.serving.control import RequestClass
 
 ASK = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
 
@@ -86,6 +87,15 @@ def test_predictions_beyond_half_a_deadline_are_refused_unread(app: Any) -> None
         assert b" 200 " in _ask(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         admission.inside = 0
         assert b" 422 " in _ask(port, ASK % (len(body), body))
+
+
+def test_requests_that_can_wait_long_are_not_refused_for_the_sake_of_those_that_cannot() -> None:
+    classes = RequestClass("quick", deadline=0.1), RequestClass("bulk", deadline=4.0)
+    admission = http.Admission(create_app("digits", classes=classes))
+    admission.capacity, admission.inside = 100.0, 199
+    assert isinstance(admission.enter(), http.Prediction)
+    admission.inside = 200
+    assert not isinstance(admission.enter(), http.Prediction)
 
 
 def test_the_capacity_is_learned_from_what_was_answered(app: Any) -> None:
