@@ -107,7 +107,7 @@ def _simulated(text: str, env: MoEServingVectorEnv, setup: ServingSetup, kwargs:
     return float(evaluate(rule, rules.ID, setup.episodes, 0, **given)["return"].mean())
 
 
-class Requests(NamedTuple):
+class Workload(NamedTuple):
     """Times at which requests should be sent, their classes, and what is sent."""
 
     times: np.ndarray
@@ -115,7 +115,7 @@ class Requests(NamedTuple):
     raw: list[bytes]
 
 
-def _requests(setup: ServingSetup, env: MoEServingVectorEnv, generator: np.random.Generator) -> Requests:
+def _requests(setup: ServingSetup, env: MoEServingVectorEnv, generator: np.random.Generator) -> Workload:
     """Arrivals at the load, in rows, of requests whose classes are drawn as in the environment."""
     shares = np.array(SHARES[setup.classes])
     rate = setup.load * env.capacity / float(shares @ [each.size for each in env.classes])
@@ -123,10 +123,10 @@ def _requests(setup: ServingSetup, env: MoEServingVectorEnv, generator: np.rando
     of_class = generator.choice(len(shares), len(times), p=shares)
     asked = [predictions(setup.model, each.size, each.name) for each in env.classes]
     raw = [asked[each][number % len(asked[each])] for number, each in enumerate(of_class)]
-    return Requests(times, of_class, raw)
+    return Workload(times, of_class, raw)
 
 
-def _served(text: str, setup: ServingSetup, asked: Requests, env: MoEServingVectorEnv) -> dict[str, Any]:
+def _served(text: str, setup: ServingSetup, asked: Workload, env: MoEServingVectorEnv) -> dict[str, Any]:
     """Value that is lost, share of the time in the model, latencies and levels."""
     options = [
         f"--class={each.name}:{','.join(f'{key}={getattr(each, key)}' for key in ABOUT)}" for each in env.classes

@@ -49,7 +49,10 @@ def read(folder: Path | str, limit: int | None = None) -> Corpus:
     Raises `DataError` where there is no domain, or one has no document in one of the splits.
     """
     root = Path(folder)
-    folders = sorted(each for each in root.iterdir() if each.is_dir()) if root.is_dir() else []
+    try:
+        folders = sorted(each for each in root.iterdir() if each.is_dir()) if root.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{str(root)[:80]} is no folder of text files: {error.strerror}") from error
     if not folders:
         raise DataError(f"{root} has no folder of text files: a corpus is a folder with one folder for each domain")
     documents: dict[str, dict[str, tuple[str, ...]]] = {split: {} for split in SPLITS}

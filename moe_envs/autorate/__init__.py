@@ -33,7 +33,7 @@ def make_vec(
     if len(found) == 1:
         return MoEAutoRateVectorEnv(num_envs, **keywords[0])
     if not 0 < len(found) <= num_envs:
-        raise ValueError(f"{len(found)} combinations of arguments for {num_envs} rows")
+        raise ValueError(f"{len(found)} combinations of {', '.join(NAMES)} for num_envs={num_envs} rows")
     shares = [len(part) for part in np.array_split(np.arange(num_envs), len(found))]
     return MixedVectorEnv([
         MoEAutoRateVectorEnv(share, **each) for share, each in zip(shares, keywords, strict=True)
