@@ -20,7 +20,7 @@ class ServingProblem(Problem):
     def within(self, env: Mapping[str, Any]) -> Problem:
         """The same problem with these arguments of the environment, with which the optimum may be known."""
         found = super().within(env)
-        if env.get("answers") == "latency":  # there is a bound for Poisson arrivals and one load only
+        if env.get("answers") == "latency":  # else there is no bound with latencies: see `agents.baselines.serving.bound`
             found.bound_is = "the optimum"
         return found
 

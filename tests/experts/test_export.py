@@ -38,10 +38,11 @@ def test_a_classifier_in_every_format(digits: Source, form: Any, tmp_path: Path)
     assert {*manifest["files"], "manifest.json"} == {path.name for path in (tmp_path / "out").iterdir()}
     if form.startswith("onnx"):
         exported = load_exported(tmp_path / "out")
-        found = exported.run(digits.examples[:5])
+        found = exported.run(digits.examples)
         with torch.no_grad():
-            wanted = digits.module(torch.from_numpy(digits.examples[:5])).numpy()
-        np.testing.assert_allclose(found, wanted, atol=1e-5 if form == "onnx" else 1.0)
+            wanted = digits.module(torch.from_numpy(digits.examples)).numpy()
+        np.testing.assert_allclose(found[:5], wanted[:5], atol=1e-5 if form == "onnx" else 1.0)
+        assert (found.argmax(1) == wanted.argmax(1)).all()  # between two examples int8 may choose another class
     else:
         with pytest.raises(ExportError, match="another runtime"):
             load_exported(tmp_path / "out")
