@@ -206,6 +206,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     """Return of each controller in the server and simulated."""
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     tables = {name: table for name, table in result["tables"].items() if not name.endswith(": controllers")}
     columns = min(3, len(tables))
@@ -219,10 +220,8 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
         axis.axline((table[0]["return"], table[0]["return"]), slope=1, color="0.7", linewidth=1)
         axis.set(title=title, xlabel="return, simulated", ylabel="return in the server")
         axis.grid(alpha=0.3)
-    shown = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    dots = [Line2D([], [], marker="o", linestyle="", color=f"C{number}") for number in range(len(names))]
+    figure.legend(dots, names, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(out / "controllers.png", dpi=110)
     plt.close(figure)
     return ["controllers.png"]

@@ -20,7 +20,7 @@ class ServingProblem(Problem):
     def within(self, env: Mapping[str, Any]) -> Problem:
         """The same problem with these arguments of the environment, with which the optimum may be known."""
         found = super().within(env)
-        if env.get("answers") == "latency":  # else there is no bound with latencies: see `agents.baselines.serving.bound`
+        if env.get("answers") == "latency":  # of latencies there is no other bound
             found.bound_is = "the optimum"
         return found
 
