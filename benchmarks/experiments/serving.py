@@ -221,7 +221,7 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
         axis.set(title=title, xlabel="return, simulated", ylabel="return in the server")
         axis.grid(alpha=0.3)
     dots = [Line2D([], [], marker="o", linestyle="", color=f"C{number}") for number in range(len(names))]
-    figure.legend(dots, names, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(dots, names, loc="outside lower center", ncols=columns + 1, fontsize=8)
     figure.savefig(out / "controllers.png", dpi=110)
     plt.close(figure)
     return ["controllers.png"]
