@@ -8,10 +8,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from inspect import signature
+from typing import Any, TypeVar, get_type_hints
 
+import gymnasium
 import numpy as np
 import pytest
+
+from moe_envs import SPECS
 
 Case = TypeVar("Case")
 VERDICTS = "right", "clear", "unclear", "silent", "lost", "traceback"
@@ -96,3 +100,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(
                 f"{test:70.70s}{found.total():8d}" + "".join(f"{found[name]:10d}" for name in VERDICTS)
             )
+
+
+def arguments_of(env_id: str) -> dict[str, Any]:
+    """The annotations of a problem's arguments, which a problem added later has, too."""
+    vector = type(gymnasium.make(env_id, **SPECS[env_id].small).unwrapped.vector)  # type: ignore[attr-defined]
+    hints = get_type_hints(vector.__init__, include_extras=True)
+    return {
+        name: hints[name]
+        for name, each in signature(vector.__init__).parameters.items()
+        if each.kind is each.KEYWORD_ONLY
+    }

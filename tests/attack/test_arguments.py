@@ -3,7 +3,6 @@
 import math
 import operator
 from collections.abc import Sequence
-from inspect import signature
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,7 +17,7 @@ from agents.ppo import PPO, PPOSettings
 from agents.reinforce import REINFORCE, ReinforceSettings
 from cost.arguments import adapters_of, check
 from moe_envs import SPECS
-from tests.attack.conftest import SCALE, Outcomes, some
+from tests.attack.conftest import SCALE, Outcomes, arguments_of, some
 
 JUNK: dict[str, Any] = {
     "nan": math.nan, "inf": math.inf, "-inf": -math.inf, "complex": 1j, "huge": 10**400, "1e308": 1e308, "-1": -1,
@@ -64,17 +63,6 @@ def fits(hint: Any, value: Any) -> bool:
 
 def bound_of(bound: Any) -> float:
     return float(next(getattr(bound, name) for name in ("ge", "gt", "le", "lt") if hasattr(bound, name)))
-
-
-def arguments_of(env_id: str) -> dict[str, Any]:
-    """The annotations of a problem's arguments, which a problem added later has, too."""
-    vector = type(gymnasium.make(env_id, **SPECS[env_id].small).unwrapped.vector)  # type: ignore[attr-defined]
-    hints = get_type_hints(vector.__init__, include_extras=True)
-    return {
-        name: hints[name]
-        for name, each in signature(vector.__init__).parameters.items()
-        if each.kind is each.KEYWORD_ONLY
-    }
 
 
 def play(env: Any) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 
 from agents import runs
@@ -22,7 +23,8 @@ from benchmarks.runner.experiments import find, shipped
 from benchmarks.runner.matrix import Job
 from benchmarks.runner.rows import Row
 from cost.files import save_json
-from tests.attack.conftest import SCALE, Outcomes, some
+from moe_envs import SPECS
+from tests.attack.conftest import SCALE, Outcomes, arguments_of, some
 from tests.attack.kinds import KINDS
 from tests.processes import running
 
@@ -375,6 +377,7 @@ def test_what_a_setup_names_is_trusted_or_harmless() -> None:
     harmless = {
         "network", "model", "policy", "bundle", "policies", "data", "method", "level", "gate_level", "run", "task",
         "trained_on", "optimizer", "plans", "loop", "peer",
+        "env",  # arguments of an environment, see the test below
     }  # fmt: skip
     for name in shipped():
         experiment = find(name)
@@ -384,3 +387,12 @@ def test_what_a_setup_names_is_trusted_or_harmless() -> None:
                 continue
             setup = experiment.setup_class.model_construct(**first | {field: "evilrun.payload:x"})
             assert "evilrun.payload:x" in setup.imports, f"{name}: {field}"
+
+
+@pytest.mark.parametrize("env_id", list(SPECS))
+def test_no_argument_of_an_environment_is_imported(env_id: str, payload: Callable[[], bool]) -> None:
+    """So a matrix may give a leaderboard's environment any arguments (`env`) without being trusted."""
+    for argument in arguments_of(env_id):
+        with contextlib.suppress(ValueError, RuntimeError):
+            gymnasium.make(env_id, disable_env_checker=True, **SPECS[env_id].small | {argument: "evilrun.payload:x"})
+        assert not payload(), argument
