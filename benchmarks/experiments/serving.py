@@ -1,7 +1,8 @@
 """Does a learned controller pay in the real server? Value and latency of answers under load, beside rules.
 
-Rules are tuned, and PPO trained, in MoEServing-v0, for a range of loads, with times of this machine. Then `moe-serve`
-runs with each of them, in turns, and gets the same arrivals at a given load; sender and server share this machine's
+Rules are tuned, and PPO trained, in MoEServing-v0, for a range of loads, with times of this machine. Then a server runs
+with each of them. All get the same arrivals, in turns of some seconds, so that a machine that becomes slower does so
+for all; the load is a share of what a server answers at most just before. Sender and servers share this machine's
 processors. Run it on an otherwise idle machine.
 """
 
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import pandas as pd
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from agents.baselines import serving as rules
 from agents.evaluate import evaluate
@@ -26,10 +29,12 @@ from benchmarks.runner.kept import found_once, run_of
 from benchmarks.runner.setup import Arguments
 from cost.files import sha256_of
 from experts.serving.arrivals import arrivals
-from experts.serving.control import RequestClass, Service
+from experts.serving.control import CAPS, NEVER, RequestClass, Service
 from moe_envs.serving.env import SHARES, MoEServingVectorEnv
 
 DEFAULT, PPO = "SlackFit, not tuned", "PPO"
+FULL = f"fixed:cap={CAPS[-1]}"  # the largest batches at the best level
+CALIBRATION = 4.0  # seconds in which it is counted how many rows a server answers at most
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, dict[str, Any]] = {
     f"{trace}, {classes}, load {load}": {"trace": trace, "classes": classes, "load": load}
@@ -46,7 +51,8 @@ ABOUT = "deadline", "value", "size", "care"  # of a class of requests, as `moe-s
 
 class ServingSetup(Arguments):
     """Arrivals of a `trace` ("poisson", "bursts", or a file) at this `load` for `seconds` (the test part of a file), of
-    one class of requests with this `deadline` or of the environment's three ("mixed", which have their own).
+    one class of requests with this `deadline` or of the environment's three ("mixed", which have their own). Servers
+    take turns so many times.
 
     Rules are the best of twice `tune` settings, and policies are trained, on episodes of `episode` seconds. The times
     of batches are those of this machine, and a row's HTTP is added, or the shipped ones (`costs`)."""
@@ -58,6 +64,7 @@ class ServingSetup(Arguments):
     deadline: float = 0.25
     cost_weight: float = 0.1
     seconds: float = 30.0
+    turns: int = Field(default=3, ge=1)
     compared: list[Rule] = RULES
     tune: int = rules.TRIES
     timesteps: int | None = None
@@ -92,10 +99,9 @@ def measure(setup: ServingSetup, seed: int, split: str, folder: Path) -> tuple[d
     controllers |= {name: tuned_text(name, setup.tune, folder, kwargs) for name in setup.compared if name in known}
     controllers[PPO] = f"policy:{run_of(folder, rules.ID, kwargs, seed, setup.timesteps)}"
     simulated = {name: _simulated(text, env, setup, kwargs) for name, text in controllers.items()}
-    asked = _requests(setup, env, np.random.default_rng(seed))
-    served = {name: _served(text, setup, asked, env) for name, text in controllers.items()}
+    found = _served(controllers, setup, env, np.random.default_rng(seed))
     decided = {"simulated": simulated, "controllers": {name: text for name, text in controllers.items() if name != PPO}}
-    times = {"served": served, "overhead_s": overhead}
+    times = found | {"overhead_s": overhead}
     return ({}, times | decided) if measured else (decided, times)
 
 
@@ -107,36 +113,64 @@ def _simulated(text: str, env: MoEServingVectorEnv, setup: ServingSetup, kwargs:
     return float(evaluate(rule, rules.ID, setup.episodes, 0, **given)["return"].mean())
 
 
-class Workload(NamedTuple):
-    """Times at which requests should be sent, their classes, and what is sent."""
-
-    times: np.ndarray
-    of_class: np.ndarray
-    raw: list[bytes]
-
-
-def _requests(setup: ServingSetup, env: MoEServingVectorEnv, generator: np.random.Generator) -> Workload:
-    """Arrivals at the load, in rows, of requests whose classes are drawn as in the environment."""
-    shares = np.array(SHARES[setup.classes])
-    rate = setup.load * env.capacity / float(shares @ [each.size for each in env.classes])
+def _served(
+    controllers: dict[str, str], setup: ServingSetup, env: MoEServingVectorEnv, generator: np.random.Generator
+) -> dict[str, Any]:
+    """What a server answers at most, in rows a second; then for each controller: value that is lost, share of the time
+    in the model, latencies and levels."""
+    rows, length = _most(setup, env), setup.seconds / setup.turns
+    rate = setup.load * rows / float(np.array(SHARES[setup.classes]) @ [each.size for each in env.classes])
     times = arrivals(setup.trace, rate, setup.seconds, generator, "test")
-    of_class = generator.choice(len(shares), len(times), p=shares)
+    of_class, raw = _requests(setup, env, len(times), generator)
+    sent: dict[str, list[Sent]] = {name: [] for name in controllers}
+    busy = dict.fromkeys(controllers, 0.0)
+    with ExitStack() as running:
+        servers = {
+            name: running.enter_context(service(setup.model, "--controller", text, *_options(env.classes)))
+            for name, text in controllers.items()
+        }
+        for turn in range(setup.turns):
+            now = np.flatnonzero(times // length == turn)
+            asked = times[now] - turn * length, [raw[each] for each in now]
+            for name in np.roll(list(servers), -turn):
+                port = servers[name].port
+                run_loop(send_all(raw, 1.0, HOST, port, connections=4))
+                before = run_loop(busy_seconds(port))
+                sent[name].append(run_loop(send_at(*asked, HOST, port)))
+                busy[name] += run_loop(busy_seconds(port)) - before
+    about = of_class, env.classes, env.service, setup.cost_weight
+    served = {name: outcome(joined(each), *about, busy[name] / setup.seconds) for name, each in sent.items()}
+    return {"served": served, "rows_per_s": {"server": rows, "profile": env.capacity}}
+
+
+def _most(setup: ServingSetup, env: MoEServingVectorEnv) -> float:
+    """Rows a second that a server answers which always has more requests than it can take, and whose users wait."""
+    _, raw = _requests(setup, env, 1000, np.random.default_rng(0))
+    patient = [replace(each, deadline=NEVER) for each in env.classes]
+    with service(setup.model, "--controller", FULL, *_options(patient)) as server:
+        run_loop(send_all(raw, 1.0, HOST, server.port, connections=4))
+        sent = run_loop(send_all(raw, min(CALIBRATION, setup.seconds), HOST, server.port, connections=2 * CAPS[-1]))
+    return sum(len(json.loads(each)["predictions"]) for each in sent.answers) / sent.seconds
+
+
+def _requests(
+    setup: ServingSetup, env: MoEServingVectorEnv, count: int, generator: np.random.Generator
+) -> tuple[np.ndarray, list[bytes]]:
+    """Requests and their classes, drawn as in the environment."""
+    of_class = generator.choice(len(env.classes), count, p=SHARES[setup.classes])
     asked = [predictions(setup.model, each.size, each.name) for each in env.classes]
-    raw = [asked[each][number % len(asked[each])] for number, each in enumerate(of_class)]
-    return Workload(times, of_class, raw)
+    return of_class, [asked[each][number % len(asked[each])] for number, each in enumerate(of_class)]
 
 
-def _served(text: str, setup: ServingSetup, asked: Workload, env: MoEServingVectorEnv) -> dict[str, Any]:
-    """Value that is lost, share of the time in the model, latencies and levels."""
-    options = [
-        f"--class={each.name}:{','.join(f'{key}={getattr(each, key)}' for key in ABOUT)}" for each in env.classes
-    ]
-    with service(setup.model, "--controller", text, *options) as server:
-        run_loop(send_all(asked.raw, 1.0, HOST, server.port, connections=4))
-        before = run_loop(busy_seconds(server.port))
-        sent = run_loop(send_at(asked.times, asked.raw, HOST, server.port))
-        busy = (run_loop(busy_seconds(server.port)) - before) / setup.seconds
-    return outcome(sent, asked.of_class, env.classes, env.service, setup.cost_weight, busy)
+def _options(classes: Sequence[RequestClass]) -> list[str]:
+    """Classes of requests as `moe-serve` takes them."""
+    return [f"--class={each.name}:{','.join(f'{key}={getattr(each, key)}' for key in ABOUT)}" for each in classes]
+
+
+def joined(parts: Sequence[Sent]) -> Sent:
+    """What was sent in several turns, as one."""
+    latency, status = (np.concatenate([getattr(each, name) for each in parts]) for name in ("latency", "status"))
+    return Sent(latency, status, [one for each in parts for one in each.answers], sum(each.seconds for each in parts))
 
 
 def outcome(
@@ -189,6 +223,9 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
                 "levels": pd.DataFrame([each["levels"] for each in served]).mean().to_dict(),
                 "simulated": float(np.mean([row[name] for row in frame_rows["simulated"]])),
             })  # fmt: skip
+        tables[f"{setup}: rows a second at most"] = [
+            {"seed": row["seed"], **row["rows_per_s"]} for _, row in frame_rows.iterrows()
+        ]
         tables[f"{setup}: controllers"] = [
             {"controller": name, "text": text}
             for name, text in frame_rows["controllers"].iloc[0].items()
@@ -208,7 +245,7 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    tables = {name: table for name, table in result["tables"].items() if not name.endswith(": controllers")}
+    tables = {name: result["tables"][name] for name in frame["setup"].unique()}
     columns = min(3, len(tables))
     rows = -(-len(tables) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), layout="constrained", squeeze=False)

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import psutil
 
-from benchmarks.experiments.serving import outcome, tuned_text
+from benchmarks.experiments.serving import joined, outcome, tuned_text
 from benchmarks.programs.sender import Sent
 from benchmarks.programs.service import CODE, service
 from experts import bundle
@@ -82,6 +82,15 @@ def test_what_answers_are_worth_by_hand() -> None:
     assert found["p95"] == {"quick": pytest.approx(0.185), "careful": pytest.approx(0.4775)}
     nobody = Sent(np.ones(1), np.array([429]), [b""], 1.0)
     assert outcome(nobody, np.array([1]), classes, known, 0.1, 0.0)["p95"] == {"quick": None, "careful": None}
+
+
+def test_turns_are_joined_in_their_order() -> None:
+    first = Sent(np.array([0.1, 0.2]), np.array([200, 429]), [b"a", b""], 2.0)
+    found = joined([first, Sent(np.array([0.3]), np.array([200]), [b"b"], 1.5)])
+    assert found.latency.tolist() == [0.1, 0.2, 0.3]
+    assert found.status.tolist() == [200, 429, 200]
+    assert found.answers == [b"a", b"", b"b"]
+    assert found.seconds == 3.5
 
 
 def test_a_rule_is_tuned_once(tmp_path: Path) -> None:
