@@ -18,6 +18,9 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/moe-benchmark run demo --out runs/demo --jobs 2
 
+# Tests start processes side by side: one thread for each.
+test test-long test-attack: export OMP_NUM_THREADS = 1
+
 test: lint type
 	$(BIN)/pytest -n logical --dist worksteal --cov --durations=30 --cov-report=term-missing:skip-covered
 	$(BIN)/python tests/coverage_floors.py

@@ -225,14 +225,14 @@ def _grouped(
     return torch.zeros_like(x_TD).index_add(0, input_N, rows_ND * weights_N1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _segmented(
     x_TD: torch.Tensor, input_N: torch.Tensor, weights_N1: torch.Tensor, counts: list[int], keep: bool,
     w_in: list[torch.Tensor], w_out: list[torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
-    found: torch.Tensor = _Segments.apply(  # type: ignore[no-untyped-call]
-        x_TD, input_N, weights_N1, counts, keep, *w_in, *w_out
-    )
+    run: Any = _Segments.apply
+    if torch.compiler.is_compiling():  # else `disable` would import the compiler, which takes seconds
+        run = torch.compiler.disable(run)
+    found: torch.Tensor = run(x_TD, input_N, weights_N1, counts, keep, *w_in, *w_out)
     return found
 
 
