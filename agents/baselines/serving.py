@@ -5,7 +5,7 @@ Shape legend: n rows, C request classes, L quality levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -71,10 +71,12 @@ class RandomChoices:
 
 @dataclass(frozen=True)
 class Family:
-    """Settings of a rule: `drawn(random)` draws some, `near(settings, random)` changes one of them."""
+    """Settings of a rule: `drawn(random)` draws some, `near(settings, random)` changes one or two of them; `bounded`
+    ones are then drawn anew."""
 
     make: Callable[[MoEServingVectorEnv, dict[str, Any]], Controller]
     ranges: Mapping[str, Callable[[np.random.Generator], Any]]
+    bounded: Collection[str] = ()
 
     def drawn(self, random: np.random.Generator) -> dict[str, Any]:
         """Random settings."""
@@ -83,7 +85,8 @@ class Family:
     def near(self, settings: dict[str, Any], random: np.random.Generator) -> dict[str, Any]:
         """The settings with one or two of them drawn anew, numbers near what they were."""
         names = random.choice(list(self.ranges), size=min(2, len(self.ranges)), replace=False)
-        return settings | {name: _near(settings[name], self.ranges[name](random), random) for name in names}
+        changed = settings | {name: _near(settings[name], self.ranges[name](random), random) for name in names}
+        return changed | {name: self.ranges[name](random) for name in names if name in self.bounded}
 
 
 def _near(old: Any, new: Any, random: np.random.Generator) -> Any:
@@ -140,6 +143,7 @@ def families(env: MoEServingVectorEnv) -> dict[str, Family]:
             lambda env, own: Adaptive(choices, **own),
             {"target": _between(deadline / 20, deadline), "timeout": _between(1e-4, deadline),
              "decrease": lambda random: float(random.uniform(0.5, 0.95))} | order | level,
+            bounded=("decrease",),
         ),
         "SlackFit": Family(
             lambda env, own: SlackFit(choices, service, **own),
@@ -279,9 +283,12 @@ def baselines(
 
 def bound(env_id: str, **env_kwargs: Any) -> Foresight | Optimal | None:
     """With one class of requests what a server reaches that knows the future, or, where it is known, the optimum of
-    one that does not (`agents.baselines.serving_bound`); None with several."""
+    one that does not (`agents.baselines.serving_bound`); None with several, and with other weights of the costs."""
     load = env_kwargs.get("load", (0.5, 1.1))
-    if env_kwargs.get("classes", "one") != "one":
+    other = env_kwargs.get("time_weight", 1) != 1 or any(
+        env_kwargs.get(name, 0) for name in ("memory_weight", "energy_weight")
+    )
+    if env_kwargs.get("classes", "one") != "one" or other:
         return None
     if env_kwargs.get("answers", "in time") == "in time":
         return Foresight()

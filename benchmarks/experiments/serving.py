@@ -22,12 +22,13 @@ from pydantic import Field, model_validator
 from agents.baselines import serving as rules
 from agents.evaluate import evaluate
 from benchmarks.programs.sender import HOST, Sent, run_loop, send_all, send_at
-from benchmarks.programs.service import busy_seconds, predictions, service
+from benchmarks.programs.service import Serving, counted, predictions, service
 from benchmarks.programs.tuning import http_seconds
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.kept import found_once, run_of
 from benchmarks.runner.setup import Arguments
 from cost.files import sha256_of
+from experts.data import DataError
 from experts.serving.arrivals import arrivals
 from experts.serving.control import CAPS, NEVER, RequestClass, Service
 from moe_envs.serving.env import SHARES, MoEServingVectorEnv
@@ -46,6 +47,7 @@ QUICK = {"seeds": [0], "setups": {"short": {
 }}}  # fmt: skip
 Rule = Literal["fixed", "regression (BentoML)", "adaptive (Clipper)", "SlackFit", "plan", "thresholds", "by class"]
 RULES: list[Rule] = list(get_args(Rule))
+SHOWN = "lost", "busy", "in time", "refused"
 ABOUT = "deadline", "value", "size", "care"  # of a class of requests, as `moe-serve` takes it
 
 
@@ -135,9 +137,10 @@ def _served(
             for name in np.roll(list(servers), -turn):
                 port = servers[name].port
                 run_loop(send_all(raw, 1.0, HOST, port, connections=4))
-                before = run_loop(busy_seconds(port))
+                before = run_loop(counted(port))
                 sent[name].append(run_loop(send_at(*asked, HOST, port)))
-                busy[name] += run_loop(busy_seconds(port)) - before
+                busy[name] += run_loop(counted(port)) - before
+                _check(name, servers[name], sent[name][-1])
     about = of_class, env.classes, env.service, setup.cost_weight
     served = {name: outcome(joined(each), *about, busy[name] / setup.seconds) for name, each in sent.items()}
     return {"served": served, "rows_per_s": {"server": rows, "profile": env.capacity}}
@@ -150,7 +153,16 @@ def _most(setup: ServingSetup, env: MoEServingVectorEnv) -> float:
     with service(setup.model, "--controller", FULL, *_options(patient)) as server:
         run_loop(send_all(raw, 1.0, HOST, server.port, connections=4))
         sent = run_loop(send_all(raw, min(CALIBRATION, setup.seconds), HOST, server.port, connections=2 * CAPS[-1]))
-    return sum(len(json.loads(each)["predictions"]) for each in sent.answers) / sent.seconds
+        _check(FULL, server, sent)
+    answers = [answer for answer, status in zip(sent.answers, sent.status, strict=True) if status == 200]
+    return sum(len(json.loads(each)["predictions"]) for each in answers) / sent.seconds
+
+
+def _check(name: str, server: Serving, sent: Sent) -> None:
+    """Raise `DataError` where answers are neither predictions nor refusals, or the controller failed."""
+    strange = sorted(set(sent.status.tolist()) - {200, 429, 504})
+    if strange or run_loop(counted(server.port, "moe_controller_failures_total")):
+        raise DataError(f"the server with {name} failed, statuses {strange}: {''.join(server.said)}")
 
 
 def _requests(
@@ -191,6 +203,7 @@ def outcome(
     counts = np.bincount(level[fine], minlength=len(known.levels))
     return {
         "return": -lost - cost_weight * busy, "lost": lost, "busy": busy, "in time": float(fine.mean()),
+        "refused": float((sent.status == 429).mean()),
         "p95": {name: float(np.percentile(found, 95)) if len(found) else None for name, found in latencies.items()},
         "levels": dict(zip(known.levels, (counts / max(1, fine.sum())).tolist(), strict=True)),
     }  # fmt: skip
@@ -218,7 +231,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             table.append({
                 "controller": name, "return": float(returns.mean()),
                 "95 %": list(mean_interval(returns)) if len(returns) > 1 else None,
-                **{key: float(np.mean([each[key] for each in served])) for key in ("lost", "busy", "in time")},
+                **{key: float(np.mean([each[key] for each in served])) for key in SHOWN},
                 "p95 ms": (1e3 * pd.DataFrame([each["p95"] for each in served]).mean()).round(1).to_dict(),
                 "levels": pd.DataFrame([each["levels"] for each in served]).mean().to_dict(),
                 "simulated": float(np.mean([row[name] for row in frame_rows["simulated"]])),
@@ -233,7 +246,8 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         ]
     return {"tables": tables, "notes": [
         "return: minus the lost value and cost_weight times busy, of the real server. lost: share of the requests' "
-        "value that late, refused and worse answers lose; busy: share of the time in the model; levels: shares of the "
+        "value that late, refused and worse answers lose; busy: share of the time in the model; refused: share of the "
+        "requests for which too many came before them, of which the environment knows nothing; levels: shares of the "
         "answers in time; p95: latency of what was answered, by class. simulated: mean return in the environment at "
         "this load, on its test split, where HTTP counts as time of the model. A seed has its own training of PPO and "
         "arrivals.",

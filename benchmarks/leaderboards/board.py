@@ -198,6 +198,11 @@ class Leaderboard:
             raise ValueError("setups with different arguments of the environment (env) cannot be compared")
         env = next(iter(setups.values())).env
         changed = self.problem.within(env).splits
+        for split in splits if env else ():
+            try:
+                gymnasium.make(self.problem.env_id, disable_env_checker=True, **changed[split]).close()
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"env, in the split {split!r}: {error}") from error
         for one, other in combinations(splits, 2):
             if env and changed[one] == changed[other]:
                 raise ValueError(

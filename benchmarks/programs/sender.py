@@ -85,7 +85,7 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
 
 
 async def send_at(
-    times: np.ndarray, requests: Sequence[bytes], host: str, port: int, *, connections: int = 512,
+    times: np.ndarray, requests: Sequence[bytes], host: str, port: int, *, connections: int = 2000,
     timeout: float = 30.0,
 ) -> Sent:  # fmt: skip
     """Send request i of the list, which is gone through again and again, at `times[i]` seconds from now."""

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +23,18 @@ from benchmarks.programs.sender import HOST, request
 from experts.data import DataError
 
 READY = re.compile(r"http://127\.0\.0\.1:(\d+)")
-SECONDS = 120.0  # to load and time the model
+SECONDS, PATIENCE = 120.0, 60.0  # to load and time the model, and to end
+BUSY = "moe_batch_seconds_sum"  # seconds that the model has run
 CODE = "from benchmarks.cli.main import serve; serve()"
 
 
 @dataclass
 class Serving:
-    """A server that runs: where it listens, and its process."""
+    """A server that runs: where it listens, its process, and the last lines that it wrote to stderr."""
 
     port: int
     process: psutil.Process
+    said: deque[str]
 
     @property
     def memory(self) -> int:
@@ -61,13 +64,13 @@ def _examples(model: str) -> list[list[float]]:
     return [np.round(row, 4).tolist() for row in load(model).examples(64)]
 
 
-async def busy_seconds(port: int) -> float:
-    """Seconds that the model of a server has run."""
+async def counted(port: int, counter: str = BUSY) -> float:
+    """A counter of a server, summed over its labels."""
     reader, writer = await asyncio.open_connection(HOST, port)
     writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     text = (await reader.read()).decode()
     writer.close()
-    return sum(float(line.split()[1]) for line in text.splitlines() if line.startswith("moe_batch_seconds_sum"))
+    return sum(float(line.split()[1]) for line in text.splitlines() if line.startswith(counter))
 
 
 @contextmanager
@@ -84,12 +87,16 @@ def service(model: str, *options: str) -> Iterator[Serving]:
             timer.cancel()
             if port is None:
                 raise DataError(f"the server of {model} did not start: {said.strip()}")
-            threading.Thread(target=process.stderr.read, daemon=True).start()  # type: ignore[union-attr]
-            yield Serving(port, psutil.Process(process.pid))
+            said_last = deque[str](maxlen=20)
+            threading.Thread(target=said_last.extend, args=(process.stderr,), daemon=True).start()
+            yield Serving(port, psutil.Process(process.pid), said_last)
         finally:
             timer.cancel()
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _port(process: subprocess.Popen[str]) -> tuple[int | None, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from agents.baselines import serving as rules
 from benchmarks.programs.sender import HOST, run_loop, send_all
-from benchmarks.programs.service import busy_seconds, predictions, service
+from benchmarks.programs.service import counted, predictions, service
 from experts.data import DataError
 
 SECONDS, WARM_UP = 2.0, 0.5  # of requests by which HTTP is timed
@@ -29,9 +29,9 @@ def http_seconds(model: str) -> float:
     asked = predictions(model)
     with service(model) as server:
         run_loop(send_all(asked, WARM_UP, HOST, server.port, connections=CONNECTIONS))
-        before = run_loop(busy_seconds(server.port))
+        before = run_loop(counted(server.port))
         sent = run_loop(send_all(asked, SECONDS, HOST, server.port, connections=CONNECTIONS))
-        busy = run_loop(busy_seconds(server.port)) - before
+        busy = run_loop(counted(server.port)) - before
     answered = int((sent.status == 200).sum())
     if not answered:
         raise DataError(f"the server of {model} answered {sorted(set(sent.status.tolist()))} instead of 200")

@@ -66,17 +66,19 @@ Watch = Callable[[int, int, float], object]
 class Batcher:
     """One queue for each request class, one controller, one thread that runs batches.
 
-    `controller` decides whenever the thread is free and something waits. Requests whose deadline passed are not run.
+    `controller` decides whenever the thread is free and something waits; `failed` is called where it raises an error.
+    Requests whose deadline passed are not run.
     """
 
     def __init__(
         self, run: Run, controller: Controller, choices: Choices, service: Service,
         classes: Sequence[RequestClass] = (RequestClass(),), queue_size: int = 1024, watch: Watch = lambda *_: None,
+        failed: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         if choices.classes != len(classes):
             raise ValueError(f"{len(classes)} request classes, but the choices are for {choices.classes}")
         self.run, self.controller, self.choices, self.classes = run, controller, choices, tuple(classes)
-        self.service, self.queue_size, self.watch = service, queue_size, watch
+        self.service, self.queue_size, self.watch, self.failed = service, queue_size, watch, failed
         self._fastest = float(service.seconds[:, 0].min())
         self._slowest = service.table(choices.caps[-1])[0]
         self._queues: list[deque[Waiting]] = [deque() for _ in classes]
@@ -196,6 +198,7 @@ class Batcher:
                 raise ValueError(f"choice {choice}: there are {len(self.choices)}")
         except Exception:
             log.exception("the controller failed; a batch is sent as it would be without one")
+            self.failed()
             return at_once
         self._starts = False
         near = seen.slack.min() < must_send(self._fastest)

@@ -56,6 +56,8 @@ class Admission:
 
     def enter(self) -> Any:
         """The application for a prediction whose head has just come."""
+        if not self.inside:  # the time without requests says nothing of the capacity
+            self._done, self._refused, self._since = 0, False, time.monotonic()
         if self.inside >= max(LEAST, self.capacity * self.seconds):
             self._refused = True
             return self._busy

@@ -20,6 +20,9 @@ class Metrics:
             "moe_request_seconds", "Seconds from request to answer.", ["path"], buckets=SECONDS, registry=registry
         )
         self.refused = Counter("moe_refused", "Predictions answered 429 before they were read.", registry=registry)
+        self.failures = Counter(
+            "moe_controller_failures", "Decisions in which the controller failed.", registry=registry
+        )
         self.flying = Gauge("moe_requests_in_flight", "Requests that are being answered.", registry=registry)
         self.queue = Gauge("moe_queue_rows", "Rows that wait for a batch.", registry=registry)
         self.writing = Gauge("moe_texts_in_writing", "Texts that are being written.", registry=registry)

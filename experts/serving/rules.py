@@ -10,13 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from cost.arguments import choose
 from cost.machine import fingerprint
-from experts.serving.control import CAPS, WAIT, WAITS, Choices, Controller, MakeController, RequestClass, Seen, Service
+from experts.serving.control import (
+    CAPS,
+    SCALES,
+    WAIT,
+    WAITS,
+    Choices,
+    Controller,
+    MakeController,
+    RequestClass,
+    Seen,
+    Service,
+)
 
 
 @dataclass
@@ -63,22 +75,26 @@ class Adaptive:
         self, choices: Choices, target: float, level: int = 0, timeout: float = 0.0, order: int = 0,
         decrease: float = 0.9,
     ) -> None:  # fmt: skip
+        if not 0 < decrease < 1:
+            raise ValueError(f"decrease={decrease:g}: must be between 0 and 1")
         self.choices, self.target, self.level, self.timeout = choices, target, level, timeout
         self.order, self.decrease = order, decrease
         self._cap = np.zeros(0)
         self._seen = np.zeros((0, 2))
+        self._sent = np.zeros(0, dtype=np.bool_)  # the last choice; one that waited may have been overruled
 
     def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
         """Choices `[n]`."""
         if len(self._cap) != len(starts):
             self._cap, self._seen = np.ones(len(starts)), np.zeros((len(starts), 2))
-        self._cap[starts], self._seen[starts] = 1.0, 0.0
-        new = (seen.last != self._seen).any(1) & (seen.last[:, 0] > 0)
+            self._sent = np.zeros(len(starts), dtype=np.bool_)
+        self._cap[starts], self._seen[starts], self._sent[starts] = 1.0, 0.0, False
+        new = (self._sent | (seen.last != self._seen).any(1)) & (seen.last[:, 0] > 0)
         slow = seen.last[:, 1] > self.target
         self._cap = np.where(new, np.where(slow, self.decrease * self._cap, self._cap + 1), self._cap)
         self._cap = self._cap.clip(1, self.choices.caps[-1])
         self._seen = seen.last.copy()
-        send = (seen.queue.sum(1) >= self._cap.astype(int)) | (seen.age.max(1) >= self.timeout)
+        send = self._sent = (seen.queue.sum(1) >= self._cap.astype(int)) | (seen.age.max(1) >= self.timeout)
         return np.where(send, self.choices.number(self._cap.astype(int), self.level, self.order), WAITS)
 
 
@@ -235,6 +251,8 @@ RULES: dict[str, tuple[type[Any], bool]] = {  # whether it takes the measured ti
     "by-class": (ByClass, True),
 }  # fmt: skip
 
+LEAST = {"cap": 1, "caps": 1, "fill": 1, "fills": 1, "buckets": 1}  # of parameters that must not be 0
+
 
 def default(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
     """What decides where nothing else is asked for: SlackFit by the times measured, which never waits."""
@@ -259,14 +277,11 @@ def rule_of(text: str) -> MakeController:
     known = [each for each in signature(rule).parameters if each not in ("choices", "service", "classes")]
     given = dict[str, Any]()
     for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
+        key = part.partition("=")[0]
         choose(f"parameter of {name}", key, known)
-        try:
-            numbers = [float(each) if "." in each or "e" in each else int(each) for each in value.split("/")]
-        except ValueError:
-            raise ValueError(f"{part!r} is not {key}=NUMBER") from None
-        several = str(signature(rule).parameters[key].annotation).startswith("Sequence")
-        given[key] = numbers if several else numbers[0]
+        given[key] = _value(part, str(signature(rule).parameters[key].annotation))
+    if given.get("scale", 0) >= len(SCALES):
+        raise ValueError(f"scale={given['scale']}: there are {len(SCALES)}, from 0")
 
     def make(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
         if not 0 <= given.get("level", 0) < choices.levels:
@@ -275,8 +290,9 @@ def rule_of(text: str) -> MakeController:
             raise ValueError(
                 f"order={given['order']}: with {choices.classes} classes there are {choices.orders}, from 0"
             )
-        if name == "thresholds" and not len(given.get("queues", ())) == len(given.get("rates", ())) < choices.levels:
-            raise ValueError(f"queues and rates: as many of each, fewer than the {choices.levels} levels")
+        count = len(given.get("queues", ()))
+        if name == "thresholds" and not 0 < count == len(given.get("rates", ())) < choices.levels:
+            raise ValueError(f"queues and rates: as many of each, 1 or more, fewer than the {choices.levels} levels")
         own: dict[str, Any] = {"classes": classes} if name == "plan" else {}
         if name == "adaptive":
             own = {"target": min(each.deadline for each in classes) / 2}
@@ -284,3 +300,19 @@ def rule_of(text: str) -> MakeController:
         return found
 
     return make
+
+
+def _value(part: str, kind: str) -> Any:
+    """The value of a "parameter=value" whose annotation is `kind`."""
+    key, _, text = part.partition("=")
+    several, number = kind.startswith("Sequence"), int if "int" in kind else float
+    try:
+        found = [number(each) for each in text.split("/")]
+        if not all(map(isfinite, found)) or (len(found) > 1 and not several):
+            raise ValueError
+    except ValueError:
+        said = "WHOLE_NUMBER" if number is int else "NUMBER"
+        raise ValueError(f"{part!r} is not {key}={said}{f'/{said}/...' * several}") from None
+    if min(found) < (least := LEAST.get(key, 0)):
+        raise ValueError(f"{part!r}: must be at least {least}")
+    return found if several else found[0]

@@ -73,8 +73,9 @@ class Server:
         self.controller = make(choices, self.service, self.limits.classes)
         self.rule = f"{tuned} (tuned at the export)" if tuned else type(self.controller).__name__
         self.batcher = Batcher(
-            self.run, self.controller, choices, self.service, self.limits.classes, self.limits.queue_size, self._ran
-        )
+            self.run, self.controller, choices, self.service, self.limits.classes, self.limits.queue_size, self._ran,
+            self.metrics.failures.inc,
+        )  # fmt: skip
         self.writer = Writer(self._language, self.limits.texts, self.limits.text_queue)
         self.metrics.watch(lambda: self.batcher.waiting, lambda: self.writer.running)
         self.metrics.serve_version(self.version)

@@ -90,6 +90,8 @@ class MoEServingVectorEnv(BatchedEnv):
         )
         self.table, self.joules = served.table(CAPS[-1]), served.energy(CAPS[-1])
         self.fastest = float(self.table[:, 1].min())
+        if self.in_time and min(each.deadline for each in self.classes) <= self.fastest:
+            raise ValueError(f"deadline={deadline:g}: the fastest answer of {model} takes {self.fastest:.3g} s")
         self.capacity = capacity(served)
         self.observer = Observer(rule, cost_weight, self.choices, self.service, self.classes)
         watts = float(self.joules[0, -1] / self.table[0, -1])

@@ -16,7 +16,7 @@ KWARGS: dict[str, Any] = {"bundle": "digits", "cost_weight": 0.3}
 
 @pytest.fixture(scope="module")
 def tuned() -> dict[str, Policy]:
-    return routing.baselines(ID, **KWARGS) | {"oracle": routing.bound(ID, **KWARGS)}
+    return routing.baselines(ID, episodes=200, **KWARGS) | {"oracle": routing.bound(ID, **KWARGS)}
 
 
 def returns(policy: Any, split: str = "test", **kwargs: Any) -> float:

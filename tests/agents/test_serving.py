@@ -73,6 +73,16 @@ def test_rules_are_tuned_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert -1 < _return(found["random choices"], 4) < 1
     assert rules.bound(ID, classes="mixed") is None
     assert rules.bound(ID, answers="latency") is None
+    assert rules.bound(ID, time_weight=0.5, energy_weight=0.5) is None
+    assert isinstance(rules.bound(ID, time_weight=1), Foresight)
+
+
+def test_settings_stay_where_they_mean_something() -> None:
+    family, random = rules.families(MoEServingVectorEnv(1))["adaptive (Clipper)"], np.random.default_rng(0)
+    settings = family.drawn(random)
+    for _ in range(100):
+        settings = family.near(settings, random)
+        assert 0.5 <= settings["decrease"] <= 0.95
 
 
 def test_a_tuned_rule_of_classes_is_written_for_a_server() -> None:

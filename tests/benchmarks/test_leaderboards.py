@@ -174,9 +174,9 @@ def test_a_summary_has_a_line_for_each_task() -> None:
 
 def test_a_board_is_run_and_reported(tmp_path: Path) -> None:
     settings = {"timesteps": 2048, "episodes": 2}
-    wanted = Matrix(experiment="MoEMetaOpt-v0", seeds=[17, 42], splits=["digits"], settings=settings)
-    learners = len(board_of("MoEMetaOpt-v0").problem.learners)
-    assert runner.run(wanted, tmp_path, executor=Here) == 2 * learners + 2
+    setups = {name: {"policy": name} for name in ("PPO", "baselines", "bound")}
+    wanted = Matrix(experiment="MoEMetaOpt-v0", seeds=[17, 42], splits=["digits"], setups=setups, settings=settings)
+    assert runner.run(wanted, tmp_path, executor=Here) == 2 + 2
     assert runner.rebuild(tmp_path)
     rows = as_run(tmp_path, exact=False)  # its stand-in for a bound is a search
     first, second = (row.metrics["policies"] for row in rows if row.setup == "PPO")
@@ -260,6 +260,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
     setups = {"mine": {"policy": "PPO", "env": {"load": 0.5}}, "other": {"policy": "PPO"}}
     with pytest.raises(RunnerError, match="different arguments of the environment"):
         jobs_of(Matrix(experiment="MoEServing-v0", setups=setups))
+    for env, match in (({"load": -1.0}, "poisson, one.*load"), ({"answers": "latency", "load": 0.5}, "mixed.*one cl")):
+        with pytest.raises(RunnerError, match=match):
+            jobs_of(Matrix(experiment="MoEServing-v0", setups={"mine": {"policy": "PPO", "env": env}}))
     for name, env, message in (
         ("MoECompression-v0", {"budget": 1}, "a setting of its own"),
         ("MoEServing-v0", {"split": "test"}, "'split' is none of"),

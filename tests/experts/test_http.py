@@ -108,6 +108,16 @@ def test_the_capacity_is_learned_from_what_was_answered(app: Any) -> None:
     assert admission.capacity == pytest.approx(before + (100 - before) / 4, rel=0.05)
 
 
+def test_the_time_without_requests_does_not_lower_the_capacity(app: Any) -> None:
+    admission = http.Admission(app)
+    before, admission._since = admission.capacity, admission._since - 100.0
+    admission.enter()
+    admission.inside = 10**6
+    admission.enter()
+    admission.answered()
+    assert admission.capacity == before
+
+
 def test_predictions_count_once_they_have_come_whole(app: Any) -> None:
     with listening(app) as (port, admission):
         slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(admission_limit(admission) + 5)]

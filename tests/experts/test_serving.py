@@ -17,7 +17,7 @@ from PIL import Image
 
 from experts import bundle, language
 from experts.serving.batching import Batcher, DeadlineError, QueueFullError
-from experts.serving.control import CAPS, NEVER, WAIT, Choices, RequestClass, Seen, Service
+from experts.serving.control import CAPS, NEVER, WAIT, WAITS, Choices, RequestClass, Seen, Service
 from experts.serving.export import export
 from experts.serving.limits import TokenBuckets
 from experts.serving.rules import rule_of
@@ -382,9 +382,12 @@ def test_a_controller_that_only_waits_or_fails_loses_nobody() -> None:
         def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
             return np.zeros(1, dtype=int)
 
-    for made in (Broken(), Lazy()):
-        found, _ = _batched(lambda *_, made=made: made, lambda b: [b.submit([1], 0.1), b.submit([2], 0.1)])
+    for made, fails in ((Broken(), True), (Lazy(), False)):
+        failures = list[None]()
+        ask = lambda b: [b.submit([1], 0.1), b.submit([2], 0.1)]  # noqa: E731
+        found, _ = _batched(lambda *_, made=made: made, ask, failed=lambda failures=failures: failures.append(None))
         assert found == [([10], 0), ([20], 0)]
+        assert bool(failures) is fails
 
 
 def test_orders_take_the_first_deadline_the_highest_value_or_one_class() -> None:
@@ -478,6 +481,22 @@ def test_the_adaptive_cap_grows_and_shrinks() -> None:
     assert caps == [2, 2, 4, 2]  # 2, 3, 4, 2 rounded down to a cap that there is
 
 
+def test_the_adaptive_cap_counts_batches_that_are_alike() -> None:
+    choices = Choices(1)
+    rule = rule_of("adaptive:target=0.1,timeout=1")(choices, SERVICE, (RequestClass(),))
+    caps = []
+    for number in range(7):
+        seen = _seen(50 if number < 6 else 1)  # at last it waits
+        seen.last = np.array([[2.0, 0.01]]) * (number > 0)
+        seen.age[:] = 0
+        choice = rule.decide(seen, np.array([number == 0]))
+        caps.append(int(choices.parts(choice)[0][0]) if choice != WAITS else 0)
+    assert caps == [1, 2, 2, 4, 4, 4, 0]  # 1 to 6
+    seen.queue[:] = 50
+    assert choices.parts(rule.decide(seen, np.array([False])))[0] == 4  # no batch came: still 7
+    assert choices.parts(rule.decide(seen, np.array([False])))[0] == 8
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -488,10 +507,18 @@ def test_the_adaptive_cap_grows_and_shrinks() -> None:
         "thresholds:queues=1",
         "thresholds:queues=1/2,rates=1/2",
         "plan:order=1",
+        "thresholds:cap=16",
+        "plan:scale=7",
+        "fixed:level=0.5",
+        "fixed:cap=8/16",
+        "fixed:timeout=-1",
+        "fixed:timeout=nan",
+        "slackfit:buckets=0",
+        "adaptive:decrease=1.2",
     ],
 )
 def test_unknown_rules_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not|level|queues|order"):
+    with pytest.raises(ValueError, match="is not|level|queues|order|scale|at least|between"):
         rule_of(text)(Choices(2), SERVICE, (RequestClass(),))
 
 

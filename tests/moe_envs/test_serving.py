@@ -200,7 +200,8 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
 def test_arguments_are_checked() -> None:
     two: dict[str, Any] = {"answers": "latency", "classes": "mixed"}
     cases: list[tuple[dict[str, Any], str]] = [({"load": (2.0, 1.0)}, "load"), ({"seconds": 11.0}, "seconds"),
-                                               ({"classes": "x"}, "classes"), (two, "one class")]  # fmt: skip
+                                               ({"classes": "x"}, "classes"), (two, "one class"),
+                                               ({"deadline": 0.001}, "fastest")]  # fmt: skip
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):
             vector(**wrong)

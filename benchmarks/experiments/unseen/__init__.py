@@ -46,17 +46,19 @@ SETTINGS: dict[str, Any] = {
 QUICK = {
     "seeds": [0, 1],
     "setups": {f"wine, {kind}": {"data": "wine", "kind": kind} for kind in ("rules", "PPO")},
-    "settings": {"timesteps": 4096, "episodes": 50, "cost_weights": [0.2]},
+    "settings": {"timesteps": 4096, "episodes": 50, "tuning": 100, "cost_weights": [0.2]},
 }
 
 
 class UnseenSetup(Arguments):
-    """`kind` is `rules` or a learner; `timesteps` overrides the default, `episodes` are played on test."""
+    """`kind` is `rules`, whose parameters are chosen on `tuning` validation episodes, or a learner; `timesteps`
+    overrides the default, `episodes` are played on test."""
 
     data: str
     kind: Literal["rules", "PPO", "one PPO for all", "PPO on features"]
     cost_weights: list[float] = list(WEIGHTS)
     episodes: int = 1000
+    tuning: int = 1000
     timesteps: int | None = None
 
 
@@ -161,7 +163,7 @@ def _bundle(name: str, folder: Path) -> bundles.Bundle:
 
 def _rules(setup: UnseenSetup, env_kwargs: dict[str, Any]) -> dict[str, Any]:
     module = find(ENV)
-    found = module.baselines(ENV, report=lambda share: None, **env_kwargs)
+    found = module.baselines(ENV, report=lambda share: None, episodes=setup.tuning, **env_kwargs)
 
     def mean(policy: Any) -> float:
         return float(evaluate(policy, ENV, setup.episodes, split="validation", **env_kwargs)["return"].mean())
