@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,22 @@ from agents.evaluate import takes_masks
 from experts import bundle
 from experts.bundle import Bundle
 from experts.serving import served as models
-from experts.serving.control import WAITS, Choices, MakeController, RequestClass, Seen, Service, must_send
+from experts.serving.control import (
+    WAITS,
+    Choices,
+    Controller,
+    MakeController,
+    RequestClass,
+    Seen,
+    Service,
+    must_send,
+)
 from experts.serving.rules import rule_of
 from experts.serving.served import Served, classes
+from moe_envs.serving.env import classes_of
 from moe_envs.serving.observations import Observer, parts_of
+
+log = logging.getLogger("moe_envs.serve")
 
 
 def routed_of_run(folder: Path) -> tuple[RoutedMoE, Bundle]:
@@ -114,4 +127,12 @@ def controller_of(text: str) -> MakeController:
     policy, config = runs.load(Path(folder))
     if not config["env"].endswith("MoEServing-v0"):
         raise ValueError(f"{folder} is a run of {config['env']}, not of MoEServing-v0")
-    return partial(PolicyController, policy, config["env_kwargs"].get("rule", "plan"), config["cost_weight"])
+    trained = classes_of(**config["env_kwargs"])
+
+    def make(choices: Choices, service: Service, classes: Sequence[RequestClass]) -> Controller:
+        if [replace(each, name="") for each in classes] != [replace(each, name="") for each in trained]:
+            log.warning("%s was trained for other requests: %s", folder, "; ".join(map(str, trained)))
+        rule = config["env_kwargs"].get("rule", "plan")
+        return PolicyController(policy, rule, config["cost_weight"], choices, service, classes)
+
+    return make

@@ -28,7 +28,7 @@ from experts.serving.control import (
     must_send,
 )
 
-log = logging.getLogger("moe_envs")
+log = logging.getLogger("moe_envs.serve")
 MEMORY = 0.9  # of the mean wait that remains after a batch
 
 

@@ -40,6 +40,11 @@ MIXED = (
 SHARES = {"one": (1.0,), "mixed": (0.6, 0.2, 0.2)}
 
 
+def classes_of(classes: str = "one", deadline: float = 0.25, **others: Any) -> tuple[RequestClass, ...]:
+    """The classes of requests of an environment with these arguments."""
+    return MIXED if classes == "mixed" else (RequestClass(deadline=deadline),)
+
+
 class MoEServingVectorEnv(BatchedEnv):
     """MoEServing-v0 over `num_envs` servers at once; see `MoEServingEnv` for the problem and its arguments."""
 
@@ -77,7 +82,7 @@ class MoEServingVectorEnv(BatchedEnv):
         low, high = load if isinstance(load, tuple) else (load, load)
         if low > high:
             raise ValueError(f"load={load!r}: the first must not be above the second")
-        self.classes = MIXED if classes == "mixed" else (RequestClass(deadline=deadline),)
+        self.classes = classes_of(classes, deadline)
         self.in_time = answers == "in time"
         if not self.in_time and len(self.classes) > 1:
             raise ValueError('answers="latency" is for one class of requests')
@@ -242,10 +247,11 @@ class MoEServingEnv(SingleEnv):
 
     ## Action Space
     `Discrete(1 + 7 * L * O)` for L levels and O orders. 0 waits until the next arrival, 5 ms at most; where a deadline
-    is closer than the time of the fastest batch plus 10 ms, waiting is masked, and choosing it anyway sends up to 64
-    rows at the best level. The others are caps of 1, 2, 4, 8, 16, 32 or 64 rows, times levels (the best first), times
-    orders: `env.unwrapped.choices.parts(action)`. With one class of requests there is one order. With several a batch
-    takes those with the first deadline, or those with the highest value per row, or those of one class.
+    is closer than the time of the fastest batch plus 10 ms (with `answers="latency"`, only where no more requests
+    come), waiting is masked, and choosing it anyway sends up to 64 rows at the best level. The others are caps of 1, 2,
+    4, 8, 16, 32 or 64 rows, times levels (the best first), times orders: `env.unwrapped.vector.choices.parts(action)`.
+    With one class of requests there is one order. With several a batch takes those with the first deadline, or those
+    with the highest value per row, or those of one class.
 
     ## Observation Space
     A `Box` of float32; `env.unwrapped.observation_layout` maps each name to its slice, bounds and meaning.
@@ -259,19 +265,22 @@ class MoEServingEnv(SingleEnv):
     | `load` | 4 | arrival rate over what the best level serves, averaged over 0.02, 0.1, 0.5 and 2.5 s |
     | `last` | 2 | rows of the last batch over 64, its seconds over the first class's deadline |
     | `waited` | 1 | mean wait of served requests over the first class's deadline |
-    | `plan` | actions | one-hot choice of `rule`, from which our PPO starts |
+    | `plan` | actions | one-hot choice of the rule given as `rule`, from which our PPO starts |
 
     ## Rewards
     R = quality - cost_weight * cost. Quality is minus the value that is lost, over the value of all requests of the
-    episode: a late answer or a request given up loses all of its value, an answer at a lower level the share
-    care * loss, where loss is the level's loss of quality (of the language model 1 minus the ratio of perplexities, of
-    a classifier of accuracies). So a perfect server has 0. With `answers="latency"` nothing is given up, and an answer
-    also loses its latency over the deadline. Cost is the time that the model runs, over the length of the episode;
-    energy is relative to that of the best level, always busy, and 0 for models whose energy is not known.
+    episode; a perfect server has 0. A request loses
 
-    Steps take different times, so `info["discount"]` is exp(-elapsed / 2 s). Our learners multiply `gamma` by it. A
-    constant discount for each decision would reward waiting; a reward for each answer, discounted by time, would
-    reward sending at once.
+    * all of its value if its answer is late or it is given up;
+    * the share care * loss if it is answered at a lower level. The loss of a level is 1 minus its quality over that of
+      the best one: a ratio of perplexities for the language model, of accuracies for a classifier;
+    * with `answers="latency"`, where nothing is given up, also its latency over the deadline.
+
+    Cost is the time that the model runs, over the length of the episode. Energy is relative to that of the best level,
+    always busy, and 0 for models whose energy is not known.
+
+    Steps take different times, so `info["discount"]` is exp(-elapsed / 2 s), by which our learners multiply `gamma`: a
+    constant discount for each decision would reward waiting.
 
     `info` has `reward/quality`, `reward/cost`, `cost/time` [s], `cost/memory` [B] (0), `cost/energy` [J],
     `vector_reward` (quality, -time, -memory, -energy, relative), `discount`, and `serving/time` [s], `serving/elapsed`
@@ -288,18 +297,23 @@ class MoEServingEnv(SingleEnv):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
-    | `trace` | `"poisson"` | or `"bursts"` (about 0.5 s at 4 times the rate, every 2.5 s), or a file of a trace |
-    | `split` | `"train"` | or `"validation"`, `"test"`: 60, 20 and 20 % of a file, by time; else other random numbers |
+    | `trace` | `"poisson"` | or `"bursts"` (0.5 s at 4 times the rate between them, every 2.5 s in the mean), or a \
+CSV file whose first column has the arrivals, as seconds or dates, at least 100 in each split |
+    | `split` | `"train"` | or `"validation"`, `"test"`: 60, 20 and 20 % of a file, by time; drawn arrivals have other \
+seeds |
     | `load` | (0.5, 1.1) | arriving rows over what the best level serves in large batches; a number or a range |
-    | `classes` | `"one"` | or `"mixed"`: interactive, careful and bulk requests |
-    | `deadline` | 0.25 | seconds until an answer is worth nothing, with one class |
+    | `classes` | `"one"` | or `"mixed"`: 60 % interactive requests (deadline 0.25 s), 20 % careful (1 s, value 2, \
+care 4), 20 % bulk (4 s, 4 rows, care 0.25) |
+    | `deadline` | 0.25 | seconds until an answer is worth nothing, with one class; at most 10 |
     | `answers` | `"in time"` | or `"latency"`, whose optimum is known for Poisson arrivals and one `load` |
     | `cost_weight` | 0.1 | lambda of the reward |
-    | `seconds` | 8.0 | length of the arrivals |
-    | `model` | `"language"` | what is served, texts of 64 tokens; or a bundle or reference model |
-    | `costs` | `"reference"` | the shipped times (of the language model), or this `"machine"`'s |
+    | `seconds` | 8.0 | length of the arrivals; at most 10 |
+    | `model` | `"language"` | what is served, texts of 64 tokens; or any model that `moe-serve` takes |
+    | `costs` | `"reference"` | the shipped times of the language model, others are measured here; or all by this \
+`"machine"` |
     | `overhead` | 0.0 | seconds that a row takes beside the model, as HTTP does; rules do not know it |
-    | `rule` | `"plan"` | the rule in the observation, as `moe-serve --controller` takes it; best a tuned one |
+    | `rule` | `"plan"` | the rule in the observation, as `moe-serve --controller` takes it, but not `adaptive` nor a \
+policy; best a tuned one. The price of a bare `"plan"` is `cost_weight` |
     | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 

@@ -131,7 +131,7 @@ def test_discounts_are_collected_and_used(mode: str) -> None:
     np.testing.assert_allclose(batch.returns.reshape(4, 2)[:3, 0], wanted, rtol=1e-5)
 
 
-def test_a_trained_policy_decides_in_a_server(tmp_path: Path) -> None:
+def test_a_trained_policy_decides_in_a_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"n_envs": 4, "n_steps": 16, "batch_size": 32, "total_timesteps": 64, "policy_kwargs": {"net_arch": [8]}}
     runs.train(ID, "ppo", 0, tmp_path / "run", SHORT, settings)
     made = controller_of(f"policy:{tmp_path / 'run'}")
@@ -140,7 +140,10 @@ def test_a_trained_policy_decides_in_a_server(tmp_path: Path) -> None:
     two = Service(env.service.levels[:2], env.service.sizes, env.service.seconds[:2], env.service.quality[:2])
     with pytest.raises(ValueError, match="this server, with 2 levels"):
         made(Choices(2), two, classes)
+    assert "was trained for other requests: RequestClass(name='default', deadline=0.25" in caplog.text
+    caplog.clear()
     controller = made(env.choices, env.service, env.classes)
+    assert not caplog.text
     env.reset(seed=0)
     policy, _ = runs.load(tmp_path / "run")
     wanted = policy.predict(env._observe(), action_masks=env.action_masks())[0]
