@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +29,8 @@ RayAddress = Annotated[
         metavar="[ADDRESS]", help="Run on Ray, here or on the cluster at ADDRESS, which must share the output folder."
     ),
 ]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Use only the first N seeds of the experiment.")]
+Splits = Annotated[list[str] | None, typer.Option(help="Splits to run; default: all.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Short version with few seeds and small sizes.")]
 TrustOption = Annotated[
     list[str],
@@ -73,8 +75,8 @@ def _run(
     jobs: Jobs = 1,
     settings: Set = [],  # noqa: B006
     only: Annotated[list[str] | None, typer.Option(help="Setups to run; default: all.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Use only the first N seeds of the experiment.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Splits to run; default: all.")] = None,
+    seeds: Seeds = None,
+    split: Splits = None,
     quick: Quick = False,
     overwrite: Again = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the pending runs without running them.")] = False,
@@ -93,7 +95,7 @@ def _run(
     Example: moe-benchmark run hybrid --out runs/hybrid --set data=digits --jobs 2
     """
     from benchmarks.runner import runner
-    from benchmarks.runner.experiments import find, is_known
+    from benchmarks.runner.experiments import is_known
     from benchmarks.runner.matrix import is_file, jobs_of, named, require_trusted_runs
 
     typed = pairs(settings, "--set")
@@ -101,9 +103,7 @@ def _run(
     wanted.settings |= typed
     if is_file(name):
         require_trusted_runs(wanted, Path(name), {*trust, *map(str, typed.values())})
-    wanted.splits = list(split or wanted.splits)
-    if seeds is not None:
-        wanted.seeds = (wanted.seeds or list(find(wanted.experiment).seeds))[:seeds]
+    _narrow(wanted, seeds, split)
     number, _, parts = part.partition("/")
     if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
         raise ValueError(f"--part {part}: I/N with I from 0 to N - 1")
@@ -130,6 +130,8 @@ def _leaderboard(
     policy: Annotated[
         list[str] | None, typer.Option(help="Your own policy to add: module:attribute of an object with predict.")
     ] = None,
+    seeds: Seeds = None,
+    split: Splits = None,
     quick: Quick = False,
     jobs: Jobs = 2,
     settings: Set = [],  # noqa: B006
@@ -152,6 +154,7 @@ def _leaderboard(
     if policy:
         setups = wanted.setups or {key: dict(each) for key, each in find(name).settings.items()}
         wanted.setups = setups | {each: {"policy": each} for each in policy}
+    _narrow(wanted, seeds, split)
     _make(wanted, out, jobs, ray=ray, overwrite=overwrite, json_file=json_file)
 
 
@@ -203,6 +206,15 @@ def _validate(
         console.print(f"[yellow]made with another {', '.join(unlike)}{why}[/]")
     if any(each["differing"] for each in found):
         raise typer.Exit(1)
+
+
+def _narrow(wanted: Matrix, seeds: int | None, split: Sequence[str] | None) -> None:
+    """Keep the first seeds and some splits only."""
+    from benchmarks.runner.experiments import find
+
+    wanted.splits = list(split or wanted.splits)
+    if seeds is not None:
+        wanted.seeds = (wanted.seeds or list(find(wanted.experiment).seeds))[:seeds]
 
 
 def _executor(jobs: int, ray: str | None) -> Callable[[int], Executor] | None:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import moe_envs
+from benchmarks.cli import benchmark
 from benchmarks.cli.benchmark import app
 from benchmarks.leaderboards import board_of, report
 from benchmarks.leaderboards.board import SEEDS
@@ -226,6 +227,25 @@ def test_a_board_by_its_commands(tmp_path: Path) -> None:
     shown = said("validate", str(out / "raw.jsonl"), "--rows", "1", "--json", str(tmp_path / "found.json"))
     assert "the same" in shown
     assert [each["differing"] for each in json.loads((tmp_path / "found.json").read_text())] == [[]]
+
+
+def test_a_board_of_some_seeds_and_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Matrix]()
+    monkeypatch.setattr(benchmark, "_make", lambda matrix, *_, **__: asked.append(matrix))
+    said(
+        "leaderboard",
+        "MoEServing-v0",
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "2",
+        "--split",
+        "bursts, one",
+        "--policy",
+        "a:b",
+    )
+    assert (asked[0].seeds, asked[0].splits) == (list(SEEDS[:2]), ["bursts, one"])
+    assert {"PPO", "a:b"} < asked[0].setups.keys()
 
 
 class First:
