@@ -132,7 +132,7 @@ def _served(
             for name, text in controllers.items()
         }
         for turn in range(setup.turns):
-            now = np.flatnonzero(times // length == turn)
+            now = np.flatnonzero(np.minimum(times // length, setup.turns - 1) == turn)
             asked = times[now] - turn * length, [raw[each] for each in now]
             for name in np.roll(list(servers), -turn):
                 port = servers[name].port
