@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
     for optimizer in ("SGD, momentum 0.9", "LAMB") for task in ("digits", "fashion-mnist")
 }  # fmt: skip
 QUICK = {
-    "seeds": [0],
+    "seeds": [0, 1],
     "setups": {name: SETTINGS[name] for name in ("unseen: digits alone", "SGD, momentum 0.9: digits")},
     "settings": {"timesteps": 1024, "contexts": 4, "rounds": [[2, 2]], "search": [[2, 1]]},
 }
