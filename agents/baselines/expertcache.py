@@ -1,4 +1,5 @@
-"""Baselines for MoEExpertCache-v0: which missing experts are loaded by rules on their weights, with each eviction.
+"""Baselines for MoEExpertCache-v0: which missing experts are loaded by rules on their weights, with each eviction; for
+recorded routing, which experts are loaded in advance.
 
 Rules are tuned on validation streams for the cost weight and the capacity, several candidates side by side.
 """
@@ -19,6 +20,7 @@ STREAMS = 22  # of validation, on which rules are tuned
 TOGETHER = 8  # candidates side by side
 WEIGHTS = (0.0, 0.04, 0.07, 0.1, 0.13, 0.16, 0.19, 0.22, 0.25, 0.28, 0.32, 0.36, 0.4, 0.46, 0.55, 0.7, 1.01)
 FUTURES = (0.0, 0.1, 0.2, 0.4)  # what gain in demand is worth, in weight
+CHANCES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 BIASES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 Report = Callable[[float], object]
 
@@ -88,14 +90,28 @@ class Biased(LoadRule):
 
 
 class Coin(LoadRule):
-    """Each missing expert is loaded with probability one half."""
+    """Each candidate is loaded with probability one half."""
 
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
+    def __init__(self, eviction: str = "predicted", seed: int = 0) -> None:
+        self.env_kwargs = {"eviction": eviction}
         self.random = np.random.default_rng(seed)
 
     def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
         return self.random.random((len(observation), self.env.k)) < 0.5
+
+
+class Prefetch(LoadRule):
+    """For `source="trace"`: load in advance the `most` probable experts of the next layer, if they are asked for with a
+    probability of at least `least`; with `again`, those that the last token asked for there."""
+
+    def __init__(self, most: int, least: float = 0.0, again: bool = False, *, eviction: str = "predicted") -> None:
+        self.env_kwargs = {"eviction": eviction}
+        self.most, self.least, self.again = most, least, again
+
+    def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
+        chance, again = (observation[:, self.env.observation_layout[name].slice] for name in ("chance", "again"))
+        likely = again > 0 if self.again else (chance >= self.least) & (chance > 0)
+        return np.asarray(likely & (likely.cumsum(1) <= self.most))
 
 
 class RuleTuning:
@@ -103,7 +119,8 @@ class RuleTuning:
 
     def __init__(self, env_kwargs: dict[str, Any], streams: int = STREAMS) -> None:
         self.env_kwargs, self.most = {**env_kwargs, "split": "validation"}, streams
-        self.layers = int(self._env(1, {}).layers)
+        env = self._env(1, {})
+        self.layers, self.k = int(env.layers), int(env.k)
 
     def scores(self, rules: Sequence[LoadRule]) -> np.ndarray:
         """Mean returns of rules with the same `env_kwargs`."""
@@ -163,6 +180,8 @@ def baselines(
     all, nothing, at random."""
     kwargs = {name: value for name, value in env_kwargs.items() if name not in ("split", "eviction", "fallback")}
     tuning = RuleTuning(kwargs, streams)
+    if kwargs.get("source") == "trace":
+        return _prefetching(tuning, report)
     rules: dict[str, Any] = {f"all loaded, {eviction}": Always(True, eviction=eviction) for eviction in EVICTIONS}
     rules["nothing loaded"] = Always(False)
     rules["nothing loaded or substituted"] = Always(False, fallback="skip")
@@ -183,6 +202,24 @@ def baselines(
     return rules
 
 
+def _prefetching(tuning: RuleTuning, report: Report) -> dict[str, Any]:
+    """Rules for recorded routing."""
+    rules: dict[str, Any] = {
+        f"nothing in advance, {eviction}": Prefetch(0, eviction=eviction) for eviction in EVICTIONS
+    }
+    for number, eviction in enumerate(("predicted", "lru", "ema")):
+        rules[f"most probable, {eviction}"] = tuning.best(_prefetches(tuning.k, eviction))
+        again = [Prefetch(most, again=True, eviction=eviction) for most in range(1, tuning.k + 1)]
+        rules[f"as the last token, {eviction}"] = tuning.best(again)
+        report((number + 1) / 3)
+    rules["at random"] = Coin("lru")
+    return rules
+
+
+def _prefetches(k: int, eviction: str) -> list[LoadRule]:
+    return [Prefetch(most, least, eviction=eviction) for most in range(1, k + 1) for least in CHANCES]
+
+
 def _alike(layers: int, **env_kwargs: Any) -> list[MinimumWeight]:
     return [MinimumWeight([weight] * layers, **env_kwargs) for weight in WEIGHTS]
 
@@ -193,11 +230,15 @@ class Clairvoyant(MinimumWeight):
     kind = "bound"
 
 
-def bound(env_id: str, *, streams: int = STREAMS, **env_kwargs: Any) -> Clairvoyant:
-    """Thresholds per layer, with an eviction that sees what the model with all experts will ask for. It is no exact
-    bound: other loads may be better still."""
+def bound(env_id: str, *, streams: int = STREAMS, **env_kwargs: Any) -> LoadRule:
+    """Thresholds per layer, with an eviction that sees what the model with all experts will ask for; for recorded
+    routing, what is loaded in advance is known to be needed, too. It is no exact bound: other loads may be better."""
     kwargs = {name: value for name, value in env_kwargs.items() if name not in ("split", "eviction", "fallback")}
     tuning = RuleTuning(kwargs, streams)
+    if kwargs.get("source") == "trace":
+        known: Any = tuning.best(_prefetches(tuning.k, "belady"))
+        known.kind = "bound"
+        return known
     alike: Any = tuning.best(_alike(tuning.layers, eviction="belady"))
     found = tuning.per_layer(alike.thresholds, eviction="belady")
     return Clairvoyant(found.thresholds, eviction="belady")

@@ -15,6 +15,7 @@ DECAYS = np.array([0.5 ** (1 / each) for each in HALF_LIVES], dtype=np.float32)
 FORGET = 8.0  # tokens in which the feature "age" halves
 GAMMA = 0.9  # a request counts less by this factor for each token that it is later
 RIDGE = 1.0
+PRIOR = 4.0  # requests that the shares of others are worth, for what is asked for together
 FEATURES = 9
 
 
@@ -60,7 +61,7 @@ class Requests:
         found[..., 0] = odds_mE
         found[..., 1] = last >= seen - 1
         found[..., 2:5] = uses[..., :3] * (1 - DECAYS[:3])
-        found[..., 5] = uses[..., 3] / seen
+        found[..., 5] = uses[..., 3] / np.maximum(seen, 1)
         found[..., 6] = 0.5 ** ((seen - 1 - np.floor(last)) / FORGET)
         found[..., 7] = frequency_LE[layer]
         found[..., 8] = 1.0
@@ -78,20 +79,18 @@ class Demand:
 
     def predict(self, requests: Requests, rows: np.ndarray, layer: np.ndarray, odds_mE: np.ndarray) -> np.ndarray:
         """Predicted demand `[m, E]`, after `Requests.add` of the present token."""
-        features, weights = requests.features(rows, layer, odds_mE, self.frequency), self.weights[layer]
-        found = features[..., 0] * weights[:, :1]
-        for place in range(1, FEATURES):  # in this order, so that a row's sum does not depend on the rows beside it
-            found += features[..., place] * weights[:, place, None]
-        return np.asarray(found)
+        return _weighted(requests.features(rows, layer, odds_mE, self.frequency), self.weights[layer])
 
     @classmethod
-    def fit(cls, logits_nTLE: np.ndarray, k: int) -> Demand:
-        """By ridge regression, on router logits of n texts."""
+    def fit(cls, logits_nTLE: np.ndarray, k: int, *, by_halves: bool = False) -> Demand:
+        """By ridge regression, on router logits of n texts. For few texts `by_halves`: the weights are fitted to their
+        second half, where `frequency` is that of the first."""
         rows, tokens, layers, experts = logits_nTLE.shape
         wanted = best(logits_nTLE, k)
         asked = np.zeros(logits_nTLE.shape, dtype=np.float32)
         np.put_along_axis(asked, wanted, 1.0, axis=-1)
-        frequency = asked.mean((0, 1))
+        frequency, start = asked.mean((0, 1)), tokens // 2 if by_halves else 0
+        known = asked[:, :start].mean((0, 1)) if by_halves else frequency
         future, target = np.zeros_like(asked[:, 0]), np.zeros_like(asked)
         for token in range(tokens - 1, -1, -1):
             target[:, token] = future * (1 - GAMMA)
@@ -102,12 +101,81 @@ class Demand:
             for layer in range(layers):
                 here = np.full(rows, layer)
                 requests.add(every, here, wanted[:, token, layer])
-                features = requests.features(every, here, odds(logits_nTLE[:, token, layer]), frequency)
+                if token < start:
+                    continue
+                features = requests.features(every, here, odds(logits_nTLE[:, token, layer]), known)
                 flat = features.reshape(-1, FEATURES).astype(np.float64)
                 square[layer] += flat.T @ flat
                 mixed[layer] += flat.T @ target[:, token, layer].ravel()
         square += RIDGE * np.eye(FEATURES)
         return cls(np.linalg.solve(square, mixed[..., None])[..., 0].astype(np.float32), frequency)
+
+
+@dataclass(frozen=True)
+class NextLayer:
+    """A linear prediction, for each layer, of whether the next token to reach it will ask for an expert. `weights
+    [L, F]`; `together [L, E, E]`, the share of the tokens with an expert in the layer before that ask for each one;
+    `frequency [L, E]` as in `Demand`. The first layer follows the last one of the token before."""
+
+    weights: np.ndarray
+    together: np.ndarray
+    frequency: np.ndarray
+
+    def predict(self, requests: Requests, rows: np.ndarray, layer: np.ndarray, before_mK: np.ndarray) -> np.ndarray:
+        """Predictions `[m, E]` for these layers, from what the layers before ask for."""
+        odds_mE = _mean(self.together[layer[:, None], before_mK])
+        return _weighted(requests.features(rows, layer, odds_mE, self.frequency), self.weights[layer])
+
+    @classmethod
+    def fit(cls, wanted_nTLK: np.ndarray, experts: int) -> NextLayer:
+        """By ridge regression on requests of n texts: what was asked for together is counted in their first half, and
+        the weights are fitted to the second half."""
+        rows, tokens, layers, _ = wanted_nTLK.shape
+        half, every = max(1, tokens // 2), np.arange(rows)
+        asked = np.zeros((rows, tokens, layers, experts), dtype=np.float32)
+        np.put_along_axis(asked, wanted_nTLK, 1.0, axis=-1)
+        counted, known = _together(asked[:, :half]), asked[:, :half].mean((0, 1))
+        requests = Requests.empty(rows, layers, experts)
+        square, mixed = np.zeros((layers, FEATURES, FEATURES)), np.zeros((layers, FEATURES))
+        for token in range(tokens):
+            for layer in range(layers):
+                here = np.full(rows, layer)
+                if token >= half:
+                    before = wanted_nTLK[:, token, layer - 1] if layer else wanted_nTLK[:, token - 1, -1]
+                    odds_mE = _mean(counted[here[:, None], before])
+                    features = requests.features(every, here, odds_mE, known)
+                    flat = features.reshape(-1, FEATURES).astype(np.float64)
+                    square[layer] += flat.T @ flat
+                    mixed[layer] += flat.T @ asked[:, token, layer].ravel()
+                requests.add(every, here, wanted_nTLK[:, token, layer])
+        square += RIDGE * np.eye(FEATURES)
+        weights = np.linalg.solve(square, mixed[..., None])[..., 0].astype(np.float32)
+        return cls(weights, _together(asked), asked.mean((0, 1)))
+
+
+def _together(asked_nTLE: np.ndarray) -> np.ndarray:
+    """`NextLayer.together`, as if each expert had been asked for `PRIOR` times more, with the usual share of others."""
+    before = np.roll(asked_nTLE, 1, axis=2)
+    before[:, 1:, 0], before[:, :1, 0] = asked_nTLE[:, :-1, -1], 0
+    both = np.einsum("ntla,ntle->lae", before, asked_nTLE, optimize=True)
+    usual, often = asked_nTLE.mean((0, 1)), before.sum((0, 1))
+    return np.asarray((both + PRIOR * usual[:, None]) / (often + PRIOR)[..., None], dtype=np.float32)
+
+
+def _mean(values_mKE: np.ndarray) -> np.ndarray:
+    """Mean over K, summed in order, so that a row's does not depend on the rows beside it."""
+    found = values_mKE[:, 0].copy()
+    for place in range(1, values_mKE.shape[1]):
+        found += values_mKE[:, place]
+    return np.asarray(found / np.float32(values_mKE.shape[1]))
+
+
+def _weighted(features_mEF: np.ndarray, weights_mF: np.ndarray) -> np.ndarray:
+    """Sums over the features in order, so that a row's sum does not depend on the rows beside it."""
+    found = features_mEF[..., 0] * weights_mF[:, :1]
+    for place in range(1, FEATURES):
+        found += features_mEF[..., place] * weights_mF[:, place, None]
+    return np.asarray(found)
 
 
 EVICTIONS = ("predicted", "lru", "lfu", "ema", "static")
@@ -126,6 +194,17 @@ def eviction_scores(
     if name == "static":
         return np.asarray(frequency_LE[layer])
     return np.asarray(requests.uses[rows, layer][..., {"lfu": 3, "ema": 0}[name]])
+
+
+def needed_next(wanted_TLK: np.ndarray, experts: int) -> np.ndarray:
+    """Minus the number of the token that asks for each expert next, after each token, `[T, L, E]`; experts never needed
+    again come last."""
+    found = np.empty((*wanted_TLK.shape[:2], experts), dtype=np.float32)
+    later = np.full(found.shape[1:], len(wanted_TLK) + 1, dtype=np.float32)
+    for token in range(len(wanted_TLK) - 1, -1, -1):
+        found[token] = -later
+        np.put_along_axis(later, wanted_TLK[token], token, axis=1)
+    return found
 
 
 def odds(logits: np.ndarray) -> np.ndarray:

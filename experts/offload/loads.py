@@ -20,7 +20,12 @@ from experts.offload.pool import ExpertPool
 from experts.offload.store import ExpertFile, Weights, write
 
 # Simulated: seconds until an answer begins, bytes a second. Orders of magnitude of such devices, not measurements.
-SLOW = {"simulated hard disk": (8e-3, 150e6), "simulated memory card": (1e-3, 40e6), "simulated network": (5e-4, 110e6)}
+SLOW = {
+    "simulated disk": (1e-4, 2e9),
+    "simulated hard disk": (8e-3, 150e6),
+    "simulated memory card": (1e-3, 40e6),
+    "simulated network": (5e-4, 110e6),
+}
 
 
 def load_costs(storage: Operation | tuple[float, float], size: int, most: int) -> np.ndarray:

@@ -9,44 +9,40 @@ from gymnasium import spaces
 from cost.arguments import NonNegative, choose
 from cost.model import Cost
 from cost.timing import torch_threads
-from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
+from moe_envs.core import Face, Outcome, Reward, SingleEnv, Spec
 from moe_envs.core.spaces import layout
-from moe_envs.expertcache.picture import ABSENT, LOADED, RESIDENT, USED, CachePicture
+from moe_envs.expertcache.memory import CHOICES, EVICTIONS, MemoryEnv, capacity_of
+from moe_envs.expertcache.picture import CachePicture
+from moe_envs.expertcache.recorded import DEVICES, MoEExpertPrefetchVectorEnv
 from moe_envs.layertopk.observations import HIDDEN
 
 SPLITS = ("rl_train", "validation", "test")
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
-COSTS = ("reference", "machine", "simulated hard disk", "simulated memory card", "simulated network")
-EVICTIONS = ("predicted", "lru", "lfu", "ema", "static", "learned", "belady")
-CHOICES = ("predicted", "lru", "ema")  # of eviction="learned"
+COSTS = ("reference", "machine", *DEVICES)
+SOURCES = ("model", "trace")
 FALLBACKS, QUALITIES = ("substitute", "skip"), ("divergence", "log-likelihood")
 # Advice: load an expert if the square of its weight times STEEP, in nats, is above its price; SURE times the difference
 # of the squares is a logit. STEEP, from the first layer to the last, was measured on the shipped model.
 STEEP, SURE = (0.26, 0.16, 0.35, 0.74), 300.0
 
 
-def capacity_of(capacity: float, experts: int) -> int:
-    """Experts of a layer that fit: `capacity` of them or, below 1, this share; `ValueError` for other numbers."""
-    if capacity > experts or (capacity > 1 and capacity != int(capacity)):
-        raise ValueError(
-            f"capacity={capacity:g}: a whole number up to the {experts} experts of a layer, or a share below 1"
-        )
-    return int(capacity) if capacity >= 1 else max(1, round(capacity * experts))
-
-
-class MoEExpertCacheVectorEnv(BatchedEnv):
+class MoEExpertCacheVectorEnv(MemoryEnv):
     """MoEExpertCache-v0 over `num_envs` streams at once; see `MoEExpertCacheEnv` for the problem and its arguments."""
 
-    STATE = (
-        "stream", "_token", "_layer", "_keys", "_values", "_hidden", "_inputs", "_logits", "_seen", "_resident",
-        "_uses", "_last", "_asked", "_demand", "_lately", "_loaded", "_missed", "_history",
-    )  # fmt: skip
+    STATE = (*MemoryEnv.STATE, "_keys", "_values", "_hidden", "_inputs", "_logits", "_seen", "_demand")
     common_parts = ("layer", "hidden")  # though they may have as many numbers as there are actions
+
+    def __new__(cls, *given: Any, **arguments: Any) -> Any:
+        """With `source="trace"`, an environment on recorded routing."""
+        if arguments.get("source") == "trace":
+            return MoEExpertPrefetchVectorEnv(*given, **arguments)
+        return super().__new__(cls, *given, **arguments)
 
     def __init__(
         self,
         num_envs: int = 1,
         *,
+        source: str = "model",
         model: str = "language",
         text: Annotated[str | None, "the folder of a corpus"] = None,
         split: str = "rl_train",
@@ -64,10 +60,10 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         energy_weight: NonNegative = 0.0,
         **face: Unpack[Face],
     ) -> None:
-        from experts.offload.demand import Requests
         from moe_envs.expertcache.model import CachedModel  # imports torch, as LayerInputs does
         from moe_envs.expertcache.observations import request_parts
 
+        choose("source", source, SOURCES)
         choose("split", split, SPLITS)
         choose("weights", weights, PRECISIONS)
         choose("eviction", eviction, EVICTIONS)
@@ -76,7 +72,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         choose("costs", costs, COSTS)
         self.stepped = stepped = CachedModel.of(model, text, split, tokens, passages, weights, costs)
         self.layers, self.k, self.experts = stepped.layers, stepped.k, stepped.experts
-        self.capacity = held = capacity_of(capacity, self.experts)
+        self.capacity = capacity_of(capacity, self.experts)
         self.eviction, self.tokens = eviction, tokens * passages
         self.substitute, self.by_divergence = fallback == "substitute", quality == "divergence"
         everything = Cost(*(stepped.loads[self.k] * self.layers * self.tokens).tolist())
@@ -88,54 +84,17 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
             steep = np.interp(np.linspace(0, len(STEEP) - 1, self.layers), np.arange(len(STEEP)), STEEP)
             limit = np.tile(self.price() / steep[:, None], self.k)
             self.advice = {"squared": SURE, "layer": -SURE * limit}
-        self._next: np.ndarray | None = None  # streams of the next reset
-        n, of_layers = num_envs, (num_envs, self.layers, self.experts)
-        self.stream, self._token, self._layer, self._loaded, self._missed = np.zeros((5, n), dtype=np.int64)
+        self._allocate()
+        n = num_envs
         self._keys, self._values = stepped.empty_cache(n), stepped.empty_cache(n)
         self._hidden, self._inputs = np.zeros((2, n, stepped.width), dtype=np.float32)
         self._logits, self._demand = np.zeros((2, n, self.experts), dtype=np.float32)
         self._seen = np.zeros((n, HIDDEN), dtype=np.float32)
-        self._resident = np.zeros(of_layers, dtype=np.bool_)
-        empty = Requests.empty(n, self.layers, self.experts)
-        self._uses, self._last, self._asked = empty.uses, empty.last, empty.tokens
-        self._lately = np.zeros(n, dtype=np.float32)
-        self._history = np.zeros((n, self.tokens, self.layers, self.experts), dtype=np.uint8)
-        often = np.argsort(-stepped.demand.frequency, axis=1, kind="stable")[:, :held]
-        self._first = np.zeros(of_layers[1:], dtype=np.bool_)  # in memory at the start
-        np.put_along_axis(self._first, often, True, axis=1)
-
-    @property
-    def memory(self) -> int:
-        """Bytes of experts that are held."""
-        return self.capacity * self.layers * self.stepped.expert_size
 
     def price(self) -> float:
         """What loading one expert costs, in nats of its token."""
         relative, _ = self.reward.price(self.stepped.loads[1:2])
         return float(self.reward.cost_weight * relative[0] * self.tokens)
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start episodes, on the streams `options["stream"]`, a number or one for each row, if they are given."""
-        asked = (options or {}).get("stream")
-        if asked is not None:
-            from moe_envs.core.stepped import check_numbers
-
-            self._next = check_numbers("stream", asked, len(self.stepped.streams), self.num_envs)
-        try:
-            return super().reset(seed=seed, options=options)
-        finally:
-            self._next = None
-
-    def _begin(self, rows: np.ndarray) -> None:
-        drawn = self._draw(rows, len(self.stepped.streams))
-        self.stream[rows] = drawn if self._next is None else self._next[rows]
-        for counts in (self._token, self._layer, self._loaded, self._missed, self._lately):
-            counts[rows] = 0
-        self._history[rows] = 0
-        self._resident[rows] = self._first
-        self._requests.forget(rows)
-        with torch_threads(1):
-            self._enter(rows)
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         from experts.offload.demand import picked
@@ -159,7 +118,9 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
                 stepped.stepper.mix(number, part, self._inputs[rows[here]], experts[here], weights[here])
                 stream[here] = part
         self._hidden[rows] = stream
-        self._history[rows, token, layer] = self._pictured(resident, experts, weights, wanted, load)
+        ran, loaded = np.zeros((2, *resident.shape), dtype=np.bool_)
+        ran[each, experts], loaded[each, wanted] = weights > 0, load
+        self._history[rows, token, layer] = self._pictured(resident, ran, loaded)
         self._resident[rows, layer] = self._kept(rows, available, actions[rows])
         loads, requests = np.zeros((2, self.num_envs), dtype=np.int64)
         loads[rows], requests[rows] = load.sum(1), missing.sum(1)
@@ -169,8 +130,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         self._layer[rows] += 1
         if (last := rows[self._layer[rows] == self.layers]).size:
             quality[last] = self._end_token(last)
-        with torch_threads(1):
-            self._enter(rows[self._token[rows] < self.tokens])
+        self._enter(rows[self._token[rows] < self.tokens])
         asked = self.k * np.maximum(self._token * self.layers + self._layer, 1)
         details = {
             "expertcache/loads": loads,
@@ -192,6 +152,7 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         self._token[rows] += 1
         return np.asarray(change / self.tokens)
 
+    @torch_threads(1)
     def _enter(self, rows: np.ndarray) -> None:
         """Run the tokens of these rows up to the router of their layers, and note what it asks for."""
         from experts.offload.demand import best, odds
@@ -216,32 +177,11 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         """Experts `[m, E]` that stay in the layers that have just run, of those available."""
         from moe_envs.expertcache.observations import staying
 
+        layer, demand = self._layer[rows], self._demand[rows]
         if self.eviction != "learned":
-            return staying(available, self._scores(self.eviction, rows), self.capacity)
-        every = np.stack([self._scores(name, rows) for name in CHOICES], 1)
+            return staying(available, self._scores(self.eviction, rows, layer, demand), self.capacity)
+        every = np.stack([self._scores(name, rows, layer, demand) for name in CHOICES], 1)
         return staying(available, every[np.arange(len(rows)), actions[:, self.k]], self.capacity)
-
-    def _scores(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Scores `[m, E]` of a rule; the lowest leaves."""
-        from experts.offload.demand import eviction_scores
-
-        layer, stepped = self._layer[rows], self.stepped
-        if name == "belady":
-            places = zip(self.stream[rows].tolist(), self._token[rows], layer, strict=True)
-            return np.stack([stepped.needed_next(stream)[token, each] for stream, token, each in places])
-        return eviction_scores(name, self._requests, rows, layer, self._demand[rows], stepped.demand.frequency)
-
-    def _pictured(
-        self, resident: np.ndarray, experts: np.ndarray, weights: np.ndarray, wanted: np.ndarray, load: np.ndarray
-    ) -> np.ndarray:
-        found, each = np.where(resident, RESIDENT, ABSENT).astype(np.uint8), np.arange(len(resident))[:, None]
-        ran = np.zeros_like(resident)
-        ran[each, experts] = weights > 0
-        found[ran] = USED
-        loaded = np.zeros_like(resident)
-        loaded[each, wanted] = load
-        found[loaded] = LOADED
-        return found
 
     def _observe(self) -> np.ndarray:
         from moe_envs.expertcache.observations import request_values
@@ -259,13 +199,6 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         observation[~running] = 0
         return observation
 
-    @property
-    def _requests(self) -> Any:
-        """What the rows asked for so far, in the arrays of the state."""
-        from experts.offload.demand import Requests
-
-        return Requests(self._uses, self._last, self._asked)
-
     def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Passage and token in it `[m]`, where these rows stand."""
         size = self.stepped.size
@@ -277,10 +210,6 @@ class MoEExpertCacheVectorEnv(BatchedEnv):
         from experts.offload.demand import best
 
         return best(self._logits, self.k)
-
-    def residents(self) -> np.ndarray:
-        """Which experts of the present layers are in memory, boolean `[n, E]`."""
-        return np.asarray(self._resident[self._rows, self._layer])
 
     def logits(self) -> np.ndarray:
         """Router logits `[n, E]` of the present layers."""
@@ -308,6 +237,8 @@ class MoEExpertCacheEnv(SingleEnv):
 
     The model is really run on what the memory gives it, batched over the rows and with a KV cache. Text is real, and
     load times are looked up in a profile measured on a machine.
+
+    With `source="trace"` no model runs: see Recorded Routing.
 
     ## Action Space
     `MultiBinary(K)`: for each of the K experts that the router asks for, the best first, whether it is loaded if it is
@@ -362,6 +293,7 @@ class MoEExpertCacheEnv(SingleEnv):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
+    | `source` | `"model"` | `"trace"` replays recorded routing |
     | `model` | `"language"` | name or folder of a language model |
     | `text` | None | folder of a corpus to take passages from, instead of those that come with the model |
     | `split` | `"rl_train"` | passages of `"rl_train"`, `"validation"` or `"test"` |
@@ -375,10 +307,30 @@ class MoEExpertCacheEnv(SingleEnv):
     | `quality` | `"divergence"` | or `"log-likelihood"`, see Rewards |
     | `tokens` | 64 | tokens of a passage, at most the context of the model |
     | `passages` | 4 | passages of a stream |
-    | `costs` | `"reference"` | the shipped profile of loads, this `"machine"`'s, or `"simulated hard disk"`, \
-`"simulated memory card"`, `"simulated network"` |
+    | `costs` | `"reference"` | the shipped profile of loads, this `"machine"`'s, or `"simulated disk"` \
+(0.1 ms and 2 GB/s), `"simulated hard disk"`, `"simulated memory card"`, `"simulated network"` |
     | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
+
+    ## Recorded Routing
+    With `source="trace"` everything is loaded that a token asks for, and the decision is what to load in advance for
+    the next layer, after the last layer for the first one and the next token. The K candidates are the missing experts
+    that it most probably asks for. Loads in advance and the layer's computation overlap, which is simulated: the time
+    of `overlap` loads is hidden. What is loaded in advance, and not asked for, takes the place of others.
+
+    `trace` is a file of the format route_trace v1, as for `experts.offload.traces.read`; without one, it is the routing
+    of the `model` on the passages that come with it, its experts in int4. A file's tokens are split by time: 60 %
+    `rl_train`, 20 % `validation`, 20 % `test`; a stream is `tokens` times `passages` of them, or as many as there are.
+
+    The action is `MultiBinary(K)`, a bit for each candidate; quality is 0. The observation has, for each candidate,
+    `chance`, the predicted probability that the next layer asks for it, `again`, 1 if the last token asked for it
+    there, and `gain`, its demand minus the lowest there; then `layer`, `count`, the share of experts that are missing
+    in this layer, and `loads` as above. Chance and demand are ridge regressions on past requests and on what this layer
+    asks for; the router's weights are not read. `info` has `expertcache/prefetched`, the experts loaded in advance;
+    `expertcache/loads_per_token` counts them, too.
+
+    Arguments that differ: `capacity` 0.375; `eviction` not `"learned"`; `overlap` 1.0, in loads of one expert; `costs`
+    `"simulated disk"`, or another simulated one; none of `text`, `weights`, `fallback`, `quality`.
 
     ## Version History
     * v0: initial version.
@@ -420,5 +372,7 @@ SPEC = Spec(
         {"eviction": "learned", "capacity": 3},
         {"eviction": "belady", "quality": "log-likelihood"},
         {"fallback": "skip", "weights": "int8", "eviction": "ema"},
+        {"source": "trace"},
+        {"source": "trace", "eviction": "belady", "overlap": 0.0},
     ),
 )

@@ -13,7 +13,7 @@ from experts import library, profiles
 from experts.data import DataError
 from experts.language import LanguageModel
 from experts.language.passages import Passages
-from experts.offload.demand import Demand, best
+from experts.offload.demand import Demand, best, needed_next
 from experts.offload.model import rounded_copy
 from experts.offload.store import expert_bytes
 from moe_envs.core.stepped import SteppedModel, located, read
@@ -32,6 +32,7 @@ class CachedModel(SteppedModel):
     ) -> None:
         super().__init__(model, passages)
         self.streams, self.expert_size, self.loads = streams, expert_size, loads
+        self.expert_bytes = np.full(self.layers, expert_size)
         self.projection = projection(self.width)
         self._needed: dict[int, np.ndarray] = {}
         self.demand: Demand
@@ -50,16 +51,9 @@ class CachedModel(SteppedModel):
         return found.reshape(len(stream), -1, self.layers, self.experts)
 
     def needed_next(self, stream: int) -> np.ndarray:
-        """Minus the number of the token that asks for each expert next, after each token, `[T, L, E]`, in the model as
-        it is; experts never needed again come last."""
+        """`needed_next` of a stream in the model as it is, `[T, L, E]`."""
         if stream not in self._needed:
-            wanted = best(self.logits(np.array([stream]))[0], self.k)
-            found = np.empty((*wanted.shape[:2], self.experts), dtype=np.float32)
-            later = np.full(found.shape[1:], len(wanted) + 1, dtype=np.float32)
-            for token in range(len(wanted) - 1, -1, -1):
-                found[token] = -later
-                np.put_along_axis(later, wanted[token], token, axis=1)
-            self._needed[stream] = found
+            self._needed[stream] = needed_next(best(self.logits(np.array([stream]))[0], self.k), self.experts)
         return self._needed[stream]
 
 
@@ -71,7 +65,7 @@ def _made(
     kind: Any = weights
     size = expert_bytes(model.settings.d_model, model.settings.d_ff, kind)
     loads = profiles.of_loads(model, Path(path), costs, kind, size)
-    made = CachedModel(_rounded(path, stamp, weights), found, _streams(len(found.ids), passages, split), size, loads)
+    made = CachedModel(_rounded(path, stamp, weights), found, streams_of(len(found.ids), passages, split), size, loads)
     if split == "rl_train":
         made.demand = Demand.fit(made.logits(np.arange(min(FITTED, len(made.streams)))), made.k)
     else:
@@ -84,7 +78,7 @@ def _rounded(path: str, stamp: int, weights: Any) -> LanguageModel:
     return rounded_copy(library.load("language", path), weights)
 
 
-def _streams(count: int, passages: int, split: str) -> np.ndarray:
+def streams_of(count: int, passages: int, split: str) -> np.ndarray:
     """Numbers of passages `[M, S]` that follow each other; within a shuffle no passage stands twice."""
     if count < passages:
         raise DataError(f"passages={passages}: split {split!r} has {count} passages only")

@@ -7,7 +7,8 @@ import numpy as np
 ABSENT, RESIDENT, USED, LOADED = range(4)
 MARKS = " ·o+"
 COLOURS = np.array([(255, 255, 255), (205, 215, 245), (60, 90, 200), (230, 120, 30)], dtype=np.uint8)
-PIXELS, GAP, SHOWN = 8, 6, 96  # of an expert at a token, between layers, tokens
+PIXELS, GAP, SHOWN = 8, 6, 96  # of an expert at a token, fewer where there are many; between layers; tokens
+HIGHEST = 4096  # pixels of all experts
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class CachePicture:
         """`[height, width, 3]` uint8: light blue in memory, dark blue runs, orange is loaded; layers one below the
         other, a column for each token."""
         layers, experts = self.history.shape[1:]
-        height = layers * (experts * PIXELS + GAP) + GAP
-        image = np.full((height, SHOWN * PIXELS + 2 * GAP, 3), 235, dtype=np.uint8)
+        size = min(PIXELS, max(1, HIGHEST // (layers * experts)))
+        height = layers * (experts * size + GAP) + GAP
+        image = np.full((height, SHOWN * size + 2 * GAP, 3), 235, dtype=np.uint8)
         for layer in range(layers):
             cells = COLOURS[self.shown[:, layer].T]
-            part = cells.repeat(PIXELS, 0).repeat(PIXELS, 1)
-            part[::PIXELS] = part[:, ::PIXELS] = 245
-            top = GAP + layer * (experts * PIXELS + GAP)
+            part = cells.repeat(size, 0).repeat(size, 1)
+            if size > 2:  # lines between them
+                part[::size] = part[:, ::size] = 245
+            top = GAP + layer * (experts * size + GAP)
             image[top : top + part.shape[0], GAP : GAP + part.shape[1]] = part
         return image

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from agents.baselines import find
-from agents.baselines.expertcache import Always, MinimumWeight, bound
+from agents.baselines.expertcache import Always, MinimumWeight, Prefetch, bound
 from agents.deploy.expertcache import CacheControl, fit_demand
 from agents.evaluate import evaluate
 from agents.ppo import PPO
@@ -47,6 +47,38 @@ def test_rules_by_hand() -> None:
     rule.watch(env)
     worth = observation[:, layout["weights"].slice] + 0.5 * observation[:, layout["gain"].slice]
     assert rule.predict(observation)[0].tolist() == (worth >= 0.3).tolist()
+
+
+def test_rules_for_recorded_routing() -> None:
+    kwargs: dict[str, Any] = {"source": "trace", "tokens": 16, "passages": 2}
+    rules = find(ID).baselines(ID, report=lambda share: None, streams=4, **kwargs)
+    assert len(rules) == 5 + 3 + 3 + 1
+    rules["bound"] = bound(ID, streams=4, **kwargs)
+    returns = {
+        name: evaluate(rule, ID, 32, split="validation", **kwargs)["return"].mean() for name, rule in rules.items()
+    }
+    best = "most probable, predicted"
+    assert max(returns, key=returns.__getitem__) == "bound"
+    assert returns[best] == max(value for name, value in returns.items() if name != "bound")
+    assert returns["nothing in advance, predicted"] > returns["nothing in advance, static"] > returns["at random"]
+
+
+def test_what_rules_load_in_advance() -> None:
+    env: Any = MoEExpertCacheVectorEnv(6, source="trace", capacity=2, **SMALL)
+    env.reset(seed=0)
+    for _ in range(env.layers + 1):
+        observation, *_ = env.step(np.zeros((6, env.k), dtype=np.int8))
+    chance, again = (observation[:, env.observation_layout[name].slice] for name in ("chance", "again"))
+    assert (np.diff(chance) <= 0).all()
+    assert 0 < again.mean() < 1
+    for rule, wanted in (
+        (Prefetch(0), np.zeros_like(chance, dtype=bool)),
+        (Prefetch(2), (chance > 0) & (np.arange(env.k) < 2)),
+        (Prefetch(env.k, 0.2), chance >= 0.2),
+        (Prefetch(env.k, again=True), again > 0),
+    ):
+        rule.watch(env)
+        assert rule.predict(observation)[0].tolist() == wanted.tolist()
 
 
 def test_a_policy_in_the_runtime_does_what_it_does_in_the_environment(rules: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """MoEExpertCache-v0: what the memory holds, quality, cost, rows that do not depend on each other."""
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -36,6 +37,10 @@ def played(env: MoEExpertCacheVectorEnv, choose: Any, **reset: Any) -> dict[str,
 
 def everything(env: MoEExpertCacheVectorEnv) -> Any:
     return lambda observation: np.ones((env.num_envs, env.k), dtype=np.int8)
+
+
+def nothing(env: Any) -> Any:
+    return lambda observation: np.zeros((env.num_envs, env.k), dtype=np.int8)
 
 
 def test_with_everything_loaded_nothing_is_lost_and_each_miss_is_paid() -> None:
@@ -162,7 +167,9 @@ def test_learned_eviction_of_one_kind_is_that_rule() -> None:
         assert found["loads"].tolist() == wanted["loads"].tolist()
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"eviction": "learned", "capacity": 3}, {"quality": "log-likelihood"}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"eviction": "learned", "capacity": 3}, {"quality": "log-likelihood"}, {"source": "trace"}]
+)
 def test_a_row_is_the_same_alone_bit_for_bit(kwargs: dict[str, Any]) -> None:
     env = vector(11, autoreset_mode="SameStep", **kwargs)
     single = gymnasium.make(ID, **SMALL, **kwargs)
@@ -178,6 +185,107 @@ def test_a_row_is_the_same_alone_bit_for_bit(kwargs: dict[str, Any]) -> None:
     assert ended
     np.testing.assert_array_equal(infos["final_obs"][7], alone)
     assert not alone.any()
+
+
+def recorded(rows: int, **kwargs: Any) -> Any:
+    return MoEExpertCacheVectorEnv(rows, **{**SMALL, "source": "trace", **kwargs})
+
+
+def written(path: Path, tokens: int, layers: int = 3, experts: int = 12, k: int = 2) -> np.ndarray:
+    """A trace in which a token's experts in the second and third layer follow from those before; returns its requests
+    `[T, L, K]`."""
+    draw, requests = np.random.default_rng(0), np.zeros((tokens, layers, k), dtype=np.int64)
+    for token in range(tokens):
+        requests[token, 0] = draw.permutation(experts)[:k]
+        for layer in range(1, layers):
+            requests[token, layer] = (requests[token, layer - 1] + 3) % experts
+    lines = ["# route_trace v1", f"# model=a n_layer={layers} n_expert={experts} n_expert_used={k}"]
+    lines += [f"# layer={layer} expert_bytes={1000 * (layer + 1)} dense_bytes=5" for layer in range(layers)]
+    lines += ["turn,phase,step,layer,slot,expert"]
+    lines += [f"0,1,{t},{layer},{slot},{requests[t, layer, slot]}"
+              for t in range(tokens) for layer in range(layers) for slot in range(k)]  # fmt: skip
+    path.write_text("\n".join(lines))
+    return requests
+
+
+def test_recorded_routing_loads_what_the_replay_loads() -> None:
+    env = recorded(3, eviction="lru", capacity=5, tokens=32)
+    found = played(env, nothing(env), options={"stream": [0, 1, 5]})
+    model = vector(3, eviction="lru", capacity=5, tokens=32, weights="float32")
+    really = played(model, everything(model), options={"stream": [0, 1, 5]})
+    assert found["loads"].tolist() == really["loads"].tolist()  # float32: the routing is the same in both
+    assert not found["reward/quality"].any()
+    np.testing.assert_allclose(found["reward/cost"], found["loads"] / (env.k * env.layers))
+
+
+def test_loads_in_advance_cost_what_the_layer_does_not_hide() -> None:
+    for overlap in (0.0, 1.5):
+        env = recorded(4, overlap=overlap)
+        env.reset(seed=0)
+        env.action_space.seed(1)
+        one = env.stepped.loads[0, 1, 0]
+        for _ in range(env.tokens * env.layers):
+            layer = env._layer.copy()
+            *_, infos = env.step(env.action_space.sample())
+            ahead = infos["expertcache/prefetched"]
+            hidden = (ahead - overlap).clip(0)
+            np.testing.assert_allclose(infos["cost/time"], (infos["expertcache/loads"] + hidden) * one, atol=1e-12)
+            moved = (infos["expertcache/loads"] + ahead) * env.stepped.expert_bytes[layer]
+            np.testing.assert_allclose(infos["cost/memory"], moved)
+
+
+def test_what_is_loaded_in_advance_is_there_in_the_next_layer() -> None:
+    env = recorded(5, capacity=5)
+    env.reset(seed=0)
+    for _ in range(3 * env.layers):
+        candidates, there = env._candidates(env._rows)
+        assert env.action_masks().tolist() == there.tolist()
+        first = np.zeros((5, env.k), dtype=np.int8)
+        first[:, 0] = 1
+        *_, infos = env.step(first)
+        assert infos["expertcache/prefetched"].tolist() == there[:, 0].tolist()
+        assert env.residents()[np.arange(5), candidates[:, 0]].all()
+        assert env.state()["arrays"]["_resident"].sum(-1).max() <= 5
+    assert recorded(1, capacity=16).reset(seed=0)[0][0, :4].tolist() == [0.0] * 4  # nothing is missing
+
+
+def test_what_follows_is_predicted_and_loaded_in_advance(tmp_path: Path) -> None:
+    requests = written(tmp_path / "a.csv", 400)
+    kwargs: dict[str, Any] = {"trace": str(tmp_path / "a.csv"), "capacity": 4, "tokens": 20, "passages": 1}
+    env = recorded(2, split="test", overlap=2.0, **kwargs)
+    assert env.stepped.streams.shape == (4, 20, 3, 2)
+    np.testing.assert_array_equal(env.stepped.streams.reshape(-1, 3, 2), requests[320:])
+    assert env.stepped.expert_bytes.tolist() == [1000, 2000, 3000]
+    assert env.memory == 4 * 6000
+    without = played(env, nothing(env), seed=0)
+    likely = played(env, lambda observation: (observation[:, : env.k] > 0.5).astype(np.int8), seed=0)
+    assert (likely["hits"] > without["hits"] + 0.3).all()  # two of three layers follow from the one before
+    assert (likely["cost/time"] < 0.7 * without["cost/time"]).all()
+    known = recorded(2, split="test", overlap=2.0, eviction="belady", **kwargs)
+    best = played(known, lambda observation: (observation[:, : env.k] > 0.5).astype(np.int8), seed=0)
+    assert (best["hits"] > 0.95).all()
+    train = recorded(1, **kwargs).stepped.streams
+    assert set(train.ravel()) <= set(requests[:240].ravel())
+    np.testing.assert_array_equal(train[0], requests[:20])
+    np.testing.assert_array_equal(train[-1], requests[220:240])
+
+
+def test_what_is_no_recorded_routing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="trace='nothing' cannot be read: No such file"):
+        recorded(1, trace="nothing")
+    written(tmp_path / "short.csv", 4)
+    with pytest.raises(DataError, match="4 tokens are too few for three splits"):
+        recorded(1, trace=str(tmp_path / "short.csv"), split="test")
+    lines = (tmp_path / "short.csv").read_text().splitlines()
+    (tmp_path / "cut.csv").write_text("\n".join(lines[:-1]))
+    with pytest.raises(DataError, match="each token must ask for 2 experts in each layer"):
+        recorded(1, trace=str(tmp_path / "cut.csv"))
+    with pytest.raises(ValueError, match="argument='fallback' is not one of"):
+        recorded(1, fallback="skip")
+    with pytest.raises(ValueError, match="eviction='learned' is not one of"):
+        recorded(1, eviction="learned")
+    with pytest.raises(ValueError, match="source='traces' is not one of 'model', 'trace'; did you mean 'trace'"):
+        vector(1, source="traces")
 
 
 def test_streams_are_replayed_and_passages_stand_once_in_a_split() -> None:

@@ -1,0 +1,111 @@
+"""What both sources of MoEExpertCache-v0 share: streams, notes of what they asked for, and what leaves the memory."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from moe_envs.core import BatchedEnv
+
+EVICTIONS = ("predicted", "lru", "lfu", "ema", "static", "learned", "belady")
+CHOICES = ("predicted", "lru", "ema")  # of eviction="learned"
+
+
+def capacity_of(capacity: float, experts: int) -> int:
+    """Experts of a layer that fit: `capacity` of them or, below 1, this share; `ValueError` for other numbers."""
+    if capacity > experts or (capacity > 1 and capacity != int(capacity)):
+        raise ValueError(
+            f"capacity={capacity:g}: a whole number up to the {experts} experts of a layer, or a share below 1"
+        )
+    return int(capacity) if capacity >= 1 else max(1, round(capacity * experts))
+
+
+class MemoryEnv(BatchedEnv):
+    """Rows are streams, stepped a layer of a token at a time; `stepped` has them."""
+
+    STATE: ClassVar[tuple[str, ...]] = (
+        "stream", "_token", "_layer", "_resident", "_uses", "_last", "_asked", "_lately", "_loaded", "_missed",
+        "_history",
+    )  # fmt: skip
+    stepped: Any
+    layers: int
+    k: int
+    experts: int
+    tokens: int
+    capacity: int
+    eviction: str
+
+    def _allocate(self) -> None:
+        """Arrays of the rows, and who is in memory at the start: the experts most often asked for."""
+        from experts.offload.demand import Requests
+
+        n, shape = self.num_envs, (self.num_envs, self.layers, self.experts)
+        self._next: np.ndarray | None = None  # streams of the next reset
+        self.stream, self._token, self._layer, self._loaded, self._missed = np.zeros((5, n), dtype=np.int64)
+        self._resident = np.zeros(shape, dtype=np.bool_)
+        empty = Requests.empty(*shape)
+        self._uses, self._last, self._asked = empty.uses, empty.last, empty.tokens
+        self._lately = np.zeros(n, dtype=np.float32)
+        self._history = np.zeros((n, self.tokens, self.layers, self.experts), dtype=np.uint8)
+        often = np.argsort(-self.stepped.demand.frequency, axis=1, kind="stable")[:, : self.capacity]
+        self._first = np.zeros(shape[1:], dtype=np.bool_)
+        np.put_along_axis(self._first, often, True, axis=1)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of experts that are held."""
+        return int(self.capacity * np.sum(self.stepped.expert_bytes))
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start episodes, on the streams `options["stream"]`, a number or one for each row, if they are given."""
+        asked = (options or {}).get("stream")
+        if asked is not None:
+            from moe_envs.core.stepped import check_numbers
+
+            self._next = check_numbers("stream", asked, len(self.stepped.streams), self.num_envs)
+        try:
+            return super().reset(seed=seed, options=options)
+        finally:
+            self._next = None
+
+    def _begin(self, rows: np.ndarray) -> None:
+        drawn = self._draw(rows, len(self.stepped.streams))
+        self.stream[rows] = drawn if self._next is None else self._next[rows]
+        for counts in (self._token, self._layer, self._loaded, self._missed, self._lately):
+            counts[rows] = 0
+        self._history[rows] = 0
+        self._resident[rows] = self._first
+        self._requests.forget(rows)
+        self._enter(rows)
+
+    def _enter(self, rows: np.ndarray) -> None:
+        """Note what the present layers of these rows ask for."""
+        raise NotImplementedError
+
+    def residents(self) -> np.ndarray:
+        """Which experts of the present layers are in memory, boolean `[n, E]`."""
+        return np.asarray(self._resident[self._rows, self._layer])
+
+    @property
+    def _requests(self) -> Any:
+        """What the rows asked for so far, in the arrays of the state."""
+        from experts.offload.demand import Requests
+
+        return Requests(self._uses, self._last, self._asked)
+
+    def _scores(self, name: str, rows: np.ndarray, layer: np.ndarray, demand: np.ndarray) -> np.ndarray:
+        """Scores `[m, E]` of a rule in these layers, given the predicted demand; the lowest leaves."""
+        from experts.offload.demand import eviction_scores
+
+        if name == "belady":
+            places = zip(self.stream[rows].tolist(), self._token[rows], layer, strict=True)
+            return np.stack([self.stepped.needed_next(stream)[token, each] for stream, token, each in places])
+        return eviction_scores(name, self._requests, rows, layer, demand, self.stepped.demand.frequency)
+
+    def _pictured(self, resident: np.ndarray, ran: np.ndarray, loaded: np.ndarray) -> np.ndarray:
+        from moe_envs.expertcache.picture import ABSENT, LOADED, RESIDENT, USED
+
+        found = np.where(resident, RESIDENT, ABSENT).astype(np.uint8)
+        found[ran], found[loaded] = USED, LOADED
+        return found
