@@ -312,7 +312,7 @@ class MoEExpertCacheEnv(SingleEnv):
     | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 
-    ## Recorded Routing
+    ### Recorded Routing
     With `source="trace"` everything is loaded that a token asks for, and the decision is what to load in advance for
     the next layer, after the last layer for the first one and the next token. The K candidates are the missing experts
     that it most probably asks for. Loads in advance and the layer's computation overlap, which is simulated: the time
