@@ -281,14 +281,19 @@ def baselines(
         }
 
 
+def _varying(env_kwargs: Mapping[str, Any]) -> bool:
+    return bool(env_kwargs.get("jitter")) or env_kwargs.get("slowdown", 1.0) != 1.0
+
+
 def bound(env_id: str, **env_kwargs: Any) -> Foresight | Optimal | None:
     """With one class of requests what a server reaches that knows the future, or, where it is known, the optimum of
-    one that does not (`agents.baselines.serving_bound`); None with several, and with other weights of the costs."""
+    one that does not (`agents.baselines.serving_bound`); None with several, with other weights of the costs, and where
+    times vary."""
     load = env_kwargs.get("load", (0.5, 1.1))
     other = env_kwargs.get("time_weight", 1) != 1 or any(
         env_kwargs.get(name, 0) for name in ("memory_weight", "energy_weight")
     )
-    if env_kwargs.get("classes", "one") != "one" or other:
+    if env_kwargs.get("classes", "one") != "one" or other or _varying(env_kwargs):
         return None
     if env_kwargs.get("answers", "in time") == "in time":
         return Foresight()

@@ -19,7 +19,7 @@ from agents.baselines.expertcache import LoadRule
 from cost.arguments import choose
 from cost.timing import torch_threads
 from experts.language import LanguageModel
-from experts.offload.demand import EVICTIONS, Demand, Requests, best, eviction_scores, odds, picked
+from experts.offload.demand import EVICTIONS, Demand, NextLayer, Requests, best, eviction_scores, odds, picked
 from experts.offload.model import Decision
 from experts.offload.store import Weights, expert_bytes
 from moe_envs.core.spaces import layout
@@ -156,9 +156,18 @@ def control_of_run(folder: Path, model: LanguageModel, memory: int, weights: Wei
 
 def fit_demand(model: LanguageModel, texts: Any) -> Demand:
     """Demand for a model's experts, fitted to its own routing on texts (ids `[n, T]`)."""
+    return Demand.fit(_logits(model, texts), model.settings.k)
+
+
+def fit_next_layer(model: LanguageModel, texts: Any) -> NextLayer:
+    """What the next layer will ask for, fitted to a model's own routing on texts (ids `[n, T]`)."""
+    return NextLayer.fit(best(_logits(model, texts), model.settings.k), model.settings.num_experts)
+
+
+def _logits(model: LanguageModel, texts: Any) -> np.ndarray:
+    """Router logits `[n, T, L, E]`."""
     given = torch.as_tensor(np.asarray(texts), dtype=torch.int64)
     with torch_threads(1), torch.inference_mode():
         routing = model.network(given).routing
     logits: np.ndarray = torch.stack([each.logits for each in routing], 1).numpy()
-    shape = (*given.shape, model.settings.layers, model.settings.num_experts)
-    return Demand.fit(logits.reshape(shape), model.settings.k)
+    return logits.reshape(*given.shape, model.settings.layers, model.settings.num_experts)

@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from agents.deploy.expertcache import fit_next_layer
 from benchmarks.runner.setup import Arguments
 from cost.timing import torch_threads
 from experts.language import find, load, passages
 from experts.layers import MoELayer, SwiGLU
-from experts.offload import ExpertFile, OffloadedModel, replay, traces
+from experts.offload import ExpertFile, OffloadedModel, Probable, replay, traces
 from experts.offload.eviction import Random
 from experts.offload.store import write
 
@@ -166,7 +167,8 @@ def _decode(setup: OffloadSetup, seed: int) -> tuple[dict[str, Any], dict[str, A
     chosen = np.random.default_rng(seed).permutation(len(texts))[: setup.texts]
     ids = torch.from_numpy(texts[chosen, : setup.tokens])
     times, losses, counts = dict[str, float](), dict[str, float](), dict[str, dict[str, float]]()
-    for name in (ALL, *POLICIES, "lrfu, prefetch"):
+    chances = fit_next_layer(load(setup.model), passages.load(find(setup.model), "rl_train").ids[::15, :-1])
+    for name in (ALL, *POLICIES, "lrfu, prefetch last", "lrfu, prefetch probable"):
         model = load(setup.model)
         if name == ALL:
             times[name], losses[name] = decoded(model, ids)
@@ -174,8 +176,9 @@ def _decode(setup: OffloadSetup, seed: int) -> tuple[dict[str, Any], dict[str, A
         own, block = model.settings, model.network.blocks[0]
         each = sum(weight.nbytes for weight in block.moe.experts[0].parameters())  # type: ignore[union-attr, index]
         memory = round(setup.share * own.layers * own.num_experts) * each
-        policy, _, ahead = name.partition(", ")
-        with OffloadedModel(model, memory, policy, prefetch="last" if ahead else None) as offloaded:
+        policy, _, ahead = name.partition(", prefetch ")
+        prefetch = {"": None, "last": "last", "probable": Probable(chances)}[ahead]
+        with OffloadedModel(model, memory, policy, prefetch=prefetch) as offloaded:
             times[name], losses[name] = decoded(model, ids)
             counts[name] = offloaded.statistics()
             del counts[name]["wait_s"], counts[name]["wait_s_per_token"]

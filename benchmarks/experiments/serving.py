@@ -57,7 +57,8 @@ class ServingSetup(Arguments):
     take turns so many times.
 
     Rules are the best of twice `tune` settings, and policies are trained, on episodes of `episode` seconds. The times
-    of batches are those of this machine, and a row's HTTP is added, or the shipped ones (`costs`)."""
+    of batches are those of this machine, and a row's HTTP is added, or the shipped ones (`costs`). They vary by
+    `jitter` and `slowdown`, as they do in a server whose requests take the same processor."""
 
     model: str = "language"
     trace: Literal["poisson", "bursts"] | str = "poisson"
@@ -73,6 +74,8 @@ class ServingSetup(Arguments):
     episode: float = 8.0
     episodes: int = 256
     costs: Literal["machine", "reference"] = "machine"
+    jitter: float = 0.2
+    slowdown: tuple[float, float] = (1.0, 1.8)
 
     @model_validator(mode="after")
     def _without_effect(self) -> Self:
@@ -94,6 +97,7 @@ def measure(setup: ServingSetup, seed: int, split: str, folder: Path) -> tuple[d
     kwargs: dict[str, Any] = {
         "trace": setup.trace, "classes": setup.classes, "deadline": setup.deadline, "cost_weight": setup.cost_weight,
         "seconds": setup.episode, "model": setup.model, "costs": setup.costs, "overhead": overhead,
+        "jitter": setup.jitter, "slowdown": setup.slowdown,
     }  # fmt: skip
     env = MoEServingVectorEnv(1, **kwargs)
     known = rules.families(env)

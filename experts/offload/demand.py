@@ -6,6 +6,7 @@ experts of a token, H half-lives, F features.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,6 +152,28 @@ class NextLayer:
         square += RIDGE * np.eye(FEATURES)
         weights = np.linalg.solve(square, mixed[..., None])[..., 0].astype(np.float32)
         return cls(weights, _together(asked), asked.mean((0, 1)))
+
+
+class Probable:
+    """What is loaded ahead in an `OffloadedModel(prefetch=...)`: of the experts that are not in memory those that the
+    next layer most probably asks for, `most` of them at the most, with a probability of at least `least`."""
+
+    def __init__(self, chances: NextLayer, most: int = 1, least: float = 0.2) -> None:
+        self.chances, self.most, self.least = chances, most, least
+        self.layers, self.experts = chances.frequency.shape
+        self.requests = Requests.empty(1, self.layers, self.experts)
+
+    def ahead(self, layer: int, wanted_TK: np.ndarray, there: Container[tuple[int, int]]) -> tuple[int, list[int]]:
+        """The layer after this one and its experts to be loaded, the most probable first, once tokens asked for
+        experts in this layer; `there` are keys (layer, expert) in memory. Tokens follow each other in one text."""
+        row, here, following = np.zeros(1, dtype=np.int64), np.array([layer]), (layer + 1) % self.layers
+        if not wanted_TK.size:
+            return following, []
+        for each in wanted_TK:
+            self.requests.add(row, here, each[None])
+        chance = self.chances.predict(self.requests, row, np.array([following]), wanted_TK[-1:])[0]
+        likely = [int(each) for each in np.argsort(-chance) if chance[each] >= self.least]
+        return following, [each for each in likely if (following, each) not in there][: self.most]
 
 
 def _together(asked_nTLE: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch import nn
 from experts.huggingface import AdaptedModel
 from experts.language.model import LanguageModel
 from experts.layers import MoELayer
+from experts.offload.demand import Probable
 from experts.offload.eviction import Eviction, make
 from experts.offload.pool import ExpertPool, fitting
 from experts.offload.store import ExpertFile, OffloadError, Weights, expert_bytes, rounded, source_of, write
@@ -52,7 +53,7 @@ class OffloadedModel:
     temporary file) in the precision `weights`, unless the file is there, and leave the model for good: use
     `offloaded.model` as before. `policy` is an eviction rule by name, a function of the number of experts that fit that
     makes one, or a `Control` that also decides what runs. `prefetch="last"` loads ahead the experts that the token
-    before used in the next layer. Close it, or use it in a `with` block.
+    before used in the next layer, a `Probable` those that it predicts. Close it, or use it in a `with` block.
 
     Raises `ValueError` for experts that are not SwiGLUs of one size, and `OffloadError` for a file of other experts and
     where an expert cannot be read.
@@ -61,11 +62,12 @@ class OffloadedModel:
     def __init__(
         self, model: LanguageModel | AdaptedModel, memory: int,
         policy: str | Control | Callable[[int], Eviction] = "lru", *,
-        file: Path | str | None = None, weights: Weights = "float32", prefetch: str | None = None, direct: bool = True,
+        file: Path | str | None = None, weights: Weights = "float32", prefetch: str | Probable | None = None,
+        direct: bool = True,
     ) -> None:  # fmt: skip
         if weights not in get_args(Weights):
             raise ValueError(f"weights={weights!r} is not one of {', '.join(get_args(Weights))}")
-        if prefetch not in PREFETCH:
+        if not isinstance(prefetch, Probable) and prefetch not in PREFETCH:
             raise ValueError(f"prefetch={prefetch!r} is not one of {', '.join(map(repr, PREFETCH))}")
         if isinstance(policy, str):
             make(policy, 1)
@@ -157,7 +159,11 @@ class OffloadedModel:
         order = weight_E.masked_fill(~asked_E, -1.0).argsort(descending=True)[: int(asked_E.sum())].tolist()
         found = self.pool.take(number, order, tokens=len(routing.members) if number == 0 else 0)
         self._hand(layer, found)
-        if self.prefetch and number + 1 < len(self.layers):
+        if isinstance(self.prefetch, Probable):
+            fewest = int(routing.members.sum(1).min()) if len(routing.members) else 0
+            wanted_TK = routing.weights.detach().topk(fewest, dim=-1).indices.cpu().numpy()
+            self.pool.prefetch(*self.prefetch.ahead(number, wanted_TK, self.pool.resident))
+        elif self.prefetch and number + 1 < len(self.layers):
             self.pool.prefetch(number + 1, self._last.get(number + 1, []))
         self._last[number] = routing.members[-1].nonzero()[:, 0].tolist() if len(routing.members) else []
 

@@ -26,6 +26,7 @@ from experts.serving.control import (
     Seen,
     Service,
     must_send,
+    slower,
 )
 
 log = logging.getLogger("moe_envs.serve")
@@ -80,7 +81,7 @@ class Batcher:
         self.run, self.controller, self.choices, self.classes = run, controller, choices, tuple(classes)
         self.service, self.queue_size, self.watch, self.failed = service, queue_size, watch, failed
         self._fastest = float(service.seconds[:, 0].min())
-        self._slowest = service.table(choices.caps[-1])[0]
+        self._table, self._slow = service.table(choices.caps[-1]), 1.0
         self._queues: list[deque[Waiting]] = [deque() for _ in classes]
         self._arrived = asyncio.Event()
         self._rates, self._then = np.zeros(len(SCALES)), time.monotonic()
@@ -136,7 +137,7 @@ class Batcher:
     def _clearing(self) -> float:
         """Seconds in which the queue would be empty."""
         cap = self.choices.caps[-1]
-        return math.ceil(self.waiting / cap) * float(self._slowest[cap])
+        return math.ceil(self.waiting / cap) * float(self._table[0, cap])
 
     def _count(self, now: float, rows: int) -> None:
         """Exponential averages of the arrival rates."""
@@ -152,7 +153,7 @@ class Batcher:
         return Seen(
             self._rows[None].copy(), np.array([age]), np.array([slack]).clip(0, NEVER), np.array([now - self._then]),
             (self._rates * np.exp((self._then - now) / np.array(SCALES)))[None], self._last[None].copy(),
-            np.array([self._waited]),
+            np.array([self._waited]), np.array([self._slow]),
         )  # fmt: skip
 
     async def _send(self) -> None:
@@ -249,6 +250,8 @@ class Batcher:
         ended = time.monotonic()
         rows = sum(each.rows for each in batch)
         self._last = np.array([rows, ended - begun])
+        known = self._table[level, min(rows, self.choices.caps[-1])]
+        self._slow = float(slower(self._slow, (ended - begun) / known))
         wait = float(np.mean([begun - each.arrived for each in batch]))
         self._waited = MEMORY * self._waited + (1 - MEMORY) * wait
         self.watch(rows, level, ended - begun)

@@ -6,7 +6,7 @@ Shape legend: n queues, C request classes, L quality levels, R time scales.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,12 @@ WAIT = 0.005  # seconds that a controller waits at most before it is asked again
 NEVER = 10.0  # seconds of slack of an empty queue
 DEADLINE = 1.0  # seconds until an answer of `moe-serve` is worth nothing
 WAITS = 0  # the choice to wait
+LEARNED = 0.3  # what a batch counts in `slower`
+
+
+def slower(slow: Any, ratio: Any) -> Any:
+    """The mean of seconds over known seconds after one more batch."""
+    return slow + LEARNED * (ratio - slow)
 
 
 def must_send(fastest: float) -> float:
@@ -80,7 +86,8 @@ class Service:
 class Seen:
     """What a controller sees of n queues: rows that wait `[n, C]`, seconds that the oldest request waits `[n, C]`,
     seconds until the first deadline `[n, C]`, seconds since the last arrival `[n]`, arriving rows per second over
-    `SCALES` `[n, R]`, rows and seconds of the last batch `[n, 2]`, mean seconds that served requests waited `[n]`."""
+    `SCALES` `[n, R]`, rows and seconds of the last batch `[n, 2]`, mean seconds that served requests waited `[n]`, and
+    how many times the known seconds the last batches took `[n]` (`slower`)."""
 
     queue: np.ndarray
     age: np.ndarray
@@ -89,6 +96,7 @@ class Seen:
     rate: np.ndarray
     last: np.ndarray
     waited: np.ndarray
+    slow: np.ndarray = field(default_factory=lambda: np.ones(1))
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Regression:
         """Choices `[n]`."""
         _, a = self.service.line(self.level)
         queue = seen.queue.sum(1)
-        wait = (queue < self.cap) & (queue * (seen.since + WAIT + a) <= self.decay * seen.waited)
+        wait = (queue < self.cap) & (queue * (seen.since + WAIT + a * seen.slow) <= self.decay * seen.waited)
         return np.where(wait, WAITS, self.choices.number(self.cap, self.level, self.order))
 
 
@@ -123,7 +123,7 @@ class SlackFit:
 
     def decide(self, seen: Seen, starts: np.ndarray) -> np.ndarray:
         """Choices `[n]`."""
-        fits = self._seconds <= (seen.slack.min(1) - self.margin)[:, None]
+        fits = self._seconds * seen.slow[:, None] <= (seen.slack.min(1) - self.margin)[:, None]
         found = np.where(fits.any(1), fits.argmax(1), self._fastest)
         return np.asarray(self._numbers[found])
 
@@ -153,7 +153,7 @@ class Thresholds:
         above = (queue[:, None] > np.asarray(self.queues)) | (rate[:, None] > np.asarray(self.rates))
         level = np.where(above.any(1), above.shape[1] - above[:, ::-1].argmax(1), 0)
         rows = np.minimum(queue, self.cap).astype(int)
-        near = seen.slack.min(1) <= self._table[level, rows] + self.margin
+        near = seen.slack.min(1) <= self._table[level, rows] * seen.slow + self.margin
         send = (queue >= self.fill) | near
         return np.where(send, self.choices.number(self.cap, level, self.order), WAITS)
 
@@ -189,21 +189,22 @@ class ServingPlan:
     def decide(self, seen: Seen, starts: np.ndarray | None = None) -> np.ndarray:
         """Choices `[n]`."""
         queue, rows, caps = seen.queue.sum(1), np.arange(len(seen.queue)), self._caps
+        every = self._seconds * seen.slow[:, None, None]  # [n, L, caps]
         rate = self.ahead * np.maximum(seen.rate[:, self.scale], 1e-3)
         row_value = (seen.queue @ self._values) / np.maximum(queue, 1)[:, None]  # [n, L]
-        cost = self.price * (rate * row_value[:, 0])[:, None, None] * self._seconds / caps
+        cost = self.price * (rate * row_value[:, 0])[:, None, None] * every / caps
         filled = (caps - queue[:, None]).clip(0) / rate[:, None]  # seconds until a batch is full, [n, caps]
         due = np.minimum(seen.slack.min(1), self._deadline)[:, None, None]
-        fits = filled[:, None] + self._seconds + self.margin <= due
+        fits = filled[:, None] + every + self.margin <= due
         # what waits beyond the deadline's share of arrivals has to be worked off, too
         needed = np.maximum(rate, queue / self._deadline)[:, None, None]
-        net = np.where(fits & (caps / self._seconds >= needed), row_value[:, :, None] - cost, -np.inf)
-        hurried = np.where(self._seconds <= due, caps / self._seconds, 1e-9 / self._seconds)  # where nothing keeps up
+        net = np.where(fits & (caps / every >= needed), row_value[:, :, None] - cost, -np.inf)
+        hurried = np.where(every <= due, caps / every, 1e-9 / every)  # where nothing keeps up
         flat = np.where(np.isfinite(net).any((1, 2)), net.reshape(len(rows), -1).argmax(1),
                         hurried.reshape(len(rows), -1).argmax(1))  # fmt: skip
         level, place = np.divmod(flat, len(caps))
         cap = caps[place]
-        seconds = self._table[level, np.minimum(queue, cap).astype(int)]
+        seconds = self._table[level, np.minimum(queue, cap).astype(int)] * seen.slow
         send = (queue >= cap) | (seen.slack.min(1) <= seconds + self.margin)
         return np.where(send, self.choices.number(cap, level, self.order), WAITS)
 
@@ -237,7 +238,7 @@ class ByClass:
         """Choices `[n]`."""
         crowded = seen.queue.sum(1)[:, None] > self._queues
         level = np.minimum(self._levels + crowded, self.choices.levels - 1)  # [n, C]
-        seconds = self._table[level, np.minimum(seen.queue, self._caps).astype(int)]
+        seconds = self._table[level, np.minimum(seen.queue, self._caps).astype(int)] * seen.slow[:, None]
         left = seen.slack - self._leads
         ready = (seen.queue > 0) & ((seen.queue >= self._fills) | (left <= seconds))
         number, rows = np.where(ready, left, np.inf).argmin(1), np.arange(len(left))

@@ -4,14 +4,13 @@ from typing import Annotated, Any, Unpack
 
 import numpy as np
 from annotated_types import Ge, Gt
-from gymnasium import spaces
 
 from cost.arguments import NonNegative, choose
 from cost.model import Cost
 from cost.timing import torch_threads
 from moe_envs.core import Face, Outcome, Reward, SingleEnv, Spec
 from moe_envs.core.spaces import layout
-from moe_envs.expertcache.memory import CHOICES, EVICTIONS, MemoryEnv, capacity_of
+from moe_envs.expertcache.memory import EVICTIONS, MemoryEnv, actions_of, capacity_of
 from moe_envs.expertcache.picture import CachePicture
 from moe_envs.expertcache.recorded import DEVICES, MoEExpertPrefetchVectorEnv
 from moe_envs.layertopk.observations import HIDDEN
@@ -77,10 +76,9 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         self.substitute, self.by_divergence = fallback == "substitute", quality == "divergence"
         everything = Cost(*(stepped.loads[self.k] * self.layers * self.tokens).tolist())
         reward = Reward.of(cost_weight, everything, Cost(time_weight, memory_weight, energy_weight))
-        learned = eviction == "learned"
-        actions = spaces.MultiDiscrete([2] * self.k + [len(CHOICES)]) if learned else spaces.MultiBinary(self.k)
+        actions = actions_of(self.k, eviction)
         super().__init__(num_envs, layout(request_parts(self.k, self.layers)), actions, reward, **face)
-        if not learned:
+        if eviction != "learned":
             steep = np.interp(np.linspace(0, len(STEEP) - 1, self.layers), np.arange(len(STEEP)), STEEP)
             limit = np.tile(self.price() / steep[:, None], self.k)
             self.advice = {"squared": SURE, "layer": -SURE * limit}
@@ -98,7 +96,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         from experts.offload.demand import picked
-        from moe_envs.expertcache.observations import LATELY, answering
+        from moe_envs.expertcache.observations import LATELY, answering, staying
 
         stepped, running = self.stepped, self._token < self.tokens
         rows = running.nonzero()[0]
@@ -121,7 +119,9 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         ran, loaded = np.zeros((2, *resident.shape), dtype=np.bool_)
         ran[each, experts], loaded[each, wanted] = weights > 0, load
         self._history[rows, token, layer] = self._pictured(resident, ran, loaded)
-        self._resident[rows, layer] = self._kept(rows, available, actions[rows])
+        self._resident[rows, layer] = staying(
+            available, self._chosen(rows, layer, self._demand[rows], actions), self.capacity
+        )
         loads, requests = np.zeros((2, self.num_envs), dtype=np.int64)
         loads[rows], requests[rows] = load.sum(1), missing.sum(1)
         self._loaded, self._missed = self._loaded + loads, self._missed + requests
@@ -173,16 +173,6 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         requests.add(rows, layer, best(logits, self.k))
         self._demand[rows] = stepped.demand.predict(requests, rows, layer, odds(logits))
 
-    def _kept(self, rows: np.ndarray, available: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """Experts `[m, E]` that stay in the layers that have just run, of those available."""
-        from moe_envs.expertcache.observations import staying
-
-        layer, demand = self._layer[rows], self._demand[rows]
-        if self.eviction != "learned":
-            return staying(available, self._scores(self.eviction, rows, layer, demand), self.capacity)
-        every = np.stack([self._scores(name, rows, layer, demand) for name in CHOICES], 1)
-        return staying(available, every[np.arange(len(rows)), actions[:, self.k]], self.capacity)
-
     def _observe(self) -> np.ndarray:
         from moe_envs.expertcache.observations import request_values
 
@@ -215,16 +205,11 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         """Router logits `[n, E]` of the present layers."""
         return self._logits.copy()
 
-    def action_masks(self) -> np.ndarray:
-        """Mask `[n, K]` of the bits that do something, those of missing experts; with learned eviction
-        `[n, 2 * K + 3]` of all choices."""
+    def _useful(self) -> np.ndarray:
+        """Bits of missing experts."""
         from experts.offload.demand import picked
 
-        missing = ~picked(self.residents(), self.wanted())
-        if self.eviction != "learned":
-            return missing
-        pairs = np.stack([np.ones_like(missing), missing], 2).reshape(self.num_envs, -1)
-        return np.concatenate([pairs, np.ones((self.num_envs, len(CHOICES)), dtype=np.bool_)], 1)
+        return ~picked(self.residents(), self.wanted())
 
 
 class MoEExpertCacheEnv(SingleEnv):
@@ -329,7 +314,7 @@ class MoEExpertCacheEnv(SingleEnv):
     asks for; the router's weights are not read. `info` has `expertcache/prefetched`, the experts loaded in advance;
     `expertcache/loads_per_token` counts them, too.
 
-    Arguments that differ: `capacity` 0.375; `eviction` not `"learned"`; `overlap` 1.0, in loads of one expert; `costs`
+    Arguments that differ: `capacity` 0.375; `overlap` 1.0, in loads of one expert; `costs`
     `"simulated disk"`, or another simulated one; none of `text`, `weights`, `fallback`, `quality`.
 
     ## Version History

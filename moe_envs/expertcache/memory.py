@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+from gymnasium import spaces
 
 from moe_envs.core import BatchedEnv
 
@@ -19,6 +20,11 @@ def capacity_of(capacity: float, experts: int) -> int:
             f"capacity={capacity:g}: a whole number up to the {experts} experts of a layer, or a share below 1"
         )
     return int(capacity) if capacity >= 1 else max(1, round(capacity * experts))
+
+
+def actions_of(k: int, eviction: str) -> spaces.MultiBinary | spaces.MultiDiscrete:
+    """A bit for each of K experts and, with learned eviction, the number of the rule by which experts leave."""
+    return spaces.MultiDiscrete([2] * k + [len(CHOICES)]) if eviction == "learned" else spaces.MultiBinary(k)
 
 
 class MemoryEnv(BatchedEnv):
@@ -102,6 +108,25 @@ class MemoryEnv(BatchedEnv):
             places = zip(self.stream[rows].tolist(), self._token[rows], layer, strict=True)
             return np.stack([self.stepped.needed_next(stream)[token, each] for stream, token, each in places])
         return eviction_scores(name, self._requests, rows, layer, demand, self.stepped.demand.frequency)
+
+    def _chosen(self, rows: np.ndarray, layer: np.ndarray, demand: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Scores `[m, E]` by `eviction`; if it is learned, by the rule that the last part of the action names."""
+        if self.eviction != "learned":
+            return self._scores(self.eviction, rows, layer, demand)
+        every = np.stack([self._scores(name, rows, layer, demand) for name in CHOICES], 1)
+        return np.asarray(every[np.arange(len(rows)), actions[rows, self.k]])
+
+    def action_masks(self) -> np.ndarray:
+        """Mask `[n, K]` of the bits that do something; with learned eviction `[n, 2 * K + 3]` of all choices."""
+        bits = self._useful()
+        if self.eviction != "learned":
+            return bits
+        pairs = np.stack([np.ones_like(bits), bits], 2).reshape(self.num_envs, -1)
+        return np.concatenate([pairs, np.ones((self.num_envs, len(CHOICES)), dtype=np.bool_)], 1)
+
+    def _useful(self) -> np.ndarray:
+        """Which bits do something, `[n, K]`."""
+        raise NotImplementedError
 
     def _pictured(self, resident: np.ndarray, ran: np.ndarray, loaded: np.ndarray) -> np.ndarray:
         from moe_envs.expertcache.picture import ABSENT, LOADED, RESIDENT, USED

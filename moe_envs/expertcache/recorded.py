@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 import numpy as np
 from annotated_types import Ge, Gt
-from gymnasium import spaces
 
 from cost.arguments import NonNegative, choose
 from cost.model import Cost
@@ -18,7 +17,7 @@ from cost.timing import torch_threads
 from experts.data import DataError
 from moe_envs.core import Face, Outcome, Reward
 from moe_envs.core.spaces import layout
-from moe_envs.expertcache.memory import EVICTIONS, MemoryEnv, capacity_of
+from moe_envs.expertcache.memory import EVICTIONS, MemoryEnv, actions_of, capacity_of
 
 if TYPE_CHECKING:
     from experts.offload.demand import Demand, NextLayer
@@ -60,7 +59,7 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
     ) -> None:
         choose("source", source, ("trace",))
         choose("split", split, SHARES)
-        choose("eviction", eviction, [name for name in EVICTIONS if name != "learned"])
+        choose("eviction", eviction, EVICTIONS)
         choose("costs", costs, DEVICES)
         self.stepped = found = Recorded.of(trace, model, split, tokens, passages, costs)
         self.layers, self.k, self.experts = found.layers, found.k, found.experts
@@ -76,9 +75,10 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
             ("count", 1, 0, 1, "experts missing in this layer, over K"),
             ("loads", 1, 0, 1, "experts missing lately in a layer, over K"),
         ]
-        super().__init__(num_envs, layout(parts), spaces.MultiBinary(self.k), reward, **face)
-        least = np.where(np.arange(self.k) < int(overlap), *LEAST)
-        self.advice = {"chance": SURE, "layer": np.tile(-SURE * least, (self.layers, 1))}
+        super().__init__(num_envs, layout(parts), actions_of(self.k, eviction), reward, **face)
+        if eviction != "learned":
+            least = np.where(np.arange(self.k) < int(overlap), *LEAST)
+            self.advice = {"chance": SURE, "layer": np.tile(-SURE * least, (self.layers, 1))}
         self._allocate()
         self._demand = np.zeros((num_envs, self.layers, self.experts), dtype=np.float32)
         self._chance = np.zeros((num_envs, self.experts), dtype=np.float32)
@@ -117,12 +117,12 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
         resident = self._resident[rows, layer]
         missing = wanted & ~resident
         self._history[rows, token, layer] = self._pictured(resident, wanted, missing)
-        scores = self._scores(self.eviction, rows, layer, self._demand[rows, layer])
+        scores = self._chosen(rows, layer, self._demand[rows, layer], actions)
         self._resident[rows, layer] = staying(resident | missing, scores, self.capacity)
         candidates, there = self._candidates(rows)
         taken, following = np.zeros_like(wanted), (layer + 1) % self.layers
-        np.put_along_axis(taken, candidates, (actions[rows] > 0) & there, axis=1)
-        held, ranked = self._resident[rows, following] | taken, self._ranked(rows, following)
+        np.put_along_axis(taken, candidates, (actions[rows, : self.k] > 0) & there, axis=1)
+        held, ranked = self._resident[rows, following] | taken, self._ranked(rows, following, actions)
         self._resident[rows, following] = staying(held, np.where(taken, np.inf, ranked), self.capacity)
         loads, ahead = np.zeros((2, self.num_envs), dtype=np.int64)
         cost = np.zeros((self.num_envs, 3))
@@ -150,9 +150,9 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
 
         return np.asarray((1 - GAMMA) * self._chance[rows] + GAMMA * self._demand[rows, following])
 
-    def _ranked(self, rows: np.ndarray, following: np.ndarray) -> np.ndarray:
+    def _ranked(self, rows: np.ndarray, following: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """Scores `[m, E]` by which experts stay in the next layers before they run."""
-        scores = self._scores(self.eviction, rows, following, self._expected(rows, following))
+        scores = self._chosen(rows, following, self._expected(rows, following), actions)
         return np.where(self._chance[rows] > 0, np.inf, scores) if self.eviction == "belady" else scores
 
     def _candidates(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -192,9 +192,9 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
         observation[~running] = 0
         return observation
 
-    def action_masks(self) -> np.ndarray:
-        """Mask `[n, K]` of the bits that do something."""
-        return np.asarray(self._candidates(self._rows)[1])
+    def _useful(self) -> np.ndarray:
+        """Bits of candidates."""
+        return self._candidates(self._rows)[1]
 
 
 class Recorded:

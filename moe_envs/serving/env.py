@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Unpack
 
 import numpy as np
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
 from gymnasium import spaces
 
 from cost.arguments import NonNegative, Positive, choose
@@ -21,16 +21,18 @@ from experts.serving.control import (
     Seen,
     Service,
     must_send,
+    slower,
 )
 from moe_envs.core import BatchedEnv, Face, Outcome, Reward, SingleEnv, Spec
 from moe_envs.serving.observations import Observer, capacity, parts_of
 from moe_envs.serving.picture import ServingPicture
-from moe_envs.serving.traffic import MOST_SECONDS, Traffic
+from moe_envs.serving.traffic import MOST_SECONDS, NUMBERS, Traffic
 
 COSTS = ("reference", "machine")
 ANSWERS = ("in time", "latency")
 EPISODES = 2**20  # of a split
 HORIZON = 2.0  # seconds after which a reward counts 1 / e
+FACTORS = 256  # of the times of batches in an episode, the same again if there are more
 MEMORY = 0.9  # of the mean wait that remains after a batch
 MIXED = (
     RequestClass("interactive", deadline=0.25),
@@ -50,7 +52,19 @@ class MoEServingVectorEnv(BatchedEnv):
 
     advice = {"plan": 4.0}
     INNER = ("traffic",)
-    STATE = ("now", "_last", "_waited", "worth", "rate", "_answered", "_in_time", "_ended")
+    STATE = (
+        "now",
+        "_last",
+        "_waited",
+        "worth",
+        "rate",
+        "_answered",
+        "_in_time",
+        "_ended",
+        "_batches",
+        "_factors",
+        "_slow",
+    )
 
     def __init__(
         self,
@@ -67,6 +81,8 @@ class MoEServingVectorEnv(BatchedEnv):
         model: str = "language",
         costs: str = "reference",
         overhead: NonNegative = 0.0,
+        jitter: Annotated[float, Ge(0), Le(1)] = 0.0,
+        slowdown: Positive | tuple[Positive, Positive] = 1.0,
         rule: str = "plan",
         time_weight: NonNegative = 1.0,
         memory_weight: NonNegative = 0.0,
@@ -79,9 +95,8 @@ class MoEServingVectorEnv(BatchedEnv):
         choose("classes", classes, SHARES)
         choose("answers", answers, ANSWERS)
         choose("costs", costs, COSTS)
-        low, high = load if isinstance(load, tuple) else (load, load)
-        if low > high:
-            raise ValueError(f"load={load!r}: the first must not be above the second")
+        low, high = _range("load", load)
+        self.slowdown = _range("slowdown", slowdown)
         self.classes = classes_of(classes, deadline)
         self.in_time = answers == "in time"
         if not self.in_time and len(self.classes) > 1:
@@ -106,7 +121,7 @@ class MoEServingVectorEnv(BatchedEnv):
         reward = Reward.of(cost_weight, reference, Cost(time_weight, memory_weight, energy_weight))
         super().__init__(num_envs, parts_of(self.choices), spaces.Discrete(len(self.choices)), reward, **face)
         self.traffic = Traffic(
-            num_envs, trace, split, seconds, self.classes, SHARES[classes], high * self.capacity
+            num_envs, trace, split, seconds, self.classes, SHARES[classes], high * self.capacity / self.slowdown[0]
         )  # fmt: skip
         value, care = (np.array([getattr(each, name) for each in self.classes]) for name in ("value", "care"))
         self.value = value[:, None] * (1 - care[:, None] * (1 - self.service.quality)).clip(0)  # [C, L]
@@ -114,7 +129,9 @@ class MoEServingVectorEnv(BatchedEnv):
         self.now, self._waited, self.rate = np.zeros((3, num_envs))
         self.worth = np.ones(num_envs)
         self._last = np.zeros((num_envs, 2))
-        self._answered, self._in_time = np.zeros((2, num_envs), dtype=np.int64)
+        self._answered, self._in_time, self._batches = np.zeros((3, num_envs), dtype=np.int64)
+        self.jitter, self._factors = jitter, np.ones((num_envs, FACTORS))  # of the times of batches
+        self._slow = np.ones(num_envs)
         self._ended = np.zeros(num_envs, dtype=np.bool_)
         self._seen = self._look()
 
@@ -122,12 +139,21 @@ class MoEServingVectorEnv(BatchedEnv):
         drawn = self._draw(rows, EPISODES)
         for row, number in zip(rows.tolist(), drawn.tolist(), strict=True):
             share = np.random.default_rng([0, number]).random()
-            self.rate[row] = self.capacity * (self.load[0] + share * (self.load[1] - self.load[0]))
+            slow = self._slow_down(row, number)
+            self.rate[row] = self.capacity * (self.load[0] + share * (self.load[1] - self.load[0])) / slow
             counts = self.traffic.begin(row, number, self.rate[row])
             self.worth[row] = max(float(counts @ [each.value for each in self.classes]), 1.0)
         self.now[rows], self._waited[rows], self._last[rows] = 0, 0, 0
-        self._answered[rows], self._in_time[rows], self._ended[rows] = 0, 0, False
+        self._answered[rows], self._in_time[rows], self._batches[rows], self._ended[rows] = 0, 0, 0, False
+        self._slow[rows] = 1
         self._go_on()
+
+    def _slow_down(self, row: int, number: int) -> float:
+        """Draw how the times of batches differ from the known ones in an episode; returns by how much all do."""
+        random, (low, high) = np.random.default_rng([NUMBERS[self.traffic.split], number, 1]), self.slowdown
+        slow = low + float(random.random()) * (high - low)
+        self._factors[row] = slow * np.exp(self.jitter * random.standard_normal(FACTORS))
+        return slow
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         begun, running = self.now.copy(), ~self._ended
@@ -139,7 +165,9 @@ class MoEServingVectorEnv(BatchedEnv):
         taken = np.zeros_like(queue)
         taken[chosen] = self.traffic.taken(chosen, queue[chosen], cap[chosen], order[chosen], self._worth_of_row)
         rows = taken @ self.traffic.size
-        seconds = np.where(sends, self.table[level, np.minimum(rows, CAPS[-1])], 0.0)
+        factor = self._factors[self._rows, self._batches % FACTORS]
+        seconds = np.where(sends, self.table[level, np.minimum(rows, CAPS[-1])] * factor, 0.0)
+        self._slow = np.where(sends, slower(self._slow, factor), self._slow)
         end = self.now + seconds
         lost = self._lost(taken, level, end)
         self._count(sends, taken, rows, seconds)
@@ -166,6 +194,7 @@ class MoEServingVectorEnv(BatchedEnv):
         requests = taken.sum(1)
         waited = (self.now[:, None] * taken - self.traffic.arrival_sums(taken)).sum(1) / np.maximum(requests, 1)
         self._waited = np.where(sends, MEMORY * self._waited + (1 - MEMORY) * waited, self._waited)
+        self._batches += sends
         self._last[sends] = np.stack([rows, seconds], axis=1)[sends]
         self._answered += requests
 
@@ -204,7 +233,8 @@ class MoEServingVectorEnv(BatchedEnv):
         slack = np.where(there, oldest + traffic.deadline - now[:, None], NEVER).clip(0, NEVER)
         last, rates = traffic.recent(now)
         since = np.maximum(now - last, 0.0)
-        found = Seen(queue * traffic.size, age, slack, since, rates, self._last.copy(), self._waited.copy())
+        found = Seen(queue * traffic.size, age, slack, since, rates, self._last.copy(), self._waited.copy(),
+                     self._slow.copy())  # fmt: skip
         for values in vars(found).values():
             values.flags.writeable = False
         return found
@@ -226,6 +256,13 @@ class MoEServingVectorEnv(BatchedEnv):
         observation = self.observer(self._seen)
         observation[self._ended] = 0
         return observation
+
+
+def _range(name: str, value: float | tuple[float, float]) -> tuple[float, float]:
+    low, high = value if isinstance(value, tuple) else (value, value)
+    if low > high:
+        raise ValueError(f"{name}={value!r}: the first must not be above the second")
+    return low, high
 
 
 def with_overhead(service: Service, overhead: float) -> Service:
@@ -312,6 +349,9 @@ care 4), 20 % bulk (4 s, 4 rows, care 0.25) |
     | `costs` | `"reference"` | the shipped times of the language model, others are measured here; or all by this \
 `"machine"` |
     | `overhead` | 0.0 | seconds that a row takes beside the model, as HTTP does; rules do not know it |
+    | `jitter` | 0.0 | standard deviation of the logarithm of a batch's time around the known one; at most 1 |
+    | `slowdown` | 1.0 | how many times the known seconds all batches of an episode take, a number or a range; rules \
+learn it from the batches, and fewer requests come, so that the load is the same |
     | `rule` | `"plan"` | the rule in the observation, as `moe-serve --controller` takes it, but not `adaptive` nor a \
 policy; best a tuned one. The price of a bare `"plan"` is `cost_weight` |
     | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |
@@ -366,5 +406,9 @@ SPEC = Spec(
     },
     small={"seconds": 1.0},
     short={"seconds": 0.1},
-    variants=({}, {"classes": "mixed", "trace": "bursts"}, {"answers": "latency"}),
+    variants=(
+        {},
+        {"classes": "mixed", "trace": "bursts", "jitter": 0.3, "slowdown": (0.8, 2.0)},
+        {"answers": "latency"},
+    ),
 )

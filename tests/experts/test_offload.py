@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from agents.deploy.expertcache import fit_next_layer
 from experts.data import DataError
 from experts.language import LanguageModel
 from experts.language.transformer import ModelSettings, Transformer
-from experts.offload import ExpertFile, OffloadedModel, OffloadError, Trace, replay, traces
+from experts.offload import ExpertFile, OffloadedModel, OffloadError, Probable, Trace, replay, traces
 from experts.offload.eviction import ARC, LFU, LRU, RULES, SIEVE, Eviction, Static, make
 from experts.offload.pool import ExpertPool
 from experts.offload.store import write
@@ -287,6 +289,30 @@ def test_an_offloaded_model_answers_as_before(model: LanguageModel, ids: torch.T
         assert 0 < found["prefetch_accuracy"] <= 1
     with pytest.raises(OffloadError, match="was closed"):
         model.network(ids)
+
+
+def test_what_is_probable_is_loaded_ahead(model: LanguageModel, ids: torch.Tensor) -> None:
+    wanted, fewer = model.network(ids).logits, model.network(ids, [1, 2, 0]).logits
+    chances = fit_next_layer(model, ids)
+    accuracy = {}
+    for name, prefetch in {
+        "last": "last",
+        "two": Probable(chances, most=2, least=0.0),
+        "none": Probable(chances, 0),
+    }.items():
+        copied = deepcopy(model)
+        with OffloadedModel(copied, memory=5 * EACH, prefetch=prefetch) as offloaded:
+            torch.testing.assert_close(copied.network(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(copied.network(ids, [1, 2, 0]).logits, fewer, atol=1e-5, rtol=1e-5)
+            before = offloaded.statistics()["prefetched"]
+            cache, parts = copied.network.cache(1), []
+            for token in ids[:1].split(1, dim=1):
+                parts.append(copied.network(token, None, cache).logits)
+                assert len(offloaded.pool.resident) <= 5
+            torch.testing.assert_close(torch.cat(parts, 1), wanted[:1], atol=1e-4, rtol=1e-4)
+            accuracy[name] = offloaded.statistics()["prefetch_accuracy"]
+            assert (offloaded.statistics()["prefetched"] > before) == (name != "none")
+    assert accuracy["two"] > accuracy["last"] > accuracy["none"] == 0
 
 
 def test_without_prefetch_each_miss_is_a_load_and_memory_is_bounded(model: LanguageModel, ids: torch.Tensor) -> None:

@@ -158,9 +158,10 @@ def test_the_memory_never_holds_more_than_fits_and_masks_tell_what_is_missing() 
     assert learned.action_masks().shape == (5, 2 * learned.k + 3)
 
 
-def test_learned_eviction_of_one_kind_is_that_rule() -> None:
+@pytest.mark.parametrize("source", ["model", "trace"])
+def test_learned_eviction_of_one_kind_is_that_rule(source: str) -> None:
     for number, rule in enumerate(("predicted", "lru", "ema")):
-        fixed, learned = vector(3, eviction=rule), vector(3, eviction="learned")
+        fixed, learned = (vector(3, eviction=each, source=source) for each in (rule, "learned"))
         wanted = played(fixed, everything(fixed), seed=4)
         actions = np.column_stack([np.ones((3, 4), dtype=np.int64), np.full(3, number)])
         found = played(learned, lambda observation, actions=actions: actions, seed=4)
@@ -168,7 +169,14 @@ def test_learned_eviction_of_one_kind_is_that_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"eviction": "learned", "capacity": 3}, {"quality": "log-likelihood"}, {"source": "trace"}]
+    "kwargs",
+    [
+        {},
+        {"eviction": "learned", "capacity": 3},
+        {"quality": "log-likelihood"},
+        {"source": "trace"},
+        {"source": "trace", "eviction": "learned"},
+    ],
 )
 def test_a_row_is_the_same_alone_bit_for_bit(kwargs: dict[str, Any]) -> None:
     env = vector(11, autoreset_mode="SameStep", **kwargs)
@@ -282,8 +290,6 @@ def test_what_is_no_recorded_routing_is_told(tmp_path: Path) -> None:
         recorded(1, trace=str(tmp_path / "cut.csv"))
     with pytest.raises(ValueError, match="argument='fallback' is not one of"):
         recorded(1, fallback="skip")
-    with pytest.raises(ValueError, match="eviction='learned' is not one of"):
-        recorded(1, eviction="learned")
     with pytest.raises(ValueError, match="source='traces' is not one of 'model', 'trace'; did you mean 'trace'"):
         vector(1, source="traces")
 
