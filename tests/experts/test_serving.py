@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import json
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from experts.serving.batching import Batcher, DeadlineError, QueueFullError
 from experts.serving.control import CAPS, NEVER, WAIT, WAITS, Choices, RequestClass, Seen, Service
 from experts.serving.export import export
 from experts.serving.limits import TokenBuckets
-from experts.serving.rules import rule_of
+from experts.serving.rules import Fixed, rule_of
 from experts.serving.sources import of_bundle
 
 pytest.importorskip("fastapi")
@@ -446,6 +447,32 @@ def test_rules_by_hand() -> None:
     assert _decided("regression", _seen(1)) is None
     assert _decided("regression", _seen(2)) == (64, 0)
     assert _decided("adaptive:timeout=0", _seen(1)) == (1, 0)
+
+
+@pytest.mark.parametrize("rule", ["thresholds:queues=10,rates=500,fill=64,margin=0", "plan:margin=0", "slackfit"])
+def test_rules_take_the_present_speed_into_account(rule: str) -> None:
+    same, changed = 0, 0
+    for queue, slack in itertools.product((1, 3, 8, 20), np.geomspace(0.001, 0.2, 24)):
+        seen = _seen(queue, slack, rate=300.0)
+        usual = _decided(rule, seen)
+        seen.slow = np.ones(1)
+        same += usual == _decided(rule, seen)
+        seen.slow = np.array([2.0])
+        changed += usual != _decided(rule, seen)
+    assert (same, changed > 0) == (96, True)
+
+
+def test_the_server_learns_how_slow_batches_are() -> None:
+    seen = []
+
+    class Watching(Fixed):
+        def decide(self, seen_now: Seen, starts: np.ndarray) -> np.ndarray:
+            seen.append(seen_now.slow[0])
+            return super().decide(seen_now, starts)
+
+    _batched(lambda choices, *_: Watching(choices, cap=1), lambda b: [b.submit([row]) for row in range(10, 30)])
+    assert seen[0] == 1.0
+    assert seen[-1] > 9.0  # a row takes 10 ms and is known to take 1 ms
 
 
 def test_one_class_at_a_time_by_hand() -> None:

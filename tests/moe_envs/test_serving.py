@@ -247,3 +247,35 @@ def test_the_rule_of_the_observation_is_the_one_that_was_asked_for() -> None:
             observation, *_ = env.step(chosen)
     with pytest.raises(ValueError, match="remembers batches"):
         vector(rule="adaptive")
+
+
+def test_times_of_batches_vary_and_rules_learn_how_slow_they_are() -> None:
+    env = vector(4, jitter=0.2, slowdown=(1.0, 3.0), load=0.5, seconds=8.0, autoreset_mode="Disabled")
+    env.reset(seed=0)
+    slow, factors = env.rate.max() / env.rate, []
+    assert slow.max() > 1.2  # fewer requests for a slower server
+    for _ in range(64):
+        *_, infos = env.step(np.full(4, env.choices.number(1, 0)))
+        factors.append(infos["cost/time"] / env.table[0, infos["serving/rows"]])
+    logs = np.log(factors)
+    assert 0.15 < logs.std(0).mean() < 0.25
+    np.testing.assert_allclose(np.exp(logs.mean(0)), env.capacity * 0.5 / env.rate, rtol=0.1)
+    learned = env.seen().slow
+    np.testing.assert_allclose(learned, np.exp(logs.mean(0)), rtol=0.3)
+    assert np.corrcoef(learned, env.capacity / env.rate)[0, 1] > 0.9
+    again = vector(4, jitter=0.2, slowdown=(1.0, 3.0), load=0.5, seconds=8.0)
+    again.reset(seed=0)
+    np.testing.assert_array_equal(again._factors, env._factors)  # of the episode, not of what was done
+    other = vector(4, jitter=0.2, slowdown=(1.0, 3.0), load=0.5, seconds=8.0, split="test")
+    other.reset(seed=0)
+    assert not (other._factors == env._factors).any()
+
+
+def test_without_variation_the_times_are_the_known_ones() -> None:
+    env = vector(3)
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(np.full(3, env.choices.number(4, 1)))
+    assert env.seen().slow.tolist() == [1.0] * 3
+    with pytest.raises(ValueError, match=r"slowdown=\(2.0, 1.0\): the first must not be above the second"):
+        vector(slowdown=(2.0, 1.0))
