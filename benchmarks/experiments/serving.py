@@ -23,7 +23,7 @@ from agents.baselines import serving as rules
 from agents.evaluate import evaluate
 from benchmarks.programs.sender import HOST, Sent, run_loop, send_all, send_at
 from benchmarks.programs.service import Serving, counted, predictions, service
-from benchmarks.programs.tuning import http_seconds
+from benchmarks.programs.tuning import VARYING, http_seconds
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.kept import found_once, run_of
 from benchmarks.runner.setup import Arguments
@@ -74,8 +74,8 @@ class ServingSetup(Arguments):
     episode: float = 8.0
     episodes: int = 256
     costs: Literal["machine", "reference"] = "machine"
-    jitter: float = 0.2
-    slowdown: tuple[float, float] = (1.0, 1.8)
+    jitter: float = VARYING["jitter"]
+    slowdown: tuple[float, float] = VARYING["slowdown"]
 
     @model_validator(mode="after")
     def _without_effect(self) -> Self:

@@ -12,6 +12,9 @@ from experts.data import DataError
 
 SECONDS, WARM_UP = 2.0, 0.5  # of requests by which HTTP is timed
 CONNECTIONS = 32
+# How times of batches vary in a server whose requests take the same processor: those of the language model were 1.1 to
+# 1.8 times what the server had measured at its start; the standard deviation of the logarithm was 0.19 to 0.21.
+VARYING: dict[str, Any] = {"jitter": 0.2, "slowdown": (1.0, 1.8)}
 DEADLINES, LONGEST = 4, 8.0  # length of an episode in deadlines, and at most in seconds
 
 
@@ -20,7 +23,8 @@ def tuned_rule_of_server(
 ) -> dict[str, Any]:
     """The rule that pays best in MoEServing-v0 with this model's times, over Poisson and bursty arrivals at loads from
     0.5 to 1.1, and what it was tuned for."""
-    tuned_for = {"overhead": http_seconds(model), "deadline": deadline, "seconds": min(LONGEST, DEADLINES * deadline)}
+    seconds = min(LONGEST, DEADLINES * deadline)
+    tuned_for = {"overhead": http_seconds(model), "deadline": deadline, "seconds": seconds, **VARYING}
     return tuned_for | rules.best_rule(tries, report, model=model, costs="machine", **tuned_for)
 
 
