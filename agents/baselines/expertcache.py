@@ -29,6 +29,7 @@ class LoadRule:
     """Which of the missing experts are loaded, by `bits`; `env_kwargs` say what leaves the memory."""
 
     kind = "baseline"
+    source = "model"
 
     def __init__(self, *, eviction: str = "predicted", fallback: str = "substitute") -> None:
         self.env_kwargs = {"eviction": eviction, "fallback": fallback}
@@ -92,9 +93,9 @@ class Biased(LoadRule):
 class Coin(LoadRule):
     """Each candidate is loaded with probability one half."""
 
-    def __init__(self, eviction: str = "predicted", seed: int = 0) -> None:
-        self.env_kwargs = {"eviction": eviction}
-        self.random = np.random.default_rng(seed)
+    def __init__(self, seed: int = 0, **env_kwargs: str) -> None:
+        super().__init__()
+        self.env_kwargs, self.random = env_kwargs or self.env_kwargs, np.random.default_rng(seed)
 
     def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
         return self.random.random((len(observation), self.env.k)) < 0.5
@@ -103,6 +104,8 @@ class Coin(LoadRule):
 class Prefetch(LoadRule):
     """For `source="trace"`: load in advance the `most` probable experts of the next layer, if they are asked for with a
     probability of at least `least`; with `again`, those that the last token asked for there."""
+
+    source = "trace"
 
     def __init__(self, most: int, least: float = 0.0, again: bool = False, *, eviction: str = "predicted") -> None:
         self.env_kwargs = {"eviction": eviction}
@@ -212,7 +215,7 @@ def _prefetching(tuning: RuleTuning, report: Report) -> dict[str, Any]:
         again = [Prefetch(most, again=True, eviction=eviction) for most in range(1, tuning.k + 1)]
         rules[f"as the last token, {eviction}"] = tuning.best(again)
         report((number + 1) / 3)
-    rules["at random"] = Coin("lru")
+    rules["at random"] = Coin(eviction="lru")
     return rules
 
 
@@ -236,7 +239,7 @@ def bound(env_id: str, *, streams: int = STREAMS, **env_kwargs: Any) -> LoadRule
     kwargs = {name: value for name, value in env_kwargs.items() if name not in ("split", "eviction", "fallback")}
     tuning = RuleTuning(kwargs, streams)
     if kwargs.get("source") == "trace":
-        known: Any = tuning.best(_prefetches(tuning.k, "belady"))
+        known: Any = tuning.best([Prefetch(most, eviction="belady") for most in range(1, tuning.k + 1)])
         known.kind = "bound"
         return known
     alike: Any = tuning.best(_alike(tuning.layers, eviction="belady"))

@@ -54,6 +54,8 @@ class CacheControl:
         self.policy, self.capacity, self.demand, self.substitute = policy, capacity, demand, fallback == "substitute"
         self.observation_layout = layout(request_parts(self.k, self.layers))
         self.width = max(part.slice.stop for part in self.observation_layout.values())
+        if getattr(policy, "source", "model") != "model":
+            raise ValueError("the policy is a rule for recorded routing: it decides what is loaded in advance")
         if isinstance(policy, LoadRule):
             self.policy = copy(policy)  # others may watch the same rule
             self.policy.watch(self)
@@ -135,7 +137,8 @@ class CacheControl:
         if shape != (self.width,) or actions != (self.k,):
             raise ValueError(
                 f"the policy observes {shape} and has actions {actions}; for this model it must be trained in "
-                f"MoEExpertCache-v0 without learned eviction: {(self.width,)} and {(self.k,)}"
+                f"MoEExpertCache-v0 without learned eviction, and not on recorded routing: {(self.width,)} and "
+                f"{(self.k,)}"
             )
 
 

@@ -91,7 +91,7 @@ class Demand:
         asked = np.zeros(logits_nTLE.shape, dtype=np.float32)
         np.put_along_axis(asked, wanted, 1.0, axis=-1)
         frequency, start = asked.mean((0, 1)), tokens // 2 if by_halves else 0
-        known = asked[:, :start].mean((0, 1)) if by_halves else frequency
+        known = asked[:, :start].mean((0, 1)) if start else frequency
         future, target = np.zeros_like(asked[:, 0]), np.zeros_like(asked)
         for token in range(tokens - 1, -1, -1):
             target[:, token] = future * (1 - GAMMA)
@@ -156,16 +156,21 @@ class NextLayer:
 
 class Probable:
     """What is loaded ahead in an `OffloadedModel(prefetch=...)`: of the experts that are not in memory those that the
-    next layer most probably asks for, `most` of them at the most, with a probability of at least `least`."""
+    next layer most probably asks for, `most` of them at the most, with a probability of at least `least`. `chances` is
+    what `agents.deploy.expertcache.fit_next_layer` returns. For one text at a time; `forget` begins another."""
 
-    def __init__(self, chances: NextLayer, most: int = 1, least: float = 0.2) -> None:
+    def __init__(self, chances: NextLayer, most: int = 1, least: float = 0.02) -> None:
         self.chances, self.most, self.least = chances, most, least
         self.layers, self.experts = chances.frequency.shape
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new text."""
         self.requests = Requests.empty(1, self.layers, self.experts)
 
     def ahead(self, layer: int, wanted_TK: np.ndarray, there: Container[tuple[int, int]]) -> tuple[int, list[int]]:
-        """The layer after this one and its experts to be loaded, the most probable first, once tokens asked for
-        experts in this layer; `there` are keys (layer, expert) in memory. Tokens follow each other in one text."""
+        """The layer after this one and its experts to be loaded, the most probable first, once tokens that follow each
+        other asked for experts in this layer; `there` are keys (layer, expert) in memory."""
         row, here, following = np.zeros(1, dtype=np.int64), np.array([layer]), (layer + 1) % self.layers
         if not wanted_TK.size:
             return following, []

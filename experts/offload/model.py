@@ -53,7 +53,8 @@ class OffloadedModel:
     temporary file) in the precision `weights`, unless the file is there, and leave the model for good: use
     `offloaded.model` as before. `policy` is an eviction rule by name, a function of the number of experts that fit that
     makes one, or a `Control` that also decides what runs. `prefetch="last"` loads ahead the experts that the token
-    before used in the next layer, a `Probable` those that it predicts. Close it, or use it in a `with` block.
+    before used in the next layer, a `Probable` those that it predicts for one text. Close it, or use it in a `with`
+    block.
 
     Raises `ValueError` for experts that are not SwiGLUs of one size, and `OffloadError` for a file of other experts and
     where an expert cannot be read.
@@ -73,6 +74,8 @@ class OffloadedModel:
             make(policy, 1)
         each = _expert_size(model, weights)
         fitting(memory, each)  # all is checked before the model is changed
+        if isinstance(prefetch, Probable) and (shape := _shape(model)) != (prefetch.layers, prefetch.experts):
+            raise ValueError(f"prefetch is for {prefetch.layers} layers of {prefetch.experts} experts, not {shape}")
         self.control = policy if isinstance(policy, Control) else None
         first = [] if self.control is None else self.control.start()
         if (needed := sum(map(len, first)) * each) > memory:
@@ -209,6 +212,13 @@ def _expert_size(model: LanguageModel | AdaptedModel, weights: Weights) -> int:
         expert: Any = model.replaced[0].experts[0]
         return expert_bytes(model.d_model, expert.w_out.shape[1], weights)
     return expert_bytes(model.d_model, int(model.blocks[0].experts.down_proj.shape[2]), weights)
+
+
+def _shape(model: LanguageModel | AdaptedModel) -> tuple[int, int]:
+    """Layers and experts of each."""
+    if isinstance(model, LanguageModel):
+        return model.settings.layers, model.settings.num_experts
+    return len(model.replaced or model.blocks), int(model.num_experts)
 
 
 def _require_fitting(file: ExpertFile, layers: list[MoELayer], weights: Weights) -> None:

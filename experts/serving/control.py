@@ -17,12 +17,12 @@ WAIT = 0.005  # seconds that a controller waits at most before it is asked again
 NEVER = 10.0  # seconds of slack of an empty queue
 DEADLINE = 1.0  # seconds until an answer of `moe-serve` is worth nothing
 WAITS = 0  # the choice to wait
-LEARNED = 0.3  # what a batch counts in `slower`
+LEARNED, STALLED = 0.3, 4.0  # what a batch counts in `slower`, and the most that it counts as
 
 
 def slower(slow: Any, ratio: Any) -> Any:
     """The mean of seconds over known seconds after one more batch."""
-    return slow + LEARNED * (ratio - slow)
+    return slow + LEARNED * (np.clip(ratio, 1 / STALLED, STALLED) - slow)
 
 
 def must_send(fastest: float) -> float:

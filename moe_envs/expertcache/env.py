@@ -176,18 +176,14 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
     def _observe(self) -> np.ndarray:
         from moe_envs.expertcache.observations import request_values
 
-        running, layer = self._token < self.tokens, self._layer
+        layer = self._layer
         _, values = request_values(self._logits, self._resident[self._rows, layer], self._demand, self.k)
         values |= {
             "layer": layer[:, None] == np.arange(self.layers),
             "loads": self._lately,
             "hidden": self._seen.clip(-10, 10),
         }
-        observation = np.zeros((self.num_envs, self.single_observation_space.shape[0]), dtype=np.float32)  # type: ignore[index]
-        for name, part in self.observation_layout.items():
-            observation[:, part.slice] = values[name].reshape(self.num_envs, -1)
-        observation[~running] = 0
-        return observation
+        return self._laid_out(values)
 
     def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Passage and token in it `[m]`, where these rows stand."""
@@ -304,8 +300,9 @@ class MoEExpertCacheEnv(SingleEnv):
     of `overlap` loads is hidden. What is loaded in advance, and not asked for, takes the place of others.
 
     `trace` is a file of the format route_trace v1, as for `experts.offload.traces.read`; without one, it is the routing
-    of the `model` on the passages that come with it, its experts in int4. A file's tokens are split by time: 60 %
-    `rl_train`, 20 % `validation`, 20 % `test`; a stream is `tokens` times `passages` of them, or as many as there are.
+    of the `model` on the passages that come with it, and an expert has its size in int4. A file's tokens are split by
+    time: 60 % `rl_train`, 20 % `validation`, 20 % `test`; a stream is `tokens` times `passages` of them, or as many as
+    there are. The predictors are fitted to `rl_train`, so that they know the streams of short files there too well.
 
     The action is `MultiBinary(K)`, a bit for each candidate; quality is 0. The observation has, for each candidate,
     `chance`, the predicted probability that the next layer asks for it, `again`, 1 if the last token asked for it

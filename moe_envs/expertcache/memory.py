@@ -10,6 +10,7 @@ from gymnasium import spaces
 from moe_envs.core import BatchedEnv
 
 EVICTIONS = ("predicted", "lru", "lfu", "ema", "static", "learned", "belady")
+FITTED = 24  # streams of rl_train from which demand is learned
 CHOICES = ("predicted", "lru", "ema")  # of eviction="learned"
 
 
@@ -127,6 +128,14 @@ class MemoryEnv(BatchedEnv):
     def _useful(self) -> np.ndarray:
         """Which bits do something, `[n, K]`."""
         raise NotImplementedError
+
+    def _laid_out(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """Observations `[n, size]` of these parts, 0 in rows whose stream is over."""
+        observation = np.zeros((self.num_envs, self.single_observation_space.shape[0]), dtype=np.float32)  # type: ignore[index]
+        for name, part in self.observation_layout.items():
+            observation[:, part.slice] = values[name].reshape(self.num_envs, -1)
+        observation[self._token >= self.tokens] = 0
+        return observation
 
     def _pictured(self, resident: np.ndarray, ran: np.ndarray, loaded: np.ndarray) -> np.ndarray:
         from moe_envs.expertcache.picture import ABSENT, LOADED, RESIDENT, USED

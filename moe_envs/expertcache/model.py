@@ -17,9 +17,9 @@ from experts.offload.demand import Demand, best, needed_next
 from experts.offload.model import rounded_copy
 from experts.offload.store import expert_bytes
 from moe_envs.core.stepped import SteppedModel, located, read
+from moe_envs.expertcache.memory import FITTED
 from moe_envs.layertopk.observations import projection
 
-FITTED = 24  # streams of rl_train from which demand is learned
 SHUFFLES = {"rl_train": 8}  # how often each passage stands in a stream
 
 

@@ -17,7 +17,7 @@ from cost.timing import torch_threads
 from experts.data import DataError
 from moe_envs.core import Face, Outcome, Reward
 from moe_envs.core.spaces import layout
-from moe_envs.expertcache.memory import EVICTIONS, MemoryEnv, actions_of, capacity_of
+from moe_envs.expertcache.memory import EVICTIONS, FITTED, MemoryEnv, actions_of, capacity_of
 
 if TYPE_CHECKING:
     from experts.offload.demand import Demand, NextLayer
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 SHARES = {"rl_train": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}  # of a trace's tokens
 DEVICES = ("simulated disk", "simulated hard disk", "simulated memory card", "simulated network")
 OVERLAPPING = 8  # streams of rl_train begin each eighth of a stream; others do not overlap
-FITTED = 24  # streams of rl_train from which predictors are learned
-# Advice: load in advance at these least chances, what is hidden and what is not; SURE times the difference is a logit.
-LEAST, SURE = (0.2, 0.6), 10.0
+# Advice: load in advance where the chance is above the share of its time that is not hidden, and in these bounds; SURE
+# times the difference is a logit.
+LEAST, SURE = (0.02, 0.95), 10.0
+FIRST = 1e9  # the score by which what was just loaded stays, less its place
 
 
 class MoEExpertPrefetchVectorEnv(MemoryEnv):
@@ -77,7 +78,7 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
         ]
         super().__init__(num_envs, layout(parts), actions_of(self.k, eviction), reward, **face)
         if eviction != "learned":
-            least = np.where(np.arange(self.k) < int(overlap), *LEAST)
+            least = (np.arange(self.k) + 1 - overlap).clip(*LEAST)
             self.advice = {"chance": SURE, "layer": np.tile(-SURE * least, (self.layers, 1))}
         self._allocate()
         self._demand = np.zeros((num_envs, self.layers, self.experts), dtype=np.float32)
@@ -117,13 +118,17 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
         resident = self._resident[rows, layer]
         missing = wanted & ~resident
         self._history[rows, token, layer] = self._pictured(resident, wanted, missing)
+        candidates, there = self._candidates(rows)  # as they were observed
         scores = self._chosen(rows, layer, self._demand[rows, layer], actions)
         self._resident[rows, layer] = staying(resident | missing, scores, self.capacity)
-        candidates, there = self._candidates(rows)
-        taken, following = np.zeros_like(wanted), (layer + 1) % self.layers
-        np.put_along_axis(taken, candidates, (actions[rows, : self.k] > 0) & there, axis=1)
-        held, ranked = self._resident[rows, following] | taken, self._ranked(rows, following, actions)
-        self._resident[rows, following] = staying(held, np.where(taken, np.inf, ranked), self.capacity)
+        following = (layer + 1) % self.layers
+        held, ranked = self._resident[rows, following], self._ranked(rows, following, actions)
+        bits = (actions[rows, : self.k] > 0) & there & ~np.take_along_axis(held, candidates, 1)
+        taken = np.zeros_like(wanted)
+        np.put_along_axis(taken, candidates, bits, axis=1)
+        first = FIRST - np.arange(self.k)
+        np.put_along_axis(ranked, candidates, np.where(bits, first, np.take_along_axis(ranked, candidates, 1)), axis=1)
+        self._resident[rows, following] = staying(held | taken, ranked, self.capacity)
         loads, ahead = np.zeros((2, self.num_envs), dtype=np.int64)
         cost = np.zeros((self.num_envs, 3))
         loads[rows], ahead[rows] = missing.sum(1), taken.sum(1)
@@ -153,7 +158,7 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
     def _ranked(self, rows: np.ndarray, following: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """Scores `[m, E]` by which experts stay in the next layers before they run."""
         scores = self._chosen(rows, following, self._expected(rows, following), actions)
-        return np.where(self._chance[rows] > 0, np.inf, scores) if self.eviction == "belady" else scores
+        return np.where((self._chance[rows] > 0) & (self.eviction == "belady"), np.inf, scores)
 
     def _candidates(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The K experts `[m, K]` that the next layer most probably asks for of those that are not in memory there, and
@@ -169,7 +174,7 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
     def _observe(self) -> np.ndarray:
         from experts.offload.demand import picked
 
-        rows, running = self._rows, self._token < self.tokens
+        rows = self._rows
         token, layer = self._token.clip(max=self.tokens - 1), self._layer
         candidates, there = self._candidates(rows)
         following = (layer + 1) % self.layers
@@ -186,11 +191,7 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
             "count": missing.mean(1),
             "loads": self._lately,
         }
-        observation = np.zeros((self.num_envs, self.single_observation_space.shape[0]), dtype=np.float32)  # type: ignore[index]
-        for name, part in self.observation_layout.items():
-            observation[:, part.slice] = values[name].reshape(self.num_envs, -1)
-        observation[~running] = 0
-        return observation
+        return self._laid_out(values)
 
     def _useful(self) -> np.ndarray:
         """Bits of candidates."""
@@ -206,11 +207,11 @@ class Recorded:
 
     def __init__(
         self, streams: np.ndarray, experts: int, expert_bytes: np.ndarray, costs: str,
-        record: Callable[[int], np.ndarray] | None = None,
+        record: Callable[[int], np.ndarray] | None = None, apart: int = 1,
     ) -> None:  # fmt: skip
         from experts.offload.loads import SLOW, load_costs
 
-        self.streams, self.experts, self.expert_bytes = streams, experts, expert_bytes
+        self.streams, self.experts, self.expert_bytes, self.apart = streams, experts, expert_bytes, apart
         _, self.tokens, self.layers, self.k = streams.shape
         self.loads = np.stack([load_costs(SLOW[costs], int(size), self.k) for size in expert_bytes])
         self._record, self._known = record, np.full(len(streams), record is None)
@@ -248,11 +249,14 @@ class Recorded:
         return self._needed[stream]
 
     def fit(self) -> None:
-        """Predictors from these streams."""
+        """Predictors from streams that do not overlap, every `apart`-th."""
         from experts.offload.demand import Demand, NextLayer
 
-        self.require(np.arange(min(FITTED, len(self.streams))))
-        wanted = self.streams[:FITTED].astype(np.int64)
+        numbers = np.arange(0, len(self.streams), self.apart)
+        if self.apart > 1:  # of all the time that a file covers
+            numbers = numbers[np.unique(np.linspace(0, len(numbers) - 1, FITTED).round().astype(np.int64))]
+        self.require(numbers[:FITTED])
+        wanted = self.streams[numbers[:FITTED]].astype(np.int64)
         logits = np.full((*wanted.shape[:3], self.experts), -np.inf, dtype=np.float32)
         np.put_along_axis(logits, wanted, -1e-3 * np.arange(self.k, dtype=np.float32), axis=-1)
         self.demand, self.next_layer = Demand.fit(logits, self.k, by_halves=True), NextLayer.fit(wanted, self.experts)
@@ -297,6 +301,7 @@ def _of_file(path: str, stamp: int, split: str, tokens: int, costs: str) -> Reco
 
     trace = traces.read(path)
     layer, wanted = trace.layer[trace.counted], trace.experts[trace.counted]
+    wanted = wanted[:, (wanted >= 0).any(0)]
     whole = len(layer) % trace.layers == 0 and (layer.reshape(-1, trace.layers) == np.arange(trace.layers)).all()
     if not len(layer) or not whole or (wanted < 0).any():
         raise DataError(f"trace={path!r}: each token must ask for {wanted.shape[1]} experts in each layer")
@@ -305,8 +310,9 @@ def _of_file(path: str, stamp: int, split: str, tokens: int, costs: str) -> Reco
     part, size = wanted[first:last], min(tokens, last - first)
     if size < 2:
         raise DataError(f"trace={path!r}: {len(wanted)} tokens are too few for three splits")
-    starts = np.arange(0, len(part) - size + 1, max(1, size // OVERLAPPING) if split == "rl_train" else size)
-    found = Recorded(part[starts[:, None] + np.arange(size)], trace.num_experts, trace.expert_bytes, costs)
+    step = max(1, size // OVERLAPPING) if split == "rl_train" else size
+    streams = part[np.arange(0, len(part) - size + 1, step)[:, None] + np.arange(size)]
+    found = Recorded(streams, trace.num_experts, trace.expert_bytes, costs, apart=-(-size // step))
     return _fitted(found, lambda: _of_file(path, stamp, "rl_train", tokens, costs), split)
 
 

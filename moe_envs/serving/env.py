@@ -110,8 +110,9 @@ class MoEServingVectorEnv(BatchedEnv):
         )
         self.table, self.joules = served.table(CAPS[-1]), served.energy(CAPS[-1])
         self.fastest = float(self.table[:, 1].min())
-        if self.in_time and min(each.deadline for each in self.classes) <= self.fastest:
-            raise ValueError(f"deadline={deadline:g}: the fastest answer of {model} takes {self.fastest:.3g} s")
+        if self.in_time and min(each.deadline for each in self.classes) <= self.fastest * self.slowdown[1]:
+            takes = self.fastest * self.slowdown[1]
+            raise ValueError(f"deadline={deadline:g}: the fastest answer of {model} takes {takes:.3g} s")
         self.capacity = capacity(served)
         self.observer = Observer(rule, cost_weight, self.choices, self.service, self.classes)
         watts = float(self.joules[0, -1] / self.table[0, -1])
@@ -329,7 +330,7 @@ class MoEServingEnv(SingleEnv):
 
     ## Episode End
     Terminated when all requests of `seconds` are answered or given up. Requests are given up when even the fastest
-    batch would be too late.
+    batch would be too late, by the known seconds.
 
     ## Arguments
     | argument | default | meaning |
@@ -350,8 +351,9 @@ care 4), 20 % bulk (4 s, 4 rows, care 0.25) |
 `"machine"` |
     | `overhead` | 0.0 | seconds that a row takes beside the model, as HTTP does; rules do not know it |
     | `jitter` | 0.0 | standard deviation of the logarithm of a batch's time around the known one; at most 1 |
-    | `slowdown` | 1.0 | how many times the known seconds all batches of an episode take, a number or a range; rules \
-learn it from the batches, and fewer requests come, so that the load is the same |
+    | `slowdown` | 1.0 | how many times the known seconds all batches of an episode take, a number or a range; fewer \
+requests come, so that the load is the same. Rules learn it from the batches; a policy sees it in the last batch and \
+in the choice of `rule` |
     | `rule` | `"plan"` | the rule in the observation, as `moe-serve --controller` takes it, but not `adaptive` nor a \
 policy; best a tuned one. The price of a bare `"plan"` is `cost_weight` |
     | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |

@@ -159,3 +159,10 @@ def test_another_policy_is_told() -> None:
     other = PPO("MlpPolicy", ID, env_kwargs={**SMALL, "eviction": "learned"}, n_envs=1, n_steps=4, batch_size=4)
     with pytest.raises(ValueError, match="must be trained in MoEExpertCache-v0 without learned eviction"):
         CacheControl(other, model, 4, demand)
+
+
+def test_rules_for_recorded_routing_decide_nothing_in_the_runtime() -> None:
+    model = load("language")
+    demand = fit_demand(model, np.random.default_rng(0).integers(2048, size=(2, 8)))
+    with pytest.raises(ValueError, match="a rule for recorded routing"):
+        CacheControl(Prefetch(1), model, 6, demand)

@@ -313,6 +313,9 @@ def test_what_is_probable_is_loaded_ahead(model: LanguageModel, ids: torch.Tenso
             accuracy[name] = offloaded.statistics()["prefetch_accuracy"]
             assert (offloaded.statistics()["prefetched"] > before) == (name != "none")
     assert accuracy["two"] > accuracy["last"] > accuracy["none"] == 0
+    chances = replace(chances, frequency=chances.frequency[:2])
+    with pytest.raises(ValueError, match=r"prefetch is for 2 layers of 6 experts, not \(3, 6\)"):
+        OffloadedModel(model, memory=5 * EACH, prefetch=Probable(chances))
 
 
 def test_without_prefetch_each_miss_is_a_load_and_memory_is_bounded(model: LanguageModel, ids: torch.Tensor) -> None:

@@ -472,7 +472,7 @@ def test_the_server_learns_how_slow_batches_are() -> None:
 
     _batched(lambda choices, *_: Watching(choices, cap=1), lambda b: [b.submit([row]) for row in range(10, 30)])
     assert seen[0] == 1.0
-    assert seen[-1] > 9.0  # a row takes 10 ms and is known to take 1 ms
+    assert 3.9 < seen[-1] <= 4.0  # a row takes 10 ms and is known to take 1 ms; no batch counts more than 4
 
 
 def test_one_class_at_a_time_by_hand() -> None:

@@ -278,6 +278,42 @@ def test_what_follows_is_predicted_and_loaded_in_advance(tmp_path: Path) -> None
     np.testing.assert_array_equal(train[-1], requests[220:240])
 
 
+def test_predictors_are_fitted_to_tokens_of_their_own(tmp_path: Path) -> None:
+    draw, lines = np.random.default_rng(3), ["# route_trace v1", "# model=a n_layer=2 n_expert=16 n_expert_used=2"]
+    lines += ["# layer=0 expert_bytes=9 dense_bytes=5", "# layer=1 expert_bytes=9 dense_bytes=5"]
+    lines += ["turn,phase,step,layer,slot,expert"]
+    for token in range(1500):  # layers do not depend on each other
+        lines += [f"0,1,{token},{layer},{slot},{expert}" for layer in range(2)
+                  for slot, expert in enumerate(draw.permutation(16)[:2])]  # fmt: skip
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    env = recorded(1, trace=str(tmp_path / "a.csv"), tokens=32, passages=2, split="validation")
+    env.reset(seed=0)
+    chances = []
+    for _ in range(env.tokens * env.layers):
+        chances.append(env._chance[0].copy())
+        env.step(np.zeros((1, 2), dtype=np.int8))
+    assert np.abs(np.array(chances)[20:] - 2 / 16).mean() < 0.03  # nothing can be known
+
+
+def test_one_layer_and_little_memory(tmp_path: Path) -> None:
+    written(tmp_path / "a.csv", 60, layers=1, k=3)
+    env = recorded(4, trace=str(tmp_path / "a.csv"), capacity=4, eviction="lru")
+    env.reset(seed=0)
+    for _ in range(15):
+        (candidates, there), layer = env._candidates(env._rows), env._layer
+        assert env.action_masks().tolist() == there.tolist()
+        first = candidates[np.arange(4), 0]
+        ahead = there[:, 0] & (env.stepped.streams[env.stream, env._token, layer] != first[:, None]).all(1)
+        env.step(np.ones((4, 3), dtype=np.int8))
+        assert env._resident[np.arange(4), layer, first][ahead].all()  # the most probable stays
+    short = recorded(3, tokens=1, passages=1)  # one token: nothing is fitted to a first half
+    observation, _ = short.reset(seed=0)
+    for _ in range(short.layers):
+        assert np.isfinite(observation).all()
+        assert (short._resident.sum(2) == 6).all()
+        observation, *_ = short.step(np.zeros((3, short.k), dtype=np.int8))
+
+
 def test_what_is_no_recorded_routing_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="trace='nothing' cannot be read: No such file"):
         recorded(1, trace="nothing")

@@ -279,3 +279,5 @@ def test_without_variation_the_times_are_the_known_ones() -> None:
     assert env.seen().slow.tolist() == [1.0] * 3
     with pytest.raises(ValueError, match=r"slowdown=\(2.0, 1.0\): the first must not be above the second"):
         vector(slowdown=(2.0, 1.0))
+    with pytest.raises(ValueError, match="the fastest answer of language takes"):
+        vector(deadline=0.1, slowdown=(1.0, 20.0))
