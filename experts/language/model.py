@@ -166,11 +166,14 @@ class LanguageModel:
 
 def find(name_or_path: Path | str) -> Path:
     """The folder of a model: by name, those that are shipped (`SHIPPED`) first and those in the user's cache next; or
-    as it is."""
-    for folder in (SHIPPED, zoo.cache_folder() / "language"):
-        if zoo.NAME.fullmatch(str(name_or_path)) and healed(folder / str(name_or_path)).is_dir():
-            return folder / str(name_or_path)
-    return healed(Path(name_or_path))
+    as it is. Raises `DataError` for what can be no name of a folder."""
+    try:
+        for folder in (SHIPPED, zoo.cache_folder() / "language"):
+            if zoo.NAME.fullmatch(str(name_or_path)) and healed(folder / str(name_or_path)).is_dir():
+                return folder / str(name_or_path)
+        return healed(Path(name_or_path))
+    except OSError as error:
+        raise DataError(f"{str(name_or_path)[:80]!r} is no language model: {error.strerror}") from error
 
 
 def load(name_or_path: Path | str) -> LanguageModel:

@@ -101,3 +101,8 @@ def test_damage_is_named(model: LanguageModel, tmp_path: Path) -> None:
         tokens.load("{}")
     with pytest.raises(ValueError, match="at least 257"):
         tokens.train(corpus.Corpus({"train": {}}, {}), 100)
+
+
+def test_what_can_be_no_folder_is_told() -> None:
+    with pytest.raises(DataError, match="'a{80}' is no language model: File name too long"):
+        language.load("a" * 5000)
