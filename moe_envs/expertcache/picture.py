@@ -7,8 +7,8 @@ import numpy as np
 ABSENT, RESIDENT, USED, LOADED = range(4)
 MARKS = " ·o+"
 COLOURS = np.array([(255, 255, 255), (205, 215, 245), (60, 90, 200), (230, 120, 30)], dtype=np.uint8)
-PIXELS, GAP, SHOWN = 8, 6, 96  # of an expert at a token, fewer where there are many; between layers; tokens
-HIGHEST = 4096  # pixels of all experts
+PIXELS, GAP, SHOWN = 8, 6, 96  # of an expert at a token; between layers; tokens
+HIGHEST = 4096  # pixels of all experts, which are lower where there are many, but at least one pixel each
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class CachePicture:
         layers, experts = self.history.shape[1:]
         size = min(PIXELS, max(1, HIGHEST // (layers * experts)))
         height = layers * (experts * size + GAP) + GAP
-        image = np.full((height, SHOWN * size + 2 * GAP, 3), 235, dtype=np.uint8)
+        image = np.full((height, SHOWN * PIXELS + 2 * GAP, 3), 235, dtype=np.uint8)
         for layer in range(layers):
             cells = COLOURS[self.shown[:, layer].T]
-            part = cells.repeat(size, 0).repeat(size, 1)
-            if size > 2:  # lines between them
-                part[::size] = part[:, ::size] = 245
+            part = cells.repeat(size, 0).repeat(PIXELS, 1)
+            if size == PIXELS:  # lines between them
+                part[::size] = part[:, ::PIXELS] = 245
             top = GAP + layer * (experts * size + GAP)
             image[top : top + part.shape[0], GAP : GAP + part.shape[1]] = part
         return image
