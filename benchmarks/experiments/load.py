@@ -105,7 +105,7 @@ def _overload(setup: LoadSetup, server: Serving, asked: list[bytes], times: np.n
     rest = np.arange(0, setup.after, 2 / max(found["answered"], 1))
     after = run_loop(send_at(rest, asked, HOST, server.port, connections=setup.connections))
     slow = rest[(after.latency > LATE) | (after.status != 200)].astype(int)
-    calm = np.setdiff1d(np.arange(int(setup.after) + 1), slow)  # whole seconds
+    calm = np.setdiff1d(np.arange(int(setup.after) + 1), slow)  # whole seconds; the last one has no requests: never
     return found | {
         "recovered": float(calm[0]),
         "p95_afterwards": float(np.percentile(after.latency, 95)),

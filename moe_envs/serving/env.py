@@ -53,18 +53,8 @@ class MoEServingVectorEnv(BatchedEnv):
     advice = {"plan": 4.0}
     INNER = ("traffic",)
     STATE = (
-        "now",
-        "_last",
-        "_waited",
-        "worth",
-        "rate",
-        "_answered",
-        "_in_time",
-        "_ended",
-        "_batches",
-        "_factors",
-        "_slow",
-    )
+        "now", "_last", "_waited", "worth", "rate", "_answered", "_in_time", "_ended", "_batches", "_factors", "_slow",
+    )  # fmt: skip
 
     def __init__(
         self,
