@@ -78,11 +78,12 @@ class AdaK:
 
     def learn(
         self, ids: np.ndarray, prices: np.ndarray, settings: AdaKSettings | None = None, budget: float | None = None,
-        report: Callable[[float], object] = lambda share: None,
+        report: Callable[[float], object] = lambda share: None, *, by_divergence: bool = False,
     ) -> AdaK:  # fmt: skip
         """Train on passages `[B, T + 1]`; `prices [L, K + 1]` are what numbers of experts cost a token, in nats.
 
-        Under a `budget` an expert costs more and more while too many run in the mean (dual ascent).
+        Under a `budget` an expert costs more and more while too many run in the mean (dual ascent). `by_divergence` a
+        token's reward is minus the divergence from what the default number predicts. The last weights are kept.
         """
         own = settings or AdaKSettings()
         random, draw = np.random.default_rng(own.seed), torch.Generator().manual_seed(own.seed)
@@ -95,7 +96,7 @@ class AdaK:
                 if step < own.start_steps:
                     self._imitate(batch, own, optimizer)
                 else:
-                    experts = self._improve(batch, own, optimizer, charged + price * each, draw)
+                    experts = self._improve(batch, own, optimizer, charged + price * each, draw, by_divergence)
                     if budget is not None:
                         price = max(0.0, price + own.dual_rate * (experts - budget))
                 report((step + 1) / (own.start_steps + own.steps))
@@ -118,7 +119,7 @@ class AdaK:
 
     def _improve(
         self, ids: np.ndarray, own: AdaKSettings, optimizer: torch.optim.Optimizer, prices: torch.Tensor,
-        draw: torch.Generator,
+        draw: torch.Generator, by_divergence: bool,
     ) -> float:  # fmt: skip
         """PPO on numbers drawn for each token and layer of the passages; returns their mean."""
         inputs, taken, before = [], [], []
@@ -132,7 +133,7 @@ class AdaK:
             return k[:, 0]
 
         with torch.no_grad():
-            gained_N = (self._losses(ids, None) - self._losses(ids, drawn)).flatten()
+            gained_N = self._gained(torch.from_numpy(ids), drawn, by_divergence)
         for _ in range(own.epochs):
             loss = torch.zeros(())
             for layer, allocator in enumerate(self.allocators):
@@ -145,11 +146,14 @@ class AdaK:
             _descend(loss, optimizer)
         return float(torch.cat(taken).float().mean())
 
-    def _losses(self, ids: np.ndarray, k: Any) -> torch.Tensor:
-        """Losses `[B, T]` in nats."""
-        given = torch.from_numpy(ids)
-        logits = self.model.network(given[:, :-1], k).logits
-        return F.cross_entropy(logits.flatten(0, 1), given[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    def _gained(self, ids_BT: torch.Tensor, k: Any, by_divergence: bool) -> torch.Tensor:
+        """What tokens gain by k instead of the default number, `[N]` in nats."""
+        full_NV, few_NV = (
+            self.model.network(ids_BT[:, :-1], each).logits.flatten(0, 1).log_softmax(-1) for each in (None, k)
+        )
+        if by_divergence:
+            return -F.kl_div(few_NV, full_NV, reduction="none", log_target=True).sum(-1)
+        return (few_NV - full_NV).gather(-1, ids_BT[:, 1:].reshape(-1, 1))[:, 0]
 
 
 def trained(env_id: str, seed: int, steps: int = AdaKSettings.steps, **env_kwargs: Any) -> AdaK:
@@ -158,7 +162,7 @@ def trained(env_id: str, seed: int, steps: int = AdaKSettings.steps, **env_kwarg
     ids = env.stepped.passages.ids
     prices = env.prices() - env.scarcity() * np.arange(env.k + 1)  # learned instead
     return AdaK(env.stepped.model, seed).learn(
-        ids, prices, AdaKSettings(seed=seed, steps=steps), env_kwargs.get("budget")
+        ids, prices, AdaKSettings(seed=seed, steps=steps), env_kwargs.get("budget"), by_divergence=env.by_divergence
     )
 
 

@@ -7,7 +7,7 @@ Rules are tuned on validation streams for the cost weight and the capacity, seve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -73,6 +73,7 @@ class MinimumWeight(LoadRule):
 
 
 PARTS = ("weights", "gain", "layer")
+AnyRule = TypeVar("AnyRule", bound=LoadRule)
 
 
 class Biased(LoadRule):
@@ -122,7 +123,7 @@ class RuleTuning:
 
     def __init__(self, env_kwargs: dict[str, Any], streams: int = STREAMS) -> None:
         self.env_kwargs, self.most = {**env_kwargs, "split": "validation"}, streams
-        env = self._env(1, {})
+        self.env = env = self._env(1, {})
         self.layers, self.k = int(env.layers), int(env.k)
 
     def scores(self, rules: Sequence[LoadRule]) -> np.ndarray:
@@ -130,7 +131,7 @@ class RuleTuning:
         found = [self._played(rules[start : start + TOGETHER]) for start in range(0, len(rules), TOGETHER)]
         return np.concatenate(found)
 
-    def best(self, rules: Sequence[LoadRule]) -> LoadRule:
+    def best(self, rules: Sequence[AnyRule]) -> AnyRule:
         """The rule with the best return."""
         return rules[int(self.scores(rules).argmax())]
 
@@ -193,7 +194,10 @@ def baselines(
         rules[f"minimum weight, {eviction}"] = alike
         rules[f"minimum weight per layer, {eviction}"] = tuning.per_layer(alike.thresholds, eviction=eviction)
         report(0.2 * (number + 1))
-    per_layer = rules["minimum weight per layer, predicted"]
+    rules["where PPO starts"] = start = MinimumWeight(tuning.env.advised())
+    rules["minimum weight per layer, predicted"] = per_layer = tuning.best(
+        [rules["minimum weight per layer, predicted"], tuning.per_layer(start.thresholds)]
+    )
     with_future = [tuning.per_layer(per_layer.thresholds, future) for future in FUTURES[1:]]
     rules["minimum weight and demand per layer, predicted"] = tuning.best([per_layer, *with_future])
     report(0.85)

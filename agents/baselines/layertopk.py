@@ -184,6 +184,7 @@ class Predicted(Watching):
     `price` is what an expert costs beside its time, in nats of its token, where a budget makes experts scarce.
     """
 
+    env_kwargs = {"granularity": "layer", "observation": "passage"}
     price = 0.0
 
     def __init__(self, predictor: Callable[[np.ndarray], np.ndarray], prices: np.ndarray) -> None:
@@ -321,7 +322,7 @@ def routed(logits_NE: torch.Tensor, layer: int, k: int) -> Routed:
     logs = logits_NE.log_softmax(-1)
     best = logs.topk(k, dim=-1).values
     entropy = -(logs.exp() * logs).sum(-1)
-    return Routed(best.numpy(), entropy.numpy(), np.full(len(logs), layer))
+    return Routed(best.cpu().numpy(), entropy.cpu().numpy(), np.full(len(logs), layer))
 
 
 def baselines(

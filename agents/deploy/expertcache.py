@@ -6,7 +6,9 @@ Shape legend: T tokens of a call, D width, E experts, K experts of a token, L la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ import torch.nn.functional as F
 
 from agents import runs
 from agents.baselines.expertcache import LoadRule
+from agents.deploy.layertopk import require_no_memory
 from cost.arguments import choose
 from cost.timing import torch_threads
 from experts.language import LanguageModel
 from experts.offload.demand import EVICTIONS, Demand, NextLayer, Requests, best, eviction_scores, odds, picked
+from experts.offload.eviction import Static
 from experts.offload.model import Decision
 from experts.offload.store import Weights, expert_bytes
 from moe_envs.core.spaces import layout
@@ -70,8 +74,7 @@ class CacheControl:
         """Begin anew. In memory at first: the experts most often asked for in other texts."""
         self.requests.forget(np.zeros(1, dtype=np.int64))
         self.lately = 0.0
-        often = np.argsort(-self.demand.frequency, axis=1, kind="stable")[:, : self.capacity]
-        return [set(each) for each in often.tolist()]
+        return [set(each) for each in self.demand.most(self.capacity).tolist()]
 
     def decide(self, layer: int, inputs_TD: torch.Tensor, logits_TE: torch.Tensor, resident: set[int]) -> Decision:
         """Weights of the experts that run, and who stays."""
@@ -140,6 +143,7 @@ class CacheControl:
                 f"MoEExpertCache-v0 without learned eviction, and not on recorded routing: {(self.width,)} and "
                 f"{(self.k,)}"
             )
+        require_no_memory(policy, self.width)
 
 
 def control_of_run(folder: Path, model: LanguageModel, memory: int, weights: Weights, texts: Any) -> CacheControl:
@@ -160,6 +164,12 @@ def control_of_run(folder: Path, model: LanguageModel, memory: int, weights: Wei
 def fit_demand(model: LanguageModel, texts: Any) -> Demand:
     """Demand for a model's experts, fitted to its own routing on texts (ids `[n, T]`)."""
     return Demand.fit(_logits(model, texts), model.settings.k)
+
+
+def fit_static(model: LanguageModel, texts: Any) -> Callable[[int], Static]:
+    """The eviction, for `OffloadedModel(policy=...)`, that keeps the experts which a model asks for most on texts (ids
+    `[n, T]`)."""
+    return partial(Static, scores=dict(np.ndenumerate(fit_demand(model, texts).frequency)))
 
 
 def fit_next_layer(model: LanguageModel, texts: Any) -> NextLayer:

@@ -52,6 +52,7 @@ class AdaptiveK:
         else:
             self._require_fitting(policy)
 
+    @torch.no_grad()
     def __call__(self, layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
         """Numbers of experts `[N]`; layers of a call come in order."""
         if layer == 0:
@@ -59,7 +60,8 @@ class AdaptiveK:
         if layer in self.constant:
             k = np.full(len(logits_NE), self.constant[layer])
         else:
-            k = np.asarray(self._decide(layer, inputs_ND, logits_NE.float())).clip(0, self.k)
+            found = self._decide(layer, inputs_ND, logits_NE.float())
+            k = np.asarray(found.cpu() if isinstance(found, torch.Tensor) else found).clip(0, self.k)
         self._experts.append(k)
         return torch.from_numpy(k).to(logits_NE.device)
 
@@ -76,10 +78,10 @@ class AdaptiveK:
         given = torch.as_tensor(np.asarray(ids), dtype=torch.int64)
         with torch.inference_mode():
             if isinstance(self.model, LanguageModel):
-                self.model.network(given, watched)
+                self.model.network(given.to(next(self.model.network.parameters()).device), watched)
             else:
                 with self.model.choosing(watched):
-                    self.model.model(given)
+                    self.model.model(given.to(self.model.model.device))
         self.constant = {layer: found.pop() for layer, found in enumerate(numbers) if len(found) == 1}
         return self.constant
 
@@ -114,3 +116,10 @@ class AdaptiveK:
                 f"the policy observes {shape} and has {actions} actions; for this model it must be trained with "
                 f'observation="token", granularity="layer" and no budget: {(self.width,)} and {self.k + 1}'
             )
+        require_no_memory(policy, self.width)
+
+
+def require_no_memory(policy: Any, width: int) -> None:
+    """Raise `ValueError` for a recurrent policy: in a model it is not asked in every layer, nor row by row."""
+    if policy.predict(np.zeros((1, width), dtype=np.float32), deterministic=True)[1] is not None:
+        raise ValueError("the policy is recurrent: give one without a memory")

@@ -132,8 +132,9 @@ def _generate(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="What leaves the memory: lru (default), lfu, lrfu, arc, sieve, least-stale or random; policy:RUN_DIR, "
-            "a run of MoEExpertCache-v0, also decides what is loaded."
+            help="What leaves the memory: lru (default), lfu, lrfu, arc, sieve, least-stale or random, each also with "
+            "-per-layer appended; static keeps what the passages that come with the model ask for most; "
+            "policy:RUN_DIR, a run of MoEExpertCache-v0, also decides what is loaded."
         ),
     ] = None,
     weights: Annotated[
@@ -159,6 +160,10 @@ def _generate(
                 "--policy policy:... decides what runs and what is loaded: it takes neither --k nor --prefetch"
             )
         given["policy"] = _control(policy.removeprefix("policy:"), model, language_model, _size(memory), weights)
+    elif policy == "static":
+        from agents.deploy.expertcache import fit_static
+
+        given["policy"] = fit_static(language_model, _texts(model))
     with OffloadedModel(language_model, _size(memory), **given) as offloaded:
         typer.echo(prompt + language_model.generate(prompt, tokens, _experts(k), **options))
         typer.echo(_of_disk(offloaded), err=True)
@@ -180,13 +185,19 @@ def _folder(name: str) -> str | Path:
 def _control(folder: str, name: str, model: Any, memory: int, weights: Any) -> Any:
     """A policy of MoEExpertCache-v0 for a model, with the demand in passages that come with it."""
     from agents.deploy.expertcache import control_of_run
+
+    return control_of_run(Path(folder), model, memory, weights or "float32", _texts(name))
+
+
+def _texts(name: str) -> Any:
+    """Passages that come with a model, ids `[n, T]`."""
     from experts.language import find, passages
 
     place = find(_folder(name))
     if not (place / passages.FILE).exists():
-        raise ValueError(f"--policy policy:...: demand is fitted to passages beside the model, and {place} has none")
+        raise ValueError(f"this --policy is fitted to passages beside the model, and {place} has none")
     texts = passages.load(place, "rl_train").ids[:, :-1]
-    return control_of_run(Path(folder), model, memory, weights or "float32", texts[:: max(1, len(texts) // 96)])
+    return texts[:: max(1, len(texts) // 96)]
 
 
 def _size(text: str) -> int:
@@ -201,8 +212,8 @@ def _of_disk(offloaded: OffloadedModel) -> str:
     source = "the disk" if offloaded.direct else "the disk or the page cache"
     return (
         f"{pool.capacity} experts of {pool.each:,} bytes fit; {found['hit_rate']:.1%} of {found['requests']:,} "
-        f"requests were in memory; {found['loads']:,} were read from {source}, {found['bytes'] / 1e6:.1f} MB; "
-        f"waited {1e3 * found['wait_s_per_token']:.2f} ms a token"
+        f"requests were in memory or coming; {found['loads']:,} were read from {source}, "
+        f"{found['bytes'] / 1e6:.1f} MB; waited {1e3 * found['wait_s_per_token']:.2f} ms a token"
     )
 
 

@@ -138,8 +138,11 @@ def _decoded(
         return *decoded(env.stepped.model, ids), {"loads": 0.0}
     model = load(setup.model)
     policy = "lru" if maker is None else CacheControl(maker, model, setup.capacity, env.stepped.demand)
-    file = folder / f"experts-{setup.weights}.bin"
+    file = folder / f"experts-{model.sha256[:12]}-{setup.weights}.bin"
     with OffloadedModel(model, env.memory, policy, file=file, weights=setup.weights) as offloaded:
+        if maker is None:  # it begins with what the others begin with
+            first = enumerate(env.stepped.demand.most(setup.capacity).tolist())
+            offloaded.pool.fill((layer, expert) for layer, experts in first for expert in experts)
         before = offloaded.statistics()["loads"]
         seconds, loss = decoded(model, ids)
         loads = (offloaded.statistics()["loads"] - before) / (len(ids) * (ids.shape[1] - 1))

@@ -64,7 +64,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         table: dict[tuple[Any, ...], dict[str, Any]] = {}
         for each in records:
             about = {"runtime": each["runtime"], "threads": each["threads"], "inter-op": each["inter_op"]}
-            cell = f"{1e3 * each['median']:.3g} ({1e3 * each['p95']:.3g})"
+            cell = f"{_ms(each['median'])} ({_ms(each['p95'])})"
             table.setdefault(tuple(about.values()), about)[str(each["batch"])] = cell
         tables[str(setup)] = list(table.values())
         tables[f"{setup}: recommended"] = [{"for": what, **row} for what, row in recommended(records).items()]
@@ -77,6 +77,10 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         "ms for a batch of that many inputs: median (95th percentile). threads: of one product; inter-op: products at "
         "once. optimized: the graph that onnxruntime runs.",
     ]}  # fmt: skip
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
 
 
 def _named(counts: dict[str, int]) -> str:

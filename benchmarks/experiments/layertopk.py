@@ -47,9 +47,9 @@ QUICK = {
         }
     },
 }
-MODES = {"decode, 1 row": (1, 1), "decode, 64 rows": (64, 1), "prompt of 512": (1, 512), "prompts of 2,048": (4, 512)}
-SEEN = 32  # tokens in the cache when a token is decoded
-DECODED = 5  # times that it is decoded in each turn
+MODES = {"decode, 1 row": (1, 1), "decode, 64 rows": (64, 1), "prompt of 512": (1, 512), "4 prompts of 512": (4, 512)}
+SEEN = 32  # tokens in the cache when the first token is decoded
+DECODED = 5  # tokens that are decoded in each turn
 FULL = "all experts"
 MILD = 0.01  # nats
 
@@ -180,23 +180,30 @@ def _times(
     """Median seconds a token, on texts `[N, T + 1]` one after the other; in turns, each of which begins with another
     decision maker."""
     rows, size = sizes
+    length = SEEN + DECODED if size == 1 else size
     stream = torch.from_numpy(texts[:, :-1].reshape(-1))
-    stream = stream.repeat(1 + 2 * rows * (size + SEEN) // len(stream))
+    stream = stream.repeat(1 + 2 * rows * length // len(stream))
     spent: dict[str, list[float]] = {name: [] for name in decided}
     names = list(decided)
     for turn in range(repeats):
-        start = turn * rows * (size + SEEN) % (len(stream) - rows * (size + SEEN))
-        ids = stream[start : start + rows * (size + SEEN)].view(rows, -1)
-        cache, first = model.network.cache(rows, size=SEEN + 1), turn % len(names)
+        start = turn * rows * length % (len(stream) - rows * length)
+        ids = stream[start : start + rows * length].view(rows, -1)
+        cache, order = model.network.cache(rows, size=length), np.roll(names, -turn).tolist()
         with torch.inference_mode():
-            model.network(ids[:, :SEEN], None, cache)
-            for name in [names[first - 1], *names[first:], *names[:first]]:  # the first one warms up
-                for _ in range(DECODED if size == 1 else 1):
-                    before = replace(cache)
-                    begun = time.perf_counter()
-                    if size == 1:
-                        model.network(ids[:, SEEN : SEEN + 1], decided[name], before)
-                    else:
-                        model.network(ids[:, :size], decided[name])
-                    spent[name].append((time.perf_counter() - begun) / (rows * size))
+            if size == 1:
+                model.network(ids[:, :SEEN], None, cache)
+            _run(model, ids, decided[order[-1]], cache)  # warms up
+            for name in order:
+                spent[name] += _run(model, ids, decided[name], cache)
     return {name: float(np.median(each)) for name, each in spent.items()}
+
+
+def _run(model: LanguageModel, ids: torch.Tensor, k: Any, cache: Any) -> list[float]:
+    """Seconds a token, of decoding one after the other what is not in the cache, or of all at once if it is empty."""
+    seen, times = replace(cache), list[float]()
+    steps = ids[:, SEEN:].split(1, dim=1) if int(cache.lengths.max()) else [ids]
+    for each in steps:
+        begun = time.perf_counter()
+        model.network(each, k, seen if len(steps) > 1 else None)
+        times.append((time.perf_counter() - begun) / each.numel())
+    return times

@@ -3,22 +3,26 @@
 Loads are of single experts in random order, past the page cache where the file system allows it, and from it, beside
 the time in which an expert of that size runs. The model decodes test text token by token, one row, always the same,
 with all experts in memory and with a share of them, by several eviction rules. Hit rates are counted in a replay of
-routing: the model's on test text, or that in a file of the format route_trace v1 (--set data=FILE). Run it on an
-otherwise idle machine.
+routing: the model's on test text, or that in a file of the format route_trace v1 (--set data=FILE). Growth is that of
+the process while it decodes 100,000 tokens. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
+from pydantic import Field
 
-from agents.deploy.expertcache import fit_next_layer
+from agents.deploy.expertcache import fit_next_layer, fit_static
 from benchmarks.runner.setup import Arguments
 from cost.timing import torch_threads
 from experts.language import find, load, passages
@@ -27,7 +31,7 @@ from experts.offload import ExpertFile, OffloadedModel, Probable, replay, traces
 from experts.offload.eviction import Random
 from experts.offload.store import write
 
-LOADS, DECODE, HITS = "loads", "decode", "hits"
+LOADS, DECODE, HITS, GROWTH = "loads", "decode", "hits", "growth"
 Size = Literal["100 kB", "600 kB", "3 MB", "13 MB", "40 MB"]
 SIZES: dict[Size, tuple[int, int]] = {
     "100 kB": (96, 88),
@@ -38,67 +42,82 @@ SIZES: dict[Size, tuple[int, int]] = {
 }
 ROWS = (1, 4, 16, 64)
 ALL = "all in memory"
-POLICIES = ("lru", "sieve", "lrfu", "least-stale")
+POLICIES = ("lru", "sieve", "lrfu", "least-stale", "lrfu-per-layer")
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, dict[str, Any]] = {LOADS: {"what": LOADS}} | {
     f"decode, {share:.0%} in memory": {"what": DECODE, "share": share} for share in (0.25, 0.375, 0.5)
-} | {"hit rates": {"what": HITS}}  # fmt: skip
+} | {"hit rates": {"what": HITS}, GROWTH: {"what": GROWTH}}  # fmt: skip
+PARTS = 10  # of the tokens, after each of which memory is read
 RULES_OF = {"layer": ("random", "lru", "sieve", "arc", "lfu", "lrfu", "belady"),
             "global": ("random", "lru", "sieve", "lfu", "lrfu", "least-stale", "belady")}  # fmt: skip
-BYPASS = "belady, bypass"
+BYPASS, STATIC = "belady, bypass", "static"
 QUICK = {
     "seeds": [0],
     "setups": {
         LOADS: {"what": LOADS, "sizes": ["100 kB"], "repeats": 5},
         DECODE: {"what": DECODE, "share": 0.5, "texts": 1, "tokens": 8},
         HITS: {"what": HITS, "texts": 1, "tokens": 8},
+        GROWTH: {"what": GROWTH, "total": 40, "tokens": 5},
     },
 }
 
 
 class OffloadSetup(Arguments):
     """`repeats` loads of each of `sizes`; `texts` of `tokens` tokens decoded, a `share` of the experts in memory; hit
-    rates for the model's routing of `texts` of each domain, or for that in the file `data`, by `shares` in memory."""
+    rates for the model's routing of `texts` of each domain, or for that in the file `data`, by `shares` in memory;
+    the growth of the process in `total` tokens."""
 
-    what: Literal["loads", "decode", "hits"] = "loads"
+    what: Literal["loads", "decode", "hits", "growth"] = "loads"
     sizes: list[Size] = list(SIZES)
     repeats: int = 100
     model: str = "language"
     share: float = 0.375
     texts: int = 12
-    tokens: int = 64
+    tokens: int = Field(default=64, ge=2)
     data: str = "language"
     shares: list[float] = [0.1, 0.2, 0.25, 0.375, 0.4, 0.5]
+    total: int = Field(default=100_000, ge=PARTS)
 
 
 Setup = OffloadSetup
 
 
+def once(setup: OffloadSetup) -> bool:
+    """Growth is measured with one seed."""
+    return setup.what == GROWTH
+
+
 def measure(setup: OffloadSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Times of loads, or of decoding, or hit rates."""
+    """Times of loads, or of decoding, or hit rates, or growth."""
     with torch_threads(1):
         if setup.what == HITS:
             return {"hits": _hits(setup, seed)}, {}
+        if setup.what == GROWTH:
+            return {}, {"growth": _growth(setup, seed)}
         return _loads(setup, seed, folder) if setup.what == LOADS else _decode(setup, seed)
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
-    """Tables of loads, of decoding, and of hit rates."""
-    loads, decode, hits = [], [], list[dict[str, Any]]()
+    """Tables of loads, of decoding, of hit rates, and of growth."""
+    loads, decode, hits, growth = [], [], [], list[dict[str, Any]]()
     for setup, rows in frame.groupby("setup", sort=False):
         if rows["what"].iloc[0] == LOADS:
             loads += _load_rows(rows)
         elif rows["what"].iloc[0] == DECODE:
             decode += _decode_rows(str(setup), rows)
+        elif rows["what"].iloc[0] == GROWTH:
+            growth += [{"seed": row["seed"], **each} for _, row in rows.iterrows() for each in row["growth"]]
         else:
             hits += _hit_rows(rows)
-    tables = {"Loads of one expert": loads, "Decoding one row": decode, "Hit rates": hits}
+    tables = {"Loads of one expert": loads, "Decoding one row": decode, "Hit rates": hits, "Growth": growth}
     return {"tables": {name: table for name, table in tables.items() if table}, "notes": [
         "Loads: medians of a seed, means over seeds, in ms; a run is that of an expert of this size in "
         "float32 on one thread, by rows. disk: past the page cache, where the file system allows it.",
-        "Decoding: ms a token, times those with all experts in memory, share of the requests found in memory, MB read.",
-        "Hit rates: means over seeds, which differ in what random draws. belady knows the future; with bypass it need "
-        "not keep what it loads, which is the most that is possible.",
+        "Decoding: ms a token, times those with all experts in memory, share of the requests found in memory or on "
+        "their way there, MB read. All take turns, a text each.",
+        "Hit rates: means over seeds, which differ in what random draws. static keeps what other texts ask for most; "
+        "belady knows the future; with bypass it need not keep what it loads, which is the most that is possible.",
+        "Growth: memory of the process, its open files and threads after so many tokens (lrfu, prefetch).",
     ]}  # fmt: skip
 
 
@@ -135,15 +154,18 @@ def _running(expert: SwiGLU, rows: int, repeats: int) -> float:
 
 def _hits(setup: OffloadSetup, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     """Hit rates by scope, share in memory and rule."""
+    own: dict[str, Any] = {"random": lambda size, events: Random(size, seed)}
     if setup.data == "language":
         texts = passages.load(find(setup.model), "test")
         chosen = [np.flatnonzero(texts.domain == each)[: setup.texts] for each in np.unique(texts.domain)]
         trace = traces.record(load(setup.model), texts.ids[np.concatenate(chosen), : setup.tokens].tolist())
+        static = fit_static(load(setup.model), _like_them(setup.model))
+        own[STATIC] = lambda size, events: static(size)
     else:
         trace = traces.read(setup.data)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for scope, names in RULES_OF.items():
-        rules: dict[str, Any] = {name: name for name in names} | {"random": lambda size, events: Random(size, seed)}
+        rules = {**dict(zip(names, names, strict=True)), **own}
         for share in setup.shares:
             rates = {name: replay(trace, rule, share, scope=scope).rate for name, rule in rules.items()}
             rates[BYPASS] = replay(trace, "belady", share, scope=scope, bypass=True).rate
@@ -152,7 +174,7 @@ def _hits(setup: OffloadSetup, seed: int) -> dict[str, dict[str, dict[str, float
 
 
 def _hit_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    every = [*dict.fromkeys(name for names in RULES_OF.values() for name in names), BYPASS]
+    every = [*dict.fromkeys(name for names in RULES_OF.values() for name in names), STATIC, BYPASS]
     return [
         {"trace": Path(rows["data"].iloc[0]).name, "cache": "of each layer" if scope == "layer" else "of all layers",
          "in memory": float(share)}
@@ -166,25 +188,59 @@ def _decode(setup: OffloadSetup, seed: int) -> tuple[dict[str, Any], dict[str, A
     texts = passages.load(find(setup.model), "test").ids
     chosen = np.random.default_rng(seed).permutation(len(texts))[: setup.texts]
     ids = torch.from_numpy(texts[chosen, : setup.tokens])
-    times, losses, counts = dict[str, float](), dict[str, float](), dict[str, dict[str, float]]()
-    chances = fit_next_layer(load(setup.model), passages.load(find(setup.model), "rl_train").ids[::15, :-1])
-    for name in (ALL, *POLICIES, "lrfu, prefetch last", "lrfu, prefetch probable"):
-        model = load(setup.model)
-        if name == ALL:
-            times[name], losses[name] = decoded(model, ids)
-            continue
-        own, block = model.settings, model.network.blocks[0]
-        each = sum(weight.nbytes for weight in block.moe.experts[0].parameters())  # type: ignore[union-attr, index]
-        memory = round(setup.share * own.layers * own.num_experts) * each
-        policy, _, ahead = name.partition(", prefetch ")
-        prefetch = {"": None, "last": "last", "probable": Probable(chances)}[ahead]
-        with OffloadedModel(model, memory, policy, prefetch=prefetch) as offloaded:
-            times[name], losses[name] = decoded(model, ids)
-            counts[name] = offloaded.statistics()
-            del counts[name]["wait_s"], counts[name]["wait_s_per_token"]
+    chances = fit_next_layer(load(setup.model), _like_them(setup.model))
+    probable, models = Probable(chances), {ALL: load(setup.model)}
+    ahead = {"": None, "last": "last", "probable": probable}
+    times, losses = dict[str, list[float]](), dict[str, list[float]]()
+    with ExitStack() as opening:
+        pools = dict[str, OffloadedModel]()
+        for name in (*POLICIES, "lrfu, prefetch last", "lrfu, prefetch probable"):
+            models[name] = model = load(setup.model)
+            policy, _, what = name.partition(", prefetch ")
+            made = OffloadedModel(model, _share_of(model, setup.share), policy, prefetch=ahead[what])
+            pools[name] = opening.enter_context(made)
+        for turn, text in enumerate(ids):
+            probable.forget()
+            for name in np.roll(list(models), -turn).tolist():
+                seconds, loss = decoded(models[name], text[None])
+                times.setdefault(name, []).append(seconds)
+                losses.setdefault(name, []).append(loss)
+        counts = {name: pool.statistics() for name, pool in pools.items()}
+    for each in counts.values():
+        del each["wait_s"], each["wait_s_per_token"]
     whole = {name: found for name, found in counts.items() if "prefetch" not in name}  # the others depend on timing
     rest = {name: found for name, found in counts.items() if "prefetch" in name}
-    return {"losses": losses, "counts": whole}, {"times": times, "prefetched": rest}
+    means = [{name: float(np.mean(found[name])) for name in models} for found in (losses, times)]
+    return {"losses": means[0], "counts": whole}, {"times": means[1], "prefetched": rest}
+
+
+def _growth(setup: OffloadSetup, seed: int) -> list[dict[str, float]]:
+    """Memory, open files and threads of this process, after each part of the tokens."""
+    texts = passages.load(find(setup.model), "test").ids[:, : setup.tokens + 1]
+    order, model, process = np.random.default_rng(seed).permutation(len(texts)), load(setup.model), psutil.Process()
+    found = list[dict[str, float]]()
+    with OffloadedModel(model, _share_of(model, setup.share), "lrfu", prefetch="last") as offloaded:
+        for number in cycle(order):
+            if (tokens := offloaded.statistics()["tokens"]) >= setup.total * (len(found) + 1) / PARTS:
+                found.append({"tokens": tokens, "MB": process.memory_info().rss / 1e6,
+                              "files": process.num_fds(), "threads": process.num_threads()})  # fmt: skip
+            if len(found) == PARTS:
+                break
+            decoded(model, torch.from_numpy(texts[number, None]))
+    return found
+
+
+def _share_of(model: Any, share: float) -> int:
+    """Bytes of this share of the experts."""
+    own, block = model.settings, model.network.blocks[0]
+    each = sum(weight.nbytes for weight in block.moe.experts[0].parameters())
+    return int(round(share * own.layers * own.num_experts) * each)
+
+
+def _like_them(model: str) -> np.ndarray:
+    """Texts of another split, ids `[n, T]`."""
+    found: np.ndarray = passages.load(find(model), "rl_train").ids[::15, :-1]
+    return found
 
 
 def decoded(model: Any, ids: torch.Tensor) -> tuple[float, float]:

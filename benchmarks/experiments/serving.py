@@ -236,8 +236,8 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
                 "controller": name, "return": float(returns.mean()),
                 "95 %": list(mean_interval(returns)) if len(returns) > 1 else None,
                 **{key: float(np.mean([each[key] for each in served])) for key in SHOWN},
-                "p95 ms": (1e3 * pd.DataFrame([each["p95"] for each in served]).mean()).round(1).to_dict(),
-                "levels": pd.DataFrame([each["levels"] for each in served]).mean().to_dict(),
+                "p95 ms": _said({name: f"{1e3 * each:.0f}" for name, each in _means(served, "p95").items()}),
+                "levels": _said({name: f"{each:.0%}" for name, each in _means(served, "levels").items()}),
                 "simulated": float(np.mean([row[name] for row in frame_rows["simulated"]])),
             })  # fmt: skip
         tables[f"{setup}: rows a second at most"] = [
@@ -256,6 +256,15 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         "this load, on its test split, where HTTP counts as time of the model. A seed has its own training of PPO and "
         "arrivals.",
     ]}  # fmt: skip
+
+
+def _means(served: list[dict[str, Any]], key: str) -> dict[str, float]:
+    found = pd.DataFrame([each[key] for each in served]).mean()
+    return dict(zip(found.index.astype(str), found.tolist(), strict=True))
+
+
+def _said(parts: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in parts.items())
 
 
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from cost.operations import Work
 from experts.language.model import LanguageModel
 from experts.language.transformer import Transformer
-from experts.routers import TopK
+from experts.routers import TopKEach
 
 SEEN = 32  # tokens in the cache
 
 
 def operations(model: LanguageModel) -> dict[str, Work]:
-    """Attention with the router, the experts for each number of them, and the output layer, each for n rows of one
-    token, on streams that the middle layer has for text drawn from the model.
+    """Attention, router and experts for each number of them, and the output layer, each for n rows of one token, on
+    streams that the middle layer has for text drawn from the model.
 
     Each call is of the next layer, as in a model that writes: weights come from as far as they do there.
     """
@@ -40,20 +40,19 @@ def operations(model: LanguageModel) -> dict[str, Work]:
         def run() -> None:
             block = next(blocks)
             with torch.inference_mode():
-                found = x + block.attention(block.attention_norm(x), turns, places, kept)
-                block.moe.gate(block.expert_norm(found))
+                x + block.attention(block.attention_norm(x), turns, places, kept)
 
         return run
 
     def experts(k: int) -> Work:
         def work(n: int) -> Callable[[], object]:
             x, blocks = rows(n), _in_turn(network)
+            router = TopKEach(torch.full((n,), k))  # as where each token has a number of its own
 
             def run() -> None:
                 block = next(blocks)
                 with torch.inference_mode():
-                    if k:
-                        block.moe(block.expert_norm(x), router=TopK(k))
+                    block.moe(block.expert_norm(x), router=router)
 
             return run
 

@@ -29,7 +29,7 @@ Experts = int | Sequence[int] | torch.Tensor | Decide  # experts of a token: a n
 class ModelSettings:
     """Sizes of a model: `d_ff` hidden units in each of `num_experts` experts of a layer, `k` of them for a token."""
 
-    vocabulary: Size = 4096
+    vocabulary: Annotated[int, Ge(1), Le(2**16)] = 4096
     d_model: Size = 128
     layers: Few = 4
     heads: Few = 4
@@ -215,23 +215,19 @@ class Transformer(nn.Module):
             return [None] * layers
         if callable(k) and not isinstance(k, torch.Tensor):
             return [LayerDecision(k, layer, mask) for layer, mask in enumerate(masks)]
-        each: list[int | torch.Tensor]
         if isinstance(k, torch.Tensor):
             if k.shape != (*ids_BT.shape, layers):
                 raise ValueError(f"k has the shape {tuple(k.shape)}, must be {(*ids_BT.shape, layers)}")
-            each = list(k.flatten(0, 1).unbind(-1))
-        else:
-            numbers = [self.settings.k if k is None else k] * layers if k is None or isinstance(k, int) else list(k)
-            if len(numbers) != layers or not all(0 <= number <= experts for number in numbers):
-                raise ValueError(f"k={k}: a number from 0 to {experts}, or one for each of {layers} layers")
-            each = list(numbers)
-        if allowed_LE is None and all(isinstance(one, int) and one > 0 for one in each):
-            return [TopK(one) for one in each if isinstance(one, int)]
-        size = ids_BT.numel()
-        per_token = [
-            one if isinstance(one, torch.Tensor) else torch.full((size,), one, device=ids_BT.device) for one in each
-        ]
-        return [TopKEach(one, mask) for one, mask in zip(per_token, masks, strict=True)]
+            each_token = k.flatten(0, 1).unbind(-1)
+            return [TopKEach(one, mask) for one, mask in zip(each_token, masks, strict=True)]
+        numbers = [self.settings.k if k is None else k] * layers if k is None or isinstance(k, int) else list(k)
+        if len(numbers) != layers or not all(0 <= number <= experts for number in numbers):
+            raise ValueError(f"k={k}: a number from 0 to {experts}, or one for each of {layers} layers")
+        return [
+            TopK(one) if one and mask is None
+            else TopKEach(torch.full((ids_BT.numel(),), one, device=ids_BT.device), mask)
+            for one, mask in zip(numbers, masks, strict=True)
+        ]  # fmt: skip
 
 
 def normed(x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:

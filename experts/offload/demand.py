@@ -82,6 +82,10 @@ class Demand:
         """Predicted demand `[m, E]`, after `Requests.add` of the present token."""
         return _weighted(requests.features(rows, layer, odds_mE, self.frequency), self.weights[layer])
 
+    def most(self, count: int) -> np.ndarray:
+        """The experts most often asked for in those texts, `[L, count]`."""
+        return np.argsort(-self.frequency, axis=1, kind="stable")[:, :count]
+
     @classmethod
     def fit(cls, logits_nTLE: np.ndarray, k: int, *, by_halves: bool = False) -> Demand:
         """By ridge regression, on router logits of n texts. For few texts `by_halves`: the weights are fitted to their

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 Key = tuple[int, int]  # layer, expert
+
+
+class AllKept(LookupError):
+    """No key may leave."""
 
 
 class Eviction:
@@ -38,7 +43,7 @@ class Eviction:
         raise NotImplementedError
 
     def victim(self, incoming: Key, kept: Container[Key]) -> Key:
-        """The key that leaves for another one; none of those that must be kept. `LookupError` if all must be."""
+        """The key that leaves for another one; none of those that must be kept. `AllKept` if all must be."""
         raise NotImplementedError
 
     def removed(self, key: Key) -> None:
@@ -95,7 +100,7 @@ class _Scored(Eviction):
     def victim(self, incoming: Key, kept: Container[Key]) -> Key:
         free = [self.rank[key] for key in self.there if key not in kept]
         if not free:
-            raise LookupError("all keys must be kept")
+            raise AllKept
         return min(free)[2]
 
     def removed(self, key: Key) -> None:
@@ -174,7 +179,7 @@ class ARC(Eviction):
             for key in queue:
                 if key not in kept:
                     return key
-        raise LookupError("all keys must be kept")
+        raise AllKept
 
     def removed(self, key: Key) -> None:
         if key in self.once:
@@ -210,7 +215,7 @@ class SIEVE(Eviction):
             if key not in kept:
                 self.visited.remove(key)
             self.hand += 1
-        raise LookupError("all keys must be kept")
+        raise AllKept
 
     def removed(self, key: Key) -> None:
         place = self.queue.index(key)
@@ -223,7 +228,7 @@ class SIEVE(Eviction):
 
 class LeastStale(Eviction):
     """For a cache of all layers: an expert that was not used since the pass before the present one leaves first; of
-    several, the one whose layer comes again latest (after the idea of Hoang et al. 2026)."""
+    several, the one whose layer comes again latest (after the idea of Hoang et al. 2026). For one layer it is LRU."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
@@ -239,7 +244,7 @@ class LeastStale(Eviction):
     def victim(self, incoming: Key, kept: Container[Key]) -> Key:
         free = [key for key in self.order if key not in kept]
         if not free:
-            raise LookupError("all keys must be kept")
+            raise AllKept
         return max(free, key=lambda key: (self.order[key] < self.passed - 1, (key[0] - self.layer - 1) % 10**6))
 
     def removed(self, key: Key) -> None:
@@ -247,14 +252,14 @@ class LeastStale(Eviction):
 
 
 class Static(_Scored):
-    """Scores that do not change, e.g. how often each key was asked for in another trace."""
+    """Scores of all keys that do not change, e.g. how often each was asked for in another trace."""
 
     def __init__(self, capacity: int, scores: Mapping[Key, float]) -> None:
         super().__init__(capacity)
         self.scores = scores
 
     def score(self, key: Key) -> float:
-        return self.scores.get(key, 0.0)
+        return self.scores[key]
 
 
 class Random(Eviction):
@@ -271,7 +276,7 @@ class Random(Eviction):
     def victim(self, incoming: Key, kept: Container[Key]) -> Key:
         free = [key for key in self.there if key not in kept]
         if not free:
-            raise LookupError("all keys must be kept")
+            raise AllKept
         return free[int(self.random.integers(len(free)))]
 
     def removed(self, key: Key) -> None:
@@ -296,20 +301,62 @@ class Belady(_Scored):
         return -float(places[-1]) if places else -np.inf
 
 
+class PerLayer(Eviction):
+    """A rule for each layer, with an equal share of the room. The layer that is most above its share gives way first;
+    what a layer does not use, others may."""
+
+    def __init__(self, capacity: int, layers: int, rule: Callable[[int], Eviction]) -> None:
+        super().__init__(capacity)
+        self.shares = [capacity // layers + (layer < capacity % layers) for layer in range(layers)]
+        self.rules = [rule(max(1, share)) for share in self.shares]
+        self.sizes = [0] * layers
+
+    def begin(self, layer: int) -> None:
+        super().begin(layer)
+        self.rules[layer].begin(layer)
+
+    def hit(self, key: Key) -> None:
+        self.rules[key[0]].hit(key)
+
+    def miss(self, key: Key) -> None:
+        self.rules[key[0]].miss(key)
+
+    def inserted(self, key: Key) -> None:
+        self.sizes[key[0]] += 1
+        self.rules[key[0]].inserted(key)
+
+    def victim(self, incoming: Key, kept: Container[Key]) -> Key:
+        above = [size - share for size, share in zip(self.sizes, self.shares, strict=True)]
+        for layer in sorted(range(len(above)), key=lambda layer: (-above[layer], layer != incoming[0])):
+            if self.sizes[layer]:
+                with suppress(AllKept):
+                    return self.rules[layer].victim(incoming, kept)
+        raise AllKept
+
+    def removed(self, key: Key) -> None:
+        self.sizes[key[0]] -= 1
+        self.rules[key[0]].removed(key)
+
+
 RULES: dict[str, type[Eviction]] = {
     "lru": LRU, "lfu": LFU, "lrfu": LRFU, "arc": ARC, "sieve": SIEVE, "least-stale": LeastStale, "random": Random,
 }  # fmt: skip
 
 
-def make(name: str, capacity: int) -> Eviction:
-    """A rule by name; raises `ValueError` for another one."""
-    if name not in RULES:
-        raise ValueError(f"policy={name!r} is not one of {', '.join(RULES)}")
-    return RULES[name](capacity)
+PER_LAYER = "-per-layer"
+
+
+def make(name: str, capacity: int, layers: int) -> Eviction:
+    """A rule by name, for all layers together or, with "-per-layer" behind it, for each; raises `ValueError` for
+    another one."""
+    rule = RULES.get(name.removesuffix(PER_LAYER))
+    if rule is None:
+        raise ValueError(f"policy={name!r} is not one of {', '.join(RULES)}, or one of them with {PER_LAYER!r} behind")
+    return PerLayer(capacity, layers, rule) if name.endswith(PER_LAYER) else rule(capacity)
 
 
 def _first(order: Iterable[Key], kept: Container[Key]) -> Key:
     for key in order:
         if key not in kept:
             return key
-    raise LookupError("all keys must be kept")
+    raise AllKept

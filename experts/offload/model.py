@@ -47,7 +47,7 @@ class Control(Protocol):
 
 class OffloadedModel:
     """A model that answers as before while at most `memory` bytes of its experts are in memory, and beside them one
-    that runs and those that are being read; with a `Control`, all that run in a layer.
+    that runs and those that are being read; with a `Control`, all that run in a layer for one token.
 
     `model` is a `LanguageModel`, or an `AdaptedModel` of transformers; its experts are written to `file` (default: a
     temporary file) in the precision `weights`, unless the file is there, and leave the model for good: use
@@ -71,7 +71,7 @@ class OffloadedModel:
         if not isinstance(prefetch, Probable) and prefetch not in PREFETCH:
             raise ValueError(f"prefetch={prefetch!r} is not one of {', '.join(map(repr, PREFETCH))}")
         if isinstance(policy, str):
-            make(policy, 1)
+            make(policy, 1, 1)
         each = _expert_size(model, weights)
         fitting(memory, each)  # all is checked before the model is changed
         if isinstance(prefetch, Probable) and (shape := _shape(model)) != (prefetch.layers, prefetch.experts):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from experts.offload.eviction import Eviction, Key, make
+from experts.offload.eviction import AllKept, Eviction, Key, make
 from experts.offload.store import ExpertFile, OffloadError
 
 READERS = 2
@@ -54,7 +54,7 @@ class ExpertPool:
         own = file.header
         self.file, self.each = file, file.size(0, 0)
         self.capacity = min(fitting(memory, self.each), own.layers * own.num_experts)
-        self.rule = make(rule, self.capacity) if isinstance(rule, str) else rule(self.capacity)
+        self.rule = make(rule, self.capacity, own.layers) if isinstance(rule, str) else rule(self.capacity)
         self.counts, self.closed = Statistics(), False
         self._there: dict[Key, Future[torch.Tensor]] = {}
         self._ahead: set[Key] = set()  # loaded before they were asked for, and not asked for yet
@@ -159,7 +159,7 @@ class ExpertPool:
             self._require_open()
             keys = [(layer, expert) for expert in experts]
             self._forget_failed(keys)
-            kept = set(keys) | self._ahead
+            kept = {*keys, *self._ahead, *(key for key in self._there if key[0] == self.rule.layer)}  # that runs now
             for key in keys:
                 if key not in self._there and self._make_room(key, kept):
                     self._load(key)
@@ -206,7 +206,7 @@ class ExpertPool:
         while len(self._there) >= self.capacity:
             try:
                 leaves = self.rule.victim(key, kept)
-            except LookupError:
+            except AllKept:
                 return False
             self._drop(leaves)
         return True

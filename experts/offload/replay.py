@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from experts.offload.eviction import Belady, Eviction, Key, make
+from experts.offload.eviction import PER_LAYER, Belady, Eviction, Key, make
 from experts.offload.traces import Trace
 
 Events = Sequence[tuple[Key, ...]]
@@ -34,9 +34,9 @@ class Hits:
 def replay(trace: Trace, policy: Rule, capacity: float, *, scope: str = "layer", bypass: bool = False) -> Hits:
     """Run a trace through caches that hold the share `capacity` of the experts: one for each layer, or a `global` one.
 
-    `policy` is a rule's name (`eviction.RULES`), "belady", or a function of the number of experts that fit and of all
-    events that makes one. With `bypass` an expert that was loaded leaves at once if the rule would keep all others
-    rather; without, it is kept, and something else leaves.
+    `policy` is the name of a rule as `eviction.make` takes it, "belady", or a function of the number of experts that
+    fit and of all events that makes one. With `bypass` an expert that was loaded leaves at once if the rule would keep
+    all others rather; without, it is kept, and something else leaves.
     """
     if not 0 < capacity <= 1:
         raise ValueError(f"capacity={capacity}: must be a share of the experts above 0, at most 1")
@@ -47,7 +47,7 @@ def replay(trace: Trace, policy: Rule, capacity: float, *, scope: str = "layer",
     hits = loads = loaded = 0
     for layer in range(trace.layers) if alone else [None]:
         places = [place for place, event in enumerate(events) if event and layer in (None, event[0][0])]
-        rule = _rule(policy, size, [events[place] for place in places])
+        rule = _rule(policy, size, [events[place] for place in places], 1 if alone else trace.layers)
         there: set[Key] = set()
         for place in places:
             missing = _request(rule, there, events[place], size, bypass)
@@ -90,7 +90,9 @@ def _events(trace: Trace) -> list[tuple[Key, ...]]:
     ]
 
 
-def _rule(policy: Rule, size: int, events: Events) -> Eviction:
+def _rule(policy: Rule, size: int, events: Events, layers: int) -> Eviction:
     if callable(policy):
         return policy(size, events)
-    return Belady(size, events) if policy == "belady" else make(policy, size)
+    if policy == "belady":
+        return Belady(size, events)
+    return make(policy if layers > 1 else policy.removesuffix(PER_LAYER), size, layers)

@@ -79,8 +79,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         actions = actions_of(self.k, eviction)
         super().__init__(num_envs, layout(request_parts(self.k, self.layers)), actions, reward, **face)
         if eviction != "learned":
-            steep = np.interp(np.linspace(0, len(STEEP) - 1, self.layers), np.arange(len(STEEP)), STEEP)
-            limit = np.tile(self.price() / steep[:, None], self.k)
+            limit = np.tile(self.advised()[:, None] ** 2, self.k)
             self.advice = {"squared": SURE, "layer": -SURE * limit}
         self._allocate()
         n = num_envs
@@ -93,6 +92,11 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         """What loading one expert costs, in nats of its token."""
         relative, _ = self.reward.price(self.stepped.loads[1:2])
         return float(self.reward.cost_weight * relative[0] * self.tokens)
+
+    def advised(self) -> np.ndarray:
+        """For each layer the weight `[L]` from which our PPO loads an expert at its start."""
+        steep = np.interp(np.linspace(0, len(STEEP) - 1, self.layers), np.arange(len(STEEP)), STEEP)
+        return np.asarray(np.sqrt(self.price() / steep))
 
     def _advance(self, actions: np.ndarray) -> Outcome:
         from experts.offload.demand import picked
@@ -306,10 +310,10 @@ class MoEExpertCacheEnv(SingleEnv):
 
     The action is `MultiBinary(K)`, a bit for each candidate; quality is 0. The observation has, for each candidate,
     `chance`, the predicted probability that the next layer asks for it, `again`, 1 if the last token asked for it
-    there, and `gain`, its demand minus the lowest there; then `layer`, `count`, the share of experts that are missing
-    in this layer, and `loads` as above. Chance and demand are ridge regressions on past requests and on what this layer
-    asks for; the router's weights are not read. `info` has `expertcache/prefetched`, the experts loaded in advance;
-    `expertcache/loads_per_token` counts them, too.
+    there, and `gain`, its demand minus the lowest there; then `layer`, `count`, the share of experts that are
+    missing in this layer, and `loads`, that share lately. Chance and demand are ridge regressions on past requests
+    and on what this layer asks for; the router's weights are not read. `info` has `expertcache/prefetched`, the
+    experts loaded in advance; `expertcache/loads_per_token` counts them, too.
 
     Arguments that differ: `capacity` 0.375; `overlap` 1.0, in loads of one expert; `costs`
     `"simulated disk"`, or another simulated one; none of `text`, `weights`, `fallback`, `quality`.

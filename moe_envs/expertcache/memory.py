@@ -55,9 +55,8 @@ class MemoryEnv(BatchedEnv):
         self._uses, self._last, self._asked = empty.uses, empty.last, empty.tokens
         self._lately = np.zeros(n, dtype=np.float32)
         self._history = np.zeros((n, self.tokens, self.layers, self.experts), dtype=np.uint8)
-        often = np.argsort(-self.stepped.demand.frequency, axis=1, kind="stable")[:, : self.capacity]
         self._first = np.zeros(shape[1:], dtype=np.bool_)
-        np.put_along_axis(self._first, often, True, axis=1)
+        np.put_along_axis(self._first, self.stepped.demand.most(self.capacity), True, axis=1)
 
     @property
     def memory(self) -> int:

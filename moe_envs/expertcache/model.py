@@ -41,7 +41,7 @@ class CachedModel(SteppedModel):
     def of(
         cls, model: str, text: str | None, split: str, tokens: int, passages: int, weights: str, costs: str
     ) -> CachedModel:
-        """The same for the same arguments, as long as the files are the same."""
+        """The same for the same arguments, as long as the files of the model are the same."""
         return _made(*located(model), text, split, tokens, passages, weights, costs)
 
     def logits(self, stream: np.ndarray) -> np.ndarray:

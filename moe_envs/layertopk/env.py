@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Unpack
 
 import numpy as np
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from gymnasium import spaces
 
 from cost.arguments import NonNegative, choose
@@ -47,7 +47,7 @@ class MoELayerTopKVectorEnv(BatchedEnv):
         quality: str = "log-likelihood",
         tokens: Annotated[int, Ge(1)] = 64,
         costs: str = "reference",
-        width: Annotated[int, Ge(1)] = 64,
+        width: Annotated[int, Ge(1), Le(512)] = 64,
         time_weight: NonNegative = 1.0,
         memory_weight: NonNegative = 0.0,
         energy_weight: NonNegative = 0.0,
@@ -288,9 +288,9 @@ class MoELayerTopKEnv(SingleEnv):
     | `granularity` | `"layer"` | one decision for each token and layer, or `"token"`: for all its layers at once |
     | `observation` | `"passage"` | or `"token"`, see Observation Space |
     | `quality` | `"log-likelihood"` | or `"divergence"`, see Rewards |
-    | `tokens` | 64 | tokens of a passage, at most the context of the model |
+    | `tokens` | 64 | tokens of a passage, at most 64, or the context of the model with `text` |
     | `costs` | `"reference"` | the shipped profile, or this `"machine"`'s |
-    | `width` | 64 | rows of the batch whose costs are charged |
+    | `width` | 64 | rows of the batch whose costs are charged, at most 512, as if all took the same number |
     | `time_weight`, `memory_weight`, `energy_weight` | 1, 0, 0 | weights of the cost terms; should sum to 1 |
     | `render_mode` | None | `"rgb_array"` or `"ansi"` |
 

@@ -30,7 +30,7 @@ class PricedModel(SteppedModel):
 
     @classmethod
     def of(cls, model: str, text: str | None, split: str, tokens: int, costs: str, batch: int) -> PricedModel:
-        """The same for the same arguments, as long as the files are the same."""
+        """The same for the same arguments, as long as the files of the model are the same."""
         return _made(*located(model), text, split, tokens, costs, batch)
 
 

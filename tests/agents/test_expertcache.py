@@ -25,7 +25,7 @@ def rules() -> dict[str, Any]:
 
 
 def test_tuned_rules_and_the_bound(rules: dict[str, Any]) -> None:
-    assert len(rules) == 5 + 2 + 6 + 4
+    assert len(rules) == 5 + 2 + 6 + 5
     returns = {
         name: evaluate(rule, ID, 32, split="validation", **SMALL)["return"].mean() for name, rule in rules.items()
     }

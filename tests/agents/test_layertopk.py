@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from agents.baselines import find, layertopk
-from agents.baselines.adak import AdaK, AdaKSettings
-from agents.baselines.layertopk import GRIDS, Routed, TopKRule, Tuning, adaptive_k, counted, routed, static
+from agents.baselines.adak import AdaK, AdaKSettings, trained
+from agents.baselines.layertopk import GRIDS, Routed, TopKRule, Tuning, adaptive_k, counted, static
 from agents.deploy.layertopk import AdaptiveK
 from agents.evaluate import evaluate
 from agents.ppo import PPO
@@ -117,16 +117,24 @@ def test_a_rule_in_the_model_decides_as_in_whole_passages(rules: dict[str, Any])
     adaptive = AdaptiveK(model, rule)
     ids = torch.tensor([model.encode("The quick brown fox jumps over the lazy dog. " * 2)])
 
-    def decide(layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(rule.count(routed(logits_NE, layer, 4)))
+    def top_p(layer: int, inputs_ND: torch.Tensor, logits_NE: torch.Tensor) -> torch.Tensor:
+        odds = logits_NE.softmax(-1).sort(-1, descending=True).values[:, :4]
+        return (odds.cumsum(-1) - odds < thresholds[layer]).sum(-1)
 
-    torch.testing.assert_close(model.loss(ids, k=adaptive), model.loss(ids, k=decide))
+    thresholds = [0.3, 0.5, 0.2, 0.6]
+    rule = TopKRule(counted("top-p", thresholds, 16, np.zeros((4, 5))))
+    by_hand, found = model.loss(ids, k=top_p), model.loss(ids, k=AdaptiveK(model, rule))
+    torch.testing.assert_close(found, by_hand)
+    assert not torch.allclose(found, model.loss(ids))
     assert model.generate("The", 8, k=adaptive, temperature=0)
     numbers = AdaptiveK(model, TopKRule(static([2, 0, 1, 4])))
     assert numbers.calibrate(ids) == {0: 2, 1: 0, 2: 1, 3: 4}
     one = AdaptiveK(model, lambda layer, inputs, logits: torch.ones(len(logits), dtype=torch.int64))
     torch.testing.assert_close(model.loss(ids, k=one), model.loss(ids, k=1))
     torch.testing.assert_close(model.loss(ids, k=numbers), model.loss(ids, k=[2, 0, 1, 4]))
+    predicted = rules["predicted change of the loss"]
+    whole, own = (evaluate(predicted, ID, 4, observation=each, **SMALL) for each in ("passage", "token"))
+    assert own["return"].tolist() == whole["return"].tolist()
     with pytest.raises(ValueError, match="Predicted decides in its environment only"):
         AdaptiveK(model, rules["predicted change of the loss"])
     with pytest.raises(ValueError, match="takes the policy as k"):
@@ -158,6 +166,9 @@ def test_a_learner_in_the_model_decides_as_in_its_environment() -> None:
     other = PPO("MlpPolicy", ID, env_kwargs=SMALL, n_envs=4, n_steps=16, batch_size=32, n_epochs=1)
     with pytest.raises(ValueError, match='observation="token"'):
         AdaptiveK(model, other)
+    recurrent = PPO("GruPolicy", ID, env_kwargs=kwargs, n_envs=4, n_steps=16, batch_size=32, n_epochs=1)
+    with pytest.raises(ValueError, match="is recurrent"):
+        AdaptiveK(model, recurrent)
 
 
 def test_ada_k_learns_what_experts_are_worth() -> None:
@@ -165,18 +176,23 @@ def test_ada_k_learns_what_experts_are_worth() -> None:
     env = MoELayerTopKVectorEnv(16, cost_weight=0.2, tokens=16)
     ids = env.stepped.passages.ids
     prices = 0.2 * env.relative_costs() * env.tokens
-    found = {}
+    found: dict[str, Any] = {}
     for name, factor in (("cheap", 0.0), ("dear", 20.0)):
         settings = AdaKSettings(steps=40, batch_size=8, start_steps=5, learning_rate=1e-2)
         found[name] = AdaK(model).learn(ids, factor * prices, settings)
     experts = {}
-    for name, policy in found.items():
+    for name in ("cheap", "dear"):
+        policy = found[name]
         frame = evaluate(policy, ID, 16, tokens=16)
         experts[name] = frame["layertopk/experts_used"].mean()
         assert model.loss(ids[:2], k=policy).isfinite().all()
     assert experts["dear"] < 0.3 * experts["cheap"]
     tight = AdaK(model).learn(ids, 0 * prices, replace(settings, steps=60, dual_rate=0.02), budget=1.0)
     assert 0.5 < evaluate(tight, ID, 16, tokens=16)["layertopk/experts_used"].mean() / (16 * env.layers) < 1.5
+    for quality in ("log-likelihood", "divergence"):
+        policy = trained(ID, 0, 2, tokens=8, quality=quality)
+        found[quality] = [each.weight.detach() for each in policy.allocators]
+    assert not torch.equal(found["divergence"][0], found["log-likelihood"][0])
 
 
 def test_a_policy_in_a_model_of_transformers() -> None:
@@ -184,7 +200,7 @@ def test_a_policy_in_a_model_of_transformers() -> None:
     from experts.huggingface import adapt
     from tests.experts.test_huggingface import tiny
 
-    theirs = tiny("Qwen3Moe")
+    theirs = tiny("Qwen3Moe").requires_grad_(True)
     adaptive = AdaptiveK(adapt(theirs), TopKRule(static([1, 2])))
     ids = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(1))
     with adaptive.active():

@@ -20,7 +20,7 @@ from experts.data import DataError
 from experts.language import LanguageModel
 from experts.language.transformer import ModelSettings, Transformer
 from experts.offload import ExpertFile, OffloadedModel, OffloadError, Probable, Trace, replay, traces
-from experts.offload.eviction import ARC, LFU, LRU, RULES, SIEVE, Eviction, Static, make
+from experts.offload.eviction import ARC, LFU, LRU, RULES, SIEVE, AllKept, Eviction, Static, make
 from experts.offload.pool import ExpertPool
 from experts.offload.store import write
 
@@ -181,7 +181,7 @@ def test_no_rule_is_above_belady_and_sums_are_right() -> None:
     trace = drawn(900, layers=3, experts=10, k=3)
     for scope in ("layer", "global"):
         best = replay(trace, "belady", 0.4, scope=scope, bypass=True)
-        for name in RULES:
+        for name in (*RULES, "lfu-per-layer"):
             found = replay(trace, name, 0.4, scope=scope)
             assert found.hits <= best.hits
             assert found.hits + found.loads == found.requests == 2700
@@ -194,6 +194,33 @@ def test_no_rule_is_above_belady_and_sums_are_right() -> None:
     for wrong in ({"capacity": 0.0}, {"capacity": 2}, {"scope": "node"}, {"policy": "best"}):
         with pytest.raises(ValueError, match="|".join(("capacity=", "scope=", "policy="))):
             replay(trace, **{"policy": "lru", "capacity": 0.5, **wrong})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["lru", "lrfu"])
+def test_one_memory_with_shares_is_as_one_for_each_layer(name: str) -> None:
+    trace = drawn(900, layers=3, experts=10, k=3)
+    warmed = replace(trace, counted=np.arange(900) >= 300)
+    alone = replay(warmed, name, 0.4)
+    assert replay(warmed, f"{name}-per-layer", 0.4, scope="global") == alone
+    assert replay(warmed, f"{name}-per-layer", 0.4) == alone
+    free = replay(warmed, name, 0.4, bypass=True)
+    assert replay(warmed, f"{name}-per-layer", 0.4, scope="global", bypass=True) == free
+    assert replay(warmed, name, 0.4, scope="global") != alone
+
+
+def test_a_layer_may_use_the_room_of_others() -> None:
+    rule = make("lru-per-layer", 4, 2)
+    for expert in range(4):
+        rule.begin(0)
+        rule.inserted((0, expert))
+    assert rule.victim((1, 0), ()) == (0, 0)  # the first layer is above its share of two
+    rule.removed((0, 0))
+    rule.inserted((1, 0))
+    assert rule.victim((0, 9), ()) == (0, 1)
+    assert rule.victim((1, 9), {(0, 1)}) == (0, 2)
+    assert rule.victim((1, 9), {(0, expert) for expert in range(4)}) == (1, 0)
+    with pytest.raises(AllKept):
+        rule.victim((1, 9), {*((0, expert) for expert in range(4)), (1, 0)})
 
 
 def test_a_prompt_warms_and_is_not_counted() -> None:
@@ -270,7 +297,7 @@ def test_the_models_own_routing_is_recorded(model: LanguageModel, ids: torch.Ten
     assert trace.expert_bytes.tolist() == [EACH] * 3
 
 
-@pytest.mark.parametrize("policy", sorted(RULES))
+@pytest.mark.parametrize("policy", [*sorted(RULES), "lru-per-layer"])
 def test_an_offloaded_model_answers_as_before(model: LanguageModel, ids: torch.Tensor, policy: str) -> None:
     wanted = model.network(ids).logits
     fewer = model.network(ids, [1, 2, 0]).logits
@@ -482,10 +509,10 @@ def test_a_rule_says_when_all_must_be_kept(rule: type[Eviction]) -> None:
         made.begin(0)
         made.miss(key)
         made.inserted(key)
-    with pytest.raises(LookupError):
+    with pytest.raises(AllKept):
         made.victim((0, 3), {(0, 1), (0, 2)})
     with pytest.raises(ValueError, match="policy='x' is not one of lru"):
-        make("x", 2)
+        make("x", 2, 1)
 
 
 def test_a_model_of_transformers_is_offloaded() -> None:

@@ -10,7 +10,6 @@ import torch
 
 from experts.data import DataError
 from experts.offload import Trace, replay
-from experts.offload.eviction import LRU
 from experts.routers import Routing, RoutingStatistics
 from moe_envs.expertcache import MoEExpertCacheVectorEnv
 
@@ -79,11 +78,7 @@ def test_lru_loads_what_the_replay_of_the_routing_loads() -> None:
         wanted = np.argsort(-logits, axis=-1, kind="stable")[..., : env.k]
         layers, size = np.tile(np.arange(env.layers), len(wanted)), np.full(env.layers, 10)
         trace = Trace(layers, wanted.reshape(-1, env.k), env.experts, size, np.ones(len(layers), dtype=bool))
-
-        def warm(capacity: int, events: Any) -> LRU:
-            return LRU(capacity)
-
-        cold = replay(trace, warm, 5 / env.experts)
+        cold = replay(trace, "lru", 5 / env.experts)
         assert abs(cold.loads / env.tokens - found["loads"][row]) <= 5 * env.layers / env.tokens  # it begins empty
 
 

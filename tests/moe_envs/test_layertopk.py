@@ -149,10 +149,18 @@ def test_what_is_not_possible_is_told() -> None:
 
 
 def test_the_picture_has_the_text() -> None:
-    for mode in ("ansi", "rgb_array"):
+    pictures = {}
+    for mode, k in (("ansi", 2), ("rgb_array", 0), ("rgb_array", 4)):
         env: Any = gymnasium.make(ID, tokens=TOKENS, render_mode=mode)
         env.reset(seed=0)
         for _ in range(8):
-            env.step(2)
-        picture = env.render()
-        assert ("▄" in picture) if mode == "ansi" else (picture.min() < 200 and picture.shape[2] == 3)
+            env.step(k)
+        pictures[k] = env.render()
+    vector = env.unwrapped.vector
+    first, second, *_ = vector.stepped.pieces(int(vector.passage[0]))
+    assert pictures[2] == f"{first}▄{second}▄"
+    white, blue = pictures[0], pictures[4]
+    assert white.shape == blue.shape
+    assert white.shape[2] == 3
+    assert blue[..., 0].mean() < white[..., 0].mean()
+    assert (blue[..., 2] == white[..., 2]).mean() > 0.9
