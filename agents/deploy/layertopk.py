@@ -81,7 +81,7 @@ class AdaptiveK:
                 self.model.network(given.to(next(self.model.network.parameters()).device), watched)
             else:
                 with self.model.choosing(watched):
-                    self.model.model(given.to(self.model.model.device))
+                    self.model.model(given.to(next(self.model.model.parameters()).device))
         self.constant = {layer: found.pop() for layer, found in enumerate(numbers) if len(found) == 1}
         return self.constant
 
