@@ -135,7 +135,7 @@ def _product_operations(found: Mapping[str, Product]) -> dict[str, Work]:
 def of_language(model: LanguageModel, folder: Path, costs: str, rows: int) -> np.ndarray:
     """What a token costs in a layer of a language model with 0 to k experts, `[L, k + 1, 3]` in s, B and J: a row's
     share in a batch of so many rows. The last layer has the output layer, too."""
-    name = f"language-{model.sha256[:12]}"
+    name = f"layers-{model.sha256[:12]}"
     profile = shipped_or_measured(name, "layers", folder / PROFILE, costs, lambda: measure_language(model))
     attention, *experts, head = (_share(operation, rows) for operation in profile.operations.values())
     found = np.tile(attention + np.stack(experts), (model.settings.layers, 1, 1))

@@ -135,9 +135,12 @@ class RuleTuning:
         """The rule with the best return."""
         return rules[int(self.scores(rules).argmax())]
 
-    def per_layer(self, start: Sequence[float] | np.ndarray, future: float = 0.0, **env_kwargs: str) -> MinimumWeight:
-        """The best thresholds: from those at the `start`, one layer after the other goes to a better value near it
+    def per_layer(self, starts: Sequence[np.ndarray], future: float = 0.0, **env_kwargs: str) -> MinimumWeight:
+        """The best thresholds: from each of the starts `[L]` one layer after the other goes to a better value near it
         until no layer does."""
+        return self.best([self._climbed(each, future, **env_kwargs) for each in starts])
+
+    def _climbed(self, start: np.ndarray, future: float, **env_kwargs: str) -> MinimumWeight:
         best = MinimumWeight(start, future, **env_kwargs)
         before, highest = None, self.scores([best])[0]
         while before is not best:
@@ -189,19 +192,17 @@ def baselines(
     rules: dict[str, Any] = {f"all loaded, {eviction}": Always(True, eviction=eviction) for eviction in EVICTIONS}
     rules["nothing loaded"] = Always(False)
     rules["nothing loaded or substituted"] = Always(False, fallback="skip")
+    advised = tuning.env.advised()
     for number, eviction in enumerate(("lru", "ema", "predicted")):
-        alike: Any = tuning.best(_alike(tuning.layers, eviction=eviction))
-        rules[f"minimum weight, {eviction}"] = alike
-        rules[f"minimum weight per layer, {eviction}"] = tuning.per_layer(alike.thresholds, eviction=eviction)
+        rules[f"minimum weight, {eviction}"] = alike = tuning.best(_alike(tuning.layers, eviction=eviction))
+        per_layer = tuning.per_layer([alike.thresholds, advised], eviction=eviction)
+        rules[f"minimum weight per layer, {eviction}"] = per_layer
         report(0.2 * (number + 1))
-    rules["where PPO starts"] = start = MinimumWeight(tuning.env.advised())
-    rules["minimum weight per layer, predicted"] = per_layer = tuning.best(
-        [rules["minimum weight per layer, predicted"], tuning.per_layer(start.thresholds)]
-    )
-    with_future = [tuning.per_layer(per_layer.thresholds, future) for future in FUTURES[1:]]
+    rules["where PPO starts"] = MinimumWeight(advised)
+    with_future = [tuning.per_layer([per_layer.thresholds], future) for future in FUTURES[1:]]
     rules["minimum weight and demand per layer, predicted"] = tuning.best([per_layer, *with_future])
     report(0.85)
-    skipping = tuning.per_layer(per_layer.thresholds, fallback="skip")
+    skipping = tuning.per_layer([per_layer.thresholds], fallback="skip")
     rules["minimum weight per layer, nothing instead"] = skipping
     rules["bias towards memory"] = tuning.best([Biased(bias) for bias in BIASES])
     rules["at random"] = Coin()
@@ -246,6 +247,6 @@ def bound(env_id: str, *, streams: int = STREAMS, **env_kwargs: Any) -> LoadRule
         known: Any = tuning.best([Prefetch(most, eviction="belady") for most in range(1, tuning.k + 1)])
         known.kind = "bound"
         return known
-    alike: Any = tuning.best(_alike(tuning.layers, eviction="belady"))
-    found = tuning.per_layer(alike.thresholds, eviction="belady")
+    alike = tuning.best(_alike(tuning.layers, eviction="belady"))
+    found = tuning.per_layer([alike.thresholds, tuning.env.advised()], eviction="belady")
     return Clairvoyant(found.thresholds, eviction="belady")

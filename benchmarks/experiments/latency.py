@@ -80,7 +80,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
+    return f"{1e3 * seconds:.3g}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
 
 
 def _named(counts: dict[str, int]) -> str:

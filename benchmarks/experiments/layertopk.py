@@ -1,8 +1,8 @@
 """Does deciding the experts of each token pay in wall time? Loss and time of the language model by rules and learners.
 
-Each decision maker runs inside the model, its own time included: decoding a token for 1 and for 64 rows, and reading
-prompts of 512 and 2,048 tokens (4 rows). Rules are tuned, and PPO and Ada-K trained, for a cost weight at costs of
-this machine.
+Each decision maker runs inside the model, its own time included: decoding for 1 and for 64 rows, and reading one
+prompt and four prompts of 512 tokens. Rules are tuned, and PPO and Ada-K trained, for a cost weight at costs of this
+machine.
 """
 
 from __future__ import annotations
@@ -188,9 +188,10 @@ def _times(
     for turn in range(repeats):
         start = turn * rows * length % (len(stream) - rows * length)
         ids = stream[start : start + rows * length].view(rows, -1)
-        cache, order = model.network.cache(rows, size=length), np.roll(names, -turn).tolist()
+        cache = model.network.cache(rows, size=length) if size == 1 else None
+        order = np.roll(names, -turn).tolist()
         with torch.inference_mode():
-            if size == 1:
+            if cache:
                 model.network(ids[:, :SEEN], None, cache)
             _run(model, ids, decided[order[-1]], cache)  # warms up
             for name in order:
@@ -199,11 +200,11 @@ def _times(
 
 
 def _run(model: LanguageModel, ids: torch.Tensor, k: Any, cache: Any) -> list[float]:
-    """Seconds a token, of decoding one after the other what is not in the cache, or of all at once if it is empty."""
-    seen, times = replace(cache), list[float]()
-    steps = ids[:, SEEN:].split(1, dim=1) if int(cache.lengths.max()) else [ids]
+    """Seconds a token: with a cache of each token decoded, else of all at once."""
+    times = list[float]()
+    steps, seen = (ids[:, SEEN:].split(1, dim=1), replace(cache)) if cache else ([ids], None)
     for each in steps:
         begun = time.perf_counter()
-        model.network(each, k, seen if len(steps) > 1 else None)
+        model.network(each, k, seen)
         times.append((time.perf_counter() - begun) / each.numel())
     return times

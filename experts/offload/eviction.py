@@ -328,9 +328,8 @@ class PerLayer(Eviction):
     def victim(self, incoming: Key, kept: Container[Key]) -> Key:
         above = [size - share for size, share in zip(self.sizes, self.shares, strict=True)]
         for layer in sorted(range(len(above)), key=lambda layer: (-above[layer], layer != incoming[0])):
-            if self.sizes[layer]:
-                with suppress(AllKept):
-                    return self.rules[layer].victim(incoming, kept)
+            with suppress(AllKept):
+                return self.rules[layer].victim(incoming, kept)
         raise AllKept
 
     def removed(self, key: Key) -> None:
@@ -347,11 +346,13 @@ PER_LAYER = "-per-layer"
 
 
 def make(name: str, capacity: int, layers: int) -> Eviction:
-    """A rule by name, for all layers together or, with "-per-layer" behind it, for each; raises `ValueError` for
+    """A rule by name, for all layers together or, with "-per-layer" appended, for each; raises `ValueError` for
     another one."""
     rule = RULES.get(name.removesuffix(PER_LAYER))
     if rule is None:
-        raise ValueError(f"policy={name!r} is not one of {', '.join(RULES)}, or one of them with {PER_LAYER!r} behind")
+        raise ValueError(
+            f"policy={name!r} is not one of {', '.join(RULES)}, or one of them with {PER_LAYER!r} appended"
+        )
     return PerLayer(capacity, layers, rule) if name.endswith(PER_LAYER) else rule(capacity)
 
 

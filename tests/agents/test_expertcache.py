@@ -8,7 +8,7 @@ import torch
 
 from agents.baselines import find
 from agents.baselines.expertcache import Always, MinimumWeight, Prefetch, bound
-from agents.deploy.expertcache import CacheControl, fit_demand
+from agents.deploy.expertcache import CacheControl, fit_demand, fit_static
 from agents.evaluate import evaluate
 from agents.ppo import PPO
 from experts.language import load
@@ -135,6 +135,17 @@ def test_requests_are_counted_and_memory_that_is_too_small_leaves_the_model_as_i
         assert (found["requests"], found["loads"] - 24) == (16, 16 - found["hits"])
         with pytest.raises(ValueError, match="takes neither k nor allowed"):
             model.network(ids, 2)
+
+
+def test_the_static_rule_keeps_what_is_asked_for_most() -> None:
+    model, ids = load("language"), torch.arange(40)[None] + 100
+    with torch.inference_mode():
+        asked = [each.members.sum(0) for each in model.network(ids).routing]
+    rule = fit_static(model, ids)(32)
+    for expert in range(8):
+        rule.inserted((1, expert))
+    least = min(range(8), key=lambda expert: int(asked[1][expert]))
+    assert int(asked[1][rule.victim((1, 9), ())[1]]) == int(asked[1][least]) < int(asked[1][:8].max())
 
 
 def test_a_prompt_gets_all_that_it_asks_for() -> None:
