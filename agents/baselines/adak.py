@@ -83,8 +83,8 @@ class AdaK:
         """Train on passages `[B, T + 1]`; `prices [L, K + 1]` are what numbers of experts cost a token, in nats.
 
         Under a `budget` an expert costs more and more while too many run in the mean (dual ascent). With
-        `by_divergence` a token's reward is minus the divergence from what the default number predicts. The weights after
-        the last step are kept, whether or not they are the best.
+        `by_divergence` a token's reward is minus the divergence from what the default number predicts. The weights
+        after the last step are kept, whether or not they are the best.
         """
         own = settings or AdaKSettings()
         random, draw = np.random.default_rng(own.seed), torch.Generator().manual_seed(own.seed)
