@@ -120,6 +120,6 @@ class AdaptiveK:
 
 
 def require_no_memory(policy: Any, width: int) -> None:
-    """Raise `ValueError` for a recurrent policy: in a model it is not asked in every layer, nor row by row."""
+    """Raise `ValueError` for a recurrent policy: in a model it is not asked at each step, as its memory needs."""
     if policy.predict(np.zeros((1, width), dtype=np.float32), deterministic=True)[1] is not None:
         raise ValueError("the policy is recurrent: give one without a memory")
