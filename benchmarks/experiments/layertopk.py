@@ -113,6 +113,7 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
 
     figure, axes = plt.subplots(1, len(MODES), figsize=(4 * len(MODES), 4), sharey=True, layout="constrained")
     for axis, (mode, table) in zip(axes, result["tables"].items(), strict=True):
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
         for name in dict.fromkeys(row["decided by"] for row in table):
             points = sorted((row["speed"], row["nats"]) for row in table if row["decided by"] == name)
             axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=1)
