@@ -122,7 +122,7 @@ class CacheControl:
     ) -> np.ndarray:
         """Which of the best experts are loaded if they are missing, `[K]`."""
         self._logits, self._resident = logits, resident
-        _, values = request_values(logits, resident, predicted, self.k)
+        values = request_values(logits, best(logits, self.k), resident, predicted)
         values |= {
             "layer": np.arange(self.layers)[None] == layer,
             "loads": np.array([self.lately]),

@@ -2,7 +2,7 @@
 
 What a row gets does not depend on the rows beside it, bit for bit: products are made for multiples of `TILE` rows, at
 least `LEAST`, whose sums a BLAS orders alike (MKL adds in another order for 8 rows on processors with AVX-512), and
-attention always spans the whole passage.
+how far attention spans depends on a row's own place.
 
 Shape legend: n rows, m rows in a layer, D width, H heads, F width of a head, S tokens of a passage, L layers, E
 experts, K the most experts of a token, V vocabulary.
@@ -10,6 +10,7 @@ experts, K the most experts of a token, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,12 @@ class Stepper:
         with torch.inference_mode():
             parts = [(each.attention.query, each.attention.key, each.attention.value) for each in self.blocks]
             self.projections = [torch.cat([part.weight for part in three]) for three in parts]
+            norms = [
+                torch.stack([each.attention.query_norm.weight, each.attention.key_norm.weight]) for each in self.blocks
+            ]
+            self.norms = [each[:, None] for each in norms]
+            turned_round = [[(one.w_in.t(), one.w_out.t()) for one in each.moe.experts] for each in self.blocks]
+            self.experts = [[tuple(one.contiguous() for one in both) for both in each] for each in turned_round]
             places = torch.arange(size, dtype=torch.float32)[:, None] * network.frequencies
             self.cosines, self.sines = places.cos(), places.sin()
 
@@ -57,24 +64,27 @@ class Stepper:
         `keys` and `values [n, H, S, F]` are the layer's; `rows [m]`, which rise, and `places [m]` say where the tokens
         stand.
         """
-        block = self.blocks[layer]
+        block, count = self.blocks[layer], len(rows)
         with torch.inference_mode():
-            x_MD, row, place = padded(torch.from_numpy(stream)), torch.from_numpy(rows), torch.from_numpy(places)
-            attention, count = block.attention, len(rows)
+            stream_mD, row, place = torch.from_numpy(stream), torch.from_numpy(rows), torch.from_numpy(places)
+            x_MD = padded(stream_mD)
             three = F.linear(block.attention_norm(x_MD), self.projections[layer])[:count]
-            query, key, value = three.unflatten(-1, (3, self.heads, -1)).unbind(1)
-            turns = self.cosines[place][:, None], self.sines[place][:, None]
-            query = turned(attention.query_norm(query), turns)
-            all_keys, all_values = torch.from_numpy(keys), torch.from_numpy(values)
-            all_keys[row, :, place] = turned(attention.key_norm(key), turns)
-            all_values[row, :, place] = value
-            if count < len(keys):  # else rows are all rows, in order
-                all_keys, all_values = all_keys[row], all_values[row]
-            seen_m11S = (torch.arange(self.size) <= place[:, None])[:, None, None]
-            found = F.scaled_dot_product_attention(query[:, :, None], all_keys, all_values, attn_mask=seen_m11S)
-            x_MD[:count] += F.linear(padded(found.flatten(1)), attention.out.weight)[:count]
-            stream[:] = x_MD[:count].numpy()
-            inputs_MD = block.expert_norm(x_MD)
+            three = three.unflatten(-1, (3, self.heads, -1))
+            both = F.rms_norm(three[:, :2], three.shape[-1:], None, self.settings.norm_eps) * self.norms[layer]
+            query, key = turned(both, (self.cosines[place][:, None, None], self.sines[place][:, None, None])).unbind(1)
+            kept = torch.from_numpy(keys), torch.from_numpy(values)
+            for all_rows, new in zip(kept, (key, three[:, 2]), strict=True):
+                all_rows[row, :, place] = new
+            found_mHF = torch.empty_like(query)
+            for end, part in groups(places // TILE):
+                span = min((end + 1) * TILE, self.size)
+                seen_m11S = (torch.arange(span) <= place[part, None])[:, None, None]
+                every = len(row[part]) == len(keys)  # rows, in order
+                own_keys, own_values = (each[slice(None) if every else row[part], :, :span] for each in kept)
+                found = F.scaled_dot_product_attention(query[part, :, None], own_keys, own_values, attn_mask=seen_m11S)
+                found_mHF[part] = found[:, :, 0]
+            stream_mD += F.linear(padded(found_mHF.flatten(1)), block.attention.out.weight)[:count]
+            inputs_MD = block.expert_norm(padded(stream_mD))
             logits_mE = F.linear(inputs_MD, block.moe.gate.weight)[:count]
         return LayerInputs(inputs_MD[:count].numpy(), logits_mE.numpy())
 
@@ -84,29 +94,25 @@ class Stepper:
             logits_mK, best_mK = torch.from_numpy(step.logits).topk(self.settings.k, dim=-1)
             taken_mK = torch.arange(self.settings.k) < torch.from_numpy(k)[:, None]
             weights_mK = logits_mK.masked_fill(~taken_mK, -torch.inf).softmax(-1).nan_to_num(0.0)
-            self._mix(layer, stream, step.inputs, best_mK, weights_mK, taken_mK)
+        self.mix(layer, stream, step.inputs, best_mK.numpy(), weights_mK.numpy())
 
     def mix(self, layer: int, stream: np.ndarray, inputs: np.ndarray, experts: np.ndarray, weights: np.ndarray) -> None:
         """Add to the streams `[m, D]` what `experts [m, K]` return for the inputs `[m, D]`, times their weights; those
         of weight 0 do not run."""
+        filled, parts, places = _sorted(experts, weights > 0)
         with torch.inference_mode():
-            weights_mK = torch.from_numpy(weights)
-            self._mix(layer, stream, inputs, torch.from_numpy(experts), weights_mK, weights_mK > 0)
-
-    def _mix(
-        self, layer: int, stream: np.ndarray, inputs: np.ndarray, experts_mK: torch.Tensor, weights_mK: torch.Tensor,
-        taken_mK: torch.Tensor,
-    ) -> None:  # fmt: skip
-        order, places_mK = self._sorted(experts_mK, taken_mK)
-        inputs_mD = torch.from_numpy(inputs)
-        rows_ND = torch.cat([inputs_mD, inputs_mD.new_zeros(1, inputs_mD.shape[1])])[order[0]]
-        answers = [rows_ND.new_zeros(1, rows_ND.shape[1])]
-        for expert, part in zip(order[1], rows_ND.split(order[2]), strict=True):
-            own: Any = self.blocks[layer].moe.experts[expert]
-            gate, up = F.linear(part, own.w_in).chunk(2, dim=-1)
-            answers.append(F.linear(F.silu(gate) * up, own.w_out))
-        found_mKD = torch.cat(answers)[places_mK] * weights_mK[..., None]
-        stream += found_mKD.sum(1).numpy()
+            inputs_mD = torch.from_numpy(inputs)
+            rows_ND = torch.cat([inputs_mD, inputs_mD.new_zeros(1, inputs_mD.shape[1])])[torch.from_numpy(filled)]
+            hidden_N2F = rows_ND.new_empty(len(rows_ND), 2 * self.settings.d_ff)
+            answers = rows_ND.new_zeros(len(rows_ND) + 1, rows_ND.shape[1])
+            for expert, start, end in parts:
+                torch.mm(rows_ND[start:end], self.experts[layer][expert][0], out=hidden_N2F[start:end])
+            gate_NF, up_NF = hidden_N2F.chunk(2, dim=-1)
+            up_NF *= F.silu(gate_NF)
+            for expert, start, end in parts:
+                torch.mm(up_NF[start:end], self.experts[layer][expert][1], out=answers[start + 1 : end + 1])
+            found_mKD = answers[torch.from_numpy(places)] * torch.from_numpy(weights)[..., None]
+            torch.from_numpy(stream).add_(found_mKD.sum(1))
 
     @staticmethod
     def projected(inputs: np.ndarray, projection: np.ndarray) -> np.ndarray:
@@ -122,38 +128,60 @@ class Stepper:
             found: np.ndarray = F.cross_entropy(logits, torch.from_numpy(targets), reduction="none").numpy()
         return found
 
-    def divergences(self, stream: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """Kullback-Leibler divergence `[m]` in nats of what is predicted from what the last layer's normed streams
-        `wanted [m, D]` predict."""
+    def predicted(self, streams: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Of what normed streams `[T, D]` predict: the mean embedding `[T, D]` of the next token, and minus the entropy
+        `[T]` in nats."""
         with torch.inference_mode():
-            ours, theirs = self.norm(padded(torch.from_numpy(stream))), padded(torch.from_numpy(wanted))
-            logs, aim = (F.linear(each, self.embedding)[: len(stream)].log_softmax(-1) for each in (ours, theirs))
-            found: np.ndarray = (aim.exp() * (aim - logs)).sum(-1).numpy()
+            logs = F.linear(streams, self.embedding).log_softmax(-1)
+            odds = logs.exp()
+            return (odds @ self.embedding).numpy(), (odds * logs).sum(-1).numpy()
+
+    def divergences(self, stream: np.ndarray, means: np.ndarray, negentropy: np.ndarray) -> np.ndarray:
+        """Kullback-Leibler divergence `[m]` in nats of what is predicted from a prediction, of which `predicted` tells
+        what is needed: the mean logit is the product of the stream and the mean embedding."""
+        with torch.inference_mode():
+            ours_mD = self.norm(padded(torch.from_numpy(stream)))
+            logits_mV = F.linear(ours_mD, self.embedding)[: len(stream)]
+            scale = logits_mV[:, 0] - logits_mV.log_softmax(-1)[:, 0]  # faster than logsumexp
+            mean = (ours_mD[: len(stream)] * torch.from_numpy(means)).sum(-1)
+            found: np.ndarray = (torch.from_numpy(negentropy) - mean + scale).clamp(min=0).numpy()
         return found
 
-    @staticmethod
-    def _sorted(
-        best_mK: torch.Tensor, taken_mK: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, list[int], list[int]], torch.Tensor]:
-        """Rows by expert, filled up to tiles with row m, which is empty; the experts; their rows. And where the answer
-        of each choice will be, `[m, K]`, after a first row of zeros, which stands for those not taken."""
-        rows, columns = taken_mK.nonzero(as_tuple=True)
-        experts = best_mK[rows, columns]
-        order = experts.argsort(stable=True)
-        asked, counts = experts.unique(return_counts=True)
-        sizes = ((counts + TILE - 1) // TILE * TILE).clamp(min=LEAST)
-        starts = sizes.cumsum(0) - sizes
-        inside = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        place = starts.repeat_interleave(counts) + inside
-        filled = torch.full((int(sizes.sum()),), len(best_mK))
-        filled[place] = rows[order]
-        places_mK = torch.zeros_like(best_mK)
-        places_mK[rows[order], columns[order]] = place + 1
-        return (filled, asked.tolist(), sizes.tolist()), places_mK
+
+def groups(numbers: np.ndarray) -> Iterator[tuple[int, Any]]:
+    """Each number among these, and where it stands: a slice of all if it is the only one."""
+    if len(numbers) and (numbers == numbers[0]).all():
+        yield int(numbers[0]), slice(None)
+    else:
+        for each in np.unique(numbers).tolist():
+            yield each, (numbers == each).nonzero()[0]
+
+
+def _sorted(experts: np.ndarray, taken: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]], np.ndarray]:
+    """Rows by expert, filled up to tiles with row m, which is empty; the experts, and where their rows start and end.
+    And where the answer of each choice will be, `[m, K]`, after a first row of zeros, which stands for those not
+    taken."""
+    rows, columns = taken.nonzero()
+    chosen = experts[rows, columns]
+    order = chosen.astype(np.int16).argsort(kind="stable")  # of 16 bits numpy sorts in linear time
+    counts = np.bincount(chosen)
+    asked = counts.nonzero()[0]
+    counts = counts[asked]
+    sizes = np.maximum(-(-counts // TILE) * TILE, LEAST)
+    ends = sizes.cumsum()
+    place = np.arange(len(order)) + (ends - sizes - counts.cumsum() + counts).repeat(counts)
+    filled = np.full(ends[-1] if len(ends) else 0, len(experts))
+    filled[place] = rows[order]
+    places = np.zeros_like(experts)
+    places[rows[order], columns[order]] = place + 1
+    return filled, list(zip(asked.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)), places
 
 
 def padded(x_mD: torch.Tensor) -> torch.Tensor:
-    """A copy filled up with rows of zeros to a multiple of `TILE`, at least `LEAST`."""
-    found = x_mD.new_zeros(max(-(-len(x_mD) // TILE) * TILE, LEAST), *x_mD.shape[1:])
+    """Filled up with rows of zeros to a multiple of `TILE`, at least `LEAST`; the same memory if nothing is missing."""
+    size = max(-(-len(x_mD) // TILE) * TILE, LEAST)
+    if size == len(x_mD):
+        return x_mD
+    found = x_mD.new_zeros(size, *x_mD.shape[1:])
     found[: len(x_mD)] = x_mD
     return found

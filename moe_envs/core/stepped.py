@@ -30,7 +30,7 @@ class SteppedModel:
         self.size = passages.ids.shape[1] - 1
         self.stepper = Stepper(model.network, self.size)
         self._full = np.full((len(passages.ids), self.size), np.nan, dtype=np.float32)
-        self._last: np.ndarray | None = None  # normed streams [N, T, D] as the model is, once they are needed
+        self._predicted: tuple[np.ndarray, np.ndarray] | None = None  # `Stepper.predicted` [N, T], once it is needed
 
     def empty_cache(self, rows: int) -> np.ndarray:
         """Keys or values `[L, n, H, S, F]`; rows come second."""
@@ -53,11 +53,14 @@ class SteppedModel:
 
     def divergences(self, stream: np.ndarray, passage: np.ndarray, token: np.ndarray) -> np.ndarray:
         """Divergence `[m]` in nats of what follows these tokens from what follows in the model as it is."""
-        if self._last is None:
-            self._last = np.full((*self._full.shape, self.width), np.nan, dtype=np.float32)
-        for number in np.unique(passage[np.isnan(self._last[passage, 0, 0])]):
-            self._last[number] = self.model.streams(self.passages.ids[number, :-1]).numpy()
-        return self.stepper.divergences(stream, self._last[passage, token])
+        if self._predicted is None:
+            shape = self._full.shape
+            self._predicted = np.empty((*shape, self.width), np.float32), np.full(shape, np.nan, np.float32)
+        means, negentropy = self._predicted
+        for number in np.unique(passage[np.isnan(negentropy[passage, 0])]):
+            normed = self.model.streams(self.passages.ids[number, :-1])
+            means[number], negentropy[number] = self.stepper.predicted(normed)
+        return self.stepper.divergences(stream, means[passage, token], negentropy[passage, token])
 
     def asked(self, passages: np.ndarray) -> np.ndarray:
         """Router logits `[m, T, L, E]` of passages in the model as it is."""

@@ -28,7 +28,7 @@ STEEP, SURE = (0.26, 0.16, 0.35, 0.74), 300.0
 class MoEExpertCacheVectorEnv(MemoryEnv):
     """MoEExpertCache-v0 over `num_envs` streams at once; see `MoEExpertCacheEnv` for the problem and its arguments."""
 
-    STATE = (*MemoryEnv.STATE, "_keys", "_values", "_hidden", "_inputs", "_logits", "_seen", "_demand")
+    STATE = (*MemoryEnv.STATE, "_keys", "_values", "_hidden", "_inputs", "_logits", "_wanted", "_seen", "_demand")
     common_parts = ("layer", "hidden")  # though they may have as many numbers as there are actions
 
     def __new__(cls, *given: Any, **arguments: Any) -> Any:
@@ -86,6 +86,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         self._keys, self._values = stepped.empty_cache(n), stepped.empty_cache(n)
         self._hidden, self._inputs = np.zeros((2, n, stepped.width), dtype=np.float32)
         self._logits, self._demand = np.zeros((2, n, self.experts), dtype=np.float32)
+        self._wanted = np.zeros((n, self.k), dtype=np.int64)
         self._seen = np.zeros((n, HIDDEN), dtype=np.float32)
 
     def price(self) -> float:
@@ -99,6 +100,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         return np.asarray(np.sqrt(self.price() / steep))
 
     def _advance(self, actions: np.ndarray) -> Outcome:
+        from experts.language.stepping import groups
         from experts.offload.demand import picked
         from moe_envs.expertcache.observations import LATELY, answering, staying
 
@@ -106,7 +108,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         rows = running.nonzero()[0]
         layer, token = self._layer[rows], self._token[rows]
         logits, resident = self._logits[rows], self._resident[rows, layer]
-        wanted = self.wanted()[rows]
+        wanted = self._wanted[rows]
         missing = ~picked(resident, wanted)
         load = (actions[rows, : self.k] > 0) & missing
         available, each = resident.copy(), np.arange(len(rows))[:, None]
@@ -114,8 +116,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         experts, weights = answering(logits, wanted, available, self.substitute)
         stream = self._hidden[rows]
         with torch_threads(1):
-            for number in np.unique(layer):
-                here = layer == number
+            for number, here in groups(layer):
                 part = stream[here]
                 stepped.stepper.mix(number, part, self._inputs[rows[here]], experts[here], weights[here])
                 stream[here] = part
@@ -159,6 +160,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
     @torch_threads(1)
     def _enter(self, rows: np.ndarray) -> None:
         """Run the tokens of these rows up to the router of their layers, and note what it asks for."""
+        from experts.language.stepping import groups
         from experts.offload.demand import best, odds
 
         stepped, layer = self.stepped, self._layer[rows]
@@ -167,21 +169,21 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
             begun = rows[first & (token == 0)]
             self._keys[:, begun], self._values[:, begun] = 0, 0
             self._hidden[rows[first]] = stepped.embed(passage[first], token[first])
-        for number in np.unique(layer):
-            at = layer == number
+        for number, at in groups(layer):
             here, stream = rows[at], self._hidden[rows[at]]
             step = stepped.stepper.attend(number, stream, token[at], self._keys[number], self._values[number], here)
             self._hidden[here], self._inputs[here], self._logits[here] = stream, step.inputs, step.logits
             self._seen[here] = stepped.stepper.projected(step.inputs, stepped.projection)
         logits, requests = self._logits[rows], self._requests
-        requests.add(rows, layer, best(logits, self.k))
+        self._wanted[rows] = wanted = best(logits, self.k)
+        requests.add(rows, layer, wanted)
         self._demand[rows] = stepped.demand.predict(requests, rows, layer, odds(logits))
 
     def _observe(self) -> np.ndarray:
         from moe_envs.expertcache.observations import request_values
 
         layer = self._layer
-        _, values = request_values(self._logits, self._resident[self._rows, layer], self._demand, self.k)
+        values = request_values(self._logits, self._wanted, self._resident[self._rows, layer], self._demand)
         values |= {
             "layer": layer[:, None] == np.arange(self.layers),
             "loads": self._lately,
@@ -197,9 +199,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
 
     def wanted(self) -> np.ndarray:
         """The experts asked for, `[n, K]`, the best first."""
-        from experts.offload.demand import best
-
-        return best(self._logits, self.k)
+        return self._wanted.copy()
 
     def logits(self) -> np.ndarray:
         """Router logits `[n, E]` of the present layers."""
@@ -209,7 +209,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         """Bits of missing experts."""
         from experts.offload.demand import picked
 
-        return ~picked(self.residents(), self.wanted())
+        return ~picked(self.residents(), self._wanted)
 
 
 class MoEExpertCacheEnv(SingleEnv):

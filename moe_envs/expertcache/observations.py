@@ -46,17 +46,17 @@ def request_parts(k: int, layers: int) -> Described:
 
 
 def request_values(
-    logits_mE: np.ndarray, resident_mE: np.ndarray, demand_mE: np.ndarray, k: int
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The experts asked for, `[m, K]`, the best first, and the parts that follow from them and the memory."""
-    wanted_mK, odds_mE = best(logits_mE, k), odds(logits_mE)
+    logits_mE: np.ndarray, wanted_mK: np.ndarray, resident_mE: np.ndarray, demand_mE: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The parts that follow from the experts asked for, the best first, and the memory."""
+    odds_mE = odds(logits_mE)
     chosen, demand = picked(odds_mE, wanted_mK), picked(demand_mE, wanted_mK)
     missing = ~picked(resident_mE, wanted_mK)
     others = resident_mE & ~marked(resident_mE.shape, wanted_mK)
     least = np.where(others, demand_mE, np.inf).min(1, keepdims=True)
     mass = chosen.sum(1, keepdims=True)
     weights = chosen / mass
-    return wanted_mK, {
+    return {
         "weights": weights,
         "squared": weights**2,
         "missing": missing,

@@ -123,17 +123,17 @@ class MoELayerTopKVectorEnv(BatchedEnv):
     def _decide(self, k: np.ndarray, quality: np.ndarray, cost: np.ndarray) -> np.ndarray:
         """Run the next layer of each row that has not ended, with k experts or what the budget leaves; add to quality
         and cost; returns the experts run."""
-        from experts.language.stepping import LayerInputs
+        from experts.language.stepping import LayerInputs, groups
 
         stepped, token, layer = self.stepped, self._token.copy(), self._layer.copy()
         running = token < self.tokens
         k = np.where(running, np.minimum(k, self.left_experts()), 0)
-        for each in np.unique(layer[running]):
-            rows = (running & (layer == each)).nonzero()[0]
-            stream = self._stream[rows]
-            stepped.stepper.answer(each, stream, LayerInputs(self._inputs[rows], self._logits[rows]), k[rows])
-            self._stream[rows] = stream
         rows = running.nonzero()[0]
+        for number, here in groups(layer[rows]):
+            part = rows[here]
+            stream = self._stream[part]
+            stepped.stepper.answer(number, stream, LayerInputs(self._inputs[part], self._logits[part]), k[part])
+            self._stream[part] = stream
         self._chosen[rows, token[rows], layer[rows]] = k[rows]
         self._used += k
         cost[rows] += stepped.costs[layer[rows], k[rows]]
@@ -152,11 +152,13 @@ class MoELayerTopKVectorEnv(BatchedEnv):
 
     def _enter(self, rows: np.ndarray) -> None:
         """Run the tokens of these rows up to the router of their layers."""
+        from experts.language.stepping import groups
+
         stepped = self.stepped
         if (first := rows[self._layer[rows] == 0]).size:
             self._stream[first] = stepped.embed(self.passage[first], self._token[first])
-        for layer in np.unique(self._layer[rows]):
-            here = rows[self._layer[rows] == layer]
+        for layer, at in groups(self._layer[rows]):
+            here = rows[at]
             stream, cache = self._stream[here], (self._keys[layer], self._values[layer])
             step = stepped.stepper.attend(layer, stream, self._token[here], *cache, here)
             self._stream[here], self._inputs[here], self._logits[here] = stream, step.inputs, step.logits
