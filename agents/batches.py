@@ -55,6 +55,16 @@ def gae(
     return found
 
 
+def beside_others(advantages: np.ndarray, done: np.ndarray, size: int) -> np.ndarray:
+    """Advantages `[time, rows]` relative to the mean of the other rows in groups of `size`; raises `ValueError` where
+    episodes of a group end in different steps."""
+    grouped, ends = (each.reshape(len(each), -1, size) for each in (advantages, done))
+    if (ends != ends[..., :1]).any():
+        raise ValueError(f"group_size={size}: episodes of a group ended in different steps")
+    apart = grouped - grouped.mean(-1, keepdims=True)
+    return np.asarray(apart * np.float32(size / (size - 1))).reshape(advantages.shape)
+
+
 class RewardScale:
     """Divides rewards by the running standard deviation of discounted returns, like SB3's VecNormalize."""
 

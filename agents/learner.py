@@ -16,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from threadpoolctl import threadpool_limits
 
-from agents.batches import Batch, RewardScale, gae
+from agents.batches import Batch, RewardScale, beside_others, gae
 from agents.callbacks import Callbacks, callback_of
 from agents.console import interruptible, progress
 from agents.descent import Descent
@@ -78,11 +78,17 @@ class Learner(Resumable):
         # Separate from the streams of the environment's rows.
         self.generator = np.random.default_rng([self.arguments["seed"], 1])
         self.updates = Updates(self, self.settings, self.descent, self.distribution)
-        self.collector = Collector(self.rows, self.preprocessor.flatten, self.network.begin(self.rows.count))
+        self.collector = self._collector()
         self.reward_scale = RewardScale(self.rows.count, self.settings.gamma)
         self.log = Logs(self.rows.count, tensorboard_log, verbose)
         self.num_timesteps = self.goal = 0
         self._temperature = np.float32(self._now("temperature"))
+
+    def _collector(self) -> Collector:
+        size = self.settings.group_size
+        if self.rows.count % size:
+            raise ValueError(f"n_envs={self.rows.count}: must be a multiple of group_size={size}")
+        return Collector(self.rows, self.preprocessor.flatten, self.network.begin(self.rows.count), size)
 
     def _network(self, sizes: dict[str, Any], seed: int) -> Network | SetNetwork:
         env, outputs = self.rows.env.unwrapped, self.distribution.size
@@ -132,7 +138,7 @@ class Learner(Resumable):
         if not same or rows.count != before.count:
             raise ValueError(f"{env} has other spaces, or another number of rows, than {before.name}")
         self.rows, self.env_id = rows, env if isinstance(env, str) else None
-        self.collector = Collector(self.rows, self.preprocessor.flatten, self.network.begin(self.rows.count))
+        self.collector = self._collector()
         self._forget()
 
     def on(self, env: str, env_kwargs: dict[str, Any] | None = None) -> Self:
@@ -307,6 +313,8 @@ class Learner(Resumable):
         gamma = self.settings.gamma if rollout.discount is None else self.settings.gamma * rollout.discount
         advantages = gae(rewards, values, following, done, gamma, self.settings.gae_lambda)
         returns = advantages + values
+        if self.settings.group_size > 1:
+            advantages = beside_others(advantages, done, self.settings.group_size)
         self.num_timesteps += int(rollout.valid.sum())
         self.log.count(rollout, done, evaluation.entropy.reshape(done.shape), self.num_timesteps)
         if rollout.valid.any():

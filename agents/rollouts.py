@@ -48,10 +48,11 @@ class Rows:
         self.has_state = env is env.unwrapped and hasattr(env, "state") and hasattr(env, "restore")
         self.has_masks = hasattr(env.unwrapped, "action_masks") or _singles_have_masks(env.unwrapped)
 
-    def reset(self, seed: int | None) -> np.ndarray:
-        """Begin episodes in all rows."""
+    def reset(self, seed: int, group_size: int = 1) -> np.ndarray:
+        """Begin episodes in all rows; those of a group have the same seed."""
         self.resetting = np.zeros(self.count, dtype=np.bool_)
-        observations, _ = self.env.reset(seed=seed)
+        seeds: Any = seed if group_size == 1 else [seed + row // group_size for row in range(self.count)]
+        observations, _ = self.env.reset(seed=seeds)
         return np.asarray(observations)
 
     def masks(self) -> np.ndarray:
@@ -107,8 +108,10 @@ class Rollout(NamedTuple):
 class Collector:
     """Collects rollouts of a policy, continuing from the last step."""
 
-    def __init__(self, rows: Rows, flatten: Callable[[np.ndarray], np.ndarray], begin: np.ndarray) -> None:
-        self.rows, self._flatten = rows, flatten
+    def __init__(
+        self, rows: Rows, flatten: Callable[[np.ndarray], np.ndarray], begin: np.ndarray, group_size: int = 1
+    ) -> None:
+        self.rows, self._flatten, self.group_size = rows, flatten, group_size
         self.observations: np.ndarray | None = None  # to act on next, flat
         self.starts, self.policy_state, self._seed = np.ones(rows.count, dtype=np.bool_), begin, 0
 
@@ -137,7 +140,7 @@ class Collector:
 
     def begin(self, seed: int) -> None:
         """Begin episodes in all rows."""
-        self.observations, self._seed = self._flatten(self.rows.reset(seed)), seed
+        self.observations, self._seed = self._flatten(self.rows.reset(seed, self.group_size)), seed
         self.starts = np.ones(self.rows.count, dtype=np.bool_)
         self.policy_state = np.zeros_like(self.policy_state)
 

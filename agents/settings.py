@@ -37,6 +37,9 @@ class Settings:
     learns what to add to it) and `equivariant` (whether all actions share their weights, so that a policy serves any
     number of actions: the observation must have parts of one number for each action). Actions are sampled from the
     logits divided by the temperature. `weight_decay` is that of AdamW.
+    Rows in a group of `group_size` have the same seed and play the same episodes (the same text), as far as these do
+    not depend on the actions; an advantage is relative to the mean of the others in the same step, a leave-one-out
+    baseline (Kool et al. 2019). Their episodes must have equal lengths.
     """
 
     learning_rate: Scheduled = 3e-4
@@ -52,6 +55,7 @@ class Settings:
     temperature: Scheduled = 1.0
     normalize_observations: bool = False
     normalize_rewards: bool = False
+    group_size: Annotated[int, Ge(1), Le(2**14)] = 1
     policy_kwargs: dict[str, Any] | None = None
 
     whole_rollouts: ClassVar[bool] = False  # whether batch_size=None, the whole rollout, is allowed

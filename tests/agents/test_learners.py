@@ -10,6 +10,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from agents import PPO, REINFORCE
+from agents.batches import beside_others
 from agents.learner import Learner
 from agents.resumable import EPISODES
 from agents.rollouts import NotFiniteError
@@ -285,6 +286,27 @@ def test_episodes_are_what_the_environment_says() -> None:
     np.testing.assert_allclose(frame["return"], frame["reward/quality"] - 0.2 * frame["reward/cost"], atol=1e-6)
     assert frame["routing/experts_used"].between(1, 8).all()
     assert frame["entropy"].between(0, np.log(8) + 1e-6).all()
+
+
+def test_rows_of_a_group_play_the_same_episodes_and_are_compared() -> None:
+    agent = PPO("MlpPolicy", "Identity-v0", n_envs=6, n_steps=16, seed=0, batch_size=96, group_size=3)
+    agent.collector.begin(agent.arguments["seed"])
+    rollout = agent.collector.collect(16, agent._act)
+    seen = rollout.observations.reshape(16, 2, 3, -1)
+    np.testing.assert_array_equal(seen, np.broadcast_to(seen[:, :, :1], seen.shape))
+    assert (rollout.actions.reshape(16, 2, 3).std(-1) > 0).any()
+    assert (seen[:, 0, 0] != seen[:, 1, 0]).any()
+    advantages = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    found = beside_others(advantages, np.zeros((5, 6), dtype=np.bool_), 3)
+    np.testing.assert_allclose(found[:, 1], advantages[:, 1] - advantages[:, [0, 2]].mean(1), rtol=1e-5)
+    agent.learn(192)
+
+
+def test_a_group_needs_equal_episodes() -> None:
+    with pytest.raises(ValueError, match="group_size=2: episodes of a group ended in different steps"):
+        PPO("MlpPolicy", "Counting-v0", n_envs=4, n_steps=64, seed=0, group_size=2).learn(256)
+    with pytest.raises(ValueError, match="n_envs=4: must be a multiple of group_size=3"):
+        PPO("MlpPolicy", "Counting-v0", n_envs=4, group_size=3)
 
 
 def test_target_kl_stops_an_update() -> None:
