@@ -125,14 +125,15 @@ TUNED["MoELayerTopK-v0"] = {
 }
 TUNED["MoEExpertCache-v0"] = {
     "ppo": {
-        "n_envs": 128,
+        "n_envs": 256,
         "total_timesteps": 1_000_000,
         "n_steps": 128,
+        "group_size": 8,
         "batch_size": 4096,
         "n_epochs": 4,
         "learning_rate": "linear 1e-3",
-        "gamma": 0.987,
-        "gae_lambda": 0.99,
+        "gamma": 0.998,  # an expert that is loaded serves many tokens
+        "gae_lambda": 0.995,
         "normalize_rewards": True,
         "policy_kwargs": {"net_arch": [64, 64], "residual": True, "equivariant": True},
     },
@@ -161,7 +162,8 @@ def settings(algo: str, env_id: str, backend: str = "own", **overrides: Any) -> 
         raise ValueError(f"algo={algo!r} of backend={backend!r} is not one of {known}")
     tuned = copy.deepcopy(TUNED.get(env_id.split(":")[-1], {}).get(algo, {"n_envs": 8, "total_timesteps": 100_000}))
     if backend == "sb3":
-        for name in ("residual", "equivariant"):  # of our networks only
+        tuned.pop("group_size", None)  # of our learners only, as these:
+        for name in ("residual", "equivariant"):
             tuned.get("policy_kwargs", {}).pop(name, None)
     return tuned | overrides
 
