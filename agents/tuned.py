@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import gcd
 from typing import Any
 
 BACKENDS = {"own": ("ppo", "reinforce"), "sb3": ("ppo", "a2c", "dqn", "qrdqn", "ppo_lstm", "ppo_mask")}
@@ -156,7 +157,8 @@ TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 
 
 def settings(algo: str, env_id: str, backend: str = "own", **overrides: Any) -> dict[str, Any]:
-    """Tuned settings of an algorithm for an environment, or its defaults, with overrides."""
+    """Tuned settings of an algorithm for an environment, or its defaults, with overrides; tuned groups are as large as
+    divides the rows."""
     if algo not in BACKENDS.get(backend, ()):
         known = "; ".join(f"{name}: {', '.join(algorithms)}" for name, algorithms in BACKENDS.items())
         raise ValueError(f"algo={algo!r} of backend={backend!r} is not one of {known}")
@@ -165,6 +167,9 @@ def settings(algo: str, env_id: str, backend: str = "own", **overrides: Any) -> 
         tuned.pop("group_size", None)  # of our learners only, as these:
         for name in ("residual", "equivariant"):
             tuned.get("policy_kwargs", {}).pop(name, None)
+    rows = overrides.get("n_envs")
+    if "group_size" in tuned and isinstance(rows, int):
+        tuned["group_size"] = gcd(tuned["group_size"], rows)
     return tuned | overrides
 
 

@@ -33,3 +33,10 @@ def test_overrides_leave_the_table_alone() -> None:
     assert tuned.settings("ppo", "moe_envs:MoERouting-v0", "own", n_steps=7)["n_steps"] == 7
     assert tuned.settings("ppo", "MoERouting-v0")["n_steps"] == 32
     assert tuned.settings("reinforce", "CartPole-v1", "own") == {"n_envs": 8, "total_timesteps": 100_000}
+
+
+def test_tuned_groups_divide_the_rows() -> None:
+    found = [tuned.settings("ppo", "MoEExpertCache-v0", n_envs=rows)["group_size"] for rows in (256, 4, 3)]
+    assert found == [8, 4, 1]
+    assert tuned.settings("ppo", "MoEExpertCache-v0", n_envs=4, group_size=2)["group_size"] == 2
+    assert "group_size" not in tuned.settings("ppo", "MoEExpertCache-v0", "sb3")
