@@ -85,10 +85,8 @@ class Learner(Resumable):
         self._temperature = np.float32(self._now("temperature"))
 
     def _collector(self) -> Collector:
-        size = self.settings.group_size
-        if self.rows.count % size:
-            raise ValueError(f"n_envs={self.rows.count}: must be a multiple of group_size={size}")
-        return Collector(self.rows, self.preprocessor.flatten, self.network.begin(self.rows.count), size)
+        begin = self.network.begin(self.rows.count)
+        return Collector(self.rows, self.preprocessor.flatten, begin, self.settings.group_size)
 
     def _network(self, sizes: dict[str, Any], seed: int) -> Network | SetNetwork:
         env, outputs = self.rows.env.unwrapped, self.distribution.size
@@ -219,6 +217,8 @@ class Learner(Resumable):
         reset_num_timesteps: bool, progress_bar: bool, checkpoint_path: str | Path | None, checkpoint_every: int,
     ) -> None:  # fmt: skip
         """`learn`, once the folder of the checkpoints is held."""
+        if self.rows.count % self.settings.group_size:  # a policy that only decides may have any number of rows
+            raise ValueError(f"n_envs={self.rows.count}: must be a multiple of group_size={self.settings.group_size}")
         anew = total_timesteps is not None and reset_num_timesteps
         self._aim(total_timesteps, anew)
         if checkpoint_path is not None:

@@ -306,7 +306,12 @@ def test_a_group_needs_equal_episodes() -> None:
     with pytest.raises(ValueError, match="group_size=2: episodes of a group ended in different steps"):
         PPO("MlpPolicy", "Counting-v0", n_envs=4, n_steps=64, seed=0, group_size=2).learn(256)
     with pytest.raises(ValueError, match="n_envs=4: must be a multiple of group_size=3"):
-        PPO("MlpPolicy", "Counting-v0", n_envs=4, group_size=3)
+        PPO("MlpPolicy", "Counting-v0", n_envs=4, group_size=3).learn(256)
+
+
+def test_a_policy_of_groups_decides_for_one_row() -> None:
+    agent = PPO("MlpPolicy", "Identity-v0", n_envs=4, n_steps=8, batch_size=32, seed=0, group_size=4).learn(32)
+    assert agent.on("Identity-v0").predict(np.int64(2))[0] == agent.predict(np.int64(2))[0]
 
 
 def test_target_kl_stops_an_update() -> None:
