@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -95,8 +96,8 @@ class Resumable:
         Raises `CheckpointError` if it is damaged or of another algorithm, and `ValueError` if its environment is of a
         package that is not imported yet, unless `allow_import` is set: importing runs the package's code.
         """
-        found, _ = cls._load(Path(path), device, allow_import, env)
-        found.collector.observations = None
+        found = cls._load(Path(path), device, allow_import, env)
+        found.collector.observations = found.log.tensorboard_log = None
         found._forget()
         return found
 
@@ -114,14 +115,14 @@ class Resumable:
         An environment without `state` and `restore` starts new episodes, as did the training that wrote the
         `checkpoint`.
         """
-        found, content = cls._load(Path(path), device, allow_import, env)
-        found.log.tensorboard_log = tensorboard_log or content["tensorboard_log"]
+        found = cls._load(Path(path), device, allow_import, env)
+        found.log.tensorboard_log = tensorboard_log or found.log.tensorboard_log
         if newest := checkpoints.newest(Path(path)):
             found._run = Path(path).resolve(), newest
         return found
 
     @classmethod
-    def _load(cls, path: Path, device: str | None, allow_import: bool, env: Any) -> tuple[Self, dict[str, Any]]:
+    def _load(cls, path: Path, device: str | None, allow_import: bool, env: Any) -> Self:
         content = checkpoints.find(path)
         if content.get("algorithm") != cls.name:
             raise CheckpointError(f"{path} holds a checkpoint of {content.get('algorithm')}, not of {cls.name}")
@@ -141,7 +142,7 @@ class Resumable:
             raise CheckpointError(
                 f"{path} does not fit {content['env'] or 'env'} as it is made here: {one_line(error)}"
             ) from error
-        return found, content
+        return found
 
     def _forget(self) -> None:
         """Start new episodes in all rows and discard unfinished ones."""
@@ -212,12 +213,14 @@ class Resumable:
         vars(self.preprocessor.moments).update(content["observations"])
         self.preprocessor.refresh()
         self.reward_scale.restore(content["returns"])
-        self.num_timesteps, self.goal, self.updates.count, self._episodes_size = content["counts"]
+        self.num_timesteps, self.goal, self.updates.count, self._episodes_size = map(index, content["counts"])
         self._episodes_sha256 = content.get("episodes_sha256")  # older checkpoints have none
         self._temperature = np.float32(content["temperature"])
         self.collector.restore(content["collector"])
         self.episodes.restore(content["episodes"])
         self.log.window = pd.DataFrame(content["window"])
+        log = content["tensorboard_log"]
+        self.log.tensorboard_log = None if log is None else Path(log)
         if content["collector"]["env"] is None:
             self._forget()
 

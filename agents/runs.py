@@ -304,7 +304,10 @@ def load(folder: Path, allow_import: bool = False) -> tuple[Policy, dict[str, An
     if sha256_of(raw) != config["weights_sha256"]:
         raise RunError(f"{weights} is damaged: its SHA-256 is not the one in {SETTINGS}")
     if own:
-        return training.own(config["algo"]).load(folder / BEST, allow_import=allow_import), config
+        agent = training.own(config["algo"]).load(folder / BEST, allow_import=allow_import)
+        if (agent.env_id, agent.arguments["env_kwargs"]) != (config["env"], config["env_kwargs"]):
+            raise RunError(f"{folder / SETTINGS} and {folder / BEST} name different environments")
+        return agent, config
     try:
         env = make_env(config["env"], config["settings"]["n_envs"], config["seed"], config["env_kwargs"])
         model = make_algorithm(config["algo"], env, config["seed"], config["settings"])

@@ -67,6 +67,11 @@ class MinimumWeight(LoadRule):
         super().__init__(**env_kwargs)
         self.thresholds, self.future = np.array(thresholds), future
 
+    @property
+    def key(self) -> tuple[bytes, float]:
+        """The same for rules with the same parameters."""
+        return self.thresholds.tobytes(), self.future
+
     def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
         weights, gain, layer = (observation[:, self.env.observation_layout[name].slice] for name in PARTS)
         return np.asarray(weights + self.future * gain >= self.thresholds[layer.argmax(1)][:, None])
@@ -135,27 +140,20 @@ class RuleTuning:
         """The rule with the best return."""
         return rules[int(self.scores(rules).argmax())]
 
-    def per_layer(self, starts: Sequence[np.ndarray], future: float = 0.0, **env_kwargs: str) -> MinimumWeight:
-        """The best thresholds: from each of the starts `[L]` one layer after the other goes to a better value near it
-        until no layer does."""
-        return self.best([self._climbed(each, future, **env_kwargs) for each in starts])
-
-    def _climbed(self, start: np.ndarray, future: float, **env_kwargs: str) -> MinimumWeight:
-        best = MinimumWeight(start, future, **env_kwargs)
-        before, highest = None, self.scores([best])[0]
-        while before is not best:
+    def climbed(self, starts: Sequence[MinimumWeight]) -> list[MinimumWeight]:
+        """From each of these rules, which have the same `env_kwargs`, one layer after the other goes to a better
+        threshold near it until no layer does; side by side, as many rows are faster than few."""
+        known: dict[tuple[bytes, float], float] = {}
+        before: list[MinimumWeight] = []
+        best = list(starts)
+        while best != before:
             before = best
             for layer in range(self.layers):
-                here = int(np.abs(np.array(WEIGHTS) - best.thresholds[layer]).argmin())
-                trials = []
-                for step in (-1, 1):
-                    if 0 <= here + step < len(WEIGHTS):
-                        changed = best.thresholds.copy()
-                        changed[layer] = WEIGHTS[here + step]
-                        trials.append(MinimumWeight(changed, future, **env_kwargs))
-                found = self.scores(trials)
-                if found.max() > highest:
-                    best, highest = trials[int(found.argmax())], found.max()
+                trials = [[rule, *_near(rule, layer)] for rule in best]
+                new = {each.key: each for near in trials for each in near if each.key not in known}
+                if new:
+                    known.update(zip(new, self.scores(list(new.values())).tolist(), strict=True))
+                best = [max(near, key=lambda rule: known[rule.key]) for near in trials]
         return best
 
     def _env(self, rows: int, env_kwargs: dict[str, str]) -> MoEExpertCacheVectorEnv:
@@ -195,14 +193,15 @@ def baselines(
     advised = tuning.env.advised()
     for number, eviction in enumerate(("lru", "ema", "predicted")):
         rules[f"minimum weight, {eviction}"] = alike = tuning.best(_alike(tuning.layers, eviction=eviction))
-        per_layer = tuning.per_layer([alike.thresholds, advised], eviction=eviction)
+        starts = [alike, MinimumWeight(advised, eviction=eviction)]
+        per_layer = tuning.best(tuning.climbed(starts))
         rules[f"minimum weight per layer, {eviction}"] = per_layer
         report(0.2 * (number + 1))
     rules["where PPO starts"] = MinimumWeight(advised)
-    with_future = [tuning.per_layer([per_layer.thresholds], future) for future in FUTURES[1:]]
+    with_future = tuning.climbed([MinimumWeight(per_layer.thresholds, future) for future in FUTURES[1:]])
     rules["minimum weight and demand per layer, predicted"] = tuning.best([per_layer, *with_future])
     report(0.85)
-    skipping = tuning.per_layer([per_layer.thresholds], fallback="skip")
+    (skipping,) = tuning.climbed([MinimumWeight(per_layer.thresholds, fallback="skip")])
     rules["minimum weight per layer, nothing instead"] = skipping
     rules["bias towards memory"] = tuning.best([Biased(bias) for bias in BIASES])
     rules["at random"] = Coin()
@@ -232,6 +231,17 @@ def _alike(layers: int, **env_kwargs: Any) -> list[MinimumWeight]:
     return [MinimumWeight([weight] * layers, **env_kwargs) for weight in WEIGHTS]
 
 
+def _near(rule: MinimumWeight, layer: int) -> list[MinimumWeight]:
+    """The rule with the next lower and higher threshold of a layer."""
+    here = int(np.abs(np.array(WEIGHTS) - rule.thresholds[layer]).argmin())
+    found = []
+    for weight in WEIGHTS[max(0, here - 1) : here] + WEIGHTS[here + 1 : here + 2]:
+        thresholds = rule.thresholds.copy()
+        thresholds[layer] = weight
+        found.append(MinimumWeight(thresholds, rule.future, **rule.env_kwargs))
+    return found
+
+
 class Clairvoyant(MinimumWeight):
     """The best thresholds for a memory that sees the future."""
 
@@ -248,5 +258,6 @@ def bound(env_id: str, *, streams: int = STREAMS, **env_kwargs: Any) -> LoadRule
         known.kind = "bound"
         return known
     alike = tuning.best(_alike(tuning.layers, eviction="belady"))
-    found = tuning.per_layer([alike.thresholds, tuning.env.advised()], eviction="belady")
+    starts = [alike, MinimumWeight(tuning.env.advised(), eviction="belady")]
+    found = tuning.best(tuning.climbed(starts))
     return Clairvoyant(found.thresholds, eviction="belady")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,13 @@ def summary(result: Row) -> list[str]:
     lines = markdown_header("task", "best baseline", *learners, result["bound_is"])
     for task in result["tasks"]:
         found = {row["policy"]: row for row in task["policies"]}
-        cells = [f"{_test(found, task['best_baseline'])}, {task['best_baseline']}" if task["best_baseline"] else ""]
-        cells += [_with_interval(found[name]) if name in found else "" for name in learners]
-        lines.append(markdown_row(task["task"], *cells, _test(found, "bound")))
+        best = task["best_baseline"]
+        digits = _decimals(found[best]["test"]) if best else 3
+        cells = [f"{found[best]['test']:.{digits}f}, {best}" if best else ""]
+        cells += [_with_interval(found[name], digits) if name in found else "" for name in learners]
+        lines.append(
+            markdown_row(task["task"], *cells, f"{found['bound']['test']:.{digits}f}" if "bound" in found else "")
+        )
     said = [
         f"{row['policy']} {row['iqm']:+.2f} ({_interval(row['iqm_ci95'], 2)})" for row in result["rows"] if "iqm" in row
     ]
@@ -80,13 +85,14 @@ def summary(result: Row) -> list[str]:
     return [*lines, "", about + scores]
 
 
-def _with_interval(row: Row) -> str:
-    interval = _interval(row["test_ci95"], 3)
-    return f"{row['test']:.3f} ({interval})" if interval else f"{row['test']:.3f}"
+def _decimals(score: float) -> int:
+    """Decimals that show three digits of a score, three at least."""
+    return max(3, 2 - math.floor(math.log10(abs(score)))) if score else 3
 
 
-def _test(found: dict[str, Row], name: str) -> str:
-    return f"{found[name]['test']:.3f}" if name in found else ""
+def _with_interval(row: Row, digits: int) -> str:
+    interval = _interval(row["test_ci95"], digits)
+    return f"{row['test']:.{digits}f}" + (f" ({interval})" if interval else "")
 
 
 def _unusual(settings: Row) -> list[str]:
@@ -179,9 +185,8 @@ def _scores(result: Row) -> Figure:
             panel.plot(row["test_ci95"], [place] * 2, color=COLOURS[row["kind"]])
             marker = "o" if row["test"] >= left else "<"  # outside the axis
             panel.plot(max(row["test"], left), place, marker, ms=4, color=COLOURS[row["kind"]], clip_on=False, zorder=5)
-        panel.set(
-            xlim=(left, np.nanmax(ends) + margin), title=task["task"], yticks=range(len(rows)), xlabel="test score"
-        )
+        panel.set(xlim=(left, np.nanmax(ends) + margin), yticks=range(len(rows)), xlabel="test score")
+        panel.set_title(task["task"], loc="right")  # above the names of the policies, too
         panel.set_yticklabels([row["policy"] for row in rows], fontsize=7)
         panel.locator_params(axis="x", nbins=4)
         panel.grid(alpha=0.3)
