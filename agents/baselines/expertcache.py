@@ -7,6 +7,7 @@ Rules are tuned on validation streams for the cost weight and the capacity, seve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,10 +17,11 @@ from experts.offload.demand import EVICTIONS
 from moe_envs.expertcache.env import MoEExpertCacheVectorEnv
 
 ID = "moe_envs:MoEExpertCache-v0"
-STREAMS = 22  # of validation, on which rules are tuned
+STREAMS = 44  # of validation, on which rules are tuned
 TOGETHER = 8  # candidates side by side
 WEIGHTS = (0.0, 0.04, 0.07, 0.1, 0.13, 0.16, 0.19, 0.22, 0.25, 0.28, 0.32, 0.36, 0.4, 0.46, 0.55, 0.7, 1.01)
-FUTURES = (0.0, 0.1, 0.2, 0.4)  # what gain in demand is worth, in weight
+FINE = tuple(sorted({*WEIGHTS, *((low + high) / 2 for low, high in pairwise(WEIGHTS))}))
+FUTURES = (0.1, 0.2, 0.4)  # what gain in demand is worth, in weight
 CHANCES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 BIASES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 Report = Callable[[float], object]
@@ -140,7 +142,7 @@ class RuleTuning:
         """The rule with the best return."""
         return rules[int(self.scores(rules).argmax())]
 
-    def climbed(self, starts: Sequence[MinimumWeight]) -> list[MinimumWeight]:
+    def climbed(self, starts: Sequence[MinimumWeight], weights: Sequence[float] = WEIGHTS) -> list[MinimumWeight]:
         """From each of these rules, which have the same `env_kwargs`, one layer after the other goes to a better
         threshold near it until no layer does; side by side, as many rows are faster than few."""
         known: dict[tuple[bytes, float], float] = {}
@@ -149,7 +151,7 @@ class RuleTuning:
         while best != before:
             before = best
             for layer in range(self.layers):
-                trials = [[rule, *_near(rule, layer)] for rule in best]
+                trials = [[rule, *_near(rule, layer, weights)] for rule in best]
                 new = {each.key: each for near in trials for each in near if each.key not in known}
                 if new:
                     known.update(zip(new, self.scores(list(new.values())).tolist(), strict=True))
@@ -194,12 +196,13 @@ def baselines(
     for number, eviction in enumerate(("lru", "ema", "predicted")):
         rules[f"minimum weight, {eviction}"] = alike = tuning.best(_alike(tuning.layers, eviction=eviction))
         starts = [alike, MinimumWeight(advised, eviction=eviction)]
-        per_layer = tuning.best(tuning.climbed(starts))
-        rules[f"minimum weight per layer, {eviction}"] = per_layer
+        rules[f"minimum weight per layer, {eviction}"] = per_layer = tuning.best(tuning.climbed(starts))
         report(0.2 * (number + 1))
     rules["where PPO starts"] = MinimumWeight(advised)
-    with_future = tuning.climbed([MinimumWeight(per_layer.thresholds, future) for future in FUTURES[1:]])
-    rules["minimum weight and demand per layer, predicted"] = tuning.best([per_layer, *with_future])
+    with_future = tuning.climbed([MinimumWeight(per_layer.thresholds, future) for future in FUTURES])
+    per_layer, *with_future = tuning.climbed([per_layer, *with_future], FINE)
+    rules["minimum weight per layer, predicted"] = per_layer
+    rules["minimum weight and demand per layer, predicted"] = tuning.best(with_future)
     report(0.85)
     (skipping,) = tuning.climbed([MinimumWeight(per_layer.thresholds, fallback="skip")])
     rules["minimum weight per layer, nothing instead"] = skipping
@@ -231,14 +234,15 @@ def _alike(layers: int, **env_kwargs: Any) -> list[MinimumWeight]:
     return [MinimumWeight([weight] * layers, **env_kwargs) for weight in WEIGHTS]
 
 
-def _near(rule: MinimumWeight, layer: int) -> list[MinimumWeight]:
-    """The rule with the next lower and higher threshold of a layer."""
-    here = int(np.abs(np.array(WEIGHTS) - rule.thresholds[layer]).argmin())
+def _near(rule: MinimumWeight, layer: int, weights: Sequence[float]) -> list[MinimumWeight]:
+    """The rule with the next lower and higher threshold of a layer, and the nearest one if it stands at none."""
+    here = int(np.abs(np.array(weights) - rule.thresholds[layer]).argmin())
     found = []
-    for weight in WEIGHTS[max(0, here - 1) : here] + WEIGHTS[here + 1 : here + 2]:
-        thresholds = rule.thresholds.copy()
-        thresholds[layer] = weight
-        found.append(MinimumWeight(thresholds, rule.future, **rule.env_kwargs))
+    for weight in weights[max(0, here - 1) : here + 2]:
+        if weight != rule.thresholds[layer]:
+            thresholds = rule.thresholds.copy()
+            thresholds[layer] = weight
+            found.append(MinimumWeight(thresholds, rule.future, **rule.env_kwargs))
     return found
 
 
@@ -259,5 +263,5 @@ def bound(env_id: str, *, streams: int = STREAMS, **env_kwargs: Any) -> LoadRule
         return known
     alike = tuning.best(_alike(tuning.layers, eviction="belady"))
     starts = [alike, MinimumWeight(tuning.env.advised(), eviction="belady")]
-    found = tuning.best(tuning.climbed(starts))
+    found = tuning.best(tuning.climbed(tuning.climbed(starts), FINE))
     return Clairvoyant(found.thresholds, eviction="belady")
