@@ -140,13 +140,13 @@ class Learner(Resumable):
         self._forget()
 
     def on(self, env: str, env_kwargs: dict[str, Any] | None = None) -> Self:
-        """The same policy for another environment, given by its id; raises `ValueError` if the weights do not fit.
+        """The same policy for one row of another environment, given by its id.
 
-        An `equivariant` policy fits any number of actions.
+        Raises `ValueError` if the weights do not fit. An `equivariant` policy fits any number of actions.
         """
         made = type(self)(
             self.arguments["policy"], env, env_kwargs=env_kwargs, n_envs=1, seed=self.arguments["seed"],
-            **vars(self.settings),
+            **vars(self.settings) | {"group_size": 1},
         )  # fmt: skip
         if made.network.shapes != self.network.shapes:
             raise ValueError(f"{env} with {env_kwargs} needs a policy of other weights than this one")
@@ -204,6 +204,7 @@ class Learner(Resumable):
         `ValueError` if there is nothing to do, if the path has checkpoints of another training, or while another
         process trains into it.
         """
+        self.check_groups()
         arguments = total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
         if checkpoint_path is None:
             self._learn(*arguments, None, checkpoint_every)
@@ -212,13 +213,16 @@ class Learner(Resumable):
                 self._learn(*arguments, checkpoint_path, checkpoint_every)
         return self
 
+    def check_groups(self) -> None:
+        """Raise `ValueError` if the rows are not whole groups, which learning needs and deciding does not."""
+        if self.rows.count % self.settings.group_size:
+            raise ValueError(f"n_envs={self.rows.count}: must be a multiple of group_size={self.settings.group_size}")
+
     def _learn(
         self, total_timesteps: int | None, callback: Callbacks, log_interval: int, tb_log_name: str | None,
         reset_num_timesteps: bool, progress_bar: bool, checkpoint_path: str | Path | None, checkpoint_every: int,
     ) -> None:  # fmt: skip
         """`learn`, once the folder of the checkpoints is held."""
-        if self.rows.count % self.settings.group_size:  # a policy that only decides may have any number of rows
-            raise ValueError(f"n_envs={self.rows.count}: must be a multiple of group_size={self.settings.group_size}")
         anew = total_timesteps is not None and reset_num_timesteps
         self._aim(total_timesteps, anew)
         if checkpoint_path is not None:
@@ -313,13 +317,13 @@ class Learner(Resumable):
         gamma = self.settings.gamma if rollout.discount is None else self.settings.gamma * rollout.discount
         advantages = gae(rewards, values, following, done, gamma, self.settings.gae_lambda)
         returns = advantages + values
-        if self.settings.group_size > 1:
-            advantages = beside_others(advantages, done, self.settings.group_size)
         self.num_timesteps += int(rollout.valid.sum())
         self.log.count(rollout, done, evaluation.entropy.reshape(done.shape), self.num_timesteps)
         if rollout.valid.any():
             unexplained, variance = (float(each[rollout.valid].var()) for each in (advantages, returns))
             self.log.values["train/explained_variance"] = 1 - unexplained / max(variance, 1e-12)
+        if self.settings.group_size > 1:
+            advantages = beside_others(advantages, done, self.settings.group_size)
         self.preprocessor.update(rollout.observations[rollout.valid])
         parts = (inputs, rollout.actions, rollout.masks, evaluation.log_prob.reshape(done.shape), advantages, returns)
         batch = Batch(*parts, rollout.starts, rollout.valid, rollout.state)

@@ -235,8 +235,10 @@ def make(
     """Create an untrained agent with `settings` except `total_timesteps`."""
     values = {name: value for name, value in settings.items() if name != "total_timesteps"}
     if backend == "own":
-        agent: Any = own(algo)
-        return agent("MlpPolicy", env_id, env_kwargs=env_kwargs, seed=seed, tensorboard_log=tensorboard_log, **values)
+        kind: Any = own(algo)
+        agent = kind("MlpPolicy", env_id, env_kwargs=env_kwargs, seed=seed, tensorboard_log=tensorboard_log, **values)
+        agent.check_groups()
+        return agent
     from agents.sb3 import make_algorithm, make_env
 
     return make_algorithm(algo, make_env(env_id, values["n_envs"], seed, env_kwargs), seed, values, tensorboard_log)

@@ -157,8 +157,8 @@ TUNED["MoERoutingLive-v0"] = TUNED["MoERouting-v0"]
 
 
 def settings(algo: str, env_id: str, backend: str = "own", **overrides: Any) -> dict[str, Any]:
-    """Tuned settings of an algorithm for an environment, or its defaults, with overrides; tuned groups are as large as
-    divides the rows."""
+    """Tuned settings of an algorithm for an environment, or its defaults, with overrides. If `n_envs` is overridden, a
+    tuned `group_size` is lowered to one that divides it."""
     if algo not in BACKENDS.get(backend, ()):
         known = "; ".join(f"{name}: {', '.join(algorithms)}" for name, algorithms in BACKENDS.items())
         raise ValueError(f"algo={algo!r} of backend={backend!r} is not one of {known}")

@@ -30,7 +30,8 @@ class LayerInputs(NamedTuple):
 
 
 class Stepper:
-    """Weights of a network in the form in which steps use them."""
+    """Weights of a network in the form in which steps use them. Those of experts are copied: later changes of the
+    network do not reach them."""
 
     def __init__(self, network: Transformer, size: int) -> None:
         settings = network.settings

@@ -29,7 +29,7 @@ STEEP, SURE = (0.5, 0.3, 0.68, 1.0), 300.0
 class MoEExpertCacheVectorEnv(MemoryEnv):
     """MoEExpertCache-v0 over `num_envs` streams at once; see `MoEExpertCacheEnv` for the problem and its arguments."""
 
-    STATE = (*MemoryEnv.STATE, "_keys", "_values", "_hidden", "_inputs", "_logits", "_wanted", "_seen", "_demand")
+    STATE = (*MemoryEnv.STATE, "_keys", "_values", "_hidden", "_inputs", "_logits", "_seen", "_demand")
     common_parts = ("layer", "hidden")  # though they may have as many numbers as there are actions
 
     def __new__(cls, *given: Any, **arguments: Any) -> Any:
@@ -89,6 +89,14 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         self._logits, self._demand = np.zeros((2, n, self.experts), dtype=np.float32)
         self._wanted = np.zeros((n, self.k), dtype=np.int64)
         self._seen = np.zeros((n, HIDDEN), dtype=np.float32)
+
+    def restore(self, state: dict[str, Any]) -> np.ndarray:
+        """Restore a `state()` of an environment with the same arguments; returns its observations."""
+        from experts.offload.demand import best
+
+        self.check_state(state)
+        self._wanted = best(state["arrays"]["_logits"], self.k)
+        return super().restore(state)
 
     def price(self) -> float:
         """What loading one expert costs, in nats of its token."""

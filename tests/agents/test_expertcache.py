@@ -1,5 +1,6 @@
 """Rules for MoEExpertCache-v0, and policies in the offloading runtime."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from agents.baselines import find
-from agents.baselines.expertcache import Always, MinimumWeight, Prefetch, bound
+from agents.baselines.expertcache import FINE, Always, MinimumWeight, Prefetch, RuleTuning, bound
 from agents.deploy.expertcache import CacheControl, fit_demand, fit_static
 from agents.evaluate import evaluate
 from agents.ppo import PPO
@@ -34,6 +35,28 @@ def test_tuned_rules_and_the_bound(rules: dict[str, Any]) -> None:
     assert returns["minimum weight per layer, predicted"] > returns["all loaded, predicted"]
     assert returns["all loaded, predicted"] > returns["nothing loaded"] > returns["nothing loaded or substituted"]
     assert max(returns, key=returns.__getitem__) not in ("at random", "all loaded, static")
+
+
+class Hill(RuleTuning):
+    """Scores that are the highest at `top`, and the rules that were scored."""
+
+    def __init__(self, top: list[float]) -> None:
+        self.layers, self.top, self.scored = len(top), np.array(top), list[Any]()
+
+    def scores(self, rules: Sequence[Any]) -> np.ndarray:
+        self.scored += [rule.key for rule in rules]
+        return np.array([-np.abs(rule.thresholds - self.top).sum() for rule in rules])
+
+
+def test_thresholds_climb_to_the_top_from_anywhere() -> None:
+    hill = Hill([0.22, 0.28, 0.19, 0.13])
+    starts = [0.1] * 4, [0.211, 0.273, 0.181, 0.15], [0.7, 0, 1, 0.2]
+    found = hill.climbed([MinimumWeight(each, future) for each, future in zip(starts, (0, 0, 0.4), strict=True)])
+    assert [rule.thresholds.tolist() for rule in found] == [hill.top.tolist()] * 3
+    assert [rule.future for rule in found] == [0, 0, 0.4]
+    assert len(set(hill.scored)) == len(hill.scored)  # none twice
+    hill.top[1] = 0.3
+    assert hill.climbed(found[:1], FINE)[0].thresholds == pytest.approx(hill.top)
 
 
 def test_rules_by_hand() -> None:

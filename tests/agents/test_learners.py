@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from agents import PPO, REINFORCE
+from agents import PPO, REINFORCE, training
 from agents.batches import beside_others
 from agents.learner import Learner
 from agents.resumable import EPISODES
@@ -302,16 +302,35 @@ def test_rows_of_a_group_play_the_same_episodes_and_are_compared() -> None:
     agent.learn(192)
 
 
+def test_only_advantages_are_relative_to_the_group() -> None:
+    """A grouped and an ungrouped learner make batches of one rollout; the value's targets and its log are the same."""
+    kwargs: Any = {"n_envs": 6, "n_steps": 16, "seed": 0, "batch_size": 96}
+    grouped, alone = (PPO("MlpPolicy", "Identity-v0", group_size=size, **kwargs) for size in (3, 1))
+    grouped.collector.begin(0)
+    rollout = grouped.collector.collect(16, grouped._act)
+    alone.collector = grouped.collector
+    relative, plain = (agent._batch(rollout) for agent in (grouped, alone))
+    np.testing.assert_array_equal(relative.returns, plain.returns)
+    expected = beside_others(plain.advantages.reshape(16, 6), rollout.truncated | rollout.terminated, 3)
+    np.testing.assert_array_equal(relative.advantages, expected.ravel())
+    assert (relative.advantages != plain.advantages).any()
+    assert grouped.log.values["train/explained_variance"] == alone.log.values["train/explained_variance"] != 0
+
+
 def test_a_group_needs_equal_episodes() -> None:
     with pytest.raises(ValueError, match="group_size=2: episodes of a group ended in different steps"):
         PPO("MlpPolicy", "Counting-v0", n_envs=4, n_steps=64, seed=0, group_size=2).learn(256)
     with pytest.raises(ValueError, match="n_envs=4: must be a multiple of group_size=3"):
         PPO("MlpPolicy", "Counting-v0", n_envs=4, group_size=3).learn(256)
+    with pytest.raises(ValueError, match="n_envs=4: must be a multiple of group_size=3"):  # before a run is written
+        training.make("Counting-v0", "ppo", "own", {}, 0, {"n_envs": 4, "group_size": 3})
 
 
 def test_a_policy_of_groups_decides_for_one_row() -> None:
     agent = PPO("MlpPolicy", "Identity-v0", n_envs=4, n_steps=8, batch_size=32, seed=0, group_size=4).learn(32)
-    assert agent.on("Identity-v0").predict(np.int64(2))[0] == agent.predict(np.int64(2))[0]
+    moved = agent.on("Identity-v0")
+    assert moved.predict(np.int64(2))[0] == agent.predict(np.int64(2))[0]
+    assert moved.learn(32).num_timesteps == 32
 
 
 def test_target_kl_stops_an_update() -> None:
