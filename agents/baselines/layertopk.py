@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -260,21 +261,20 @@ class Tuning:
         """The best single threshold, and the best one for each layer, found one layer after the other."""
         layers, grid = self.stepped.layers, GRIDS[kind]
 
-        def score(thresholds: list[float]) -> float:
+        @cache
+        def score(thresholds: tuple[float, ...]) -> float:
             return self.score(self.counted(kind, thresholds))
 
-        alike = max(([each] * layers for each in grid), key=score)
-        best, highest = list(alike), score(alike)
-        before: list[float] = []
+        alike = max(((each,) * layers for each in grid), key=score)
+        best: tuple[float, ...] = alike
+        before: tuple[float, ...] = ()
         while before != best:  # until no step of one layer is better
-            before = list(best)
+            before = best
             for layer, step in product(range(layers), (-2, -1, 1, 2)):
                 place = grid.index(best[layer]) + step
                 if 0 <= place < len(grid):
-                    trial = [*best[:layer], grid[place], *best[layer + 1 :]]
-                    if (found := score(trial)) > highest:
-                        best, highest = trial, found
-        return alike, best
+                    best = max(best, (*best[:layer], grid[place], *best[layer + 1 :]), key=score)
+        return list(alike), list(best)
 
 
 _statics: WeakKeyDictionary[PricedModel, dict[tuple[bool, int], tuple[np.ndarray, np.ndarray]]] = WeakKeyDictionary()
