@@ -68,7 +68,8 @@ class CacheControl:
         self.projection = torch.from_numpy(projection(settings.d_model))
         self.requests = Requests.empty(1, self.layers, self.experts)
         self.lately = 0.0
-        self._logits, self._resident = np.zeros((1, self.experts)), np.zeros((1, self.experts), dtype=np.bool_)
+        self._logits, self._wanted = np.zeros((1, self.experts)), np.zeros((1, self.k), dtype=np.int64)
+        self._resident = np.zeros((1, self.experts), dtype=np.bool_)
 
     def start(self) -> list[set[int]]:
         """Begin anew. In memory at first: the experts most often asked for in other texts."""
@@ -91,12 +92,14 @@ class CacheControl:
             self.lately *= LATELY
             weights[each_row, wanted] = odds(picked(logits, wanted))
             return Decision(torch.from_numpy(weights).to(logits_TE), resident)
-        predicted, available = self.demand.predict(self.requests, row, where, odds(logits[-1:])), there.copy()
+        chances, available = odds(logits), there.copy()
+        predicted = self.demand.predict(self.requests, row, where, chances[-1:])
         if len(logits) > 1:
             available[0, wanted.ravel()] = True
             weights[each_row, wanted] = odds(picked(logits, wanted))
         else:
-            load = self._loads(layer, inputs_TD, logits, there, predicted) & missing[0]
+            self._logits, self._wanted, self._resident = logits, wanted, there
+            load = self._loads(layer, inputs_TD, request_values(chances, wanted, there, predicted)) & missing[0]
             available[0, wanted[0]] |= load
             experts, each = answering(logits, wanted, available, self.substitute)
             weights[each_row, experts] = each
@@ -107,7 +110,7 @@ class CacheControl:
 
     def wanted(self) -> np.ndarray:
         """The experts asked for, `[1, K]`, for rules."""
-        return best(self._logits, self.k)
+        return self._wanted
 
     def residents(self) -> np.ndarray:
         """Which experts of the layer are in memory, `[1, E]`, for rules."""
@@ -117,20 +120,15 @@ class CacheControl:
         """Router logits `[1, E]`, for rules."""
         return self._logits
 
-    def _loads(
-        self, layer: int, inputs_TD: torch.Tensor, logits: np.ndarray, resident: np.ndarray, predicted: np.ndarray
-    ) -> np.ndarray:
+    def _loads(self, layer: int, inputs_TD: torch.Tensor, values: dict[str, np.ndarray]) -> np.ndarray:
         """Which of the best experts are loaded if they are missing, `[K]`."""
-        self._logits, self._resident = logits, resident
-        values = request_values(logits, best(logits, self.k), resident, predicted)
-        values |= {
-            "layer": np.arange(self.layers)[None] == layer,
-            "loads": np.array([self.lately]),
-            "hidden": F.linear(inputs_TD.float(), self.projection.to(inputs_TD.device)).cpu().numpy().clip(-10, 10),
-        }
+        values |= {"layer": np.arange(self.layers)[None] == layer, "loads": np.array([self.lately])}
+        if not isinstance(self.policy, LoadRule):  # rules do not read it
+            hidden = F.linear(inputs_TD.float(), self.projection.to(inputs_TD.device)).cpu().numpy()
+            values["hidden"] = hidden.clip(-10, 10)
         observation = np.zeros((1, self.width), dtype=np.float32)
-        for name, part in self.observation_layout.items():
-            observation[:, part.slice] = values[name].reshape(1, -1)
+        for name, found in values.items():
+            observation[:, self.observation_layout[name].slice] = found.reshape(1, -1)
         return np.asarray(self.policy.predict(observation, deterministic=True)[0][0] > 0)
 
     def _require_fitting(self, policy: Any) -> None:

@@ -34,7 +34,7 @@ def pack(codes: np.ndarray, bits: int) -> bytes:
     return np.bitwise_or.reduce(padded.reshape(-1, each) << shifts, axis=1).astype(np.uint8).tobytes()
 
 
-def unpack(raw: bytes, bits: int, count: int) -> np.ndarray:
+def unpack(raw: bytes | np.ndarray, bits: int, count: int) -> np.ndarray:
     """The `count` codes of `pack`, uint8."""
     packed = np.frombuffer(raw, dtype=np.uint8)
     if bits == 8:

@@ -5,6 +5,8 @@ Shape legend: O rows (outputs), I columns (inputs), G groups of a row, S = input
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from experts.compression.packing import pack, packed_bytes, unpack
@@ -33,15 +35,18 @@ def quantize(weights: np.ndarray, bits: int, importance: np.ndarray | None = Non
     return best_scale.astype(np.float16).tobytes() + pack(codes, bits)
 
 
-def dequantize(raw: bytes, shape: tuple[int, int], bits: int) -> np.ndarray:
-    """Restore weights `[O, I]` float32 from the bytes of `quantize`."""
+def dequantize(raw: bytes | np.ndarray, shape: tuple[int, int], bits: int) -> np.ndarray:
+    """Restore weights `[O, I]` float32 from the bytes of `quantize`, or a uint8 array of them."""
     rows, columns = shape
     size = _group(columns, bits)
     count = -(-columns // size)
     scale = np.frombuffer(raw, dtype=np.float16, count=rows * count).astype(np.float32).reshape(rows, count, 1)
-    codes = np.zeros((rows, count * size), dtype=np.uint8)
-    codes[:, :columns] = unpack(raw[2 * scale.size :], bits, rows * columns).reshape(shape)
-    return _values(codes.reshape(rows, count, size), scale, bits).reshape(rows, -1)[:, :columns].copy()
+    units = _units(raw[2 * scale.size :], bits, rows * columns).reshape(shape)
+    if columns < count * size:
+        units = np.pad(units, ((0, 0), (0, count * size - columns)))
+    groups = units.reshape(rows, count, size)
+    groups *= scale
+    return np.ascontiguousarray(groups.reshape(rows, -1)[:, :columns])
 
 
 def quantized_bytes(shape: tuple[int, int], bits: int) -> int:
@@ -80,5 +85,23 @@ def _codes(groups: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _values(codes: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
-    zero = np.float32(127) if bits == 8 else np.float32(2 ** (bits - 1) - 0.5)
-    return (codes.astype(np.float32) - zero) * scale
+    return (codes.astype(np.float32) - _zero(bits)) * scale
+
+
+def _zero(bits: int) -> np.float32:
+    """The code of zero."""
+    return np.float32(127) if bits == 8 else np.float32(2 ** (bits - 1) - 0.5)
+
+
+def _units(raw: bytes | np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Weights `[count]` in units of their scale."""
+    if bits == 8:
+        return unpack(raw, bits, count).astype(np.float32) - _zero(bits)
+    return _units_of_bytes(bits).take(np.frombuffer(raw, dtype=np.uint8)).view(np.float32)[:count]
+
+
+@cache
+def _units_of_bytes(bits: int) -> np.ndarray:
+    """The units in each of the 256 bytes, side by side in one number: one look-up for all of them."""
+    units = unpack(bytes(range(256)), bits, 256 * 8 // bits).astype(np.float32) - _zero(bits)
+    return units.view({4: np.float64, 2: np.complex128}[bits])

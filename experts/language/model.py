@@ -224,7 +224,7 @@ def _unpacked(stored: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         return stored.float()
     if len(shape) != 2 or len(stored) != quantized_bytes((shape[0], shape[1]), 8):
         raise RuntimeError(f"{len(stored)} bytes for a weight {tuple(shape)}")
-    return torch.from_numpy(dequantize(stored.numpy().tobytes(), (shape[0], shape[1]), 8))
+    return torch.from_numpy(dequantize(stored.numpy(), (shape[0], shape[1]), 8))
 
 
 def sampled(

@@ -248,6 +248,6 @@ def _bytes(shape: tuple[int, int], weights: Weights) -> int:
 
 def _unpacked(raw: torch.Tensor, shape: tuple[int, int], weights: Weights) -> torch.Tensor:
     if weights in BITS:
-        return torch.from_numpy(dequantize(raw.numpy().tobytes(), shape, BITS[weights]))
+        return torch.from_numpy(dequantize(raw.numpy(), shape, BITS[weights]))
     kind = torch.float32 if weights == "float32" else torch.bfloat16
     return raw.view(kind).view(shape).float()

@@ -189,10 +189,11 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         self._demand[rows] = stepped.demand.predict(requests, rows, layer, odds(logits))
 
     def _observe(self) -> np.ndarray:
+        from experts.offload.demand import odds
         from moe_envs.expertcache.observations import request_values
 
         layer = self._layer
-        values = request_values(self._logits, self._wanted, self._resident[self._rows, layer], self._demand)
+        values = request_values(odds(self._logits), self._wanted, self._resident[self._rows, layer], self._demand)
         values |= {
             "layer": layer[:, None] == np.arange(self.layers),
             "loads": self._lately,

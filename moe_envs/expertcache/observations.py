@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experts.offload.demand import best, marked, odds, picked
+from experts.offload.demand import best, marked, picked
 from moe_envs.layertopk.observations import HIDDEN, RARE
 
 SHARE = 0.25  # of a substitute's weight that counts, measured: better than all of it, and than no substitutes
@@ -46,10 +46,9 @@ def request_parts(k: int, layers: int) -> Described:
 
 
 def request_values(
-    logits_mE: np.ndarray, wanted_mK: np.ndarray, resident_mE: np.ndarray, demand_mE: np.ndarray
+    odds_mE: np.ndarray, wanted_mK: np.ndarray, resident_mE: np.ndarray, demand_mE: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The parts that follow from the experts asked for, the best first, and the memory."""
-    odds_mE = odds(logits_mE)
+    """The parts that follow from the router's probabilities, the experts asked for, the best first, and the memory."""
     chosen, demand = picked(odds_mE, wanted_mK), picked(demand_mE, wanted_mK)
     missing = ~picked(resident_mE, wanted_mK)
     others = resident_mE & ~marked(resident_mE.shape, wanted_mK)
