@@ -112,13 +112,15 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     import matplotlib.pyplot as plt
 
     tables = result["tables"]
-    figure, axes = plt.subplots(1, len(tables), figsize=(4 * len(tables), 4), layout="constrained", squeeze=False)
+    size = max(5, 4 * len(tables)), 5
+    figure, axes = plt.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False)
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
         for row in table:
             axis.plot(row["ms a token"], row["nats"], "o", label=row["decided by"])
         axis.set(title=name, xlabel="ms a token", ylabel="change of the loss, nats a token")
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7)
+    named = axes[0][0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=min(2 * len(tables), 5), fontsize=7)  # beside no point
     figure.savefig(out / "time.png", dpi=110)
     plt.close(figure)
     return ["time.png"]
