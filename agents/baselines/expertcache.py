@@ -58,6 +58,11 @@ class Always(LoadRule):
         super().__init__(**env_kwargs)
         self.load = load
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """Its arguments, as JSON has them."""
+        return {"load": self.load, **self.env_kwargs}
+
     def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
         return np.full((len(observation), self.env.k), self.load)
 
@@ -73,6 +78,11 @@ class MinimumWeight(LoadRule):
     def key(self) -> tuple[bytes, float]:
         """The same for rules with the same parameters."""
         return self.thresholds.tobytes(), self.future
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Its arguments, as JSON has them."""
+        return {"thresholds": self.thresholds.tolist(), "future": self.future, **self.env_kwargs}
 
     def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
         weights, gain, layer = (observation[:, self.env.observation_layout[name].slice] for name in PARTS)
@@ -90,6 +100,11 @@ class Biased(LoadRule):
     def __init__(self, bias: float, **env_kwargs: str) -> None:
         super().__init__(**env_kwargs)
         self.bias = bias
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Its arguments, as JSON has them."""
+        return {"bias": self.bias, **self.env_kwargs}
 
     def bits(self, observation: np.ndarray, rows: slice) -> np.ndarray:
         env = self.env

@@ -7,7 +7,7 @@ otherwise idle machine.
 
 from __future__ import annotations
 
-from functools import cache
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,18 +20,23 @@ from agents.baselines import expertcache as rules
 from agents.deploy.expertcache import CacheControl
 from benchmarks.experiments.offload import ALL, decoded
 from benchmarks.results.statistics import mean_interval
-from benchmarks.runner.kept import run_of
+from benchmarks.runner.kept import found_once, run_of
 from benchmarks.runner.setup import Arguments
+from cost.files import sha256_of
 from cost.timing import torch_threads
 from experts.language import load
 from experts.offload import OffloadedModel
 from moe_envs.expertcache import MoEExpertCacheVectorEnv
 
 LRU = "all loaded, lru for all layers"
-KEPT = (
-    "all loaded, lru", "all loaded, predicted", "bias towards memory", "minimum weight, lru",
-    "minimum weight per layer, predicted", "minimum weight and demand per layer, predicted",
-)  # fmt: skip
+KEPT: dict[str, Any] = {
+    "all loaded, lru": rules.Always,
+    "all loaded, predicted": rules.Always,
+    "bias towards memory": rules.Biased,
+    "minimum weight, lru": rules.MinimumWeight,
+    "minimum weight per layer, predicted": rules.MinimumWeight,
+    "minimum weight and demand per layer, predicted": rules.MinimumWeight,
+}
 SEEDS = (0, 1, 2)
 Precision = Literal["float32", "int4"]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -67,8 +72,7 @@ def measure(setup: ExpertCacheSetup, seed: int, split: str, folder: Path) -> tup
     """Loss, loads and seconds of each decision maker on the same test streams."""
     fields = ("model", "weights", "capacity", "cost_weight", "tokens", "passages", "costs")
     kwargs = {name: getattr(setup, name) for name in fields}
-    found = _tuned(setup.tune, **kwargs)
-    makers: dict[str, Any] = {ALL: None, LRU: None} | {name: found[name] for name in KEPT}
+    makers: dict[str, Any] = {ALL: None, LRU: None, **tuned(folder, setup.tune, **kwargs)}
     makers["PPO"] = runs.load(run_of(folder, rules.ID, kwargs, seed, setup.timesteps))[0]
     env = MoEExpertCacheVectorEnv(1, split="test", **kwargs)
     stepped = env.stepped
@@ -84,6 +88,18 @@ def measure(setup: ExpertCacheSetup, seed: int, split: str, folder: Path) -> tup
                 counts.setdefault(name, []).append(read)
     loads = {name: float(np.mean([each["loads"] for each in found])) for name, found in counts.items()}
     return {"losses": losses, "loads": loads}, {"times": {name: float(np.median(each)) for name, each in times.items()}}
+
+
+def tuned(folder: Path, streams: int, **kwargs: Any) -> dict[str, rules.LoadRule]:
+    """The rules, tuned once for all seeds."""
+
+    def search() -> dict[str, Any]:
+        found = rules.baselines(rules.ID, streams=streams, **kwargs)
+        return {name: found[name].about for name in KEPT}
+
+    said = json.dumps([streams, kwargs], sort_keys=True)
+    found = found_once(folder / f"rules-{sha256_of(said.encode())[:16]}.json", search)
+    return {name: kind(**found[name]) for name, kind in KEPT.items()}
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:
@@ -124,12 +140,6 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     figure.savefig(out / "time.png", dpi=110)
     plt.close(figure)
     return ["time.png"]
-
-
-@cache
-def _tuned(streams: int, **kwargs: Any) -> dict[str, Any]:
-    """The rules, which do not depend on the seed."""
-    return rules.baselines(rules.ID, streams=streams, **kwargs)
 
 
 def _decoded(

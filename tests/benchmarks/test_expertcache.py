@@ -1,11 +1,24 @@
-"""What a choice is worth in `expertcache-headroom`, played again by hand."""
+"""Rules of `expertcache` are tuned once; what a choice is worth in `expertcache-headroom`, played again by hand."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from agents.baselines.expertcache import MinimumWeight
-from benchmarks.experiments import expertcache_headroom
+from benchmarks.experiments import expertcache, expertcache_headroom
 from moe_envs.expertcache import MoEExpertCacheVectorEnv
+
+
+def test_rules_are_tuned_once(tmp_path: Path) -> None:
+    kwargs = {"tokens": 1, "passages": 1, "capacity": 4}
+    first = expertcache.tuned(tmp_path, 1, **kwargs)
+    (kept,) = tmp_path.glob("rules-*.json")
+    changed = kept.stat().st_mtime_ns
+    again = expertcache.tuned(tmp_path, 1, **kwargs)
+    assert kept.stat().st_mtime_ns == changed
+    assert {name: rule.about for name, rule in again.items()} == {name: rule.about for name, rule in first.items()}
+    assert list(again) == list(expertcache.KEPT)
 
 
 def test_the_worth_of_a_load_is_the_difference_of_two_returns_of_the_token() -> None:
