@@ -32,6 +32,7 @@ class LoadRule:
 
     kind = "baseline"
     source = "model"
+    sees_hidden = False  # whether it reads this part of the observation
 
     def __init__(self, *, eviction: str = "predicted", fallback: str = "substitute") -> None:
         self.env_kwargs = {"eviction": eviction, "fallback": fallback}

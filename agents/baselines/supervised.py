@@ -10,6 +10,12 @@ from torch import nn
 Predictor = Callable[[np.ndarray], np.ndarray]
 
 
+def perceptron(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Two hidden layers of rectified linear units."""
+    layers = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
+
+
 def fit_perceptron(
     train: tuple[np.ndarray, np.ndarray],
     validation: tuple[np.ndarray, np.ndarray],
@@ -17,16 +23,18 @@ def fit_perceptron(
     epochs: int = 20,
     width: int = 128,
     batch_size: int = 256,
+    outputs: int | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Train a perceptron with two hidden layers by AdamW; keeps the weights of the lowest validation loss.
 
-    `train` and `validation` are inputs `[n, d]` and targets `[n, k]`.
+    `train` and `validation` are inputs `[n, d]` and targets `[n, k]`; there are as many `outputs` as targets, unless
+    the loss takes fewer.
     """
     x, y, validation_x, validation_y = (torch.from_numpy(a.astype(np.float32)) for a in (*train, *validation))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers = [nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-        network = nn.Sequential(*layers, nn.Linear(width, y.shape[1]))
+        torch.manual_seed(seed)
+        network = perceptron(x.shape[1], width, outputs or y.shape[1])
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
         least, best = float("inf"), network.state_dict()
         for _ in range(epochs):

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 from agents import runs
 from agents.baselines.expertcache import LoadRule
+from agents.baselines.rollout_classifier import RolloutClassifier
+from agents.checkpoints import MANIFEST
 from agents.deploy.layertopk import require_no_memory
 from cost.arguments import choose
 from cost.timing import torch_threads
@@ -123,7 +125,7 @@ class CacheControl:
     def _loads(self, layer: int, inputs_TD: torch.Tensor, values: dict[str, np.ndarray]) -> np.ndarray:
         """Which of the best experts are loaded if they are missing, `[K]`."""
         values |= {"layer": np.arange(self.layers)[None] == layer, "loads": np.array([self.lately])}
-        if not isinstance(self.policy, LoadRule):  # rules do not read it
+        if getattr(self.policy, "sees_hidden", True):
             hidden = F.linear(inputs_TD.float(), self.projection.to(inputs_TD.device)).cpu().numpy()
             values["hidden"] = hidden.clip(-10, 10)
         observation = np.zeros((1, self.width), dtype=np.float32)
@@ -145,12 +147,18 @@ class CacheControl:
 
 
 def control_of_run(folder: Path, model: LanguageModel, memory: int, weights: Weights, texts: Any) -> CacheControl:
-    """The policy of a run folder, in a memory of so many bytes for experts of this precision; demand is fitted to the
-    texts (ids `[n, T]`). Raises `ValueError` for a run of another environment, or if no expert of each layer fits."""
-    policy, config = runs.load(folder)
-    kwargs, settings = config["env_kwargs"], model.settings
-    if not config["env"].endswith("MoEExpertCache-v0"):
-        raise ValueError(f"{folder} is a run of {config['env']}, not of MoEExpertCache-v0")
+    """The policy of a run folder, or a saved `RolloutClassifier`, in a memory of so many bytes for experts of this
+    precision; demand is fitted to the texts (ids `[n, T]`). Raises `ValueError` for a run of another environment, or if
+    no expert of each layer fits."""
+    settings = model.settings
+    policy: Any
+    if (folder / MANIFEST).exists():
+        policy, kwargs = RolloutClassifier.load(folder), {}
+    else:
+        policy, config = runs.load(folder)
+        kwargs = config["env_kwargs"]
+        if not config["env"].endswith("MoEExpertCache-v0"):
+            raise ValueError(f"{folder} is a run of {config['env']}, not of MoEExpertCache-v0")
     of_layers = expert_bytes(settings.d_model, settings.d_ff, weights) * settings.layers
     if memory < of_layers:
         raise ValueError(f"memory={memory}: not even one expert of each layer fits, {of_layers} bytes")

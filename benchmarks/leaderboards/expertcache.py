@@ -1,4 +1,4 @@
-"""The leaderboard of MoEExpertCache-v0: PPO beside rules, by capacity and cost weight."""
+"""The leaderboard of MoEExpertCache-v0: PPO and a classifier of rollouts beside rules, by capacity and cost weight."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ class ExpertCacheProblem(Problem):
     """Fewer episodes and looks than elsewhere, as the model is really run: 1,024 decisions an episode."""
 
     learners = {"PPO": ("ppo", "own"), "SB3 PPO": ("ppo", "sb3")}
+    own = {"rollout classifier": "agents.baselines.rollout_classifier:trained"}
     looks = 5
     episodes = {"validation": 132, "test": 352}
     about = (

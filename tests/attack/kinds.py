@@ -18,6 +18,8 @@ from safetensors.numpy import load as arrays_in
 from safetensors.numpy import save as to_bytes
 
 from agents import checkpoints, runs, training
+from agents.baselines import rollout_classifier
+from agents.baselines.rollout_classifier import RolloutClassifier, RolloutSettings
 from agents.checkpoints import CheckpointError
 from agents.ppo import PPO
 from agents.rollouts import NotFiniteError
@@ -45,7 +47,7 @@ from experts.training import TrainingSettings
 from moe_envs.autorate import estimator, references
 
 Reseal = Callable[[Path], bytes]
-ENV = "moe_envs:MoERouting-v0"
+ENV, CACHE = "moe_envs:MoERouting-v0", "moe_envs:MoEExpertCache-v0"
 SHORT: dict[str, Any] = {"total_timesteps": 512, "n_envs": 4, "n_steps": 32, "batch_size": 128, "n_epochs": 1}
 
 
@@ -89,6 +91,19 @@ def _use_checkpoint(folder: Path) -> Any:
     agent.predict(np.zeros((1, 4), dtype=np.float32))
     PPO.resume(folder / "agent").learn(agent.num_timesteps + 16, reset_num_timesteps=False)
     return weights_of(agent), vars(agent.settings), agent.num_timesteps
+
+
+def _classifier(folder: Path) -> None:
+    settings = RolloutSettings(streams=6, networks=2)
+    rollout_classifier.trained(CACHE, 0, settings, tokens=2, passages=1).save(folder / "classifier")
+
+
+def _use_classifier(folder: Path) -> Any:
+    rule = RolloutClassifier.load(folder / "classifier")
+    env: Any = gymnasium.make_vec(CACHE, 2, vectorization_mode="vector_entry_point", tokens=2, passages=1).unwrapped
+    rule.watch(env)
+    env.step(rule.predict(env.reset(seed=0)[0])[0])
+    return rule.thresholds.tolist(), [tensors_of(each) for each in rule.networks], rule.env_kwargs, rule.made
 
 
 def _run(backend: str) -> Callable[[Path], None]:
@@ -447,6 +462,9 @@ def _use_solved(folder: Path) -> Any:
 
 
 KINDS: dict[str, Kind] = {
+    "classifier": Kind(
+        ("agents.checkpoints",), _classifier, _use_classifier, (CheckpointError, ValueError), _seal_checkpoint,
+    ),
     "checkpoint": Kind(
         ("agents.checkpoints", "agents.resumable", "agents.episodes"), _checkpoint, _use_checkpoint,
         (CheckpointError, ValueError, NotFiniteError), _seal_checkpoint,
