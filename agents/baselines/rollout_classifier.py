@@ -38,7 +38,7 @@ TOGETHER = 24  # streams side by side; more need more memory, and are no faster
 class RolloutSettings:
     """`streams` of `rl_train` are read, of which a sixth tells when to stop; `networks` decide together."""
 
-    streams: int = 96
+    streams: int = 64  # which take about as much CPU time as PPO's training
     networks: int = 3
 
 
