@@ -149,7 +149,7 @@ class CacheControl:
 def control_of_run(folder: Path, model: LanguageModel, memory: int, weights: Weights, texts: Any) -> CacheControl:
     """The policy of a run folder, or a saved `RolloutClassifier`, in a memory of so many bytes for experts of this
     precision; demand is fitted to the texts (ids `[n, T]`). Raises `ValueError` for a run of another environment, or if
-    no expert of each layer fits."""
+    no expert of each layer fits, `RunError` or `CheckpointError` for a damaged folder."""
     settings = model.settings
     policy: Any
     if (folder / MANIFEST).exists():

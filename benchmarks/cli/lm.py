@@ -134,7 +134,7 @@ def _generate(
         typer.Option(
             help="What leaves the memory: lru (default), lfu, lrfu, arc, sieve, least-stale or random, each also with "
             "-per-layer appended; static keeps what the passages that come with the model ask for most; "
-            "policy:RUN_DIR, a run of MoEExpertCache-v0, also decides what is loaded."
+            "policy:DIR, a run of MoEExpertCache-v0 or a saved RolloutClassifier, also decides what is loaded."
         ),
     ] = None,
     weights: Annotated[

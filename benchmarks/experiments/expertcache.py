@@ -1,8 +1,8 @@
 """Does choosing what is loaded pay in the runtime? Seconds a token and loss of a language model in a small memory.
 
 Each decision maker runs in the offloading runtime, its own time included: test streams are decoded token by token, one
-row, experts are read from the disk. Rules are tuned, and PPO trained, for load times of this machine. Run it on an
-otherwise idle machine.
+row, experts are read from the disk. Rules are tuned, PPO and a classifier of rollouts are trained, for load times of
+this machine. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import torch
 
 from agents import runs
 from agents.baselines import expertcache as rules
+from agents.baselines.rollout_classifier import RolloutClassifier, RolloutSettings, trained
+from agents.checkpoints import MANIFEST
 from agents.deploy.expertcache import CacheControl
 from benchmarks.experiments.offload import ALL, decoded
 from benchmarks.results.statistics import mean_interval
 from benchmarks.runner.kept import found_once, run_of
 from benchmarks.runner.setup import Arguments
-from cost.files import sha256_of
+from cost.files import locked, sha256_of
 from cost.timing import torch_threads
 from experts.language import load
 from experts.offload import OffloadedModel
@@ -45,13 +47,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 QUICK = {
     "seeds": [0],
-    "setups": {"short": {"timesteps": 512, "tune": 1, "streams": 1, "tokens": 4, "passages": 2, "costs": "reference"}},
+    "setups": {
+        "short": {
+            "timesteps": 512,
+            "tune": 1,
+            "rollouts": 2,
+            "streams": 1,
+            "tokens": 4,
+            "passages": 2,
+            "costs": "reference",
+        }
+    },
 }
 
 
 class ExpertCacheSetup(Arguments):
-    """Rules are tuned on `tune` streams for load times by `costs`; `streams` of the test split, of `passages` of
-    `tokens` tokens, are decoded."""
+    """Rules are tuned on `tune` streams for load times by `costs`, the classifier is trained on `rollouts` streams;
+    `streams` of the test split, of `passages` of `tokens` tokens, are decoded."""
 
     model: str = "language"
     weights: Precision = "int4"
@@ -61,6 +73,7 @@ class ExpertCacheSetup(Arguments):
     passages: int = 4
     timesteps: int | None = None
     tune: int = rules.STREAMS
+    rollouts: int = RolloutSettings.streams
     streams: int = 8
     costs: Literal["machine", "reference"] = "machine"
 
@@ -74,6 +87,7 @@ def measure(setup: ExpertCacheSetup, seed: int, split: str, folder: Path) -> tup
     kwargs = {name: getattr(setup, name) for name in fields}
     makers: dict[str, Any] = {ALL: None, LRU: None, **tuned(folder, setup.tune, **kwargs)}
     makers["PPO"] = runs.load(run_of(folder, rules.ID, kwargs, seed, setup.timesteps))[0]
+    makers["rollout classifier"] = classifier(folder, seed, setup.rollouts, **kwargs)
     env = MoEExpertCacheVectorEnv(1, split="test", **kwargs)
     stepped = env.stepped
     chosen = np.random.default_rng(seed).permutation(len(stepped.streams))[: setup.streams]
@@ -100,6 +114,16 @@ def tuned(folder: Path, streams: int, **kwargs: Any) -> dict[str, rules.LoadRule
     said = json.dumps([streams, kwargs], sort_keys=True)
     found = found_once(folder / f"rules-{sha256_of(said.encode())[:16]}.json", search)
     return {name: kind(**found[name]) for name, kind in KEPT.items()}
+
+
+def classifier(folder: Path, seed: int, streams: int, **kwargs: Any) -> RolloutClassifier:
+    """A classifier, trained once for all runs."""
+    said = json.dumps([seed, streams, kwargs], sort_keys=True)
+    place = folder / f"classifier-{sha256_of(said.encode())[:16]}"
+    with locked(place):
+        if not (place / MANIFEST).exists():
+            trained(rules.ID, seed, RolloutSettings(streams=streams), **kwargs).save(place)
+        return RolloutClassifier.load(place)
 
 
 def score(frame: pd.DataFrame) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """What could better decisions gain in MoEExpertCache-v0, for the token at hand?
 
 Each decision of a rule is also taken the other way, from the same state of the environment, and the token is read to
-its end: this tells what loading an expert is worth, its price subtracted. Three decide what is loaded: thresholds;
-networks that start from them and maximise this value, with the value of every choice known in training; and one that
-knows it in the test, too. A learner that sees rewards alone can hardly find more than such a network. What an expert in
-memory is worth for later tokens is not counted.
+its end: this tells what loading an expert is worth, its price subtracted, while all others are as the rule has them.
+Three decide what is loaded: thresholds; networks that start from them and maximise the sum of worths, with the worth of
+every choice known in training; and one that knows it in the test, too. What an expert in memory is worth for later
+tokens is not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.results.statistics import seeds_interval
 from benchmarks.runner.setup import Arguments
 from moe_envs.expertcache import MoEExpertCacheVectorEnv
 
-RULE, SEEN, MORE, KNOWN = "thresholds", "network", "network, more inputs", "value known (bound)"
+RULE, SEEN, MORE, KNOWN = "thresholds", "network", "network, more inputs", "each worth known"
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS: dict[str, dict[str, Any]] = {
     f"capacity {capacity}, cost weight {weight:g}": {"capacity": capacity, "cost_weight": weight}
@@ -50,7 +50,7 @@ Setup = CacheHeadroomSetup
 
 
 def measure(setup: CacheHeadroomSetup, seed: int, split: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Value in nats a token of what each decision maker loads, over loading nothing."""
+    """Sum of the worths of what each decision maker loads, in nats a token."""
     kwargs = setup.model_dump(include={"capacity", "cost_weight", "tokens", "passages"})
     random, parts = np.random.default_rng(seed), []
     for part, count in (("rl_train", setup.train), ("validation", setup.test), ("test", setup.test)):
@@ -78,17 +78,17 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             gain = values[name] - values[RULE]
             row |= {f"{name}: gain": float(gain.mean()), f"{name}: gain, 95 %": seeds_interval(gain)}
         rows.append(row)
-    return {"tables": {"Value in nats a token": rows}, "notes": [
-        "thresholds: value over loading nothing, with the best threshold for each layer. gain: over thresholds. "
-        f"{SEEN}: sees the observation, and was trained with the value of every choice; {MORE}: sees the router's "
-        "logits and the experts' numbers, too. Everything is trained on rl_train and judged on test streams. Only the "
-        "token at hand counts.",
+    return {"tables": {"Worth in nats a token": rows}, "notes": [
+        "thresholds: sum of the worths of what is loaded, with the best threshold for each layer. gain: over "
+        f"thresholds. {SEEN}: sees the observation, and was trained with the worth of every choice; {MORE}: sees the "
+        f"router's logits and the experts' numbers, too; {KNOWN}: loads what is worth more than nothing. All are "
+        "trained on rl_train and judged on test streams. Each choice counts by itself, for the token at hand alone.",
     ]}  # fmt: skip
 
 
 def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     """Plot the gains with intervals."""
-    rows = result["tables"]["Value in nats a token"]
+    rows = result["tables"]["Worth in nats a token"]
     figure = Figure((8, 0.6 * len(rows) + 1.5), layout="constrained")
     axis = figure.subplots()
     for number, name in enumerate((SEEN, MORE, KNOWN)):

@@ -15,8 +15,9 @@ class ExpertCacheProblem(Problem):
     episodes = {"validation": 132, "test": 352}
     about = (
         "Scores are mean returns of {test:,} test episodes, the same for all policies; their streams are drawn, some "
-        f"more than once. Rules are tuned on {STREAMS} streams of validation, weights of learners chosen on "
-        "{validation:,} episodes of it. A policy's own cost is not counted. The bound sees the future."
+        f"more than once. Rules are tuned on {STREAMS} streams of validation, weights of PPO chosen on "
+        "{validation:,} episodes of it; the classifier is taught by rl_train. A policy's own cost is not counted. "
+        "The bound sees the future."
     )
     bound_is = "thresholds with an eviction that sees the future"
 

@@ -109,8 +109,10 @@ def _volumes(tables: _Tables, reference: tuple[float, float], group: Callable[[s
 def _beats(frame: pd.DataFrame, name: str, tables: _Tables, best: dict[str, str | None]) -> list[Row]:
     """Training steps and CPU seconds per split until the mean validation score exceeds that of the best baselines:
     medians over the seeds that succeed, and their number."""
-    rows = []
-    for split, part in frame[frame["setup"] == name].groupby("split", sort=False):
+    rows: list[Row] = []
+    if "curve" not in frame:
+        return rows
+    for split, part in frame[(frame["setup"] == name) & frame["curve"].notna()].groupby("split", sort=False):
         (mine,) = part["policies"].iloc[0].values()
         baselines = [(best[task], task) for task in mine]
         if any(each is None for each, _ in baselines):

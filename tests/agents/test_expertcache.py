@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from agents.baselines import find
+from agents.baselines import find, rollout_classifier
 from agents.baselines.expertcache import FINE, Always, MinimumWeight, Prefetch, RuleTuning, bound
+from agents.baselines.rollout_classifier import RolloutSettings
 from agents.deploy.expertcache import CacheControl, fit_demand, fit_static
 from agents.evaluate import evaluate
 from agents.ppo import PPO
@@ -111,6 +112,7 @@ def test_a_policy_in_the_runtime_does_what_it_does_in_the_environment(rules: dic
         "rule": rules["minimum weight per layer, predicted"],
         "bias": rules["bias towards memory"],
         "PPO": learner,
+        "classifier": rollout_classifier.trained(ID, 0, RolloutSettings(streams=2), **SMALL),
     }
     for maker in makers.values():
         env = MoEExpertCacheVectorEnv(1, **kwargs, quality="log-likelihood")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.baselines import rollout_classifier
 from agents.baselines.expertcache import ID, MinimumWeight
 from agents.baselines.rollout_classifier import (
     Choices,
@@ -84,26 +85,52 @@ def test_the_loss_is_minus_what_is_gained() -> None:
     assert float(MinusWorth()(answers, given)) == pytest.approx(-2.0)
 
 
-def test_it_repeats_and_is_judged_and_decides_in_the_runtime(tmp_path: Path) -> None:
-    first, again = (trained(ID, 3, SMALL, **KWARGS) for _ in range(2))
+def test_it_repeats_and_is_saved_and_decides_in_the_runtime(tmp_path: Path) -> None:
+    first, again = (trained(ID, 3, SMALL, **KWARGS, eviction="ema", fallback="skip") for _ in range(2))
     for one, other in zip(first.networks, again.networks, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert not torch.equal(next(first.networks[0].parameters()), next(first.networks[1].parameters()))
-    assert (evaluate(first, ID, 2, **KWARGS, split="test")["return"] < 0).all()
     model = load("language")
     ids = np.array([model.encode("In the beginning was the word")])
     first.save(tmp_path / "saved")
     control = control_of_run(tmp_path / "saved", model, 4_000_000, "int4", ids)
-    assert control.policy.made == first.made
+    loaded = control.policy
+    assert (loaded.made, loaded.env_kwargs) == (first.made, {"eviction": "ema", "fallback": "skip"})
+    given = np.random.default_rng(0).random((5, 48), dtype=np.float32), np.full((5, 4), 0.3), np.arange(5) % 4
+    assert (loaded.logits_of(*given) == first.logits_of(*given)).all()
     with OffloadedModel(model, memory=4_000_000, policy=control, weights="int4") as offloaded:
         assert model.generate("In the", 4)
         assert offloaded.statistics()["requests"] > 0
 
 
-@pytest.mark.parametrize("kwargs", [{"source": "trace"}, {"eviction": "learned"}])
-def test_what_cannot_be_taken_both_ways_is_told(kwargs: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="choices are taken both ways with a model"):
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"source": "trace"}, "choices are taken both ways with a model"),
+        ({"eviction": "learned"}, "eviction='learned' is not one of 'predicted'"),
+        ({"eviction": "belady"}, "eviction='belady' is not one of 'predicted'"),
+    ],
+)
+def test_what_cannot_be_taken_both_ways_is_told(kwargs: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         trained(ID, 0, SMALL, **kwargs)
+
+
+def test_what_a_load_is_worth_later_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Choices] = []
+    monkeypatch.setattr(rollout_classifier, "fitted", lambda *given: (seen.extend(given[:2]), (np.zeros(4), []))[1])
+    for eviction in ("predicted", "static"):
+        trained(ID, 0, SMALL, **KWARGS, eviction=eviction)
+    env = MoEExpertCacheVectorEnv(1, **KWARGS)
+    gain = seen[0].seen[:, env.observation_layout["gain"].slice]
+    assert (gain > 0).any()
+    assert (gain < 0).any()
+    rule, streams = MinimumWeight(env.advised()), np.random.default_rng(0).permutation(len(env.stepped.streams))[:1]
+    plain = choices({**KWARGS, "split": "rl_train"}, rule, streams).worth
+    own = seen[1].seen[:, env.observation_layout["gain"].slice]
+    assert seen[1].worth == pytest.approx(plain + 2 * env.price() * own.clip(0))
+    still = choices({**KWARGS, "split": "rl_train", "eviction": "static"}, rule, streams).worth
+    assert (seen[3].worth == still).all()
 
 
 def _choices_of(weights: np.ndarray, layer: np.ndarray, worth: np.ndarray) -> Choices:

@@ -102,7 +102,11 @@ def _use_classifier(folder: Path) -> Any:
     rule = RolloutClassifier.load(folder / "classifier")
     env: Any = gymnasium.make_vec(CACHE, 2, vectorization_mode="vector_entry_point", tokens=2, passages=1).unwrapped
     rule.watch(env)
-    env.step(rule.predict(env.reset(seed=0)[0])[0])
+    observation, _ = env.reset(seed=0)
+    logits = rule.logits_of(observation, observation[:, env.observation_layout["weights"].slice], np.zeros(2, np.int64))
+    if not np.isfinite(logits).all():
+        raise ArithmeticError(f"logits {logits}")
+    env.step(rule.predict(observation)[0])
     return rule.thresholds.tolist(), [tensors_of(each) for each in rule.networks], rule.env_kwargs, rule.made
 
 

@@ -76,6 +76,20 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert BOARD.plot(frame(), result, tmp_path) == ["curves.png", "scores.png"]
 
 
+@pytest.mark.parametrize("with_curves", [True, False])
+def test_a_policy_without_a_curve_is_scored(with_curves: bool, tmp_path: Path) -> None:
+    mine = {"mine:policy": verdicts(easy=(0.8, 0.8), hard=(0.8, 0.5))}
+    rows = pd.DataFrame([{"split": "both", "setup": "mine", "policy": "mine:policy", "seed": 0, "policies": mine}])
+    others = frame() if with_curves else frame().query("setup != 'PPO'").drop(columns=["curve", "train_s"])
+    every = pd.concat([others, rows])
+    result = BOARD.score(every)
+    (row,) = (row for row in result["rows"] if row["policy"] == "mine")
+    assert row["normalized"] == pytest.approx([0.5, 0.5])
+    assert row["beats"] == []
+    assert "| **mine** | learned | 0.8000 |" in BOARD.text(result)
+    assert "scores.png" in BOARD.plot(every, result, tmp_path)
+
+
 def test_seeds_that_are_missing_in_a_task_do_not_hinder() -> None:
     rows = frame()
     del rows.loc[1, "policies"]["PPO"]["hard"]
