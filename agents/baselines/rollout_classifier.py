@@ -50,7 +50,7 @@ class RolloutSettings:
             raise ValueError(f"streams={self.streams}, networks={self.networks}: at least 2, and from 1 to {MOST}")
 
 
-class Choices(NamedTuple):
+class LoadChoices(NamedTuple):
     """Of m requests: observations `[m, size]`, router logits `[m, E]`, experts asked for and their weights `[m, K]`,
     layers `[m]`, and what loading each is worth in nats, its price subtracted, `[m, K]`; 0 if it is not missing."""
 
@@ -136,14 +136,14 @@ class RolloutClassifier(LoadRule):
         return _start(self.thresholds, weights, layer) + added
 
 
-def choices(env_kwargs: dict[str, Any], rule: LoadRule, streams: np.ndarray) -> Choices:
+def choices(env_kwargs: dict[str, Any], rule: LoadRule, streams: np.ndarray) -> LoadChoices:
     """What each choice of a rule on these streams of the split is worth."""
     parts = np.array_split(streams, -(-len(streams) // TOGETHER))
-    return Choices(*(np.concatenate(each) for each in zip(*(_choices(env_kwargs, rule, part) for part in parts),
+    return LoadChoices(*(np.concatenate(each) for each in zip(*(_choices(env_kwargs, rule, part) for part in parts),
                                                           strict=True)))  # fmt: skip
 
 
-def best_thresholds(found: Choices) -> np.ndarray:
+def best_thresholds(found: LoadChoices) -> np.ndarray:
     """For each layer the weight from which on loading is worth most, `[L]`."""
     best = []
     for layer in range(found.layer.max() + 1):
@@ -154,7 +154,7 @@ def best_thresholds(found: Choices) -> np.ndarray:
 
 
 def fitted(
-    train: Choices, stop: Choices, inputs: Callable[[Choices], np.ndarray], networks: int, seed: int
+    train: LoadChoices, stop: LoadChoices, inputs: Callable[[LoadChoices], np.ndarray], networks: int, seed: int
 ) -> tuple[np.ndarray, list[nn.Module]]:
     """Thresholds for each layer, and networks on `inputs(choices)` that add to them."""
     least, scale = best_thresholds(train), float(np.abs(train.worth).mean()) or 1.0
@@ -218,7 +218,7 @@ def _start(thresholds: np.ndarray, weights: np.ndarray, layer: np.ndarray) -> np
     return np.asarray(SURE * (weights**2 - thresholds[layer][:, None] ** 2))
 
 
-def _choices(env_kwargs: dict[str, Any], rule: LoadRule, streams: np.ndarray) -> Choices:
+def _choices(env_kwargs: dict[str, Any], rule: LoadRule, streams: np.ndarray) -> LoadChoices:
     """Row 0 of a stream follows the rule, row i does the opposite with expert i; all go on from the state of row 0."""
     count, k = len(streams), MoEExpertCacheVectorEnv(1, **env_kwargs).k
     env = MoEExpertCacheVectorEnv(count * (k + 1), autoreset_mode="Disabled", **env_kwargs)
@@ -236,7 +236,7 @@ def _choices(env_kwargs: dict[str, Any], rule: LoadRule, streams: np.ndarray) ->
             total += reward
         nats = env.tokens * total.reshape(count, k + 1)
         worth = (nats[:, 1:] - nats[:, :1]) * np.where(bits[:: k + 1], -1, 1) * (seen[:, missing] > 0)
-        found.append(Choices(seen, logits, wanted, seen[:, weights], np.full(count, layer), worth))
+        found.append(LoadChoices(seen, logits, wanted, seen[:, weights], np.full(count, layer), worth))
         env.restore(before)
         observation, *_ = env.step(bits.astype(np.int8))
-    return Choices(*(np.concatenate(each) for each in zip(*found, strict=True)))
+    return LoadChoices(*(np.concatenate(each) for each in zip(*found, strict=True)))

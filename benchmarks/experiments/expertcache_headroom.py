@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from agents.baselines.expertcache import MinimumWeight
-from agents.baselines.rollout_classifier import Choices, RolloutClassifier, best_thresholds, choices, fitted
+from agents.baselines.rollout_classifier import LoadChoices, RolloutClassifier, best_thresholds, choices, fitted
 from benchmarks.results.statistics import seeds_interval
 from benchmarks.runner.setup import Arguments
 from moe_envs.expertcache import MoEExpertCacheVectorEnv
@@ -105,10 +105,10 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     return ["headroom.png"]
 
 
-def _seen(part: Choices) -> np.ndarray:
+def _seen(part: LoadChoices) -> np.ndarray:
     return part.seen
 
 
-def _more(part: Choices) -> np.ndarray:
+def _more(part: LoadChoices) -> np.ndarray:
     numbers = np.eye(part.logits.shape[1])[part.wanted].reshape(len(part.wanted), -1)
     return np.hstack([part.seen, part.logits, numbers]).astype(np.float32)

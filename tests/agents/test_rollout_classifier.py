@@ -9,7 +9,7 @@ import torch
 from agents.baselines import rollout_classifier
 from agents.baselines.expertcache import ID, MinimumWeight
 from agents.baselines.rollout_classifier import (
-    Choices,
+    LoadChoices,
     MinusWorth,
     RolloutClassifier,
     RolloutSettings,
@@ -65,7 +65,7 @@ def test_thresholds_take_what_pays() -> None:
 def test_it_learns_what_thresholds_cannot_see() -> None:
     random = np.random.default_rng(0)
 
-    def drawn() -> Choices:
+    def drawn() -> LoadChoices:
         weights = random.random((3000, 2))
         seen = np.hstack([weights, random.standard_normal((3000, 1))]).astype(np.float32)
         worth = np.where(seen[:, 2:] > 0, 1.0, -1.0) * np.ones_like(weights)
@@ -117,7 +117,7 @@ def test_what_cannot_be_taken_both_ways_is_told(kwargs: dict[str, str], message:
 
 
 def test_what_a_load_is_worth_later_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Choices] = []
+    seen: list[LoadChoices] = []
     monkeypatch.setattr(rollout_classifier, "fitted", lambda *given: (seen.extend(given[:2]), (np.zeros(4), []))[1])
     for eviction in ("predicted", "static"):
         trained(ID, 0, SMALL, **KWARGS, eviction=eviction)
@@ -133,9 +133,9 @@ def test_what_a_load_is_worth_later_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert (seen[3].worth == still).all()
 
 
-def _choices_of(weights: np.ndarray, layer: np.ndarray, worth: np.ndarray) -> Choices:
+def _choices_of(weights: np.ndarray, layer: np.ndarray, worth: np.ndarray) -> LoadChoices:
     nothing = np.zeros((len(layer), 0))
-    return Choices(nothing, nothing, nothing, weights, layer, worth)
+    return LoadChoices(nothing, nothing, nothing, weights, layer, worth)
 
 
 def test_a_classifier_of_another_problem_is_told() -> None:
