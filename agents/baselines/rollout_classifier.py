@@ -24,6 +24,7 @@ from agents.baselines.expertcache import FINE, LoadRule, MinimumWeight
 from agents.baselines.supervised import fit_perceptron, perceptron
 from agents.checkpoints import CheckpointError
 from agents.evaluate import make_rows
+from agents.resumable import LARGEST
 from cost.arguments import choose
 from cost.machine import provenance
 from cost.timing import torch_threads
@@ -31,8 +32,7 @@ from experts.offload.demand import EVICTIONS
 from moe_envs.expertcache.env import FALLBACKS, SURE, MoEExpertCacheVectorEnv
 
 KIND = "rollout classifier"
-LATER = 2.0  # of 1, 2, 3, 4 and 6 the best on validation, with capacity 6 and both cost weights of the board
-LARGEST = 1e10  # weight of a network
+LATER = 2.0  # of 1, 2, 4 and 6 the best on validation, with capacity 6 and both cost weights of the board
 MOST = 64  # networks
 TOGETHER = 24  # streams side by side; more need more memory, and are no faster
 
@@ -190,8 +190,8 @@ def trained(env_id: str, seed: int, settings: RolloutSettings | None = None, **e
         parts.append(found._replace(worth=found.worth + price * found.seen[:, gain].clip(0)))
     least, networks = fitted(parts[0], parts[1], lambda part: part.seen, own.networks, seed)
     chosen = {name: env_kwargs[name] for name in ("eviction", "fallback") if name in env_kwargs}
-    about = {"env": env_id, "env_kwargs": env_kwargs, "seed": seed, "settings": asdict(own), **provenance()}
-    return RolloutClassifier(least, networks, about, **chosen)
+    made = {"env": env_id, "env_kwargs": env_kwargs, "seed": seed, "settings": asdict(own), **provenance()}
+    return RolloutClassifier(least, networks, made, **chosen)
 
 
 def _network(arrays: dict[str, np.ndarray]) -> nn.Sequential:
