@@ -189,6 +189,7 @@ def _scores(result: Row) -> Figure:
         panel.set_title(task["task"], loc="right")  # above the names of the policies, too
         panel.set_yticklabels([row["policy"] for row in rows], fontsize=7)
         panel.locator_params(axis="x", nbins=4)
+        panel.tick_params(axis="x", labelsize=8)  # long numbers stay apart
         panel.grid(alpha=0.3)
     for panel in panels[len(tasks) :]:
         panel.axis("off")
