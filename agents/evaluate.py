@@ -61,12 +61,19 @@ def make_rows(env_id: str, rows: int, **env_kwargs: Any) -> VectorEnv[Any, Any, 
     )
 
 
-def play(policy: Policy, env: VectorEnv[Any, Any, Any], episodes: int, seed: int | list[int]) -> pd.DataFrame:
-    """Evaluate in an environment of `make_rows`, which policies can share; `seed` is one seed, or one per row."""
+def play(
+    policy: Policy,
+    env: VectorEnv[Any, Any, Any],
+    episodes: int,
+    seed: int | list[int],
+    options: dict[str, Any] | None = None,
+) -> pd.DataFrame:
+    """Evaluate in an environment of `make_rows`, which policies can share; `seed` is one seed, or one per row;
+    `options` of `reset` are those of each row's first episode."""
     if hasattr(policy, "watch"):
         policy.watch(env.unwrapped)
     rows, finished, records = env.num_envs, 0, []
-    observation, _ = env.reset(seed=seed)  # type: ignore[arg-type]
+    observation, _ = env.reset(seed=seed, options=options)  # type: ignore[arg-type]
     state, start, played = None, np.ones(rows, dtype=np.bool_), np.zeros(rows, dtype=np.int64)
     masked = takes_masks(policy) and hasattr(env.unwrapped, "action_masks")
     sums = {key: np.zeros(rows) for key in ("return", "reward/quality", "reward/cost")}

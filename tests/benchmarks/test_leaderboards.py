@@ -307,6 +307,23 @@ def test_what_cannot_be_compared_is_refused() -> None:
             jobs_of(Matrix(experiment=name, settings={"env": env}))
 
 
+def test_passages_are_played_once_and_are_spread_over_the_split() -> None:
+    class Looking:
+        env_kwargs = {"granularity": "token", "tokens": 2}
+
+        def watch(self, env: Any) -> None:
+            self.env = env
+
+        def predict(self, observation: np.ndarray, **_: Any) -> tuple[np.ndarray, None]:
+            self.passages = self.env.passage.tolist()
+            return np.zeros((len(observation), self.env.layers), dtype=np.int64), None
+
+    policy, problem = Looking(), board_of("MoELayerTopK-v0").problem
+    verdict = problem.judged(policy, next(iter(problem.splits)), 3, Path())
+    assert policy.passages == [0, 264, 527]  # of validation, played after test
+    assert all(np.isfinite(each.test) for each in verdict.values())
+
+
 def test_unknown_policies_are_told_before_anything_runs() -> None:
     with pytest.raises(RunnerError, match="'DQN' of the setup 'mine' is none of PPO, SB3 PPO, base"):
         jobs_of(Matrix(experiment="MoEMetaOpt-v0", setups={"mine": {"policy": "DQN"}}))
