@@ -96,7 +96,7 @@ class Learner(Resumable):
             return Network(self.preprocessor.size, outputs, free=self.distribution.free, seed=seed, **sizes)
         if sizes.pop("gru") or self.distribution.free:
             raise ValueError("policy_kwargs equivariant=True is for discrete actions, without a GRU")
-        return set_network(env, outputs, seed=seed, **sizes)
+        return set_network(env, self.action_space, seed=seed, **sizes)
 
     # Overridden by subclasses.
 

@@ -10,7 +10,7 @@ from cost.model import Cost
 from cost.timing import torch_threads
 from moe_envs.core import Face, Outcome, Reward, SingleEnv, Spec
 from moe_envs.core.spaces import layout
-from moe_envs.expertcache.memory import EVICTIONS, MemoryEnv, actions_of, capacity_of
+from moe_envs.expertcache.memory import EVICTIONS, MemoryEnv, actions_of, advice_for, capacity_of
 from moe_envs.expertcache.picture import CachePicture
 from moe_envs.expertcache.recorded import DEVICES, MoEExpertPrefetchVectorEnv
 from moe_envs.layertopk.observations import HIDDEN
@@ -79,9 +79,8 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         reward = Reward.of(cost_weight, everything, Cost(time_weight, memory_weight, energy_weight))
         actions = actions_of(self.k, eviction)
         super().__init__(num_envs, layout(request_parts(self.k, self.layers)), actions, reward, **face)
-        if eviction != "learned":
-            limit = np.tile(self.advised()[:, None] ** 2, self.k)
-            self.advice = {"squared": SURE, "layer": -SURE * limit}
+        limit = np.tile(self.advised()[:, None] ** 2, self.k)
+        self.advice = advice_for(eviction, {"squared": SURE * np.eye(self.k), "layer": -SURE * limit})
         self._allocate()
         n = num_envs
         self._keys, self._values = stepped.empty_cache(n), stepped.empty_cache(n)

@@ -12,6 +12,7 @@ from moe_envs.core import BatchedEnv
 EVICTIONS = ("predicted", "lru", "lfu", "ema", "static", "learned", "belady")
 FITTED = 24  # streams of rl_train from which demand is learned
 CHOICES = ("predicted", "lru", "ema")  # of eviction="learned"
+LIKELY = 4.0  # logit of the first of them in the advice; the others have 0
 
 
 def capacity_of(capacity: float, experts: int) -> int:
@@ -26,6 +27,19 @@ def capacity_of(capacity: float, experts: int) -> int:
 def actions_of(k: int, eviction: str) -> spaces.MultiBinary | spaces.MultiDiscrete:
     """A bit for each of K experts and, with learned eviction, the number of the rule by which experts leave."""
     return spaces.MultiDiscrete([2] * k + [len(CHOICES)]) if eviction == "learned" else spaces.MultiBinary(k)
+
+
+def advice_for(eviction: str, on_bits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Advice on the K bits, matrices `[size, K]`, as advice on all actions: with learned eviction `[size, 2 * K + 3]`,
+    for eviction by predicted demand."""
+    if eviction != "learned":
+        return on_bits
+    found = {}
+    for name, matrix in on_bits.items():
+        found[name] = wide = np.zeros((len(matrix), 2 * matrix.shape[1] + len(CHOICES)))
+        wide[:, 1 : 2 * matrix.shape[1] : 2] = matrix
+    found["layer"][:, -len(CHOICES)] = LIKELY  # the layer is one-hot
+    return found
 
 
 class MemoryEnv(BatchedEnv):

@@ -17,7 +17,7 @@ from cost.timing import torch_threads
 from experts.data import DataError
 from moe_envs.core import Face, Outcome, Reward
 from moe_envs.core.spaces import layout
-from moe_envs.expertcache.memory import EVICTIONS, FITTED, MemoryEnv, actions_of, capacity_of
+from moe_envs.expertcache.memory import EVICTIONS, FITTED, MemoryEnv, actions_of, advice_for, capacity_of
 
 if TYPE_CHECKING:
     from experts.offload.demand import Demand, NextLayer
@@ -77,9 +77,9 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
             ("loads", 1, 0, 1, "experts missing lately in a layer, over K"),
         ]
         super().__init__(num_envs, layout(parts), actions_of(self.k, eviction), reward, **face)
-        if eviction != "learned":
-            least = (np.arange(self.k) + 1 - overlap).clip(*LEAST)
-            self.advice = {"chance": SURE, "layer": np.tile(-SURE * least, (self.layers, 1))}
+        least = (np.arange(self.k) + 1 - overlap).clip(*LEAST)
+        on_bits = {"chance": SURE * np.eye(self.k), "layer": np.tile(-SURE * least, (self.layers, 1))}
+        self.advice = advice_for(eviction, on_bits)
         self._allocate()
         self._demand = np.zeros((num_envs, self.layers, self.experts), dtype=np.float32)
         self._chance = np.zeros((num_envs, self.experts), dtype=np.float32)

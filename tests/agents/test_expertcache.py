@@ -197,6 +197,22 @@ def test_another_policy_is_told() -> None:
         CacheControl(other, model, 4, demand)
 
 
+@pytest.mark.parametrize("source", ["model", "trace"])
+def test_a_policy_with_learned_eviction_starts_by_predicted_demand(source: str) -> None:
+    returns = []
+    for eviction in ("predicted", "learned"):
+        kwargs = {**SMALL, "source": source, "capacity": 3, "eviction": eviction}
+        sizes = {"equivariant": True, "residual": True, "net_arch": [8]}
+        policy = PPO("MlpPolicy", ID, env_kwargs=kwargs, n_envs=2, n_steps=4, batch_size=4, policy_kwargs=sizes)
+        for name in {"policy.weight", "extra.weight"} & policy.network.weights.keys():
+            policy.network.weights[name][:] = 0
+        returns.append(evaluate(policy, ID, 8, **kwargs)["return"].tolist())
+        policy.learn(16)
+        assert np.isfinite(policy.network.flat.numpy()).all()
+    assert returns[0] == returns[1]
+    assert len(set(returns[0])) > 1
+
+
 def test_rules_for_recorded_routing_decide_nothing_in_the_runtime() -> None:
     model = load("language")
     demand = fit_demand(model, np.random.default_rng(0).integers(2048, size=(2, 8)))

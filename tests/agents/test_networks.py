@@ -10,6 +10,7 @@ from gymnasium import spaces
 from agents.descent import Descent
 from agents.networks import Network
 from agents.preprocessing import Moments, Preprocessor
+from agents.set_network import SetNetwork
 from cost.profile import measure_experts
 from experts import bundle
 from experts.training import TrainingSettings
@@ -59,6 +60,21 @@ def test_a_residual_policy_starts_as_the_environment_advises() -> None:
             policy_kwargs={"residual": True},
         )  # fmt: skip
     assert PPO("MlpPolicy", "CartPole-v1", policy_kwargs={"residual": True}).network.residual is None
+
+
+def test_pairs_share_their_weights_beside_one_more_choice() -> None:
+    generator, columns = np.random.default_rng(0), np.arange(10).reshape(2, 5)
+    network = SetNetwork(columns, np.array([10, 11]), (8, 8), residual=np.ones((12, 13), dtype=np.float32), extra=3)
+    network.flat[:] = torch.from_numpy(generator.standard_normal(len(network.flat)).astype(np.float32))
+    inputs, order = generator.standard_normal((6, 12)).astype(np.float32), np.array([3, 0, 4, 1, 2])
+    head, _ = network.act(inputs, NO_STATE)
+    in_torch, values, _ = network.torch_forward(network.flat, torch.from_numpy(inputs))
+    np.testing.assert_allclose(head, in_torch, atol=1e-5)
+    assert (head.shape, values.shape) == ((6, 13), (6,))
+    assert head[:, :10:2] == pytest.approx(np.repeat(inputs.sum(1)[:, None], 5, 1), abs=1e-5)  # "no" is as advised
+    other, _ = network.act(np.concatenate([inputs[:, columns[:, order].ravel()], inputs[:, 10:]], 1), NO_STATE)
+    np.testing.assert_allclose(other[:, 1:10:2], head[:, 1:10:2][:, order], atol=1e-5)
+    np.testing.assert_allclose(other[:, 10:], head[:, 10:], atol=1e-5)
 
 
 def test_a_gru_acts_as_it_learns() -> None:
