@@ -125,8 +125,10 @@ class AdaptedModel:
             k_N = wanted.flatten(0, -2)[:, layer]
         else:
             number: Any = self.own_k if wanted is None else wanted
-            number = number if isinstance(number, int) else number[layer]
-            k_N = torch.full((tokens,), number)
+            each = [number] * self.layers if isinstance(number, int) else list(number)
+            if len(each) != self.layers or not all(0 <= one <= self.num_experts for one in each):
+                raise ValueError(f"k={wanted}: a number from 0 to {self.num_experts}, or one for each of {self.layers}")
+            k_N = torch.full((tokens,), each[layer])
         if k_N.shape != (tokens,):
             raise ValueError(f"k has {tuple(k_N.shape)} numbers in layer {layer} for {tokens} tokens")
         allowed = None if self.allowed is None else self.allowed[layer].to(logits_NE.device)

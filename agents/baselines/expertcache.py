@@ -24,6 +24,7 @@ FINE = tuple(sorted({*WEIGHTS, *((low + high) / 2 for low, high in pairwise(WEIG
 FUTURES = (0.1, 0.2, 0.4)  # what gain in demand is worth, in weight
 CHANCES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 BIASES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+OF_RULES = ("split", "eviction", "fallback", "max_episode_steps")  # which they have themselves, or none
 Report = Callable[[float], object]
 
 
@@ -201,7 +202,7 @@ def baselines(
 ) -> dict[str, Any]:
     """Rules that load by weight, each with its eviction, tuned on `streams` of validation; those without a parameter:
     all, nothing, at random."""
-    kwargs = {name: value for name, value in env_kwargs.items() if name not in ("split", "eviction", "fallback")}
+    kwargs = {name: value for name, value in env_kwargs.items() if name not in OF_RULES}
     tuning = RuleTuning(kwargs, streams)
     if kwargs.get("source") == "trace":
         return _prefetching(tuning, report)
@@ -271,7 +272,7 @@ class Clairvoyant(MinimumWeight):
 def bound(env_id: str, *, streams: int = STREAMS, **env_kwargs: Any) -> LoadRule:
     """Thresholds per layer, with an eviction that sees what the model with all experts will ask for; for recorded
     routing, what is loaded in advance is known to be needed, too. It is no exact bound: other loads may be better."""
-    kwargs = {name: value for name, value in env_kwargs.items() if name not in ("split", "eviction", "fallback")}
+    kwargs = {name: value for name, value in env_kwargs.items() if name not in OF_RULES}
     tuning = RuleTuning(kwargs, streams)
     if kwargs.get("source") == "trace":
         known: Any = tuning.best([Prefetch(most, eviction="belady") for most in range(1, tuning.k + 1)])

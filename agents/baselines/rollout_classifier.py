@@ -182,6 +182,11 @@ def trained(env_id: str, seed: int, settings: RolloutSettings | None = None, **e
     drawn, count = np.random.default_rng(seed).permutation(len(of_streams)), max(1, own.streams // 6)
     stop, others = drawn[:count], drawn[count:]
     apart = others[~np.isin(of_streams[others], of_streams[stop]).any(1)][: own.streams - count]
+    if len(apart) < max(1, own.streams - count):
+        raise ValueError(
+            f"streams={own.streams}: {len(apart)} streams share no passage with the {count} that stop the training; "
+            "fewer streams, or shorter ones (passages), are needed"
+        )
     gain = env.observation_layout["gain"].slice
     price = 0 if eviction == "static" else LATER * env.price()
     parts = []

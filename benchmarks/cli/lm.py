@@ -48,7 +48,7 @@ def _train(
     setting: Annotated[
         list[str], typer.Option("--set", "-s", help="Setting as name=value, e.g. steps=1000; can be repeated.")
     ] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many characters of a domain.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use about so many characters of a domain.")] = None,
     json_file: Json = None,
 ) -> None:
     """Train a language model; the run folder gets the model, the validation curve and the monitor's logs.

@@ -20,8 +20,8 @@ from agents.baselines import expertcache as rules
 from agents.baselines.rollout_classifier import RolloutClassifier, RolloutSettings, trained
 from agents.checkpoints import MANIFEST
 from agents.deploy.expertcache import CacheControl
-from benchmarks.experiments.offload import ALL, decoded
-from benchmarks.results.statistics import mean_interval
+from benchmarks.experiments.offload import ALL, decoded, not_from_disk
+from benchmarks.results.statistics import seeds_interval
 from benchmarks.runner.kept import found_once, run_of
 from benchmarks.runner.setup import Arguments
 from cost.files import locked, sha256_of
@@ -92,16 +92,18 @@ def measure(setup: ExpertCacheSetup, seed: int, split: str, folder: Path) -> tup
     stepped = env.stepped
     chosen = np.random.default_rng(seed).permutation(len(stepped.streams))[: setup.streams]
     texts = [torch.from_numpy(stepped.passages.ids[stepped.streams[each]]) for each in chosen]
-    losses, counts, times = dict[str, float](), dict[str, Any](), dict[str, list[float]]()
+    losses, counts, times, direct = dict[str, float](), dict[str, list[float]](), dict[str, list[float]](), True
     with torch_threads(1):
         for ids in texts:  # in turns
             for name, maker in makers.items():
-                seconds, loss, read = _decoded(env, setup, name, maker, ids, folder)
+                seconds, loss, read, from_disk = _decoded(env, setup, name, maker, ids, folder)
+                direct &= from_disk
                 times.setdefault(name, []).append(seconds)
                 losses[name] = losses.get(name, 0.0) + loss / len(texts)
                 counts.setdefault(name, []).append(read)
-    loads = {name: float(np.mean([each["loads"] for each in found])) for name, found in counts.items()}
-    return {"losses": losses, "loads": loads}, {"times": {name: float(np.median(each)) for name, each in times.items()}}
+    loads = {name: float(np.mean(found)) for name, found in counts.items()}
+    medians = {name: float(np.median(each)) for name, each in times.items()}
+    return {"losses": losses, "loads": loads}, {"times": medians, "direct": direct}
 
 
 def tuned(folder: Path, streams: int, **kwargs: Any) -> dict[str, rules.LoadRule]:
@@ -137,13 +139,14 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             table.append({
                 "decided by": name, "ms a token": 1e3 * float(np.mean([each[name] for each in rows["times"]])),
                 "speed": float(speeds.mean()),
-                "95 %": list(mean_interval(speeds)) if len(speeds) > 1 else None,
+                "95 %": list(seeds_interval(speeds)) if len(speeds) > 1 else None,
                 "nats": float(nats.mean()), "loads a token": float(np.mean([each[name] for each in rows["loads"]])),
             })  # fmt: skip
     return {"tables": tables, "notes": [
         f"speed: tokens per second over those of {LRU!r}, which loads whatever is asked for. nats: change of the loss "
         "of a token to that with all experts in memory. The decision maker's own time is included; one thread, one "
         "row; medians over streams, means over seeds.",
+        *not_from_disk(frame),
     ]}  # fmt: skip
 
 
@@ -168,10 +171,11 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
 
 def _decoded(
     env: MoEExpertCacheVectorEnv, setup: ExpertCacheSetup, name: str, maker: Any, ids: torch.Tensor, folder: Path
-) -> tuple[float, float, dict[str, float]]:
-    """Seconds a token, loss, and loads a token of a decision maker on the passages `[S, T + 1]`."""
+) -> tuple[float, float, float, bool]:
+    """Seconds a token, loss, and loads a token of a decision maker on the passages `[S, T + 1]`, and whether they came
+    from the disk."""
     if name == ALL:
-        return *decoded(env.stepped.model, ids), {"loads": 0.0}
+        return *decoded(env.stepped.model, ids), 0.0, True
     model = load(setup.model)
     policy = "lru" if maker is None else CacheControl(maker, model, setup.capacity, env.stepped.demand)
     file = folder / f"experts-{model.sha256[:12]}-{setup.weights}.bin"
@@ -182,4 +186,4 @@ def _decoded(
         before = offloaded.statistics()["loads"]
         seconds, loss = decoded(model, ids)
         loads = (offloaded.statistics()["loads"] - before) / (len(ids) * (ids.shape[1] - 1))
-    return seconds, loss, {"loads": loads}
+        return seconds, loss, loads, offloaded.direct

@@ -94,7 +94,7 @@ def plot(frame: pd.DataFrame, result: dict[str, Any], out: Path) -> list[str]:
     for number, name in enumerate((SEEN, MORE, KNOWN)):
         for place, row in enumerate(rows):
             gain = row[f"{name}: gain"]
-            low, high = row[f"{name}: gain, 95 %"] or (gain, gain)
+            low, high = row[f"{name}: gain, 95 %"]
             axis.errorbar(gain, place + 0.2 * (number - 1), xerr=[[gain - low], [high - gain]], fmt="o",
                           color=f"C{number}", label=None if place else name)  # fmt: skip
     axis.axvline(0, color="grey", lw=0.8)

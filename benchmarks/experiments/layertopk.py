@@ -22,7 +22,7 @@ from agents.baselines import adak
 from agents.baselines import layertopk as rules
 from agents.baselines.layertopk import GRIDS
 from agents.deploy.layertopk import AdaptiveK
-from benchmarks.results.statistics import mean_interval
+from benchmarks.results.statistics import seeds_interval
 from benchmarks.runner.kept import run_of
 from benchmarks.runner.setup import Arguments
 from cost.timing import torch_threads
@@ -136,7 +136,7 @@ def _table(frame: pd.DataFrame, mode: str) -> list[dict[str, Any]]:
             found.append({
                 "setup": setup, "decided by": name, "experts": float(np.mean(experts)),
                 "nats": float(np.mean(nats)), "speed": float(np.mean(speeds)),
-                "95 %": list(mean_interval(np.array(speeds))) if len(speeds) > 1 else None,
+                "95 %": list(seeds_interval(np.array(speeds))) if len(speeds) > 1 else None,
                 "us a token": 1e6 * float(np.mean([each[mode][name] for each in rows["times"]])),
             })  # fmt: skip
     return found

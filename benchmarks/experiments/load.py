@@ -24,7 +24,7 @@ import pandas as pd
 
 from benchmarks.programs.sender import FAILED, HOST, Connections, Sent, request, run_loop, send_all, send_at
 from benchmarks.programs.service import Serving, predictions, service
-from benchmarks.results.statistics import mean_interval
+from benchmarks.results.statistics import seeds_interval
 from benchmarks.runner.setup import Arguments
 from experts.serving.arrivals import arrivals
 from experts.serving.export import export
@@ -234,7 +234,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         rates = rows["answered"].to_numpy(dtype=float)
         loads.append({
             "setting": setup, "answered a second": float(rates.mean()),
-            "95 %": list(mean_interval(rates)) if len(rates) > 1 else None, "in time": float(rows["in_time"].mean()),
+            "95 %": list(seeds_interval(rates)) if len(rates) > 1 else None, "in time": float(rows["in_time"].mean()),
             **{f"{name} ms": 1e3 * float(rows[name].mean()) for name in ("p50", "p95", "p99")},
             **{name: float(rows[name].mean()) for name in ("refused", "late", "errors")},
             "levels": pd.DataFrame(rows["levels"].tolist()).fillna(0).mean().to_dict(),

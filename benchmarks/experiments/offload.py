@@ -9,6 +9,7 @@ the process while it decodes 100,000 tokens. Run it on an otherwise idle machine
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -118,23 +119,30 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
         "Hit rates: means over seeds, which differ in what random draws. static keeps what other texts ask for most; "
         "belady knows the future; with bypass it need not keep what it loads, which is the most that is possible.",
         "Growth: memory of the process, its open files and threads after so many tokens (lrfu, prefetch).",
+        *not_from_disk(frame),
     ]}  # fmt: skip
+
+
+def not_from_disk(frame: pd.DataFrame) -> list[str]:
+    """A note where experts were not read from the disk in some run, whose rows say so by `direct`."""
+    some = "direct" in frame and frame["direct"].eq(False).any()
+    return ["In some runs the disk could not be read past the page cache: experts came from there."] if some else []
 
 
 def _loads(setup: OffloadSetup, seed: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     random, found, bytes_of = np.random.default_rng(seed), dict[str, dict[str, float]](), dict[str, int]()
     for name in setup.sizes:
         layer = MoELayer(*SIZES[name], num_experts=8)
-        path = folder / f"{name}.bin"
-        write(path, [layer])
         order = random.integers(8, size=setup.repeats).tolist()
         times: dict[str, float] = {}
-        for direct in (True, False):
-            with ExpertFile(path, direct) as file:
-                bytes_of[name] = file.size(0, 0)
-                kind = "disk" if file.direct else ("page cache, disk not possible" if direct else "page cache")
-                times[kind] = _median([_timed(lambda expert=expert: file.read(0, expert)) for expert in order])  # type: ignore[misc]
-        path.unlink()
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # other seeds may run beside
+            path = Path(own) / "experts.bin"
+            write(path, [layer])
+            for direct in (True, False):
+                with ExpertFile(path, direct) as file:
+                    bytes_of[name] = file.size(0, 0)
+                    kind = "disk" if file.direct else ("page cache, disk not possible" if direct else "page cache")
+                    times[kind] = _median([_timed(lambda expert=expert: file.read(0, expert)) for expert in order])  # type: ignore[misc]
         expert: Any = layer.experts[0]
         times |= {f"run, {rows} rows": _running(expert, rows, setup.repeats) for rows in ROWS}
         found[name] = times
@@ -211,7 +219,8 @@ def _decode(setup: OffloadSetup, seed: int) -> tuple[dict[str, Any], dict[str, A
     whole = {name: found for name, found in counts.items() if "prefetch" not in name}  # the others depend on timing
     rest = {name: found for name, found in counts.items() if "prefetch" in name}
     means = [{name: float(np.mean(found[name])) for name in models} for found in (losses, times)]
-    return {"losses": means[0], "counts": whole}, {"times": means[1], "prefetched": rest}
+    direct = all(pool.direct for pool in pools.values())
+    return {"losses": means[0], "counts": whole}, {"times": means[1], "prefetched": rest, "direct": direct}
 
 
 def _growth(setup: OffloadSetup, seed: int) -> list[dict[str, float]]:

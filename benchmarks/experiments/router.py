@@ -20,7 +20,7 @@ from agents import runs
 from agents.baselines.routing import Planner, RoutingProblem
 from agents.deploy.routing import RoutedMoE
 from agents.evaluate import make_rows
-from benchmarks.results.statistics import mean_interval
+from benchmarks.results.statistics import seeds_interval
 from benchmarks.runner.setup import Arguments
 from cost.files import locked
 from cost.timing import torch_threads
@@ -137,7 +137,7 @@ def _table(rows: pd.DataFrame, size: int) -> list[dict[str, Any]]:
             "ms": 1e3 * whole, "of that the router": 1e3 * router,
             "time / top-2": float(ratio[name].mean()), "return": float(returns[name].mean()),
             "PPO's minus this": float(more.mean()),
-            "95 %": list(mean_interval(more)) if len(more) > 1 and name != PPO else None,
+            "95 %": list(seeds_interval(more)) if len(more) > 1 and name != PPO else None,
             "pays from, ms": 1e3 * router / saved if saved > 0 and router > 0 else None,
         })  # fmt: skip
     return found

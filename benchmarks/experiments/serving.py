@@ -24,7 +24,7 @@ from agents.evaluate import evaluate
 from benchmarks.programs.sender import HOST, Sent, run_loop, send_all, send_at
 from benchmarks.programs.service import Serving, counted, predictions, service
 from benchmarks.programs.tuning import VARYING, http_seconds
-from benchmarks.results.statistics import mean_interval
+from benchmarks.results.statistics import seeds_interval
 from benchmarks.runner.kept import found_once, run_of
 from benchmarks.runner.setup import Arguments
 from cost.files import sha256_of
@@ -234,7 +234,7 @@ def score(frame: pd.DataFrame) -> dict[str, Any]:
             returns = np.array([each["return"] for each in served])
             table.append({
                 "controller": name, "return": float(returns.mean()),
-                "95 %": list(mean_interval(returns)) if len(returns) > 1 else None,
+                "95 %": list(seeds_interval(returns)) if len(returns) > 1 else None,
                 **{key: float(np.mean([each[key] for each in served])) for key in SHOWN},
                 "p95 ms": _said({name: f"{1e3 * each:.0f}" for name, each in _means(served, "p95").items()}),
                 "levels": _said({name: f"{each:.0%}" for name, each in _means(served, "levels").items()}),

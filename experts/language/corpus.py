@@ -44,13 +44,14 @@ class Corpus:
 
 
 def read(folder: Path | str, limit: int | None = None) -> Corpus:
-    """The corpus of a folder, of at most `limit` characters a domain in all splits together.
+    """The corpus of a folder, of about `limit` characters a domain in all splits together. Folders whose names begin
+    with "." are no domains.
 
     Raises `DataError` where there is no domain, or one has no document in one of the splits.
     """
     root = Path(folder)
     try:
-        folders = sorted(each for each in root.iterdir() if each.is_dir()) if root.is_dir() else []
+        folders = sorted(each for each in root.glob("[!.]*") if each.is_dir())
     except OSError as error:
         raise DataError(f"{str(root)[:80]} is no folder of text files: {error.strerror}") from error
     if not folders:
@@ -58,6 +59,8 @@ def read(folder: Path | str, limit: int | None = None) -> Corpus:
     documents: dict[str, dict[str, tuple[str, ...]]] = {split: {} for split in SPLITS}
     for domain in folders:
         for split, found in _split(_documents(domain), limit).items():
+            if not found and limit is not None:
+                raise DataError(f"limit={limit}: so few characters of {domain} have no document in the split {split!r}")
             if not found:
                 raise DataError(
                     f"{domain} has too few documents: none is in the split {split!r}. About 50 text files of "

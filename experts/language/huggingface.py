@@ -10,7 +10,8 @@ import torch
 
 from cost.files import replacing
 from experts.data import DataError
-from experts.language.model import LanguageModel
+from experts.language import tokens
+from experts.language.model import LanguageModel, require_sound
 from experts.language.tokens import END
 from experts.language.transformer import ModelSettings, Transformer
 
@@ -31,7 +32,9 @@ def save_huggingface(model: LanguageModel, folder: Path | str) -> Path:
     with_end: Any = PreTrainedTokenizerFast
 
     made = Qwen3MoeForCausalLM(_config(model.settings))
-    made.load_state_dict(_to_qwen(model.network), strict=False)
+    absent, foreign = made.load_state_dict(_to_qwen(model.network), strict=False)
+    if foreign or set(absent) != {"lm_head.weight"}:  # which is the embedding
+        raise ImportError("this version of transformers names weights otherwise: pip install 'moe-envs[hf]'")
     target = Path(folder)
     with replacing(target) as new:
         made.save_pretrained(new)
@@ -43,9 +46,10 @@ def load_huggingface(folder: Path | str) -> LanguageModel:
     """Our model from what `save_huggingface` wrote; raises `DataError` for a Qwen3-MoE model of another form."""
     from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
+    local: dict[str, Any] = {"local_files_only": True}  # never from the network
     try:
-        source: Any = Qwen3MoeForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        source: Any = Qwen3MoeForCausalLM.from_pretrained(folder, use_safetensors=True, **local)
+        tokenizer = tokens.load(AutoTokenizer.from_pretrained(folder, **local).backend_tokenizer.to_str())
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no Qwen3-MoE model: {error}") from error
     config = source.config
@@ -59,8 +63,10 @@ def load_huggingface(folder: Path | str) -> LanguageModel:
     theirs, wanted = config.to_dict() | loading, _config(settings).to_dict() | loading
     if other := sorted(name for name in theirs | wanted if theirs.get(name) != wanted.get(name)):
         raise DataError(f"{folder} is not of `save_huggingface`: it differs in {', '.join(other)}")
-    network = Transformer(settings)
+    with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
+        network = Transformer(settings)
     network.load_state_dict(_from_qwen(source.state_dict(), settings))
+    require_sound(network, Path(folder))
     return LanguageModel(network.eval().requires_grad_(False), tokenizer, {"source": str(folder)})
 
 

@@ -72,7 +72,7 @@ class LanguageModel:
     @torch.inference_mode()
     def loss(self, ids: Any, k: Experts | None = None) -> torch.Tensor:
         """Negative log-likelihood in nats of each token after the first, `[B, T - 1]`, of ids `[B, T]` or `[T]`."""
-        given = torch.as_tensor(np.asarray(ids), dtype=torch.int64, device=self.network.embedding.weight.device)
+        given = self._given(ids)
         rows = given if given.ndim == 2 else given[None]
         if rows.shape[1] < 2:
             raise ValueError(f"{rows.shape[1]} tokens: a loss needs at least two")
@@ -83,15 +83,18 @@ class LanguageModel:
     @torch.inference_mode()
     def streams(self, ids: Any) -> torch.Tensor:
         """What the last norm returns after each token of ids `[T]`, `[T, D]`; the embedding makes logits of it."""
-        return self.network(torch.as_tensor(np.asarray(ids), dtype=torch.int64)[None]).streams[0]
+        return self.network(self._given(ids)[None]).streams[0]
 
     @torch.inference_mode()
     def divergence(self, ids: Any, k: Experts) -> torch.Tensor:
         """Kullback-Leibler divergence in nats `[B, T]` of what k experts predict after each token of ids `[B, T]` from
         what the model's own number predicts."""
-        given = torch.as_tensor(np.asarray(ids), dtype=torch.int64, device=self.network.embedding.weight.device)
+        given = self._given(ids)
         aim, found = (self.network(given, each).logits.float().log_softmax(-1) for each in (None, k))
         return F.kl_div(found, aim, reduction="none", log_target=True).sum(-1)
+
+    def _given(self, ids: Any) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(ids), dtype=torch.int64, device=self.network.embedding.weight.device)
 
     def bits_per_byte(self, text: str, k: Experts | None = None) -> float:
         """Bits that the model needs for a byte of a text, beginning with nothing known."""
@@ -128,20 +131,20 @@ class LanguageModel:
         cache, last = self.network.cache(len(given)), []
         for row, ids in enumerate(given):  # prompts of different lengths: one after the other
             one = self.network.cache(1, size=len(ids))
-            last.append(self.network(torch.tensor([ids]), k, one).logits[0, -1])
+            last.append(self.network(self._given([ids]), k, one).logits[0, -1])
             cache.keys[:, row, :, : len(ids)], cache.values[:, row, :, : len(ids)] = one.keys[:, 0], one.values[:, 0]
             cache.lengths[row] = len(ids)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         logits, found = torch.stack(last), [list[int]() for _ in given]
         running = torch.ones(len(given), dtype=torch.bool)
-        for _ in range(tokens):
-            chosen = sampled(logits.float(), temperature, top_p, generator)
+        for step in range(tokens):
+            chosen = sampled(logits.float().cpu(), temperature, top_p, generator)
             running &= chosen != 0
             for row in running.nonzero()[:, 0].tolist():
                 found[row].append(int(chosen[row]))
-            if not running.any():
+            if step == tokens - 1 or not running.any():
                 break
-            logits = self.network(chosen[:, None], k, cache).logits[:, -1]
+            logits = self.network(self._given(chosen[:, None]), k, cache).logits[:, -1]
         texts = [self.decode(each) for each in found]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -197,6 +200,9 @@ def load(name_or_path: Path | str) -> LanguageModel:
             raise DataError(f"{path / METADATA} is of another format than {FORMAT}")
         settings = TypeAdapter(ModelSettings).validate_python(metadata.pop("settings"))
         metadata.pop("weights")
+        of_experts = settings.layers * settings.num_experts * settings.d_ff
+        if (settings.vocabulary + of_experts) * settings.d_model > len(raw[WEIGHTS]):  # before memory is taken for it
+            raise RuntimeError("the settings are those of a larger model")
         with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
             network = Transformer(settings)
         shapes = {name: value.shape for name, value in network.state_dict().items()}
@@ -207,10 +213,15 @@ def load(name_or_path: Path | str) -> LanguageModel:
         raise DataError(f"{path / METADATA} is not that of a language model: {one_line(error)}") from error
     except (RuntimeError, SafetensorError) as error:
         raise DataError(f"{path / WEIGHTS} does not fit its settings: {one_line(error)}") from error
-    if not all(bool((value.abs() < MOST).all()) for value in network.state_dict().values()):  # False for NaN
-        raise DataError(f"{path / WEIGHTS} has weights that are not finite, or above {MOST:g}")
+    require_sound(network, path / WEIGHTS)
     tokenizer = tokens.load(raw[TOKENIZER].decode("utf-8", errors="replace"))
     return LanguageModel(network.eval().requires_grad_(False), tokenizer, metadata)
+
+
+def require_sound(network: Transformer, where: Path) -> None:
+    """Raise `DataError` for weights that cannot be run."""
+    if not all(bool((value.abs() < MOST).all()) for value in network.state_dict().values()):  # False for NaN
+        raise DataError(f"{where} has weights that are not finite, or above {MOST:g}")
 
 
 def _packed(weight: torch.Tensor, weights: Weights) -> torch.Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
@@ -39,6 +40,7 @@ from cost.files import (
     write_text,
 )
 from cost.machine import fingerprint, source_commit
+from cost.meters import require_device
 from cost.monitor import Monitor
 from cost.timing import torch_threads
 from experts.data import DataError
@@ -102,8 +104,7 @@ def train(
     `DataError` for text that is no corpus and `ValueError` for a folder that holds a run.
     """
     target, size, own = Path(folder), model or ModelSettings(), settings or PretrainingSettings()
-    if (target / RUN).exists():
-        raise ValueError(f"{target} holds a run: resume it, or choose another folder")
+    require_device(own.device)
     text = corpora.read(data, limit)
     made = tokenizer or tokens.train(text, size.vocabulary)
     about = {
@@ -113,9 +114,12 @@ def train(
         "tokenizer": sha256_of(made.to_str().encode()),
     }  # fmt: skip
     with alone(target, ValueError):
+        if (target / RUN).exists():
+            raise ValueError(f"{target} holds a run: resume it, or choose another folder")
+        begun = _Pretraining(target, about, text, made, report)
         write_text(target / TOKENIZER, made.to_str())
         save_json(target / RUN, about)
-        return _Pretraining(target, about, text, made, report).run()
+        return begun.run()
 
 
 def resume(folder: Path | str, report: Report = lambda share, line: None) -> LanguageModel:
@@ -132,9 +136,10 @@ def resume(folder: Path | str, report: Report = lambda share, line: None) -> Lan
             text = corpora.read(data, limit)
             if text.sha256 != about["corpus"]:
                 raise DataError(f"{data} has changed since the run began: put the corpus back, or begin a new run")
-            return _Pretraining(target, about, text, tokens.load(raw.decode()), report).run()
+            begun = _Pretraining(target, about, text, tokens.load(raw.decode()), report)
         except (KeyError, TypeError, ValidationError) as error:
             raise DataError(f"{target / RUN} is not that of a training: {one_line(error)}") from error
+        return begun.run()
 
 
 class _Pretraining:
@@ -148,6 +153,8 @@ class _Pretraining:
         self.size: ModelSettings = TypeAdapter(ModelSettings).validate_python(about["model"])
         self.save_every, self.validate_every = int(about["save_every"]), int(about["validate_every"])
         self.device = torch.device(self.settings.device)
+        if taken := sorted({"step", "seconds", "train", "validation", "validation k=1"} & set(text.domains)):
+            raise DataError(f"{taken[0]!r} is a column of {CURVE}: give this domain's folder another name")
         every = [tokens.encoded(tokenizer, text.documents["train"][domain]) for domain in text.domains]
         self.windows = Windows(np.concatenate(every), self.size.context, self.settings.seed)
         self.validation = {
@@ -268,8 +275,7 @@ class _Pretraining:
         said = json.dumps({"run": self._digest(), "step": self.step, "seconds": self.seconds, "curve": self.curve})
         write_bytes(self.folder / CHECKPOINT, to_bytes(arrays, sealed(arrays, said)))
         if self.curve:
-            lines = [",".join(self.curve[0]), *(",".join(f"{value:g}" for value in row.values()) for row in self.curve)]
-            write_text(self.folder / CURVE, "\n".join(lines) + "\n")
+            write_text(self.folder / CURVE, pd.DataFrame(self.curve).to_csv(index=False, float_format="%g"))
 
     def _digest(self) -> str:
         """SHA-256 of what the run was begun with."""

@@ -16,6 +16,7 @@ from experts.language.model import SHIPPED, LanguageModel, load
 from experts.language.pretraining import PretrainingSettings
 from experts.language.transformer import ModelSettings
 from experts.offload import loads
+from experts.serving import served, timing
 
 NAME = "language"
 MODEL = ModelSettings(d_model=192, heads=6)
@@ -59,4 +60,5 @@ def ship(model: LanguageModel, data: Path, folder: Path) -> LanguageModel:
     found = load(folder)
     profiles.measure_language(found).save(folder / PROFILE)
     loads.measure_loads(found, found.settings.k).save(folder / profiles.LOADS)
+    timing.measure_service(served.load(folder)).save(folder / timing.FILE)
     return found

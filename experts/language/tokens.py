@@ -33,6 +33,7 @@ def train(corpus: Corpus, vocabulary: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(_texts(corpus), trainer)
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -47,6 +48,7 @@ def load(text: str) -> Tokenizer:
         raise DataError(f"this is no tokenizer: {error}") from error
     if found.token_to_id(END) != 0:
         raise DataError(f"this tokenizer has no token {END} as its first")
+    found.encode_special_tokens = True  # END within a text is text
     return found
 
 

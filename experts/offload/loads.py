@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from cost import profile as profiles
 from cost.energy import JOULES_PER_WEIGHT_BYTE
 from cost.operations import Operation
 from cost.profile import Profile
+from experts import zoo
 from experts.language.model import LanguageModel
 from experts.offload.pool import ExpertPool
 from experts.offload.store import ExpertFile, Weights, write
 
+log = logging.getLogger("moe_envs")
 # Simulated: seconds until an answer begins, bytes a second. Orders of magnitude of such devices, not measurements.
 SLOW = {
     "simulated disk": (1e-4, 2e9),
@@ -43,8 +46,12 @@ def load_costs(storage: Operation | tuple[float, float], size: int, most: int) -
 
 def measure_loads(model: LanguageModel, most: int, progress: bool = False) -> Profile:
     """Measure loads of 1 to `most` experts of a layer at once, in each precision, by a pool that holds no more than
-    these; past the page cache where the file system offers that."""
-    with tempfile.TemporaryDirectory(prefix="moe-loads-") as folder, _pools(model, Path(folder), most) as pools:
+    these, from the disk of the user's cache; past the page cache, where the file system offers that."""
+    (place := zoo.cache_folder()).mkdir(parents=True, exist_ok=True)
+    folder = tempfile.TemporaryDirectory(prefix="moe-loads-", dir=place)
+    with folder as name, _pools(model, Path(name), most) as pools:
+        if not all(pool.file.direct for pool in pools.values()):
+            log.warning("%s cannot be read past the page cache: loads are measured from memory", place)
         works = {f"load {weights}": _loads(pool) for weights, pool in pools.items()}
         return profiles.measure(works, sizes=range(1, most + 1), progress=progress)
 

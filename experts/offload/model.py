@@ -72,6 +72,7 @@ class OffloadedModel:
             raise ValueError(f"prefetch={prefetch!r} is not one of {', '.join(map(repr, PREFETCH))}")
         if isinstance(policy, str):
             make(policy, 1, 1)
+        _require_whole(model)
         each = _expert_size(model, weights)
         fitting(memory, each)  # all is checked before the model is changed
         if isinstance(prefetch, Probable) and (shape := _shape(model)) != (prefetch.layers, prefetch.experts):
@@ -87,10 +88,7 @@ class OffloadedModel:
         with ExitStack() as opening:
             if file is None:
                 file = Path(opening.enter_context(tempfile.TemporaryDirectory(prefix="moe-experts-"))) / "experts.bin"
-            if not Path(file).exists():
-                write(file, self.layers, weights)
-            opened = opening.enter_context(ExpertFile(file, direct))
-            _require_fitting(opened, self.layers, weights)
+            opened = opening.enter_context(_opened(Path(file), self.layers, weights, direct))
             self.pool = ExpertPool(opened, memory, "lru" if isinstance(policy, Control) else policy)
             opening.callback(self.pool.close)
             self.pool.fill((layer, expert) for layer, experts in enumerate(first) for expert in sorted(experts))
@@ -166,9 +164,10 @@ class OffloadedModel:
             fewest = int(routing.members.sum(1).min()) if len(routing.members) else 0
             wanted_TK = routing.weights.detach().topk(fewest, dim=-1).indices.cpu().numpy()
             self.pool.prefetch(*self.prefetch.ahead(number, wanted_TK, self.pool.resident))
-        elif self.prefetch and number + 1 < len(self.layers):
-            self.pool.prefetch(number + 1, self._last.get(number + 1, []))
-        self._last[number] = routing.members[-1].nonzero()[:, 0].tolist() if len(routing.members) else []
+        elif self.prefetch:
+            if number + 1 < len(self.layers):
+                self.pool.prefetch(number + 1, self._last.get(number + 1, []))
+            self._last[number] = routing.members[-1].nonzero()[:, 0].tolist() if len(routing.members) else []
 
 
 class _Offloaded(nn.Module):
@@ -198,6 +197,12 @@ def rounded_copy(model: LanguageModel, weights: Weights) -> LanguageModel:
     return LanguageModel(network, model.tokenizer, model.metadata)
 
 
+def _require_whole(model: LanguageModel | AdaptedModel) -> None:
+    network = model.network if isinstance(model, LanguageModel) else model.model
+    if any(isinstance(each, _Offloaded) for each in network.modules()):
+        raise ValueError("the experts of this model are offloaded already: load the model anew")
+
+
 def _layers(model: LanguageModel | AdaptedModel) -> list[MoELayer]:
     if isinstance(model, AdaptedModel):
         return model.replaced or model.replace()
@@ -221,6 +226,17 @@ def _shape(model: LanguageModel | AdaptedModel) -> tuple[int, int]:
     return len(model.replaced or model.blocks), int(model.num_experts)
 
 
-def _require_fitting(file: ExpertFile, layers: list[MoELayer], weights: Weights) -> None:
-    if (file.header.source, file.header.weights) != (source_of(layers), weights):
-        raise OffloadError(f"{file.path} holds other experts, or not in {weights}: delete it, or name another file")
+def _opened(path: Path, layers: list[MoELayer], weights: Weights, direct: bool) -> ExpertFile:
+    """The file of these experts, which is written unless it is there."""
+    if not path.exists():
+        write(path, layers, weights)
+        return ExpertFile(path, direct)
+    file = ExpertFile(path, direct)
+    try:
+        if (file.header.source, file.header.weights) != (source_of(layers), weights):
+            raise OffloadError(f"{path} holds other experts, or not in {weights}: delete it, or name another file")
+        file.check(layers)
+    except BaseException:
+        file.close()
+        raise
+    return file

@@ -91,7 +91,7 @@ class ExpertPool:
         keys, begun = [(layer, expert) for expert in experts], time.perf_counter()
         with self._lock:
             self._require_open()
-            found = self._request(keys, tokens)
+            found = self._request(layer, keys, tokens)
         self._settle(found.values())
         with self._lock:
             self.counts.wait_s += time.perf_counter() - begun
@@ -113,7 +113,7 @@ class ExpertPool:
         self, layer: int, experts: Iterable[int], stay: Container[int], requests: int, tokens: int = 0
     ) -> dict[int, torch.Tensor]:
         """The bytes of experts of a layer, and from now on only those that `stay` are in memory, whatever the rule;
-        `requests` is how many were asked for. Raises `ValueError`, and changes nothing, where more stay than fit."""
+        `requests` is how many were asked for. Raises `ValueError` where more stay than fit."""
         keys, begun = [(layer, expert) for expert in experts], time.perf_counter()
         with self._lock:
             self._require_open()
@@ -179,13 +179,13 @@ class ExpertPool:
         except CancelledError:
             raise OffloadError(f"{self.file.path} was closed") from None
 
-    def _request(self, keys: list[Key], tokens: int) -> dict[Key, Future[torch.Tensor]]:
+    def _request(self, layer: int, keys: list[Key], tokens: int) -> dict[Key, Future[torch.Tensor]]:
         """Loads begun or found, of those that fit."""
         counts = self.counts
         self._forget_failed(keys)
         counts.events, counts.tokens = counts.events + 1, counts.tokens + tokens
         counts.requests += len(keys)
-        self.rule.begin(keys[0][0] if keys else 0)
+        self.rule.begin(layer)
         there = [key for key in keys if key in self._there]
         missing = [key for key in keys if key not in self._there]
         for key in reversed(there):

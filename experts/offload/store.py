@@ -162,11 +162,13 @@ class ExpertFile:
         size = _bytes(first, own.weights)
         return _unpacked(raw[:size], first, own.weights), _unpacked(raw[size:], second, own.weights)
 
-    def check(self) -> None:
-        """Read all experts and compare their SHA-256."""
+    def check(self, layers: Sequence[MoELayer] = ()) -> None:
+        """Read all experts and compare their SHA-256, also with that of the experts of layers that are given."""
+        known = [sha256_of(_packed(each, self.header.weights)) for layer in layers for each in layer.experts]
         for number, about in enumerate(self.header.experts):
             layer, expert = divmod(number, self.header.num_experts)
-            if sha256_of(self.read(layer, expert).numpy().tobytes()) != about.sha256:
+            found = sha256_of(self.read(layer, expert).numpy().tobytes())
+            if {found, about.sha256, *known[number : number + 1]} != {found}:
                 raise OffloadError(f"{self.path} is damaged in expert {expert} of layer {layer}: write it anew")
 
     def _expert(self, layer: int, expert: int) -> _Expert:

@@ -69,6 +69,8 @@ def read(path: Path | str) -> Trace:
             raise ValueError(f"{len(sizes)} sizes for {layers} layers, {len(frame)} rows")
         if not (frame["expert"].between(0, experts - 1) & frame["layer"].between(0, layers - 1)).all():
             raise ValueError("an expert or a layer is out of range")
+        if frame.duplicated(["turn", "phase", "step", "layer", "expert"]).any():
+            raise ValueError("an expert stands twice in a layer of a token")
     except (ValueError, KeyError, IndexError) as error:
         raise DataError(f"{path} is no trace of routing: {one_line(error)}") from error
     keys = frame[["turn", "phase", "step", "layer"]].to_numpy()

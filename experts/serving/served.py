@@ -220,7 +220,8 @@ def of_language(name: str | Path) -> Texts:
         examples = passages.load(folder, "validation").ids
     else:
         examples = np.random.default_rng(0).integers(model.settings.vocabulary, size=(SIZES[-1], TOKENS + 1))
-    return Texts(model, examples, {"kind": "language", "name": Path(name).name, "sha256": model.sha256})
+    about = {"kind": "language", "name": Path(name).name, "sha256": model.sha256}
+    return Texts(model, examples[:, : model.settings.context], about)
 
 
 def measure(served: Served, sizes: Sequence[int] = SIZES, repeats: int = REPEATS) -> Service:

@@ -114,7 +114,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
 
         stepped, running = self.stepped, self._token < self.tokens
         rows = running.nonzero()[0]
-        layer, token = self._layer[rows], self._token[rows]
+        layer = self._layer[rows]
         logits, resident = self._logits[rows], self._resident[rows, layer]
         wanted = self._wanted[rows]
         missing = ~picked(resident, wanted)
@@ -131,7 +131,7 @@ class MoEExpertCacheVectorEnv(MemoryEnv):
         self._hidden[rows] = stream
         ran, loaded = np.zeros((2, *resident.shape), dtype=np.bool_)
         ran[each, experts], loaded[each, wanted] = weights > 0, load
-        self._history[rows, token, layer] = self._pictured(resident, ran, loaded)
+        self._note(rows, resident, ran, loaded)
         self._resident[rows, layer] = staying(
             available, self._chosen(rows, layer, self._demand[rows], actions), self.capacity
         )

@@ -68,7 +68,8 @@ class MemoryEnv(BatchedEnv):
         empty = Requests.empty(*shape)
         self._uses, self._last, self._asked = empty.uses, empty.last, empty.tokens
         self._lately = np.zeros(n, dtype=np.float32)
-        self._history = np.zeros((n, self.tokens, self.layers, self.experts), dtype=np.uint8)
+        shown = n if n == 1 else 0  # of many rows there is no picture
+        self._history = np.zeros((shown, self.tokens, self.layers, self.experts), dtype=np.uint8)
         self._first = np.zeros(shape[1:], dtype=np.bool_)
         np.put_along_axis(self._first, self.stepped.demand.most(self.capacity), True, axis=1)
 
@@ -94,7 +95,7 @@ class MemoryEnv(BatchedEnv):
         self.stream[rows] = drawn if self._next is None else self._next[rows]
         for counts in (self._token, self._layer, self._loaded, self._missed, self._lately):
             counts[rows] = 0
-        self._history[rows] = 0
+        self._history[:] = 0
         self._resident[rows] = self._first
         self._requests.forget(rows)
         self._enter(rows)
@@ -150,9 +151,11 @@ class MemoryEnv(BatchedEnv):
         observation[self._token >= self.tokens] = 0
         return observation
 
-    def _pictured(self, resident: np.ndarray, ran: np.ndarray, loaded: np.ndarray) -> np.ndarray:
+    def _note(self, rows: np.ndarray, resident: np.ndarray, ran: np.ndarray, loaded: np.ndarray) -> None:
+        """For the picture: which experts `[m, E]` of the present layers are in memory, ran, and are loaded."""
         from moe_envs.expertcache.picture import ABSENT, LOADED, RESIDENT, USED
 
-        found = np.where(resident, RESIDENT, ABSENT).astype(np.uint8)
-        found[ran], found[loaded] = USED, LOADED
-        return found
+        if len(self._history):
+            found = np.where(resident, RESIDENT, ABSENT).astype(np.uint8)
+            found[ran], found[loaded] = USED, LOADED
+            self._history[rows, self._token[rows], self._layer[rows]] = found

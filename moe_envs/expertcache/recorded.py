@@ -29,7 +29,7 @@ OVERLAPPING = 8  # streams of rl_train begin each eighth of a stream; others do 
 # Advice: load in advance where the chance is above the share of its time that is not hidden, and in these bounds; SURE
 # times the difference is a logit.
 LEAST, SURE = (0.02, 0.95), 10.0
-FIRST = 1e9  # the score by which what was just loaded stays, less its place
+FIRST = 2.0**23  # the score by which what was just loaded stays, less its place: whole numbers are exact there
 
 
 class MoEExpertPrefetchVectorEnv(MemoryEnv):
@@ -117,7 +117,7 @@ class MoEExpertPrefetchVectorEnv(MemoryEnv):
         wanted = marked((len(rows), self.experts), found.streams[self.stream[rows], token, layer])
         resident = self._resident[rows, layer]
         missing = wanted & ~resident
-        self._history[rows, token, layer] = self._pictured(resident, wanted, missing)
+        self._note(rows, resident, wanted, missing)
         candidates, there = self._candidates(rows)  # as they were observed
         scores = self._chosen(rows, layer, self._demand[rows, layer], actions)
         self._resident[rows, layer] = staying(resident | missing, scores, self.capacity)

@@ -87,6 +87,13 @@ def test_rules_for_recorded_routing() -> None:
     assert returns["nothing in advance, predicted"] > returns["nothing in advance, static"] > returns["at random"]
 
 
+def test_rules_are_tuned_on_whole_episodes() -> None:
+    whole, cut = (bound(ID, streams=2, **SMALL, **more) for more in ({}, {"max_episode_steps": 3}))
+    assert isinstance(whole, MinimumWeight)
+    assert isinstance(cut, MinimumWeight)
+    assert whole.key == cut.key
+
+
 def test_what_rules_load_in_advance() -> None:
     env: Any = MoEExpertCacheVectorEnv(6, source="trace", capacity=2, **SMALL)
     env.reset(seed=0)

@@ -1,6 +1,7 @@
 """Rollout classification: what a choice is worth, played again by hand, and what is learned from it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,9 +110,10 @@ def test_it_repeats_and_is_saved_and_decides_in_the_runtime(tmp_path: Path) -> N
         ({"source": "trace"}, "choices are taken both ways with a model"),
         ({"eviction": "learned"}, "eviction='learned' is not one of 'predicted'"),
         ({"eviction": "belady"}, "eviction='belady' is not one of 'predicted'"),
+        ({"passages": 1000, "tokens": 2}, "share no passage with the 1 that stop the training"),
     ],
 )
-def test_what_cannot_be_taken_both_ways_is_told(kwargs: dict[str, str], message: str) -> None:
+def test_what_cannot_be_taken_both_ways_is_told(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trained(ID, 0, SMALL, **kwargs)
 

@@ -51,6 +51,13 @@ def test_what_is_no_corpus_is_told(tmp_path: Path, domains: dict[str, int], mess
         corpus.read(folder_of(tmp_path, domains))
 
 
+def test_hidden_folders_are_no_domains_and_a_limit_that_is_too_low_is_told(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {"one": 100, ".git": 100})
+    assert corpus.read(folder).domains == ("one",)
+    with pytest.raises(DataError, match="limit=900: so few characters of "):
+        corpus.read(folder, limit=900)
+
+
 def test_damaged_metadata_are_named(tmp_path: Path) -> None:
     folder_of(tmp_path, {"one": 100})
     (tmp_path / corpus.ABOUT).write_text("[1]")

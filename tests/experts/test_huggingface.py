@@ -77,6 +77,9 @@ def test_each_token_gets_the_experts_it_is_given(model: Any, ids: torch.Tensor) 
     assert found[1].members.sum(-1).tolist() == [2] * 18
     with pytest.raises(ValueError, match="for 18 tokens"), adapted.choosing(torch.ones(2, 5, 2)):
         model(ids)
+    for wrong in (-1, 99, [2], [2, 2, 2]):
+        with pytest.raises(ValueError, match="a number from 0 to 6, or one for each of 2"), adapted.choosing(wrong):
+            model(ids)
 
 
 def test_with_the_models_cache_a_policy_decides_token_by_token(model: Any, ids: torch.Tensor) -> None:

@@ -1,11 +1,13 @@
 """A language model: text in and out, losses of windows, files."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from cost.files import sums_of, write_bytes
 from experts import language
 from experts.data import DataError
 from experts.language import corpus, tokens
@@ -34,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 def test_any_text_is_encoded(model: LanguageModel) -> None:
-    for text in (TEXT, "\x00\t\r\n", "日本", "def f(x):\n\treturn x"):
+    for text in (TEXT, "\x00\t\r\n", "日本", "def f(x):\n\treturn x", f"a{tokens.END}b"):
         assert model.decode(model.encode(text)) == text
     assert model.encode("") == []
     assert len(model.encode("some words")) < len("some words")
@@ -96,6 +98,14 @@ def test_damage_is_named(model: LanguageModel, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"SHA|SHA256SUMS"):
             language.load(folder)
         (folder / name).write_bytes(raw)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["settings"]["d_model"] *= 2**10
+    raw = json.dumps(metadata).encode()
+    write_bytes(folder / "metadata.json", raw)
+    kept = {name: (folder / name).read_bytes() for name in ("model.safetensors", "tokenizer.json")}
+    write_bytes(folder / SUMS, sums_of({"metadata.json": raw, **kept}))
+    with pytest.raises(DataError, match="the settings are those of a larger model"):
+        language.load(folder)
     with pytest.raises(DataError, match="no language model"):
         language.load(tmp_path / "nothing")
     with pytest.raises(DataError, match="no tokenizer"):

@@ -19,7 +19,8 @@ from agents.deploy.expertcache import fit_next_layer
 from experts.data import DataError
 from experts.language import LanguageModel
 from experts.language.transformer import ModelSettings, Transformer
-from experts.offload import ExpertFile, OffloadedModel, OffloadError, Probable, Trace, replay, traces
+from experts.layers import MoELayer
+from experts.offload import ExpertFile, OffloadedModel, OffloadError, Probable, Trace, replay, store, traces
 from experts.offload.eviction import ARC, LFU, LRU, RULES, SIEVE, AllKept, Eviction, Static, make
 from experts.offload.pool import ExpertPool
 from experts.offload.store import write
@@ -259,6 +260,7 @@ def test_recorded_traces_are_read(tmp_path: Path) -> None:
         TRACE.replace(",7,", ",8,"),
         TRACE.replace("n_layer=2", "n_layer=3"),
         TRACE[: TRACE.index("0,0,0,0,0")],
+        TRACE + TRACE.strip().rpartition("\n")[2] + "\n",
         "",
     ):
         path.write_text(wrong)
@@ -407,7 +409,7 @@ def test_packed_experts_are_smaller_and_close(
 @pytest.fixture
 def file(model: LanguageModel, tmp_path: Path) -> Path:
     path = tmp_path / "experts.bin"
-    write(path, [block.moe for block in model.network.blocks])  # type: ignore[union-attr, misc]
+    write(path, _layers(model))
     return path
 
 
@@ -469,6 +471,39 @@ def test_a_file_that_is_none_is_told(model: LanguageModel, file: Path, tmp_path:
         OffloadedModel(model, memory=10**6, policy="best")
     with pytest.raises(ValueError, match="prefetch='all'"):
         OffloadedModel(model, memory=10**6, prefetch="all")
+
+
+def test_a_file_with_weights_of_others_is_refused(
+    model: LanguageModel, file: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = model.network(ids).logits
+    source, blocks = store.source_of(_layers(model)), _layers(_other())
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "source_of", lambda layers: source)  # it says that it holds the model's
+        write(file.parent / "other.bin", blocks)
+    with pytest.raises(OffloadError, match="is damaged in expert 0 of layer 0"):
+        OffloadedModel(model, memory=10**6, file=file.parent / "other.bin")
+    torch.testing.assert_close(model.network(ids).logits, wanted)
+    with OffloadedModel(model, memory=10**6, file=file):
+        torch.testing.assert_close(model.network(ids).logits, wanted)
+        with pytest.raises(ValueError, match="offloaded already: load the model anew"):
+            OffloadedModel(model, memory=10**6, file=file)
+
+
+def test_a_layer_that_asks_for_nothing_keeps_its_place(file: Path) -> None:
+    with ExpertFile(file) as opened:
+        pool = ExpertPool(opened, 4 * EACH)
+        for _ in range(3):
+            for layer, experts in enumerate(([1], [], [2])):
+                pool.take(layer, experts)
+        assert (pool.rule.passed, pool.rule.layer) == (2, 2)
+        with pytest.raises(ValueError, match="5 experts are to stay, 4 fit"):
+            pool.exchange(1, [0, 1, 2], {0, 1, 2}, 3)
+        pool.close()
+
+
+def _layers(model: LanguageModel) -> list[MoELayer]:
+    return [block.moe for block in model.network.blocks]  # type: ignore[union-attr, misc]
 
 
 def _other() -> LanguageModel:

@@ -122,6 +122,9 @@ def test_an_interrupted_rebuild_goes_on_and_a_finished_one_begins_anew(
     built = reference.build(tmp_path / "model", **sizes, report=lambda share, line: shares.append(share))
     assert shares[-1] == 1
     assert language.load(tmp_path / "model").sha256 == built.sha256
+    assert {each.name for each in (tmp_path / "model").iterdir()} == {
+        each.name for each in language.find("language").iterdir()
+    }
     env = MoELayerTopKVectorEnv(2, model=str(tmp_path / "model"), tokens=8)
     assert env.stepped.layers == SIZE.layers
     assert not list((tmp_path / "cache").rglob(pretraining.RUN))
@@ -161,6 +164,26 @@ def test_a_run_that_is_there_is_not_overwritten_and_damage_is_named(data: Path, 
     assert about["corpus"] == json.loads((folder / "model" / "metadata.json").read_text())["corpus"]
     with pytest.raises(DataError, match="cannot be read"):
         pretraining.resume(tmp_path / "nothing")
+
+
+def test_a_training_that_cannot_begin_leaves_no_run(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device"):
+        run(data, tmp_path / "run", replace(SETTINGS, device="gpu"))
+    few = folder_of(tmp_path / "few", {"one": 100})
+    with pytest.raises(DataError, match="tokens to train on"):
+        pretraining.train(few, tmp_path / "run", replace(SIZE, context=2**12), SETTINGS)
+    run(data, tmp_path / "run", replace(SETTINGS, steps=1))
+    with pytest.raises(DataError, match="'train' is a column of"):
+        run(folder_of(tmp_path / "named", {"train": 100}), tmp_path / "other")
+
+
+def test_a_report_that_fails_is_no_damaged_run(data: Path, tmp_path: Path) -> None:
+    def fail(share: float, line: str) -> None:
+        raise TypeError("of the caller")
+
+    for call in (lambda: run(data, tmp_path, report=fail), lambda: pretraining.resume(tmp_path, fail)):
+        with pytest.raises(TypeError, match="of the caller"):
+            call()
 
 
 def test_a_corpus_that_changed_is_refused(tmp_path: Path) -> None:

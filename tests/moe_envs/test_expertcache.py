@@ -290,9 +290,10 @@ def test_predictors_are_fitted_to_tokens_of_their_own(tmp_path: Path) -> None:
     assert np.abs(np.array(chances)[20:] - 2 / 16).mean() < 0.03  # nothing can be known
 
 
-def test_one_layer_and_little_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capacity", [1, 2, 4])
+def test_one_layer_and_little_memory(capacity: int, tmp_path: Path) -> None:
     written(tmp_path / "a.csv", 60, layers=1, k=3)
-    env = recorded(4, trace=str(tmp_path / "a.csv"), capacity=4, eviction="lru")
+    env = recorded(4, trace=str(tmp_path / "a.csv"), capacity=capacity, eviction="lru")
     env.reset(seed=0)
     for _ in range(15):
         (candidates, there), layer = env._candidates(env._rows), env._layer
