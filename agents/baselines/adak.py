@@ -2,14 +2,15 @@
 
 As in the paper: the reward of a token is its log-likelihood after the last layer, the advantage is taken against the
 default number of experts and discounted from the last layer down, PPO makes two epochs a batch, and the allocators
-start from the counts of a top-p rule. Instead of a weight on the expected number of experts, their price is charged,
-and budgets are ours.
+start from the counts of a top-p rule. Instead of a weight on the expected number of experts, their price is charged.
+Budgets, and that the best weights on validation are kept, are ours.
 
 Shape legend: N tokens, D width, K the most experts of a token, L layers, B passages, T tokens of a passage.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from agents.baselines.layertopk import OF_RULES, Judge, Watching
 from agents.evaluate import make_rows
 from cost.timing import torch_threads
 from experts.language import LanguageModel
@@ -27,9 +29,10 @@ from experts.language import LanguageModel
 @dataclass(frozen=True, kw_only=True)
 class AdaKSettings:
     """`gamma` discounts the advantage by layers from the last one; `start_p` is the sum of probabilities at which the
-    top-p rule of the start stops."""
+    top-p rule of the start stops; weights are judged `looks` times after the start."""
 
     steps: int = 300
+    looks: int = 5
     batch_size: int = 16
     epochs: int = 2
     start_steps: int = 50
@@ -41,14 +44,13 @@ class AdaKSettings:
     seed: int = 0
 
 
-class AdaK:
+class AdaK(Watching):
     """Allocators of a model, to be given to it as `k`: `model.generate(text, k=allocators)`.
 
-    In MoELayerTopK-v0 `predict` decides by the layer's inputs in the watched environment.
+    In MoELayerTopK-v0 it decides by the layer's inputs in the watched environment.
     """
 
     kind = "learner"
-    env_kwargs = {"granularity": "layer"}
 
     def __init__(self, model: LanguageModel, seed: int = 0) -> None:
         settings = model.settings
@@ -63,34 +65,31 @@ class AdaK:
             found: torch.Tensor = self.allocators[layer](inputs_ND).argmax(-1)
         return found
 
-    def watch(self, env: Any) -> None:
-        """Attach to a vector environment."""
-        self.env = env
-
-    def predict(
-        self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = True
-    ) -> tuple[np.ndarray, Any]:
-        """Actions `[n]`."""
+    def numbers(self, observation: np.ndarray) -> np.ndarray:
+        """Numbers of experts `[n]`, before the budget."""
         layer, inputs = self.env.places()[1], torch.from_numpy(self.env.inputs())
         with torch.no_grad():
             each = torch.stack([allocator(inputs).argmax(-1) for allocator in self.allocators], 1)
-        return each.numpy()[np.arange(len(layer)), layer], state
+        return np.asarray(each.numpy()[np.arange(len(layer)), layer])
 
     def learn(
         self, ids: np.ndarray, prices: np.ndarray, settings: AdaKSettings | None = None, budget: float | None = None,
         report: Callable[[float], object] = lambda share: None, *, by_divergence: bool = False,
+        judge: Callable[[], float] | None = None,
     ) -> AdaK:  # fmt: skip
         """Train on passages `[B, T + 1]`; `prices [L, K + 1]` are what numbers of experts cost a token, in nats.
 
         Under a `budget` an expert costs more and more while too many run in the mean (dual ascent). With
-        `by_divergence` a token's reward is minus the divergence from what the default number predicts. The weights
-        after the last step are kept, whether or not they are the best.
+        `by_divergence` a token's reward is minus the divergence from what the default number predicts. The weights with
+        the best score by `judge` are kept, or those after the last step.
         """
         own = settings or AdaKSettings()
         random, draw = np.random.default_rng(own.seed), torch.Generator().manual_seed(own.seed)
         optimizer = torch.optim.Adam(self.allocators.parameters(), lr=own.learning_rate)
         charged, price = torch.from_numpy(prices).float(), 0.0
-        each = torch.arange(self.k + 1)
+        each, best = torch.arange(self.k + 1), -np.inf
+        kept: tuple[dict[str, torch.Tensor], float] | None = None
+        looks = {own.start_steps + own.steps * look // own.looks for look in range(own.looks + 1)}
         with torch_threads(1):
             for step in range(own.start_steps + own.steps):
                 batch = ids[random.integers(len(ids), size=own.batch_size)]
@@ -100,7 +99,12 @@ class AdaK:
                     experts = self._improve(batch, own, optimizer, charged + price * each, draw, by_divergence)
                     if budget is not None:
                         price = max(0.0, price + own.dual_rate * (experts - budget))
+                if judge is not None and step + 1 in looks and (score := judge()) > best:
+                    best, kept = score, (copy.deepcopy(self.allocators.state_dict()), self.reserve)
                 report((step + 1) / (own.start_steps + own.steps))
+        if kept is not None:
+            self.allocators.load_state_dict(kept[0])
+            self.reserve = kept[1]
         return self
 
     def _imitate(self, ids: np.ndarray, own: AdaKSettings, optimizer: torch.optim.Optimizer) -> None:
@@ -158,13 +162,17 @@ class AdaK:
 
 
 def trained(env_id: str, seed: int, steps: int = AdaKSettings.steps, **env_kwargs: Any) -> AdaK:
-    """Ada-K for MoELayerTopK-v0 with these arguments, trained on `rl_train`."""
-    env: Any = make_rows(env_id, 1, **{**env_kwargs, "split": "rl_train", "granularity": "layer"}).unwrapped
+    """Ada-K for MoELayerTopK-v0 with these arguments, trained on `rl_train`; the weights, and under a budget the
+    `reserve`, are those that are best on validation."""
+    own = {key: value for key, value in env_kwargs.items() if key not in OF_RULES}
+    env: Any = make_rows(env_id, 1, **{**own, "split": "rl_train", "granularity": "layer"}).unwrapped
     ids = env.stepped.passages.ids
     prices = env.prices() - env.scarcity() * np.arange(env.k + 1)  # learned instead
-    return AdaK(env.stepped.model, seed).learn(
-        ids, prices, AdaKSettings(seed=seed, steps=steps), env_kwargs.get("budget"), by_divergence=env.by_divergence
-    )
+    agent, judge = AdaK(env.stepped.model, seed), Judge(own)
+    return agent.learn(
+        ids, prices, AdaKSettings(seed=seed, steps=steps), env_kwargs.get("budget"), by_divergence=env.by_divergence,
+        judge=lambda: judge.reserved(agent),
+    )  # fmt: skip
 
 
 def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:

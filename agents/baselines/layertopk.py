@@ -23,6 +23,7 @@ from moe_envs.layertopk.model import PricedModel
 
 ID = "moe_envs:MoELayerTopK-v0"
 Count = Callable[["Routed"], np.ndarray]  # numbers of experts [n], by the router
+OF_RULES = ("split", "granularity", "observation", "max_episode_steps")  # which they have themselves, or none
 PASSAGES = 12  # of a domain on which rules are tuned
 SHORTLIST = 24  # static numbers that are judged on all of these passages
 MENU = 1024  # static numbers that are all tried; of more, those on a greedy way are
@@ -211,9 +212,8 @@ class Tuning:
         self.relative = env.relative_costs()
         self.prices = env.prices()
         self.unlimited = self.prices - env.scarcity() * np.arange(env.k + 1)  # as if there were no budget
-        domain, self.passages = self.stepped.passages.domain, passages
-        chosen = [np.flatnonzero(domain == each)[:passages] for each in np.unique(domain)]
-        self.ids = self.stepped.passages.ids[np.concatenate(chosen)]
+        self.passages, self.numbers = passages, _some(self.stepped, passages)
+        self.ids = self.stepped.passages.ids[self.numbers]
 
     def loss(self, count: Count, part: slice = slice(None)) -> tuple[float, float, float]:
         """Mean loss in nats, or divergence from all experts, relative cost of a passage and mean number of experts
@@ -277,6 +277,43 @@ class Tuning:
         return list(alike), list(best)
 
 
+class Judge:
+    """The same passages of the validation split in the environment, on which policies are played."""
+
+    def __init__(self, env_kwargs: dict[str, Any], passages: int = PASSAGES) -> None:
+        own = {key: value for key, value in env_kwargs.items() if key not in OF_RULES}
+        kwargs = {**own, "split": "validation", "granularity": "layer"}
+        one: Any = make_rows(ID, 1, **kwargs).unwrapped
+        self.options, self.budget = {"passage": _some(one.stepped, passages)}, env_kwargs.get("budget")
+        self.env = make_rows(ID, len(self.options["passage"]), **kwargs)
+
+    def score(self, policy: Watching) -> float:
+        """Mean return."""
+        return float(play(policy, self.env, self.env.num_envs, 0, self.options)["return"].mean())
+
+    def set_best(self, policy: Watching, name: str, values: Sequence[float]) -> float:
+        """Set an attribute to the value with the best mean return, which is returned."""
+        scores = dict[float, float]()
+        for value in values:
+            setattr(policy, name, value)
+            scores[value] = self.score(policy)
+        best = max(scores, key=scores.__getitem__)
+        setattr(policy, name, best)
+        return scores[best]
+
+    def reserved(self, policy: Watching) -> float:
+        """Mean return with the best reserve, which is set; without a budget there is none."""
+        if self.budget is None:
+            return self.score(policy)
+        return self.set_best(policy, "reserve", [each for each in RESERVES if each <= self.budget])
+
+
+def _some(stepped: PricedModel, passages: int) -> np.ndarray:
+    """Numbers of so many passages of each domain."""
+    domain = stepped.passages.domain
+    return np.concatenate([np.flatnonzero(domain == each)[:passages] for each in np.unique(domain)])
+
+
 _statics: WeakKeyDictionary[PricedModel, dict[tuple[bool, int], tuple[np.ndarray, np.ndarray]]] = WeakKeyDictionary()
 
 
@@ -331,7 +368,7 @@ def baselines(
 ) -> dict[str, Any]:  # fmt: skip
     """Fixed and static numbers, rules with one threshold and with one for each layer, adaptive-k's rule, a supervised
     predictor, and random numbers; tuned on so many `passages` of each domain."""
-    kwargs = {key: value for key, value in env_kwargs.items() if key not in ("split", "granularity", "observation")}
+    kwargs = {key: value for key, value in env_kwargs.items() if key not in OF_RULES}
     tuning = Tuning(kwargs, passages)
     layers, k = tuning.stepped.layers, tuning.stepped.k
     found: dict[str, Count] = {f"k = {each}": static([each] * layers) for each in range(k + 1)}
@@ -347,25 +384,15 @@ def baselines(
     rules["predicted change of the loss"] = predictor = predicted(kwargs, 42 * passages)
     report(0.9)
     if tuning.budget is not None:
-        env = make_rows(ID, len(tuning.ids), **{**kwargs, "split": "validation", "granularity": "layer"})
+        judge = Judge(kwargs, passages)
         rules["worth per layer, paced"] = paced = Paced(thresholds["worth"], tuning.unlimited, tuning.budget)
         for each in (predictor, paced):
-            _set_best(each, "price", PRICES, env)
+            judge.set_best(each, "price", PRICES)
         for rule in rules.values():
-            _set_best(rule, "reserve", [each for each in RESERVES if each <= tuning.budget], env)
+            judge.reserved(rule)
     rules["random"] = Drawn()
     report(1.0)
     return rules
-
-
-def _set_best(rule: Watching, name: str, values: Sequence[float], env: Any) -> None:
-    """Set an attribute of a rule to the value with the best return."""
-
-    def score(value: float) -> float:
-        setattr(rule, name, value)
-        return float(play(rule, env, env.num_envs, 0)["return"].mean())
-
-    setattr(rule, name, max(values, key=score))
 
 
 def predicted(env_kwargs: dict[str, Any], episodes: int) -> Predicted:
@@ -448,7 +475,7 @@ class TokenOracle(Watching):
 
 def bound(env_id: str, *, passages: int = PASSAGES, **env_kwargs: Any) -> TokenOracle:
     """An oracle that sees the losses of each token; its menu are the best static numbers at any cost weight."""
-    tuning = Tuning({k: v for k, v in env_kwargs.items() if k not in ("split", "observation")}, passages)
+    tuning = Tuning({key: value for key, value in env_kwargs.items() if key not in OF_RULES}, passages)
     numbers, loss = statics(tuning, lambda share: None)
     cost = tuning.costs(numbers)
     best = [int((loss + weight * cost).argmin()) for weight in np.geomspace(1e-3, 30, 400)]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from agents import baselines as rules
-from agents.baselines.layertopk import ID
+from agents.baselines.layertopk import ID, PASSAGES
 from agents.evaluate import make_rows, play
 from benchmarks.leaderboards.board import Leaderboard, Problem
 
@@ -22,16 +22,20 @@ class LayerTopKProblem(Problem):
     looks = 5
     episodes = {"validation": 528, "test": 704}
     about = (
-        "Scores are mean returns of the {test:,} passages of the test split, each once; everything is chosen on the "
-        "{validation:,} of validation. A policy's own cost is not counted. The bound looks at the answers."
+        "Scores are mean returns of the passages of the test split, each once, {test:,} with the shipped model. Of "
+        f"validation PPO's weights are chosen on {{validation:,}}, rules and Ada-K's on {PASSAGES} of a domain. "
+        "A policy's own cost is not counted. The bound looks at the answers."
     )
     bound_is = "an oracle that sees the loss of each token"
 
     def _played(self, policy: Any, split: str, on: str, episodes: int | None) -> pd.DataFrame:
-        count = episodes or self.episodes[on]
         arguments = rules.on_split(self.env_id, self.splits[split], on) | getattr(policy, "env_kwargs", {})
-        env: Any = make_rows(self.env_id, count, **arguments)
-        passages = np.linspace(0, len(env.unwrapped.stepped.passages.ids) - 1, count).round().astype(np.int64)
+        one: Any = make_rows(self.env_id, 1, **arguments).unwrapped
+        there = len(one.stepped.passages.ids)
+        if (count := episodes or min(self.episodes[on], there)) > there:
+            raise ValueError(f"episodes={count}: split {on!r} has {there} passages")
+        passages = np.linspace(0, there - 1, count).round().astype(np.int64)
+        env = make_rows(self.env_id, count, **arguments)
         try:
             return play(policy, env, count, 0, {"passage": passages})
         finally:

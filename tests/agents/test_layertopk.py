@@ -101,7 +101,8 @@ def test_under_a_budget_rules_keep_experts_for_later(monkeypatch: pytest.MonkeyP
     rules = find(ID).baselines(ID, report=lambda share: None, passages=2, **budget)
     found = {name: evaluate(rule, ID, 32, split="validation", **budget) for name, rule in rules.items()}
     assert all(frame["layertopk/experts_used"].max() <= 16 for frame in found.values())
-    returns = {name: frame["return"].mean() for name, frame in found.items()}
+    judge = layertopk.Judge(budget, 2)  # where rules are tuned
+    returns = {name: judge.score(rule) for name, rule in rules.items()}
     assert returns["worth per layer, paced"] >= returns["k = 4"] > returns["random"]
     assert returns["predicted change of the loss"] > returns["random"]
     with pytest.raises(ValueError, match="keeps experts for later"):
@@ -189,6 +190,17 @@ def test_ada_k_learns_what_experts_are_worth() -> None:
     assert experts["dear"] < 0.3 * experts["cheap"]
     tight = AdaK(model).learn(ids, 0 * prices, replace(settings, steps=60, dual_rate=0.02), budget=1.0)
     assert 0.5 < evaluate(tight, ID, 16, tokens=16)["layertopk/experts_used"].mean() / (16 * env.layers) < 1.5
+    scores = iter([0.0, 3.0, 1.0, 2.0, 3.0])
+    seen = []
+
+    def judge() -> float:
+        seen.append(judged.allocators[0].weight.detach().clone())
+        return next(scores)
+
+    judged = AdaK(model)
+    judged.learn(ids, 0 * prices, replace(settings, steps=4, looks=4), judge=judge)
+    assert len(seen) == 5
+    assert torch.equal(judged.allocators[0].weight, seen[1])  # the best, and of equal ones the first
     for quality in ("log-likelihood", "divergence"):
         policy = trained(ID, 0, 2, tokens=8, quality=quality)
         found[quality] = [each.weight.detach() for each in policy.allocators]

@@ -322,6 +322,8 @@ def test_passages_are_played_once_and_are_spread_over_the_split() -> None:
     verdict = problem.judged(policy, next(iter(problem.splits)), 3, Path())
     assert policy.passages == [0, 264, 527]  # of validation, played after test
     assert all(np.isfinite(each.test) for each in verdict.values())
+    with pytest.raises(ValueError, match="split 'test' has 704 passages"):
+        problem.judged(policy, next(iter(problem.splits)), 800, Path())
 
 
 def test_unknown_policies_are_told_before_anything_runs() -> None:
