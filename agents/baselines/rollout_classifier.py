@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,8 +232,11 @@ def _choices(env_kwargs: dict[str, Any], rule: LoadRule, streams: np.ndarray) ->
     observation, _ = env.reset(seed=0, options={"stream": streams.repeat(k + 1)})
     opposite = np.tile(np.vstack([np.zeros(k, dtype=np.bool_), np.eye(k, dtype=np.bool_)]), (count, 1))
     weights, missing = (env.observation_layout[name].slice for name in ("weights", "missing"))
-    found = []
-    for layer in [*range(env.layers)] * env.tokens:
+    found, whole = [], env.STATE
+    light = tuple(name for name in whole if name not in ("_keys", "_values"))
+    for token, layer in product(range(env.tokens), range(env.layers)):
+        # What a token's rest writes into the cache is written again, unless the next passage begins.
+        env.STATE = whole if (token + 1) % env.stepped.size == 0 else light  # type: ignore[misc]
         before, seen, bits = env.state(), observation[:: k + 1], rule.bits(observation, slice(None))
         logits, wanted = env.logits()[:: k + 1], env.wanted()[:: k + 1]
         observation, total, *_ = env.step((bits ^ opposite).astype(np.int8))
