@@ -2,9 +2,10 @@
 
 In the states that a rule meets on `rl_train`, each of its decisions is also taken the other way, from the same state of
 the environment, and the token is read to its end (Lagoudakis & Parr 2003, "Reinforcement learning as classification",
-with the difference of the returns in place of labels, as in AggreVaTe, Ross & Bagnell 2014, arXiv 1406.5979). What a
-loaded expert is worth for later tokens is taken to be its gain in demand times `LATER`, in prices of a load; nothing if
-it gains none, as it leaves at once.
+with the difference of the returns in place of labels, as in AggreVaTe, Ross & Bagnell 2014, arXiv 1406.5979). What was
+learned meets other states than the rule did: it decides in the next round, whose choices are added to those before.
+What a loaded expert is worth for later tokens is taken to be its gain in demand times `LATER`, in prices of a load;
+nothing if it gains none, as with eviction by predicted demand it leaves at once.
 """
 
 from __future__ import annotations
@@ -33,22 +34,26 @@ from experts.offload.demand import EVICTIONS
 from moe_envs.expertcache.env import FALLBACKS, SURE, MoEExpertCacheVectorEnv
 
 KIND = "rollout classifier"
-LATER = 2.0  # of 1, 2, 4 and 6 the best on validation, with capacity 6 and both cost weights of the board
+LATER = 2.0  # of 1, 2, 4 and 6 the best on validation, with capacity 6, both cost weights of the board, and one round
 MOST = 64  # networks
 TOGETHER = 24  # streams side by side; more need more memory, and are no faster
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """`streams` of `rl_train` are read; a sixth, without passages of the others, tells when to stop. `networks` decide
-    together."""
+    """In each of `rounds`, `streams` of `rl_train` are read; a sixth, without passages of the others and the same in
+    all rounds, tells when to stop. `networks` decide together."""
 
-    streams: int = 64  # which take about as much CPU time as PPO's training
+    streams: int = 64
+    rounds: int = 2
     networks: int = 3
 
     def __post_init__(self) -> None:
-        if self.streams < 2 or not 1 <= self.networks <= MOST:
-            raise ValueError(f"streams={self.streams}, networks={self.networks}: at least 2, and from 1 to {MOST}")
+        if self.streams < 2 or self.rounds < 1 or not 1 <= self.networks <= MOST:
+            raise ValueError(
+                f"streams={self.streams}, rounds={self.rounds}, networks={self.networks}: at least 2, at least 1, and "
+                f"from 1 to {MOST}"
+            )
 
 
 class LoadChoices(NamedTuple):
@@ -139,9 +144,7 @@ class RolloutClassifier(LoadRule):
 
 def choices(env_kwargs: dict[str, Any], rule: LoadRule, streams: np.ndarray) -> LoadChoices:
     """What each choice of a rule on these streams of the split is worth."""
-    parts = np.array_split(streams, -(-len(streams) // TOGETHER))
-    return LoadChoices(*(np.concatenate(each) for each in zip(*(_choices(env_kwargs, rule, part) for part in parts),
-                                                          strict=True)))  # fmt: skip
+    return _joined([_choices(env_kwargs, rule, part) for part in np.array_split(streams, -(-len(streams) // TOGETHER))])
 
 
 def best_thresholds(found: LoadChoices) -> np.ndarray:
@@ -182,22 +185,26 @@ def trained(env_id: str, seed: int, settings: RolloutSettings | None = None, **e
     of_streams = env.stepped.streams
     drawn, count = np.random.default_rng(seed).permutation(len(of_streams)), max(1, own.streams // 6)
     stop, others = drawn[:count], drawn[count:]
-    apart = others[~np.isin(of_streams[others], of_streams[stop]).any(1)][: own.streams - count]
-    if len(apart) < max(1, own.streams - count):
+    apart = others[~np.isin(of_streams[others], of_streams[stop]).any(1)]
+    if len(apart) < own.rounds * (size := own.streams - count):
         raise ValueError(
-            f"streams={own.streams}: {len(apart)} streams share no passage with the {count} that stop the training; "
-            "fewer streams, or shorter ones (passages), are needed"
+            f"rounds={own.rounds}, streams={own.streams}: {len(apart)} streams share no passage with the {count} that "
+            "stop the training; fewer streams, or shorter ones (passages), are needed"
         )
     gain = env.observation_layout["gain"].slice
     price = 0 if eviction == "static" else LATER * env.price()
-    parts = []
-    for streams in (apart, stop):
-        found = choices(kwargs, MinimumWeight(env.advised()), streams)
-        parts.append(found._replace(worth=found.worth + price * found.seen[:, gain].clip(0)))
-    least, networks = fitted(parts[0], parts[1], lambda part: part.seen, own.networks, seed)
     chosen = {name: env_kwargs[name] for name in ("eviction", "fallback") if name in env_kwargs}
     made = {"env": env_id, "env_kwargs": env_kwargs, "seed": seed, "settings": asdict(own), **provenance()}
-    return RolloutClassifier(least, networks, made, **chosen)
+    train, until = list[LoadChoices](), list[LoadChoices]()
+    rule: Any = MinimumWeight(env.advised())
+    for place in range(own.rounds):
+        for part, streams in ((train, apart[place * size : (place + 1) * size]), (until, stop)):
+            found = choices(kwargs, rule, streams)
+            part.append(found._replace(worth=found.worth + price * found.seen[:, gain].clip(0)))
+        learned = fitted(_joined(train), _joined(until), lambda part: part.seen, own.networks, seed)
+        rule = RolloutClassifier(*learned, made, **chosen)
+    classifier: RolloutClassifier = rule
+    return classifier
 
 
 def _network(arrays: dict[str, np.ndarray]) -> nn.Sequential:
@@ -224,6 +231,10 @@ def _start(thresholds: np.ndarray, weights: np.ndarray, layer: np.ndarray) -> np
     return np.asarray(SURE * (weights**2 - thresholds[layer][:, None] ** 2))
 
 
+def _joined(parts: Sequence[LoadChoices]) -> LoadChoices:
+    return LoadChoices(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
 def _choices(env_kwargs: dict[str, Any], rule: LoadRule, streams: np.ndarray) -> LoadChoices:
     """Row 0 of a stream follows the rule, row i does the opposite with expert i; all go on from the state of row 0."""
     count, k = len(streams), MoEExpertCacheVectorEnv(1, **env_kwargs).k
@@ -248,4 +259,4 @@ def _choices(env_kwargs: dict[str, Any], rule: LoadRule, streams: np.ndarray) ->
         found.append(LoadChoices(seen, logits, wanted, seen[:, weights], np.full(count, layer), worth))
         env.restore(before)
         observation, *_ = env.step(bits.astype(np.int8))
-    return LoadChoices(*(np.concatenate(each) for each in zip(*found, strict=True)))
+    return _joined(found)

@@ -1,5 +1,6 @@
 """Rollout classification: what a choice is worth, played again by hand, and what is learned from it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_what_a_load_is_worth_later_counts(monkeypatch: pytest.MonkeyPatch) -> N
     seen: list[LoadChoices] = []
     monkeypatch.setattr(rollout_classifier, "fitted", lambda *given: (seen.extend(given[:2]), (np.zeros(4), []))[1])
     for eviction in ("predicted", "static"):
-        trained(ID, 0, SMALL, **KWARGS, eviction=eviction)
+        trained(ID, 0, replace(SMALL, rounds=1), **KWARGS, eviction=eviction)
     env = MoEExpertCacheVectorEnv(1, **KWARGS)
     gain = seen[0].seen[:, env.observation_layout["gain"].slice]
     assert (gain > 0).any()
@@ -133,6 +134,29 @@ def test_what_a_load_is_worth_later_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen[1].worth == pytest.approx(plain + 2 * env.price() * own.clip(0))
     still = choices({**KWARGS, "split": "rl_train", "eviction": "static"}, rule, streams).worth
     assert (seen[3].worth == still).all()
+
+
+def test_a_round_follows_what_was_learned_before_and_keeps_its_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules, counts = list[tuple[Any, list[int]]](), list[list[int]]()
+
+    def played(env_kwargs: dict[str, Any], rule: Any, streams: np.ndarray) -> LoadChoices:
+        rules.append((rule, streams.tolist()))
+        return choices(env_kwargs, rule, streams)
+
+    def learned(train: LoadChoices, stop: LoadChoices, *rest: Any) -> Any:
+        counts.append([len(train.layer), len(stop.layer)])
+        return fitted(train, stop, *rest)
+
+    monkeypatch.setattr(rollout_classifier, "choices", played)
+    monkeypatch.setattr(rollout_classifier, "fitted", learned)
+    found = trained(ID, 0, replace(SMALL, rounds=3), **KWARGS)
+    kinds = [type(rule) for rule, _ in rules]
+    assert kinds == [MinimumWeight] * 2 + [RolloutClassifier] * 4
+    assert rules[2][0] is rules[3][0] is not rules[4][0] is not found
+    read = [stream for _, streams in rules[::2] for stream in streams]
+    assert len(set(read)) == 15
+    assert rules[1][1] == rules[3][1] == rules[5][1]
+    assert counts == [[12 * 5 * place, 12 * place] for place in (1, 2, 3)]
 
 
 def _choices_of(weights: np.ndarray, layer: np.ndarray, worth: np.ndarray) -> LoadChoices:
