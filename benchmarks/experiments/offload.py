@@ -131,6 +131,7 @@ def not_from_disk(frame: pd.DataFrame) -> list[str]:
 
 def _loads(setup: OffloadSetup, seed: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     random, found, bytes_of = np.random.default_rng(seed), dict[str, dict[str, float]](), dict[str, int]()
+    folder.mkdir(parents=True, exist_ok=True)
     for name in setup.sizes:
         layer = MoELayer(*SIZES[name], num_experts=8)
         order = random.integers(8, size=setup.repeats).tolist()
