@@ -212,8 +212,7 @@ class Tuning:
         self.relative = env.relative_costs()
         self.prices = env.prices()
         self.unlimited = self.prices - env.scarcity() * np.arange(env.k + 1)  # as if there were no budget
-        self.passages, self.numbers = passages, _some(self.stepped, passages)
-        self.ids = self.stepped.passages.ids[self.numbers]
+        self.passages, self.ids = passages, self.stepped.passages.ids[_some(self.stepped, passages)]
 
     def loss(self, count: Count, part: slice = slice(None)) -> tuple[float, float, float]:
         """Mean loss in nats, or divergence from all experts, relative cost of a passage and mean number of experts
